@@ -1,0 +1,150 @@
+"""Which backend serves a call: explicit > environment > CUDA tensor with triton > reference.
+
+A backend is a module with the functions of :class:`Backend`. Backends do not import each other, and
+nothing outside ``backends/triton`` imports triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..spec import Options
+
+NAMES = ("triton", "reference")
+ENVIRONMENT = "TRIDROP_BACKEND"
+
+
+class Backend(Protocol):
+    """The functions of a backend module.
+
+    ``x`` is the input, ``bias`` a vector of its last dimension's size, ``layer_scale`` one of the
+    output's, ``residual`` of the output's shape; each but x may be None. ``seed`` is a seed tensor,
+    or None where nothing is dropped. ``p`` is a 0-d tensor that takes the place of ``options.p``.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        """residual + drop_path(layer_scale * dropout(f(x + bias))), contiguous."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        options: Options,
+        dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, bias and layer_scale in these dtypes; None for those not wanted."""
+
+    def keep_mask(
+        self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
+    ) -> Tensor:
+        """The mask of ``domain``: bool, True where kept."""
+
+    def why_not(self, device: torch.device, dtypes: list[torch.dtype]) -> str | None:
+        """Why the backend cannot serve tensors of this device and dtypes; None where it can."""
+
+
+class _State:
+    # Process-wide, as torch's own backend flags are: backward runs in threads of its own.
+    explicit: str | None = None
+
+
+_state = _State()
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the calls inside the block on the backend ``name``: "triton" or "reference".
+
+    It goes before ``TRIDROP_BACKEND`` in the environment and before the default, which is Triton
+    for CUDA tensors where triton is installed, and the reference otherwise. A choice that cannot be
+    met raises when an op is called. The backward of a call runs on the backend of its forward.
+
+    The setting is process-wide: do not enter it in several threads at once.
+
+    >>> import tridrop
+    >>> with tridrop.backend("reference"):
+    ...     tridrop.dropout(torch.ones(4), 0.5, seed=1)
+    tensor([2., 0., 0., 2.])
+    """
+    _check_name(name, "tridrop.backend(...)")
+    before = _state.explicit
+    _state.explicit = name
+    try:
+        yield
+    finally:
+        _state.explicit = before
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{source} names the backend {name!r}; known: {', '.join(NAMES)}")
+
+
+def choose(device: torch.device) -> str:
+    """The name of the backend for tensors on ``device``."""
+    name = _state.explicit
+    if name is None:
+        name = os.environ.get(ENVIRONMENT) or None
+        if name is not None:
+            _check_name(name, ENVIRONMENT)
+    if name is None:
+        name = "triton" if device.type == "cuda" and _has_triton else "reference"
+    return name
+
+
+def load(name: str) -> Backend:
+    """The backend module ``name``; ImportError, saying what to do, where it cannot be imported."""
+    _check_name(name, "the backend argument")
+    if name == "triton" and not _has_triton:
+        raise ImportError(
+            "the Triton backend was asked for but triton is not installed: pip install triton, "
+            "or use tridrop.backend('reference')"
+        )
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+
+
+def serving(name: str, *tensors: Tensor | None) -> Backend:
+    """The backend ``name`` if it can serve these tensors; RuntimeError, saying why, if not."""
+    module = load(name)
+    given = [t for t in tensors if t is not None]
+    reason = module.why_not(given[0].device, [t.dtype for t in given])
+    if reason is not None:
+        raise RuntimeError(reason)
+    return module
+
+
+def report() -> list[dict[str, Any]]:
+    """What ``tridrop info`` says of each backend: its name, whether it is available, and why."""
+    rows: list[dict[str, Any]] = [
+        {"name": "reference", "available": True, "why": "plain torch, on any device"}
+    ]
+    if not _has_triton:
+        why = "triton is not installed"
+        return [*rows, {"name": "triton", "available": False, "why": why}]
+    module = cast(Any, load("triton"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = module.why_not(device, [torch.float32])
+    why = reason or f"{module.target()}, on {device.type} tensors"
+    return [*rows, {"name": "triton", "available": reason is None, "why": why}]

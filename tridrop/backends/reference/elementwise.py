@@ -1,0 +1,229 @@
+"""The elementwise family in torch.
+
+    u   = x + bias
+    v   = f(u)                          gated: f(first half of u) * second half
+    out = residual + layer_scale * v * multiplier
+
+``multiplier`` is keep * scale of the elements times keep * scale of drop_path. It is constant for
+the derivative, so it is all that the random part contributes: :func:`compose` and :func:`gradients`
+are differentiable functions of their other arguments, and serve the double backward of every
+backend as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import mask
+from ...spec import Options, output_shape
+
+SQRT_HALF = 0.5**0.5
+INV_SQRT_2PI = 0.3989422804014327
+SQRT_2_OVER_PI = 0.7978845608028654
+GELU_CUBIC = 0.044715
+
+
+def _gelu_grad(u: Tensor) -> Tensor:
+    cdf = 0.5 * (1 + torch.erf(u * SQRT_HALF))
+    return cdf + u * INV_SQRT_2PI * torch.exp(-0.5 * u * u)
+
+
+def _gelu_tanh_grad(u: Tensor) -> Tensor:
+    t = torch.tanh(SQRT_2_OVER_PI * (u + GELU_CUBIC * u**3))
+    return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * u * u)
+
+
+def _silu_grad(u: Tensor) -> Tensor:
+    s = torch.sigmoid(u)
+    return s * (1 + u * (1 - s))
+
+
+# name -> (function, derivative), both differentiable
+FUNCTIONS = {
+    "none": (lambda u: u, torch.ones_like),
+    "relu": (torch.relu, lambda u: (~(u <= 0)).to(u.dtype)),
+    "gelu": (F.gelu, _gelu_grad),
+    "gelu_tanh": (lambda u: F.gelu(u, approximate="tanh"), _gelu_tanh_grad),
+    "silu": (F.silu, _silu_grad),
+}
+
+
+class Multiplier(NamedTuple):
+    """The random part of a call: where it keeps (None: everywhere) and its scale there."""
+
+    keep: Tensor | None
+    scale: float | Tensor
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """value * scale where kept, exactly 0 elsewhere, whatever the value is."""
+        if self.keep is None:
+            return value
+        return torch.where(self.keep, value, torch.zeros((), dtype=value.dtype)) * self.scale
+
+
+def multiplier(
+    shape: tuple[int, ...], seed: Tensor | None, p: Tensor | None, options: Options
+) -> Multiplier:
+    """Draw both masks of a call anew: the same for the same seed, in forward and backward."""
+    keep: Tensor | None = None
+    scale: float | Tensor = 1.0
+    (elements, path), (element_scale, path_scale) = options.thresholds(), options.scales()
+    threshold: int | Tensor = elements
+    factor: float | Tensor = element_scale
+    if p is not None:
+        table = mask.rate_table(p)
+        threshold, factor = table[0].to(torch.int64), table[1]
+    if p is not None or elements > 0:
+        assert seed is not None
+        keep = mask.keep_mask(seed, shape, threshold, shared=options.shared, shard=options.shard)
+        scale = scale * factor
+    if path > 0:
+        assert seed is not None
+        samples = mask.keep_mask(
+            seed, shape, path, shared=range(1, len(shape)), shard=options.shard, domain="drop_path"
+        )
+        keep = samples if keep is None else keep & samples
+        scale = scale * path_scale
+    return Multiplier(keep, scale)
+
+
+def _halves(u: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
+    if not options.gated:
+        return u, None
+    first, second = u.chunk(2, dim=-1)
+    return first, second
+
+
+def activate(u: Tensor, options: Options) -> Tensor:
+    """v = f(u), or f(first half) * second half."""
+    first, second = _halves(u, options)
+    value = FUNCTIONS[options.function][0](first)
+    return value if second is None else value * second
+
+
+def compose(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    drop: Multiplier,
+    options: Options,
+) -> Tensor:
+    """The formula at the head of this file, in the dtype of its arguments."""
+    value = activate(x if bias is None else x + bias, options)
+    if layer_scale is not None:
+        value = value * layer_scale
+    value = drop(value)
+    return value if residual is None else residual + value
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop: Multiplier,
+    options: Options,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, bias and layer_scale, in the dtype of the arguments.
+
+    ``x`` may be None where the activation is "none" and layer_scale needs no gradient.
+    """
+    scaled = grad if layer_scale is None else grad * layer_scale
+    dx, dlayer_scale = scaled, None
+    if x is not None:
+        u = x if bias is None else x + bias
+        if needs[2]:
+            dlayer_scale = _sum_rows(drop(grad * activate(u, options)))
+        first, second = _halves(u, options)
+        function, derivative = FUNCTIONS[options.function]
+        if second is None:
+            dx = scaled * derivative(first)
+        else:
+            dx = torch.cat((scaled * second * derivative(first), scaled * function(first)), -1)
+    # The selection comes last: a dropped element's gradient is 0 whatever its input was.
+    if drop.keep is not None and options.gated:
+        drop = Multiplier(torch.cat((drop.keep, drop.keep), -1), drop.scale)
+    dx = drop(dx)
+    return dx if needs[0] else None, _sum_rows(dx) if needs[1] else None, dlayer_scale
+
+
+def _sum_rows(t: Tensor) -> Tensor:
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 1).sum(0)
+
+
+def compute(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in fp32, or all of them in fp64 where any is."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    dtype = torch.float64 if wide else torch.float32
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The op; arguments as in ``backends.Backend.forward``."""
+    dtype = x.dtype if residual is None else residual.dtype
+    u, b, g, r = compute(x, bias, layer_scale, residual)
+    assert u is not None
+    drop = multiplier(output_shape(x, options.activation), seed, p, options)
+    out = compose(u, b, g, r, drop, options).to(dtype)
+    return _own(out, x)
+
+
+def _own(result: Tensor, argument: Tensor) -> Tensor:
+    """The result, contiguous and in memory of its own: torch forbids an op to return its input."""
+    shared = result.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+    return result.clone(memory_format=torch.contiguous_format) if shared else result.contiguous()
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: Options,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The op's gradients; arguments as in ``backends.Backend.backward``."""
+    drop = multiplier(tuple(grad.shape), seed, p, options)
+    g, u, b, s = compute(grad, x, bias, layer_scale)
+    assert g is not None
+    needs = (dtypes[0] is not None, dtypes[1] is not None, dtypes[2] is not None)
+    results = gradients(g, u, b, s, drop, options, needs)
+    dx, dbias, dlayer_scale = (
+        None if t is None or dtype is None else _own(t.to(dtype), grad)
+        for t, dtype in zip(results, dtypes, strict=True)
+    )
+    return dx, dbias, dlayer_scale
+
+
+def keep_mask(
+    seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
+) -> Tensor:
+    """The mask itself; arguments as in ``backends.Backend.keep_mask``."""
+    threshold: int | Tensor = options.thresholds()[0]
+    if p is not None:
+        threshold = mask.rate_table(p)[0].to(torch.int64)
+    return mask.keep_mask(
+        seed, shape, threshold, shared=options.shared, shard=options.shard, domain=domain
+    )
+
+
+def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
+    """None: the reference backend serves any device and any floating-point dtype."""
+    return None

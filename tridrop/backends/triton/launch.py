@@ -1,0 +1,286 @@
+"""Launch settings and launchers of the Triton backend.
+
+Settings are pure functions of sizes: no autotuner, so that the first call is quick and the order of
+every sum is the same on every GPU. The mask depends on none of them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...mask import LANES, Coordinates, coordinates, rate_table
+from ...spec import Options, output_shape
+from . import mask
+from .activations import FUNCTIONS
+from .elementwise import (
+    Gradients,
+    Operands,
+    Origin,
+    Shape,
+    backward_kernel,
+    forward_kernel,
+    keep_mask_kernel,
+)
+
+# 128 threads with 32 elements each: four 16-byte loads of bf16 in flight a thread and operand, four
+# Philox calls over which the address and key arithmetic is spread. Compiled for sm_90 in bf16,
+# residual + dropout(x) takes 14.3 SASS instructions an element so, 16.7 with 16 elements a thread.
+TILE = 4096
+NUM_WARPS = 4
+# Row strips of a reduction, over all column blocks: enough programs for 132 processors with a few
+# resident blocks each, few enough that the partial sums stay small beside the data. Not a function
+# of the device: the order of the sum is the same everywhere.
+REDUCTION_PROGRAMS = 512
+MAX_GRID_Y = 65535
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile (powers of two, columns at least 8), and its warps."""
+
+    rows: int
+    cols: int
+    num_warps: int
+
+
+def tile(rows: int, cols: int) -> Tile:
+    """The tile for a matrix: wide where the row length allows it, without idle columns."""
+    widest = min(TILE, max(LANES, triton.next_power_of_2(cols)))
+    narrowest = min(widest, 256)
+    best = widest
+    width = widest
+    while width > narrowest:
+        width //= 2
+        if -(-cols // width) * width < -(-cols // best) * best:
+            best = width
+    return Tile(min(TILE // best, triton.next_power_of_2(max(1, rows))), best, NUM_WARPS)
+
+
+def strip(row_blocks: int, col_blocks: int) -> int:
+    """Row blocks that one program of a reduction goes through: a power of two."""
+    return triton.next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
+
+
+class _Plan:
+    """What the three launchers share: sizes, coordinates, tile and grid of one call."""
+
+    def __init__(self, shape: tuple[int, ...], options: Options) -> None:
+        self.where: Coordinates = coordinates(shape, options.shared, options.shard)
+        rows, cols = self.where.rows, self.where.cols
+        self.empty = rows * cols == 0
+        self.tile = tile(rows, cols)
+        self.shift = 0 if self.where.col_shared else self.where.col_origin % LANES
+        self.row_blocks = triton.cdiv(rows, self.tile.rows)
+        self.col_blocks = triton.cdiv(cols + self.shift, self.tile.cols)
+        self.strip = 1
+        path: tuple[tuple[int, int, int], ...] = ()
+        if options.drop_path:
+            path = coordinates(shape, tuple(range(1, len(shape))), options.shard).leading
+        self.origin = Origin(self.where.leading, path, self.where.col_origin // LANES, self.shift)
+        self.element_mask = int(mask.ROWS if self.where.col_shared else mask.ELEMENTS)
+
+    @property
+    def strips(self) -> int:
+        return triton.cdiv(self.row_blocks, self.strip)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return (
+            self.strips,
+            min(self.col_blocks, MAX_GRID_Y),
+            triton.cdiv(self.col_blocks, MAX_GRID_Y),
+        )
+
+    def sizes(self, x_stride: int, other_stride: int) -> Shape:
+        return Shape(self.where.rows, self.where.cols, x_stride, other_stride, self.strip)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the blocks divide the matrix, so that nothing needs a bounds check."""
+        rows, cols = self.where.rows, self.where.cols
+        return (
+            self.shift == 0 and cols % self.tile.cols == 0
+            and rows % (self.tile.rows * self.strip) == 0
+            and self.col_blocks == self.grid[1] * self.grid[2]
+        )  # fmt: skip
+
+
+def _matrix(x: Tensor, cols: int) -> Tensor:
+    """``x`` as [rows, cols] with adjacent columns; a copy only where its strides forbid a view."""
+    try:
+        matrix = x.view(-1, cols)
+    except RuntimeError:
+        matrix = x.reshape(-1, cols)
+    return matrix if matrix.stride(1) == 1 or cols == 1 else matrix.contiguous()
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+class _Rule(NamedTuple):
+    """What the kernels are told about the masks."""
+
+    arguments: tuple[int, float, int, float]  # threshold, scale, path_threshold, path_scale
+    MASK: int
+    PATH: bool
+    rate: Tensor | None
+
+
+def _rule(plan: _Plan, options: Options, p: Tensor | None) -> _Rule:
+    (elements, path), (scale, path_scale) = options.thresholds(), options.scales()
+    use = plan.element_mask if p is not None or elements > 0 else int(mask.NO_MASK)
+    rate = None if p is None else rate_table(p)
+    return _Rule((elements, scale, path, path_scale), use, path > 0, rate)
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Launch the forward kernel; arguments as in ``backends.Backend.forward``."""
+    shape = output_shape(x, options.activation)
+    dtype = x.dtype if residual is None else residual.dtype
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    plan = _Plan(shape, options)
+    if plan.empty:
+        return out
+    rule = _rule(plan, options, p)
+    x = _matrix(x, plan.where.cols * (2 if options.gated else 1))
+    other = None if residual is None else _matrix(residual, plan.where.cols)
+    forward_kernel[plan.grid](
+        out,
+        Operands(x, _vector(bias), _vector(layer_scale), other, seed, rule.rate),
+        plan.sizes(x.stride(0), 0 if other is None else other.stride(0)),
+        plan.origin,
+        *rule.arguments,
+        FUNCTIONS=FUNCTIONS[options.function],
+        GATED=options.gated,
+        MASK=rule.MASK,
+        PATH=rule.PATH,
+        WHOLE=plan.whole,
+        BLOCK_ROWS=plan.tile.rows,
+        BLOCK_COLS=plan.tile.cols,
+        num_warps=plan.tile.num_warps,
+    )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: Options,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the backward kernel; arguments as in ``backends.Backend.backward``."""
+    plan = _Plan(tuple(grad.shape), options)
+    width = plan.where.cols * (2 if options.gated else 1)
+    dx = None
+    if dtypes[0] is not None:
+        dx_shape = (*grad.shape[:-1], width) if grad.dim() else ()
+        dx = torch.empty(dx_shape, dtype=dtypes[0], device=grad.device)
+    sums = [width if dtypes[1] is not None else None, plan.where.cols if dtypes[2] else None]
+    if plan.empty:
+        zeros = [
+            None if size is None else torch.zeros(size, dtype=dtype, device=grad.device)
+            for size, dtype in zip(sums, dtypes[1:], strict=True)
+        ]
+        return dx, zeros[0], zeros[1]
+    if any(size is not None for size in sums):
+        plan.strip = strip(plan.row_blocks, plan.col_blocks)
+    # Partial sums that the kernel fills whole, one row a strip.
+    partial = [
+        None if n is None else torch.empty(plan.strips, n, dtype=torch.float32, device=grad.device)
+        for n in sums
+    ]
+    rule = _rule(plan, options, p)
+    grad = _matrix(grad, plan.where.cols)
+    matrix = None if x is None else _matrix(x, width)
+    backward_kernel[plan.grid](
+        grad,
+        Gradients(dx, *partial),
+        Operands(matrix, _vector(bias), _vector(layer_scale), None, seed, rule.rate),
+        plan.sizes(0 if matrix is None else matrix.stride(0), grad.stride(0)),
+        plan.origin,
+        *rule.arguments,
+        FUNCTIONS=FUNCTIONS[options.function],
+        GATED=options.gated,
+        MASK=rule.MASK,
+        PATH=rule.PATH,
+        WHOLE=plan.whole,
+        BLOCK_ROWS=plan.tile.rows,
+        BLOCK_COLS=plan.tile.cols,
+        num_warps=plan.tile.num_warps,
+    )
+    # torch's sum over the first dimension uses no atomics: the second stage is deterministic too.
+    dbias, dlayer_scale = (
+        None if part is None else part.sum(0).to(dtype)
+        for part, dtype in zip(partial, dtypes[1:], strict=True)
+    )
+    return dx, dbias, dlayer_scale
+
+
+def keep_mask(
+    seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
+) -> Tensor:
+    """Launch the mask kernel; arguments as in ``backends.Backend.keep_mask``."""
+    out = torch.empty(shape, dtype=torch.bool, device=seed.device)
+    plan = _Plan(shape, options)
+    if plan.empty:
+        return out
+    keep_mask_kernel[plan.grid](
+        out,
+        Operands(None, None, None, None, seed, None if p is None else rate_table(p)),
+        plan.sizes(0, 0),
+        plan.origin,
+        options.thresholds()[0],
+        MASK=plan.element_mask,
+        DOMAIN=int(mask.DOMAIN_DROP_PATH if domain == "drop_path" else mask.DOMAIN_ELEMENTS),
+        BLOCK_ROWS=plan.tile.rows,
+        BLOCK_COLS=plan.tile.cols,
+        num_warps=plan.tile.num_warps,
+    )
+    return out
+
+
+def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
+    """Why the Triton backend cannot serve such data, or None where it can."""
+    if torch.float64 in dtypes:
+        return (
+            "float64 runs on the reference backend only (Triton kernels compute in fp32): "
+            "use tridrop.backend('reference')"
+        )
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and interpreting():
+        return None
+    return (
+        f"Triton cannot run on {device}: use a CUDA tensor, tridrop.backend('reference'), or, to "
+        "run the kernels slowly on a CPU, set TRITON_INTERPRET=1 in the environment before the "
+        "first import of triton"
+    )
+
+
+def interpreting() -> bool:
+    """Whether the kernels of this process run in Triton's interpreter."""
+    return type(forward_kernel).__name__ == "InterpretedFunction"
+
+
+def target() -> str:
+    """What the kernels run on, for reports."""
+    if interpreting():
+        return f"interpreter (TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')})"
+    return "compiled"

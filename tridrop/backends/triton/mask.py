@@ -1,0 +1,114 @@
+"""The mask contract in Triton. No other Triton file touches Philox, seeds or thresholds.
+
+The twin of ``tridrop/mask.py``, held to it bit for bit by the tests. What a thread computes:
+one Philox call for eight consecutive columns, which are one 16-byte load of bf16 or fp16, so that
+a decision is already in the register file of the thread that holds its element.
+"""
+
+import triton
+import triton.language as tl
+
+M0 = tl.constexpr(0xD2511F53)
+M1 = tl.constexpr(0xCD9E8D57)
+W0 = tl.constexpr(0x9E3779B9)
+W1 = tl.constexpr(0xBB67AE85)
+STREAM_MULTIPLIER = tl.constexpr(0x9E3779B97F4A7C15)
+LANES = tl.constexpr(8)
+
+# What a mask covers.
+NO_MASK = tl.constexpr(0)
+ELEMENTS = tl.constexpr(1)  # a decision an element
+ROWS = tl.constexpr(2)  # a decision a row: the mask is shared along the columns
+
+# Domains: which family of masks a counter belongs to.
+DOMAIN_ELEMENTS = tl.constexpr(0)
+DOMAIN_DROP_PATH = tl.constexpr(1)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 of uint32 counter words and key words that broadcast together."""
+    for _ in tl.static_range(10):
+        # One 64-bit product, where mul.lo beside mul.hi would take two multiplications.
+        a = c0.to(tl.uint64) * M0
+        b = c2.to(tl.uint64) * M1
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = b.to(tl.uint32)
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = a.to(tl.uint32)
+        k0 = (k0 + W0).to(tl.uint32)
+        k1 = (k1 + W1).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def load_key(seed):
+    """The two key words of a seed tensor (seed, stream)."""
+    key = tl.load(seed).to(tl.uint64, bitcast=True)
+    key += tl.load(seed + 1).to(tl.uint64, bitcast=True) * STREAM_MULTIPLIER
+    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@triton.jit
+def load_rate(table, threshold, scale):
+    """(threshold, scale): the scalars, or the device's own pair where p is a tensor."""
+    if table is not None:
+        threshold = tl.load(table).to(tl.int64)
+        scale = tl.load(table + 1).to(tl.float32)
+    return threshold, scale
+
+
+@triton.jit
+def row_coordinates(row, leading):
+    """The contract's row coordinate of each local row; see mask.Coordinates for ``leading``."""
+    if len(leading) == 0:
+        return row
+    else:
+        result = tl.zeros_like(row)
+        for i in tl.static_range(len(leading)):
+            result += (row % leading[i][0] + leading[i][1]) * leading[i][2]
+            row = row // leading[i][0]
+        return result
+
+
+@triton.jit
+def _words(row, group, key, DOMAIN: tl.constexpr):
+    """The four Philox words of each (row coordinate, column group): row [R, 1], group [1, G]."""
+    # Words that do not change along a row stand in c1 and c2: ptxas then shares the first two
+    # rounds' products with them among all the groups of a thread.
+    row = row.to(tl.uint64)
+    group = group.to(tl.uint64)
+    last = (group >> 32).to(tl.uint32) | (DOMAIN << 28)
+    return philox(
+        group.to(tl.uint32), row.to(tl.uint32), (row >> 32).to(tl.uint32), last, key[0], key[1]
+    )
+
+
+@triton.jit
+def keep_elements(row, group, key, threshold, MAYBE_ZERO: tl.constexpr, DOMAIN: tl.constexpr):
+    """The decisions of rows [R] and column groups [G]: bool, [R, G * 8]."""
+    w0, w1, w2, w3 = _words(row[:, None], group[None, :], key, DOMAIN)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [R, G, 2, 2]: words in order
+    words = tl.reshape(words, [row.shape[0], group.shape[0], 4])
+    bits = tl.join(words, (words << 16) | (words >> 16))  # [R, G, 4, 2]
+    bits = tl.reshape(bits, [row.shape[0], group.shape[0] * 8])
+    return _decide(bits, threshold, MAYBE_ZERO)
+
+
+@triton.jit
+def keep_rows(row, key, threshold, MAYBE_ZERO: tl.constexpr, DOMAIN: tl.constexpr):
+    """The decision of each row [R] at column coordinate 0: bool, [R]."""
+    w0, _, _, _ = _words(row, tl.zeros_like(row), key, DOMAIN)
+    return _decide(w0, threshold, MAYBE_ZERO)
+
+
+@triton.jit
+def _decide(bits, threshold, MAYBE_ZERO: tl.constexpr):
+    """bits >= threshold, where the threshold is an int64 in [0, 2^32]."""
+    # Said as bits > threshold - 1, so that 2^32 (drop everything) fits 32 bits. A threshold of 0
+    # does not; launchers leave such a mask out, so it is looked at only where the device alone
+    # knows the threshold.
+    keep = bits > (threshold - 1).to(tl.uint32)
+    if MAYBE_ZERO:
+        keep = keep | (threshold == 0)
+    return keep

@@ -1,0 +1,276 @@
+"""The public functions: validate, draw the seed, call autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, spec
+from .autograd import Fused
+from .mask import Shard, as_seed
+from .rng import seed_for
+from .spec import Options
+
+ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
+
+
+def _fused(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    p: float | Tensor,
+    training: bool,
+    seed: int | Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The checked call: ``options`` holds everything but p, which may be a tensor."""
+    spec.check_vector(bias, "bias", x.shape[-1] if x.dim() else 1, x)
+    p_tensor = None
+    if not training:
+        options = Options(options.activation)
+    elif isinstance(p, Tensor):
+        p_tensor = p
+    else:
+        options = Options(
+            options.activation, float(p), options.drop_path, options.shared, options.shard
+        )
+    drops = p_tensor is not None or options.p > 0 or options.drop_path > 0
+    drawn = seed_for(x.device, seed) if drops else None
+    packed = ops.pack(options, backends.choose(x.device))
+    out: Tensor = Fused.apply(x, bias, layer_scale, residual, drawn, p_tensor, *packed)
+    return out
+
+
+def dropout(
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    noise_shape: Sequence[int | None] | None = None,
+    shard: ShardLike | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Zero elements of ``x`` with probability ``p`` and scale the others to keep its expectation.
+
+        out = where(keep, x * scale, 0),    scale = 1 / (1 - p)
+
+    with p rounded to a multiple of 2^-32 and ``scale`` the reciprocal of that exact keep rate
+    (Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
+    2014). Backward draws the mask again and stores none.
+
+    Args:
+        x: any shape and strides; float16, bfloat16, float32, or float64 (reference backend).
+        p: the probability of dropping, in [0, 1]. A 0-d floating-point tensor serves schedules:
+            a new value neither recompiles nor synchronises. On an accelerator its value cannot be
+            checked; one outside [0, 1] makes the result NaN.
+        training: False returns ``x`` itself, as p = 0 does, and draws nothing.
+        noise_shape: as in Keras and TensorFlow: for each dimension its size (or None), or 1 for one
+            decision shared along it. ``(B, 1, C)`` drops whole channels of ``[B, T, C]``;
+            ``(B, 1, 1)`` is stochastic depth.
+        shard: where ``x`` lies in a larger tensor: ``tridrop.Shard(global_shape, origin)``. The
+            masks of the shards are then the pieces of the mask of the whole.
+        seed: None draws one from torch's generator of the device of x (or takes it from an active
+            :func:`tridrop.rng`); an int, or a seed tensor, fixes the mask.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype. A dropped element is exactly 0, even where x is
+        NaN or infinite.
+
+    Raises:
+        ValueError: p outside [0, 1], a noise_shape or shard that does not fit x.
+        TypeError: x of another dtype, p or seed of another type.
+
+    >>> dropout(torch.ones(8), 0.5, seed=1)
+    tensor([2., 0., 0., 2., 0., 0., 0., 2.])
+    >>> dropout(torch.ones(2, 4), 0.5, noise_shape=(2, 1), seed=3)
+    tensor([[2., 2., 2., 2.],
+            [0., 0., 0., 0.]])
+    """
+    spec.check_input(x)
+    spec.check_probability(p, tensor_allowed=True)
+    shared = spec.resolve_noise_shape(noise_shape, x.shape)
+    where = spec.resolve_shard(shard, x.shape)
+    if not training or (not isinstance(p, Tensor) and p == 0):
+        return x
+    return _fused(x, None, None, None, p, True, seed, Options(shared=shared, shard=where))
+
+
+def activation_dropout(
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    activation: str | None,
+    bias: Tensor | None = None,
+    noise_shape: Sequence[int | None] | None = None,
+    shard: ShardLike | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """``dropout(f(x + bias))`` in one kernel, the middle of a transformer's feed-forward part.
+
+    Gated activations (Dauphin et al. 2017; Shazeer, "GLU variants improve transformer", 2020) halve
+    the last dimension, ``[..., 2 * D] -> [..., D]``:
+
+        a, b = (x + bias).chunk(2, dim=-1);    out = dropout(f(a) * b)
+
+    The activation is on the first half, as in Megatron-LM, Transformer Engine, vLLM and
+    transformers' fused ``gate_up_proj``; torch.nn.functional.glu has it on the second.
+
+    Args:
+        x: any shape and strides; float16, bfloat16, float32, or float64 (reference backend).
+        p: the probability of dropping, as in :func:`dropout`.
+        training: False is p = 0.
+        activation: None, "relu", "gelu" (exact), "gelu_tanh", "silu", or gated "reglu", "geglu",
+            "swiglu".
+        bias: a vector of x's last size, of any floating-point dtype.
+        noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
+
+    Returns:
+        A contiguous tensor of x's dtype; computed in fp32 and rounded once.
+
+    Raises:
+        ValueError, TypeError: as :func:`dropout`; a bias of another shape, an unknown activation,
+            an odd last size for a gated one.
+
+    >>> x = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    >>> activation_dropout(x, 0.5, activation="relu", seed=1)
+    tensor([0., 0., 0., 4.])
+    """
+    spec.check_input(x)
+    spec.check_probability(p, tensor_allowed=True)
+    name = spec.check_activation(activation)
+    shape = spec.output_shape(x, name)
+    shared = spec.resolve_noise_shape(noise_shape, shape)
+    where = spec.resolve_shard(shard, shape)
+    options = Options(name, shared=shared, shard=where)
+    return _fused(x, bias, None, None, p, training, seed, options)
+
+
+def dropout_add(
+    x: Tensor,
+    residual: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path: float = 0.0,
+    noise_shape: Sequence[int | None] | None = None,
+    shard: ShardLike | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """The end of a residual branch in one kernel.
+
+        out = residual + drop_path(layer_scale * dropout(f(x + bias)))
+
+    ``drop_path`` is stochastic depth (Huang et al. 2016): it drops a whole sample, an index of the
+    first dimension, with that probability and scales the others by the reciprocal of the keep
+    rate. ``layer_scale`` is a gain a channel (Touvron et al., CaiT, 2021). The two masks share the
+    seed and are independent.
+
+    Args:
+        x: the branch, any shape and strides.
+        residual: of the result's shape (x's, or half as wide for a gated activation). It may have
+            another dtype, and the result has the residual's: an fp32 stream stays fp32.
+        p: the probability of dropping an element, as in :func:`dropout`.
+        training: False is p = 0 and drop_path = 0.
+        bias: a vector of x's last size. ``layer_scale``: a vector of the result's last size.
+        activation: as in :func:`activation_dropout`.
+        drop_path: the probability of dropping a sample, in [0, 1]; x needs two dimensions or more.
+        noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
+
+    Returns:
+        A contiguous tensor of the residual's dtype; computed in fp32 and rounded once. The gradient
+        of the residual is the incoming gradient itself, without a kernel.
+
+    Raises:
+        ValueError, TypeError: as :func:`activation_dropout`; a residual of another shape or device.
+
+    >>> dropout_add(torch.ones(4), torch.full((4,), 10.0), 0.5, seed=1)
+    tensor([12., 10., 10., 12.])
+    """
+    spec.check_input(x)
+    spec.check_input(residual, "residual")
+    spec.check_device(residual, "residual", x)
+    spec.check_probability(p, tensor_allowed=True)
+    spec.check_probability(drop_path, "drop_path")
+    name = spec.check_activation(activation)
+    shape = spec.output_shape(x, name)
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; it must be {tuple(shape)}, the shape of "
+            "the branch: expand it first"
+        )
+    spec.check_vector(layer_scale, "layer_scale", shape[-1] if shape else 1, x)
+    if drop_path and len(shape) < 2:
+        raise ValueError(
+            f"drop_path = {drop_path} drops samples, the first dimension, but x has shape "
+            f"{tuple(shape)}: give it two dimensions or more"
+        )
+    shared = spec.resolve_noise_shape(noise_shape, shape)
+    where = spec.resolve_shard(shard, shape)
+    options = Options(name, drop_path=float(drop_path), shared=shared, shard=where)
+    return _fused(x, bias, layer_scale, residual, p, training, seed, options)
+
+
+def keep_mask(
+    seed: int | Tensor,
+    shape: Sequence[int],
+    p: float | Tensor,
+    *,
+    noise_shape: Sequence[int | None] | None = None,
+    shard: ShardLike | None = None,
+    device: torch.device | str | None = None,
+    domain: str = "elements",
+) -> Tensor:
+    """The mask that an elementwise or norm op draws: bool, True where an element is kept.
+
+    docs/mask-contract.md defines every bit of it.
+
+    Args:
+        seed: an int or a seed tensor, such as an op was given.
+        shape: the shape of the op's result (of the local piece, where ``shard`` is given).
+        p: the probability of dropping, as in :func:`dropout`; for ``domain="drop_path"`` that of
+            dropping a sample.
+        noise_shape, shard: as the op was given them.
+        device: where to make an int's mask, "cpu" by default; a seed tensor's is made on its own.
+        domain: "elements", or "drop_path" for the mask of :func:`dropout_add`'s samples, which is
+            constant over all but the first dimension.
+
+    >>> keep_mask(1, (8,), 0.5)
+    tensor([ True, False, False,  True, False, False, False,  True])
+    """
+    spec.check_probability(p, tensor_allowed=True)
+    if isinstance(seed, Tensor) or device is not None:
+        seed = as_seed(seed, device)
+    else:
+        seed = as_seed(seed, "cpu")
+    shape = tuple(shape)
+    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
+        raise ValueError(f"shape = {shape}: give non-negative integers")
+    shared = spec.resolve_noise_shape(noise_shape, shape)
+    if domain == "drop_path":
+        if noise_shape is not None or len(shape) < 2:
+            raise ValueError(
+                f"domain = 'drop_path' has a mask a sample of two dimensions or more and no "
+                f"noise_shape; given shape {shape} and noise_shape {noise_shape}"
+            )
+        shared = tuple(range(1, len(shape)))
+    elif domain != "elements":
+        raise ValueError(f"domain = {domain!r}; known: 'elements', 'drop_path'")
+    where = spec.resolve_shard(shard, shape)
+    if isinstance(p, Tensor):
+        rate, p_tensor = 0.0, p
+    else:
+        rate, p_tensor = float(p), None
+    _, _, _, _, whole, origin, name = ops.pack(
+        Options(shared=shared, shard=where), backends.choose(seed.device)
+    )
+    mask: Tensor = torch.ops.tridrop.keep_mask(
+        seed, list(shape), p_tensor, rate, domain, list(shared), whole, origin, name
+    )
+    return mask

@@ -1,0 +1,14 @@
+"""Modules with torch.nn's names, arguments and state_dict keys."""
+
+from ..rng import number_sites
+from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
+from .transformer import TransformerBlock
+
+__all__ = [
+    "ActivationDropout",
+    "DropPath",
+    "Dropout",
+    "DropoutAdd",
+    "TransformerBlock",
+    "number_sites",
+]

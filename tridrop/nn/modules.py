@@ -1,0 +1,169 @@
+"""The dropout modules: hyper-parameters only, each forward is one functional call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .. import functional as F
+from .. import rng
+from ..spec import check_activation, check_probability
+
+
+class _Site(nn.Module):
+    """A module that drops: a place in the model that :func:`number_sites` can number."""
+
+    site: int | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = None
+
+    def _seed(self, x: Tensor) -> Tensor | None:
+        """This site's seed under an active tridrop.rng; None leaves the choice to the call."""
+        if not self.training or not rng.active():
+            return None
+        return rng.seed_for(x.device, None, self.site)
+
+
+class Dropout(_Site):
+    """:func:`tridrop.dropout` as a module; a drop-in for torch.nn.Dropout.
+
+    Args:
+        p: the probability of dropping an element.
+        inplace: True writes the result into the input and returns it, as torch.nn.Dropout does. It
+            frees no memory here, since no mask is stored either way.
+        noise_shape: as in :func:`tridrop.dropout`.
+
+    >>> import torch, tridrop
+    >>> layer = tridrop.nn.Dropout(0.5)
+    >>> layer.eval()(torch.ones(3))
+    tensor([1., 1., 1.])
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        inplace: bool = False,
+        *,
+        noise_shape: Sequence[int | None] | None = None,
+    ) -> None:
+        super().__init__()
+        check_probability(p)
+        self.p = p
+        self.inplace = inplace
+        self.noise_shape = None if noise_shape is None else tuple(noise_shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = F.dropout(
+            input, self.p, self.training, noise_shape=self.noise_shape, seed=self._seed(input)
+        )
+        return input.copy_(out) if self.inplace and out is not input else out
+
+    def extra_repr(self) -> str:
+        shape = "" if self.noise_shape is None else f", noise_shape={self.noise_shape}"
+        return f"p={self.p}, inplace={self.inplace}{shape}"
+
+
+class DropPath(_Site):
+    """Stochastic depth (Huang et al. 2016): drops whole samples, indices of the first dimension.
+
+    Arguments as in timm: ``drop_prob``, and ``scale_by_keep=False`` to leave the kept samples
+    unscaled.
+
+    >>> import torch, tridrop
+    >>> with tridrop.rng(3):
+    ...     tridrop.nn.DropPath(0.5)(torch.ones(3, 2))
+    tensor([[0., 0.],
+            [2., 2.],
+            [0., 0.]])
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        check_probability(drop_prob, "drop_prob")
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 0:
+            raise ValueError("DropPath drops indices of the first dimension; x has none")
+        noise_shape = (None, *(1,) * (x.dim() - 1))
+        out = F.dropout(
+            x, self.drop_prob, self.training, noise_shape=noise_shape, seed=self._seed(x)
+        )
+        if self.scale_by_keep or out is x:
+            return out
+        return out * (1 - self.drop_prob)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}, scale_by_keep={self.scale_by_keep}"
+
+
+class ActivationDropout(_Site):
+    """:func:`tridrop.activation_dropout` as a module; ``bias`` is that of the linear before it.
+
+    >>> import torch, tridrop
+    >>> layer = tridrop.nn.ActivationDropout("relu", p=0.1)
+    >>> layer.eval()(torch.tensor([-1.0, 2.0]), bias=torch.tensor([0.5, 0.5]))
+    tensor([0.0000, 2.5000])
+    """
+
+    def __init__(self, activation: str | None, p: float = 0.5) -> None:
+        super().__init__()
+        check_activation(activation)
+        check_probability(p)
+        self.activation = activation
+        self.p = p
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.activation_dropout(
+            x, self.p, self.training, activation=self.activation, bias=bias, seed=self._seed(x)
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, p={self.p}"
+
+
+class DropoutAdd(_Site):
+    """:func:`tridrop.dropout_add` as a module: the end of a residual branch.
+
+    >>> import torch, tridrop
+    >>> layer = tridrop.nn.DropoutAdd(p=0.1)
+    >>> layer.eval()(torch.ones(2), torch.ones(2), bias=torch.ones(2))
+    tensor([3., 3.])
+    """
+
+    def __init__(
+        self, p: float = 0.5, drop_path: float = 0.0, activation: str | None = None
+    ) -> None:
+        super().__init__()
+        check_activation(activation)
+        check_probability(p)
+        check_probability(drop_path, "drop_path")
+        self.p = p
+        self.drop_path = drop_path
+        self.activation = activation
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        bias: Tensor | None = None,
+        layer_scale: Tensor | None = None,
+    ) -> Tensor:
+        return F.dropout_add(
+            x,
+            residual,
+            self.p,
+            self.training,
+            bias=bias,
+            activation=self.activation,
+            layer_scale=layer_scale,
+            drop_path=self.drop_path,
+            seed=self._seed(x),
+        )
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, drop_path={self.drop_path}, activation={self.activation!r}"

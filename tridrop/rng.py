@@ -1,0 +1,199 @@
+"""How a call comes by its seed: an explicit one, that of the active ``rng``, or a drawn one.
+
+This is bookkeeping of the host; the arithmetic of seeds is in mask.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .mask import as_seed, fold_in, new_seed
+
+# Sites whose seeds are made ahead, in a few launches a context and not a few launches a call.
+_TABLE = 1024
+# Calls without a site number are counted in a branch of the streams of their own.
+_UNNUMBERED = -1
+
+
+class _Context:
+    """The seeds of one ``with rng(seed)`` block."""
+
+    def __init__(self, seed: int | Tensor) -> None:
+        self.seed = seed
+        self.calls = 0
+        self.sites: set[int] = set()
+        self.tables: dict[tuple[bool, torch.device], Tensor] = {}
+        if isinstance(seed, Tensor):  # known device: nothing is left to do inside a compiled call
+            for numbered in (True, False):
+                self.tables[numbered, seed.device] = self._table(seed, numbered, _TABLE)
+
+    @staticmethod
+    def _table(seed: Tensor, numbered: bool, size: int) -> Tensor:
+        base = seed if numbered else fold_in(seed, _UNNUMBERED)
+        streams = torch.arange(size, dtype=torch.int64, device=seed.device)
+        folded = fold_in(base, 0)[1] + streams
+        return torch.stack((base[0].expand(size), folded), dim=1)
+
+    def take(self, index: int, numbered: bool, device: torch.device) -> Tensor:
+        table = self.tables.get((numbered, device))
+        if table is None or index >= len(table):
+            size = _TABLE if table is None else 2 * max(index, len(table))
+            table = self._table(as_seed(self.seed, device), numbered, size)
+            self.tables[numbered, device] = table
+        return table[index]
+
+
+class _State:
+    # Process-wide, since backward and the recomputation in it run in threads of their own.
+    active: _Context | None = None
+    # Whether the last forward call that was given no seed took it from an rng block.
+    last_from_context = False
+    warned_of_recomputation = False
+
+
+_state = _State()
+
+
+@contextmanager
+def rng(seed: int | Tensor) -> Iterator[None]:
+    """Give every tridrop call inside the block, that has no seed of its own, one under ``seed``.
+
+    A module of tridrop.nn that :func:`tridrop.nn.number_sites` has numbered takes
+    ``fold_in(seed, site)``: its mask does not depend on the order of calls, so activation
+    checkpointing, pipelining and compilation keep it. Every other call takes the next number of a
+    count that begins anew in each block; such a call cannot be recomputed in backward, and raises
+    there.
+
+    Put ``loss.backward()`` inside the block too where activations are recomputed. The setting is
+    process-wide: do not enter it in several threads at once.
+
+    Args:
+        seed: an int or a seed tensor. Under torch.compile pass a tensor, made outside the compiled
+            region: it enters the graph as an input, so no seed is ever compiled in.
+
+    >>> import tridrop
+    >>> with tridrop.rng(7):
+    ...     first = tridrop.dropout(torch.ones(8), 0.5)
+    >>> with tridrop.rng(7):
+    ...     second = tridrop.dropout(torch.ones(8), 0.5)
+    >>> bool((first == second).all())
+    True
+    """
+    before = _state.active
+    if not isinstance(seed, Tensor):
+        as_seed(seed)  # raises for what is not a seed
+    _state.active = _Context(as_seed(seed) if isinstance(seed, Tensor) else seed)
+    try:
+        yield
+    finally:
+        _state.active = before
+
+
+def active() -> bool:
+    """Whether a :func:`rng` block is being run."""
+    return _state.active is not None
+
+
+def seed_for(device: torch.device, seed: int | Tensor | None, site: int | None = None) -> Tensor:
+    """The seed tensor of one call: the given one, or the active rng's, or a drawn one.
+
+    Raises RuntimeError where a recomputation in backward could not have the mask of its forward.
+    """
+    if seed is not None:
+        return as_seed(seed, device)
+    recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    context = _state.active
+    if context is None:
+        if recomputing:
+            _check_drawn_recomputation()
+        else:
+            _state.last_from_context = False
+        return new_seed(device)
+    if not recomputing:
+        _state.last_from_context = True
+    if site is not None:
+        if not recomputing and not torch.compiler.is_compiling():
+            _note_use(context, site)
+        return context.take(site, True, device)
+    if recomputing:
+        raise RuntimeError(
+            "a tridrop call without a seed or a site is being recomputed in backward inside "
+            "tridrop.rng: its number in the order of calls is not that of its forward. Number the "
+            "modules with tridrop.nn.number_sites(model), or give the call an explicit seed"
+        )
+    context.calls += 1
+    return context.take(context.calls - 1, False, device)
+
+
+def _note_use(context: _Context, site: int) -> None:
+    if site in context.sites:
+        warnings.warn(
+            f"site {site} was called twice in one tridrop.rng block: both calls have the same "
+            "mask. Give each place in the model a module of its own, and each step a seed of its "
+            "own: tridrop.fold_in(seed, step)",
+            stacklevel=5,
+        )
+    context.sites.add(site)
+
+
+def _check_drawn_recomputation() -> None:
+    """Of a recomputation in backward that draws its seed from torch's generator."""
+    if _state.last_from_context:
+        raise RuntimeError(
+            "a tridrop call is being recomputed in backward, outside the tridrop.rng block that "
+            "its forward ran in, and would draw another mask: call backward() inside the block"
+        )
+    if _state.warned_of_recomputation or not _generator_not_restored():
+        return
+    _state.warned_of_recomputation = True
+    warnings.warn(
+        "a tridrop call is being recomputed by torch.utils.checkpoint with "
+        "preserve_rng_state=False and draws another mask than its forward did: gradients are "
+        "wrong. Leave preserve_rng_state on, or pass explicit seeds, for instance with "
+        "tridrop.rng(seed)",
+        stacklevel=4,
+    )
+
+
+def _generator_not_restored() -> bool:
+    """Whether the caller is a recomputation with preserve_rng_state=False.
+
+    torch has no public way to ask. The setting is a variable of the frame that recomputes: of the
+    closure in the non-reentrant form, of the context in the reentrant one.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("checkpoint.py"):
+            values = frame.f_locals
+            ctx = values.get("ctx")
+            preserved = values.get("preserve_rng_state", getattr(ctx, "preserve_rng_state", None))
+            if preserved is not None:
+                return not preserved
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def number_sites(model: nn.Module, first: int = 0) -> int:
+    """Number the dropout sites of ``model`` by their place in it; returns the next free number.
+
+    A site is a module with an attribute ``site``, as all modules of tridrop.nn that drop have. The
+    numbers follow ``model.modules()``; call it once the model is whole, since copies of a module
+    copy its number. It is what gives a module the same stream of :func:`tridrop.rng` in every run,
+    whatever the order of calls.
+
+    >>> import tridrop
+    >>> model = nn.Sequential(tridrop.nn.Dropout(0.1), nn.ReLU(), tridrop.nn.Dropout(0.1))
+    >>> tridrop.nn.number_sites(model), model[2].site
+    (2, 1)
+    """
+    for module in model.modules():
+        if hasattr(module, "site"):
+            module.site = first  # type: ignore[assignment]
+            first += 1
+    return first

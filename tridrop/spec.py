@@ -1,0 +1,194 @@
+"""What an op may be asked for, and every error message about it.
+
+Nothing here computes on data. Public functions call the ``check_*`` and ``resolve_*`` functions
+before they draw a seed; the result of the checks is an :class:`Options`, which both backends take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .mask import Shard, scale, threshold
+
+# name -> (the function of one argument, whether the input holds two halves: f(first) * second)
+ACTIVATIONS: dict[str, tuple[str, bool]] = {
+    "none": ("none", False),
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gelu_tanh": ("gelu_tanh", False),
+    "silu": ("silu", False),
+    "reglu": ("relu", True),
+    "geglu": ("gelu", True),
+    "swiglu": ("silu", True),
+}
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one call of the elementwise family, after validation.
+
+    ``shared`` lists the dimensions along which the mask of the elements is shared; ``p`` and
+    ``drop_path`` are drop probabilities in [0, 1].
+    """
+
+    activation: str = "none"
+    p: float = 0.0
+    drop_path: float = 0.0
+    shared: tuple[int, ...] = ()
+    shard: Shard | None = None
+
+    @property
+    def function(self) -> str:
+        """The activation as a function of one argument."""
+        return ACTIVATIONS[self.activation][0]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the input's last dimension holds two halves: ``function(first) * second``."""
+        return ACTIVATIONS[self.activation][1]
+
+    def thresholds(self) -> tuple[int, int]:
+        """The thresholds of the element mask and of the drop_path mask; 0 means there is none."""
+        return threshold(self.p), threshold(self.drop_path)
+
+    def scales(self) -> tuple[float, float]:
+        """What the kept elements and the kept samples are multiplied by."""
+        elements, path = self.thresholds()
+        return scale(elements), scale(path)
+
+
+def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: bool = False) -> None:
+    """Raise unless ``p`` is a probability: a number in [0, 1] or, where allowed, a 0-d tensor."""
+    if isinstance(p, Tensor):
+        if not tensor_allowed:
+            raise TypeError(f"{name} is a tensor; give a Python number")
+        if p.dim() != 0 or not p.is_floating_point():
+            raise TypeError(
+                f"{name} is a tensor of dtype {p.dtype} and shape {tuple(p.shape)}; "
+                "a tensor p is 0-d and floating-point, such as torch.tensor(0.1)"
+            )
+        if p.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but dropout has no gradient for its rate: "
+                f"pass {name}.detach()"
+            )
+        return
+    if isinstance(p, bool) or not isinstance(p, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} is {p!r} of type {type(p).__name__}; give a number in [0, 1]")
+    if not 0 <= p <= 1:  # also true for NaN
+        raise ValueError(f"{name} = {p}; the probability of dropping must lie in [0, 1]")
+
+
+def check_input(x: Tensor, name: str = "x") -> None:
+    """Raise unless ``x`` is a tensor of a supported floating-point dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}; give a torch.Tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; dropout scales by 1 / (1 - p) and needs "
+            f"float16, bfloat16, float32 or float64: use {name}.float()"
+        )
+
+
+def check_vector(v: Tensor | None, name: str, size: int, x: Tensor) -> None:
+    """Raise unless ``v`` is None or a floating-point vector of ``size`` on the device of x."""
+    if v is None:
+        return
+    check_input(v, name)
+    if tuple(v.shape) != (size,):
+        raise ValueError(f"{name} has shape {tuple(v.shape)}; it must be ({size},)")
+    check_device(v, name, x)
+
+
+def check_device(v: Tensor, name: str, x: Tensor) -> None:
+    """Raise unless ``v`` is on the device of ``x``."""
+    if v.device != x.device:
+        raise ValueError(f"{name} is on {v.device} but x is on {x.device}: move one of them")
+
+
+def check_activation(activation: str | None) -> str:
+    """The name of the activation, "none" for None; ValueError for an unknown one."""
+    if activation is None:
+        return "none"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}; known: None, {', '.join(ACTIVATIONS)}")
+    return activation
+
+
+def output_shape(x: Tensor, activation: str) -> tuple[int, ...]:
+    """The shape of ``activation(x)``; ValueError where a gated one cannot halve x."""
+    if not ACTIVATIONS[activation][1]:
+        return tuple(x.shape)
+    if x.dim() == 0 or x.shape[-1] % 2:
+        raise ValueError(
+            f"activation = {activation!r} halves the last dimension, "
+            f"but x has shape {tuple(x.shape)}"
+        )
+    return (*x.shape[:-1], x.shape[-1] // 2)
+
+
+def resolve_noise_shape(
+    noise_shape: Sequence[int | None] | None, shape: Sequence[int]
+) -> tuple[int, ...]:
+    """The dimensions along which the mask is shared, from a ``noise_shape`` as in Keras and TF."""
+    if noise_shape is None:
+        return ()
+    if isinstance(noise_shape, (str, bytes)) or not isinstance(noise_shape, Sequence):
+        raise TypeError(
+            f"noise_shape is {noise_shape!r} of type {type(noise_shape).__name__}; "
+            "give a tuple with an entry a dimension"
+        )
+    if len(noise_shape) != len(shape):
+        raise ValueError(
+            f"noise_shape = {tuple(noise_shape)} has {len(noise_shape)} entries for a tensor of "
+            f"shape {tuple(shape)}: give 1 (shared) or the size (or None) for each dimension"
+        )
+    shared = []
+    for dim, (noise, size) in enumerate(zip(noise_shape, shape, strict=True)):
+        if noise is None or (noise == size and size != 1):
+            continue
+        if isinstance(noise, bool) or noise != 1:
+            raise ValueError(
+                f"noise_shape[{dim}] = {noise}, but the tensor has shape {tuple(shape)}: each "
+                "entry is 1 (one draw shared along the dimension), the size, or None for the size"
+            )
+        shared.append(dim)
+    return tuple(shared)
+
+
+def resolve_shard(
+    shard: Shard | tuple[Sequence[int], Sequence[int]] | None, shape: Sequence[int]
+) -> Shard | None:
+    """A checked :class:`Shard`, from one or from a pair (global_shape, origin)."""
+    if shard is None:
+        return None
+    if isinstance(shard, Shard):
+        whole, origin = tuple(shard.global_shape), tuple(shard.origin)
+    elif isinstance(shard, tuple) and len(shard) == 2:
+        whole, origin = tuple(shard[0]), tuple(shard[1])
+    else:
+        raise TypeError(
+            f"shard is {shard!r} of type {type(shard).__name__}; "
+            "give tridrop.Shard(global_shape, origin)"
+        )
+    if not len(whole) == len(origin) == len(shape):
+        raise ValueError(
+            f"shard has global_shape {whole} and origin {origin} for a tensor of shape "
+            f"{tuple(shape)}: all three need the same number of dimensions"
+        )
+    for dim, (size, start, local) in enumerate(zip(whole, origin, shape, strict=True)):
+        if start < 0 or start + local > size:
+            raise ValueError(
+                f"shard does not fit: in dimension {dim} the local size {local} at origin {start} "
+                f"passes the global size {size}"
+            )
+    if math.prod(whole) >= 1 << 63:
+        raise ValueError(f"shard.global_shape = {whole} has 2^63 elements or more")
+    return Shard(whole, origin)
