@@ -31,7 +31,8 @@ def _each_sample(
     outputs = []
     for i in range(info.batch_size):
         picked = [
-            a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)
+            a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a
+            for a, dim in zip(args, in_dims, strict=True)
         ]
         outputs.append(function(*picked))
     if isinstance(outputs[0], Tensor):
@@ -53,14 +54,14 @@ class Fused(torch.autograd.Function):
         residual: Tensor | None,
         seed: Tensor | None,
         p: Tensor | None,
-        *packed: Any,
+        packed: ops.Packed,
     ) -> Tensor:
         out: Tensor = _forward(x, bias, layer_scale, residual, seed, p, *packed)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, bias, layer_scale, _, seed, p, *packed = inputs
+        x, bias, layer_scale, _, seed, p, packed = inputs
         ctx.packed = packed
         ctx.dtypes = tuple(
             t.dtype if t is not None and needed else None
@@ -76,12 +77,14 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dx = dbias = dlayer_scale = None
         if any(dtype is not None for dtype in ctx.dtypes):
-            dx, dbias, dlayer_scale = FusedBackward.apply(
-                grad, *ctx.saved_tensors, *ctx.packed, *ctx.dtypes
-            )
+            # Dynamo cannot trace one autograd function inside the backward of another, and what it
+            # compiles has no second derivative anyway.
+            compiling = torch.compiler.is_compiling()
+            call = FusedBackward.forward if compiling else FusedBackward.apply
+            dx, dbias, dlayer_scale = call(grad, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
         # The residual is added as it is, so its gradient is the incoming one, unread.
         dresidual = grad if ctx.needs_input_grad[3] else None
-        return dx, dbias, dlayer_scale, dresidual, None, None, *(None,) * len(ctx.packed)
+        return dx, dbias, dlayer_scale, dresidual, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -99,28 +102,28 @@ class FusedBackward(torch.autograd.Function):
         layer_scale: Tensor | None,
         seed: Tensor | None,
         p: Tensor | None,
-        *packed: Any,
+        packed: ops.Packed,
+        dtypes: tuple[torch.dtype | None, ...],
     ) -> tuple[Tensor | None, ...]:
-        results = _backward(grad, x, bias, layer_scale, seed, p, *packed)
+        results = _backward(grad, x, bias, layer_scale, seed, p, *packed, *dtypes)
         return tuple(
             None if dtype is None else result
-            for result, dtype in zip(results, packed[-3:], strict=True)
+            for result, dtype in zip(results, dtypes, strict=True)
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.packed = inputs[6:]
+        *tensors, ctx.packed, ctx.dtypes = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         grad, x, bias, layer_scale, seed, p = ctx.saved_tensors
-        *values, _backend, _, _, _ = ctx.packed
-        options = ops.unpack(*values)
+        options = ops.unpack(*ctx.packed[:-1])
         drop = composition.multiplier(tuple(grad.shape), seed, p, options)
         given = {"grad": grad, "x": x, "bias": bias, "layer_scale": layer_scale}
         names = [name for name, tensor in given.items() if tensor is not None]
-        needs = tuple(dtype is not None for dtype in ctx.packed[-3:])
+        needs = tuple(dtype is not None for dtype in ctx.dtypes)
 
         def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
             wide = composition.compute(*tensors)
@@ -137,7 +140,7 @@ class FusedBackward(torch.autograd.Function):
             for o, c in zip(outputs, wanted, strict=True)
         )
         found = dict(zip(names, pull_back(filled), strict=True))
-        return tuple(found.get(name) for name in given) + (None,) * (2 + len(ctx.packed))
+        return tuple(found.get(name) for name in given) + (None,) * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

@@ -40,7 +40,7 @@ def _fused(
     drops = p_tensor is not None or options.p > 0 or options.drop_path > 0
     drawn = seed_for(x.device, seed) if drops else None
     packed = ops.pack(options, backends.choose(x.device))
-    out: Tensor = Fused.apply(x, bias, layer_scale, residual, drawn, p_tensor, *packed)
+    out: Tensor = Fused.apply(x, bias, layer_scale, residual, drawn, p_tensor, packed)
     return out
 
 
@@ -84,7 +84,7 @@ def dropout(
         TypeError: x of another dtype, p or seed of another type.
 
     >>> dropout(torch.ones(8), 0.5, seed=1)
-    tensor([2., 0., 0., 2., 0., 0., 0., 2.])
+    tensor([2., 0., 2., 0., 2., 0., 2., 2.])
     >>> dropout(torch.ones(2, 4), 0.5, noise_shape=(2, 1), seed=3)
     tensor([[2., 2., 2., 2.],
             [0., 0., 0., 0.]])
@@ -135,9 +135,9 @@ def activation_dropout(
         ValueError, TypeError: as :func:`dropout`; a bias of another shape, an unknown activation,
             an odd last size for a gated one.
 
-    >>> x = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    >>> x = torch.tensor([-1.0, 1.0, 2.0, 3.0])
     >>> activation_dropout(x, 0.5, activation="relu", seed=1)
-    tensor([0., 0., 0., 4.])
+    tensor([0., 0., 4., 0.])
     """
     spec.check_input(x)
     spec.check_probability(p, tensor_allowed=True)
@@ -191,7 +191,7 @@ def dropout_add(
         ValueError, TypeError: as :func:`activation_dropout`; a residual of another shape or device.
 
     >>> dropout_add(torch.ones(4), torch.full((4,), 10.0), 0.5, seed=1)
-    tensor([12., 10., 10., 12.])
+    tensor([12., 10., 12., 10.])
     """
     spec.check_input(x)
     spec.check_input(residual, "residual")
@@ -242,7 +242,7 @@ def keep_mask(
             constant over all but the first dimension.
 
     >>> keep_mask(1, (8,), 0.5)
-    tensor([ True, False, False,  True, False, False, False,  True])
+    tensor([ True, False,  True, False,  True, False,  True,  True])
     """
     spec.check_probability(p, tensor_allowed=True)
     if isinstance(seed, Tensor) or device is not None:

@@ -137,12 +137,14 @@ def new_seed(
     >>> new_seed("cpu").shape
     torch.Size([2])
     """
-    if generator is None:
-        drawn: Tensor = torch.ops.tridrop.new_seed(torch.device(device))
+    if generator is None and torch.compiler.is_compiling():
+        # Inductor's randint has a generator of its own; an opaque operator draws as eager code
+        # does. It takes an empty tensor, which the compiler never merges with another: equal calls
+        # of an operator without arguments would become one draw.
+        place = torch.empty(2, dtype=torch.int64, device=device)
+        drawn: Tensor = torch.ops.tridrop.new_seed(place)
         return drawn
-    return torch.randint(
-        0, (1 << 63) - 1, (2,), dtype=torch.int64, device=device, generator=generator
-    )
+    return torch.randint((1 << 63) - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
 def fold_in(seed: int | Tensor, stream: int | Tensor) -> Tensor:

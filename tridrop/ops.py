@@ -26,7 +26,7 @@ _OPTIONS = (
     "SymInt[] global_shape, SymInt[] origin, str backend"
 )
 _library.define(
-    "new_seed(Device device) -> Tensor",
+    "new_seed(Tensor place) -> Tensor",
     # torch.compile must neither drop, merge nor recompute a draw.
     tags=(torch.Tag.nondeterministic_seeded,),
 )
@@ -87,14 +87,14 @@ def _rate(p_tensor: Tensor | None, options: Options) -> tuple[Tensor | None, Opt
 # ------------------------------------------------------------------------------------- new_seed
 
 
-def _new_seed(device: torch.device) -> Tensor:
-    return torch.randint(0, (1 << 63) - 1, (2,), dtype=torch.int64, device=device)
+def _new_seed(place: Tensor) -> Tensor:
+    return torch.randint_like(place, (1 << 63) - 1)
 
 
 _warned_of_recomputation = False
 
 
-def _new_seed_fake(device: torch.device) -> Tensor:
+def _new_seed_fake(place: Tensor) -> Tensor:
     global _warned_of_recomputation
     from torch._functorch import config
 
@@ -108,11 +108,9 @@ def _new_seed_fake(device: torch.device) -> Tensor:
             "Pass explicit seeds, for instance with tridrop.rng(tridrop.new_seed(device)).",
             stacklevel=2,
         )
-    return torch.empty(2, dtype=torch.int64, device=device)
+    return torch.empty_like(place)
 
 
-_library.impl("new_seed", _new_seed, "BackendSelect")
-torch.library.register_fake("tridrop::new_seed", _new_seed_fake, lib=_library)
 
 
 # -------------------------------------------------------------------------------------- forward
@@ -216,6 +214,7 @@ def _keep_mask_fake(seed: Tensor, shape: Sequence[int], *_: object) -> Tensor:
 
 
 for _name, _function, _fake in (
+    ("new_seed", _new_seed, _new_seed_fake),
     ("forward", _forward, _forward_fake),
     ("backward", _backward, _backward_fake),
     ("keep_mask", _keep_mask, _keep_mask_fake),

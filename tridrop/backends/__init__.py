@@ -86,7 +86,7 @@ def backend(name: str) -> Iterator[None]:
     >>> import tridrop
     >>> with tridrop.backend("reference"):
     ...     tridrop.dropout(torch.ones(4), 0.5, seed=1)
-    tensor([2., 0., 0., 2.])
+    tensor([2., 0., 2., 0.])
     """
     _check_name(name, "tridrop.backend(...)")
     before = _state.explicit

@@ -1,0 +1,163 @@
+"""The options of the demo: their defaults, and every check on their values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# The sizes are chosen so that on two CPU cores the default run shows the turning point of the run
+# without dropout in about three and a half minutes, and the quick one is over within one.
+DEFAULTS: dict[str, Any] = {
+    "steps": 600,
+    "layers": 4,
+    "dim": 128,
+    "heads": 4,
+    "context": 128,
+    "batch": 8,
+    "p": 0.2,
+    "attention_p": 0.0,
+    "lr": 1e-3,
+    "seed": 0,
+    "train_bytes": 32_768,
+    "valid_bytes": 16_384,
+    "eval_every": 25,
+}
+QUICK: dict[str, Any] = {
+    "steps": 200,
+    "layers": 2,
+    "train_bytes": 8_192,
+    "valid_bytes": 8_192,
+}
+
+
+class DemoError(Exception):
+    """The demo cannot run as it was asked to; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of one run, checked."""
+
+    text: Path | None
+    device: str
+    backend: str
+    steps: int
+    layers: int
+    dim: int
+    heads: int
+    context: int
+    batch: int
+    p: float
+    attention_p: float
+    lr: float
+    seed: int
+    train_bytes: int
+    valid_bytes: int
+    eval_every: int
+    out: Path
+    quick: bool
+
+    def __post_init__(self) -> None:
+        """Raises DemoError where options do not fit each other."""
+        if self.dim % self.heads:
+            raise DemoError(f"--heads {self.heads} does not divide --dim {self.dim}")
+        for name, size in (
+            ("--train-bytes", self.train_bytes),
+            ("--valid-bytes", self.valid_bytes),
+        ):
+            if size <= self.context:
+                raise DemoError(
+                    f"{name} {size} holds no window of --context {self.context} bytes and the "
+                    "byte after it"
+                )
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        values = asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def resolve(args: argparse.Namespace) -> Options:
+    """The options that ``args`` asks for: what was given, then quick's values, then the defaults.
+
+    Raises DemoError where they do not fit each other.
+    """
+    values = DEFAULTS | (QUICK if args.quick else {})
+    for name in DEFAULTS:
+        given = getattr(args, name)
+        if given is not None:
+            values[name] = given
+    return Options(
+        text=args.text,
+        device=args.device,
+        backend=args.backend,
+        out=args.out,
+        quick=args.quick,
+        **values,
+    )
+
+
+def _checked(
+    kind: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str
+) -> Callable[[str], Any]:
+    """A type for argparse: ``kind(text)`` if ``accept`` it, else an error that names ``wanted``."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+_count = _checked(int, lambda n: n > 0, "a positive integer")
+_seed = _checked(int, lambda n: 0 <= n < 1 << 63, "an integer in [0, 2^63)")
+_rate = _checked(float, lambda x: 0 <= x < 1, "a probability in [0, 1)")
+_positive = _checked(float, lambda x: x > 0 and math.isfinite(x), "a positive number")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the demo's options to ``parser``."""
+
+    def add(name: str, kind: Callable[[str], Any], text: str) -> None:
+        # The parser's own default stays None, so that --quick can tell what was asked for.
+        key = name.replace("-", "_")
+        quick = f", quick {QUICK[key]}" if key in QUICK else ""
+        parser.add_argument(
+            f"--{name}", type=kind, metavar="N", help=f"{text} (default {DEFAULTS[key]}{quick})"
+        )
+
+    parser.add_argument("--quick", action="store_true", help="a small run, within a minute")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="learn this file (default: Python's own help)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-results"), metavar="DIR", help="(default %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="a torch device (default auto: cuda where there is one)"
+    )
+    parser.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "reference"), help="of tridrop"
+    )
+    add("steps", _count, "training steps of each run")
+    add("eval-every", _count, "steps between two evaluations")
+    add("train-bytes", _count, "training slice, from the start of the text")
+    add("valid-bytes", _count, "validation slice, from its end")
+    add("p", _rate, "dropout of the embeddings and of both branches of a block")
+    add("attention-p", _rate, "dropout of the attention probabilities")
+    add("layers", _count, "transformer blocks")
+    add("dim", _count, "width of the residual stream")
+    add("heads", _count, "attention heads")
+    add("context", _count, "bytes that the model sees at a time")
+    add("batch", _count, "windows in a step")
+    add("lr", _positive, "learning rate of AdamW")
+    add("seed", _seed, "of the weights, the order of the data and the masks")

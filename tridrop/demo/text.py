@@ -1,0 +1,57 @@
+"""The text that the demo learns, as bytes, and its split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .options import DemoError
+
+DEFAULT_NAME = "pydoc_data.topics"
+
+
+def reference_text() -> bytes:
+    """The reference pages that CPython carries for ``help()``, each paragraph once.
+
+    Some pages quote whole sections of others. A repeated paragraph could lie on both sides of the
+    split, and a model that knows it by heart would look as if it had learnt the language.
+
+    Raises DemoError where the installation of Python lacks the pages.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DemoError(
+            "this Python comes without pydoc_data.topics, the default text: give --text FILE"
+        ) from error
+    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+    return "\n\n".join(dict.fromkeys(paragraphs)).encode()
+
+
+def load(path: Path | None) -> tuple[str, bytes]:
+    """(name, bytes) of the file at ``path``, or of the default text where it is None.
+
+    Raises DemoError where the file cannot be read.
+    """
+    if path is None:
+        return DEFAULT_NAME, reference_text()
+    try:
+        return path.name, path.read_bytes()
+    except OSError as error:
+        raise DemoError(f"--text {path}: {error.strerror or error}") from error
+
+
+def split(text: bytes, train_bytes: int, valid_bytes: int) -> tuple[Tensor, Tensor]:
+    """The first ``train_bytes`` of the text and its last ``valid_bytes``, as int64 vectors.
+
+    Raises DemoError where the text is too short for the two to be disjoint.
+    """
+    if train_bytes + valid_bytes > len(text):
+        raise DemoError(
+            f"the text has {len(text):,} bytes, fewer than --train-bytes {train_bytes:,} and "
+            f"--valid-bytes {valid_bytes:,} together: lower them or give a longer text"
+        )
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    return tokens[:train_bytes], tokens[len(text) - valid_bytes :]

@@ -1,0 +1,245 @@
+"""The runs: trained side by side, step by step, from one start and on one order of the data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .model import GPT, loss_of
+from .options import Options
+
+WARM_UP = 20  # steps over which the learning rate rises; steps before it are not timed either
+
+
+class Diverged(RuntimeError):
+    """A loss is no longer finite; the message says at which step."""
+
+
+class Watcher(Protocol):
+    """What is told of the progress."""
+
+    def stepped(self, run: Run, step: int, loss: float) -> None:
+        """``run`` has taken its step number ``step``."""
+
+    def evaluated(self, record: Record) -> None:
+        """Every run has been evaluated once more."""
+
+
+class Run:
+    """One training: a model, its optimiser, and a state of torch's generators of its own.
+
+    With a state of its own a run draws what it would draw alone, whatever is trained beside it.
+    """
+
+    def __init__(self, name: str, label: str, model: GPT, options: Options, seed: int) -> None:
+        self.name = name
+        self.label = label
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            # No weight decay: dropout is the only regulariser.
+            model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / WARM_UP)
+        )
+        self.seconds: list[float] = []
+        self.saved_bytes = 0
+        self.peak_bytes: int | None = None
+        with _generators_restored(self.device):
+            torch.manual_seed(seed)
+            self._generators = _generators(self.device)
+
+    @contextmanager
+    def _own_generators(self) -> Iterator[None]:
+        with _generators_restored(self.device):
+            _set_generators(self.device, self._generators)
+            yield
+            self._generators = _generators(self.device)
+
+    def step(self, tokens: Tensor) -> float:
+        """Train on windows [batch, context + 1]; return the loss, with dropout, before the step."""
+        with self._own_generators():
+            self.model.train()
+            _wait(self.device)
+            start = time.perf_counter()
+            loss = loss_of(self.model, tokens)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            _wait(self.device)
+            self.seconds.append(time.perf_counter() - start)
+            self.schedule.step()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def evaluate(self, windows: Tensor, batch: int) -> float:
+        """The mean loss over windows [n, context + 1], without dropout."""
+        self.model.eval()
+        total = sum(float(loss_of(self.model, w)) * len(w) for w in windows.split(batch))
+        return total / len(windows)
+
+    def measure(self, tokens: Tensor) -> None:
+        """Set ``saved_bytes`` and ``peak_bytes`` from one step's forward and backward.
+
+        Neither the weights nor the generators change. It also compiles whatever is compiled at
+        the first call, so that no timed step does.
+        """
+        generators = self._generators
+        with self._own_generators():
+            self.model.train()
+            self.saved_bytes = saved_for_backward(self.model, tokens)
+        self._generators = generators
+        if self.device.type != "cuda":
+            return
+        with self._own_generators():
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            loss_of(self.model, tokens).backward()
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - before
+            self.model.zero_grad(set_to_none=True)
+        self._generators = generators
+
+
+def saved_for_backward(model: GPT, tokens: Tensor) -> int:
+    """The bytes that one step saves for backward: each storage once, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: list[Tensor] = []  # alive until counted, so that no two have the same address
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(model, tokens).backward()
+    model.zero_grad(set_to_none=True)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    return sum(size for address, size in storages.items() if address not in parameters)
+
+
+def make_runs(options: Options, device: torch.device) -> list[Run]:
+    """The runs, all with the weights of the first.
+
+    The second eager run differs from the first in the seed of its masks alone. It is the control:
+    what lies between the two is noise, of the losses and of the timings.
+    """
+    with _generators_restored(device):
+        torch.manual_seed(options.seed)
+        start = GPT(options, fused=False, drops=False)
+    runs = []
+    for i, (name, label, fused) in enumerate(
+        (
+            ("none", "no dropout", False),
+            ("eager", "eager dropout", False),
+            ("eager_again", "eager dropout, other masks", False),
+            ("tridrop", "tridrop", True),
+        )
+    ):
+        model = GPT(options, fused=fused, drops=name != "none")
+        model.load_state_dict(start.state_dict())
+        runs.append(Run(name, label, model.to(device), options, seed=options.seed + i))
+    return runs
+
+
+@dataclass
+class Record:
+    """What has been measured so far: ``train[name][i]`` is the loss of a run at ``steps[i]``."""
+
+    steps: list[int] = field(default_factory=list)
+    train: dict[str, list[float]] = field(default_factory=dict)
+    valid: dict[str, list[float]] = field(default_factory=dict)
+
+
+def windows_of(tokens: Tensor, context: int, limit: int | None = None) -> Tensor:
+    """Windows [n, context + 1] that cover the slice end to end, or ``limit`` of them evenly."""
+    windows = tokens.unfold(0, context + 1, context)
+    if limit is not None and limit < len(windows):
+        windows = windows[torch.linspace(0, len(windows) - 1, limit).long()]
+    return windows
+
+
+def batches(tokens: Tensor, options: Options) -> Iterator[Tensor]:
+    """Windows [batch, context + 1] at random places, for ever; the same for the same seed."""
+    generator = torch.Generator().manual_seed(options.seed)
+    windows = tokens.unfold(0, options.context + 1, 1)
+    while True:
+        yield windows[torch.randint(len(windows), (options.batch,), generator=generator)]
+
+
+def train(
+    runs: list[Run],
+    train_tokens: Tensor,
+    valid_tokens: Tensor,
+    options: Options,
+    record: Record,
+    watcher: Watcher,
+) -> None:
+    """Train all runs for ``options.steps`` steps and enter what is measured into ``record``.
+
+    The record grows by whole evaluations, so it is consistent whenever an interrupt comes.
+
+    Raises Diverged where a loss is no longer finite.
+    """
+    device = runs[0].device
+    valid = windows_of(valid_tokens, options.context).to(device)
+    seen = windows_of(train_tokens, options.context, limit=len(valid)).to(device)
+    data = batches(train_tokens, options)
+    first = next(data).to(device)
+    for run in runs:
+        run.measure(first)
+
+    def evaluate(step: int) -> None:
+        found = {
+            run.name: (run.evaluate(seen, options.batch), run.evaluate(valid, options.batch))
+            for run in runs
+        }
+        if not all(math.isfinite(loss) for losses in found.values() for loss in losses):
+            raise Diverged(f"a loss is no longer finite at step {step}: lower --lr")
+        record.steps.append(step)
+        for name, (train_loss, valid_loss) in found.items():
+            record.train.setdefault(name, []).append(train_loss)
+            record.valid.setdefault(name, []).append(valid_loss)
+        watcher.evaluated(record)
+
+    evaluate(0)
+    for step in range(1, options.steps + 1):
+        tokens = first if step == 1 else next(data).to(device)
+        # A load that comes and goes meets every run alike, and none always comes first.
+        turn = step % len(runs)
+        for run in runs[turn:] + runs[:turn]:
+            watcher.stepped(run, step, run.step(tokens))
+        if step % options.eval_every == 0 or step == options.steps:
+            evaluate(step)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators: the CPU's and, on CUDA, the device's."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_generators(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def _generators_restored(device: torch.device) -> Iterator[None]:
+    states = _generators(device)
+    try:
+        yield
+    finally:
+        _set_generators(device, states)
