@@ -8,7 +8,7 @@ from . import nn
 from .backends import backend
 from .functional import activation_dropout, dropout, dropout_add, keep_mask
 from .mask import Shard, fold_in, new_seed
-from .rng import rng
+from .seeds import rng
 
 __version__ = "0.1.0"
 

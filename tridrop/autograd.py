@@ -107,8 +107,7 @@ class FusedBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         results = _backward(grad, x, bias, layer_scale, seed, p, *packed, *dtypes)
         return tuple(
-            None if dtype is None else result
-            for result, dtype in zip(results, dtypes, strict=True)
+            None if dtype is None else result for result, dtype in zip(results, dtypes, strict=True)
         )
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends, ops, spec
 from .autograd import Fused
 from .mask import Shard, as_seed
-from .rng import seed_for
+from .seeds import seed_for
 from .spec import Options
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]

@@ -111,8 +111,6 @@ def _new_seed_fake(place: Tensor) -> Tensor:
     return torch.empty_like(place)
 
 
-
-
 # -------------------------------------------------------------------------------------- forward
 
 

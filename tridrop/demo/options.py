@@ -140,7 +140,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", help="learn this file (default: Python's own help)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-results"), metavar="DIR", help="(default %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("demo-results"),
+        metavar="DIR",
+        help="(default %(default)s)",
     )
     parser.add_argument(
         "--device", default="auto", help="a torch device (default auto: cuda where there is one)"

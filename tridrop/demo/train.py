@@ -45,7 +45,10 @@ class Run:
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(
             # No weight decay: dropout is the only regulariser.
-            model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0
+            model.parameters(),
+            lr=options.lr,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / WARM_UP)

@@ -1,6 +1,6 @@
 """Modules with torch.nn's names, arguments and state_dict keys."""
 
-from ..rng import number_sites
+from ..seeds import number_sites
 from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .transformer import TransformerBlock
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import rng
+from .. import seeds
 from ..spec import check_activation, check_probability
 
 
@@ -22,9 +22,9 @@ class _Site(nn.Module):
 
     def _seed(self, x: Tensor) -> Tensor | None:
         """This site's seed under an active tridrop.rng; None leaves the choice to the call."""
-        if not self.training or not rng.active():
+        if not self.training or not seeds.active():
             return None
-        return rng.seed_for(x.device, None, self.site)
+        return seeds.seed_for(x.device, None, self.site)
 
 
 class Dropout(_Site):

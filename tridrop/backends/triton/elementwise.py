@@ -33,9 +33,8 @@ MAX_GRID_Y = tl.constexpr(65535)
 # Operands of both kernels; None where absent. `rate` is the (threshold, scale) pair on the device.
 Operands = namedtuple("Operands", "x bias layer_scale residual seed rate")
 # Sizes, and the strides between rows of x and of the second matrix that is read (the residual in
-# forward, the gradient in backward). Columns always have stride 1. `strip` is the number of row
-# blocks that one program of the backward goes through.
-Shape = namedtuple("Shape", "rows cols x_stride other_stride strip")
+# forward, the gradient in backward). Columns always have stride 1.
+Shape = namedtuple("Shape", "rows cols x_stride other_stride")
 # Where the tile lies in the contract's coordinates: mask.Coordinates.leading for elements and for
 # drop_path, the first column's group, and how far into that group the first column is.
 Origin = namedtuple("Origin", "leading path_leading group shift")
@@ -139,11 +138,12 @@ def _keep(
 def forward_kernel(
     out, operands, shape, origin,
     threshold: tl.int64, scale: tl.float32, path_threshold: tl.int64, path_scale: tl.float32,
-    FUNCTIONS: tl.constexpr, GATED: tl.constexpr, MASK: tl.constexpr, PATH: tl.constexpr,
+    FUNCTIONS: tl.constexpr, MASK: tl.constexpr, PATH: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """out = residual + drop_path(layer_scale * dropout(f(x + bias)))"""
     FUNCTION: tl.constexpr = FUNCTIONS[0]
+    GATED: tl.constexpr = FUNCTIONS[2]
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col, group = _columns(shape, origin, BLOCK_COLS)
     inside = _in_bounds(row, col, shape, WHOLE)
@@ -189,15 +189,16 @@ def _only(inside, tile):
 def backward_kernel(
     grad, gradients, operands, shape, origin,
     threshold: tl.int64, scale: tl.float32, path_threshold: tl.int64, path_scale: tl.float32,
-    FUNCTIONS: tl.constexpr, GATED: tl.constexpr, MASK: tl.constexpr, PATH: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    FUNCTIONS: tl.constexpr, MASK: tl.constexpr, PATH: tl.constexpr,
+    WHOLE: tl.constexpr, STRIP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a strip of row blocks, and the strip's sums for bias and layer_scale.
+    """Gradients of a strip of STRIP row blocks, and the strip's sums for bias and layer_scale.
 
     dx = grad * layer_scale * f'(u) * keep * scale;     dbias = sum over rows of dx
     dlayer_scale = sum over rows of grad * f(u) * keep * scale
     """
     FUNCTION: tl.constexpr = FUNCTIONS[0]
+    GATED: tl.constexpr = FUNCTIONS[2]
     FUNCTION_GRAD: tl.constexpr = FUNCTIONS[1]
     WIDTH: tl.constexpr = 2 if GATED else 1
     col, group = _columns(shape, origin, BLOCK_COLS)
@@ -206,8 +207,8 @@ def backward_kernel(
     bias_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     gate_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     scale_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
-    for block in range(shape.strip):
-        first = (tl.program_id(0).to(tl.int64) * shape.strip + block) * BLOCK_ROWS
+    for block in range(STRIP):
+        first = (tl.program_id(0).to(tl.int64) * STRIP + block) * BLOCK_ROWS
         row = first + tl.arange(0, BLOCK_ROWS)
         inside = _in_bounds(row, col, shape, WHOLE)
         dvalue = _load_matrix(grad, shape.other_stride, row, col, inside)

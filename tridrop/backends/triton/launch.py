@@ -96,7 +96,7 @@ class _Plan:
         )
 
     def sizes(self, x_stride: int, other_stride: int) -> Shape:
-        return Shape(self.where.rows, self.where.cols, x_stride, other_stride, self.strip)
+        return Shape(self.where.rows, self.where.cols, x_stride, other_stride)
 
     @property
     def whole(self) -> bool:
@@ -163,8 +163,7 @@ def forward(
         plan.sizes(x.stride(0), 0 if other is None else other.stride(0)),
         plan.origin,
         *rule.arguments,
-        FUNCTIONS=FUNCTIONS[options.function],
-        GATED=options.gated,
+        FUNCTIONS=(*FUNCTIONS[options.function], options.gated),
         MASK=rule.MASK,
         PATH=rule.PATH,
         WHOLE=plan.whole,
@@ -216,11 +215,11 @@ def backward(
         plan.sizes(0 if matrix is None else matrix.stride(0), grad.stride(0)),
         plan.origin,
         *rule.arguments,
-        FUNCTIONS=FUNCTIONS[options.function],
-        GATED=options.gated,
+        FUNCTIONS=(*FUNCTIONS[options.function], options.gated),
         MASK=rule.MASK,
         PATH=rule.PATH,
         WHOLE=plan.whole,
+        STRIP=plan.strip,
         BLOCK_ROWS=plan.tile.rows,
         BLOCK_COLS=plan.tile.cols,
         num_warps=plan.tile.num_warps,
