@@ -54,12 +54,11 @@ def _to_float(x):
 
 
 @triton.jit
-def _columns(shape, origin, BLOCK_COLS: tl.constexpr):
+def _columns(cols, origin, BLOCK_COLS: tl.constexpr):
     """Local columns of this program, [BLOCK_COLS], and the column groups of its masks."""
     block = tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y
     # 64 bits only where the row length needs them: Triton types cols by its value.
-    cols = tl.zeros([], tl.int32) + shape.cols
-    start = block.to(cols.dtype) * BLOCK_COLS
+    start = block.to((tl.zeros([], tl.int32) + cols).dtype) * BLOCK_COLS
     # A shard may begin inside a group: tiles begin where groups do, so some columns lie outside.
     col = start - origin.shift + tl.arange(0, BLOCK_COLS)
     group = origin.group + (start // LANES).to(tl.int64) + tl.arange(0, BLOCK_COLS // LANES)
@@ -67,39 +66,42 @@ def _columns(shape, origin, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
-def _in_bounds(row, col, shape, WHOLE: tl.constexpr):
-    if WHOLE:  # the blocks divide the matrix
-        return None
+def _known(n, VECTOR: tl.constexpr):
+    """``n``, a multiple of VECTOR, so said that the compiler knows it: it asks for 16-byte loads."""
+    return n // VECTOR * VECTOR
+
+
+@triton.jit
+def _in_bounds(row, col, rows, cols, WHOLE: tl.constexpr):
+    if WHOLE:  # the blocks divide the matrix: the compiler drops the constant
+        return tl.full([row.shape[0], col.shape[0]], 1, tl.int1)
     else:
-        return (row < shape.rows)[:, None] & ((col >= 0) & (col < shape.cols))[None, :]
+        return (row < rows)[:, None] & ((col >= 0) & (col < cols))[None, :]
 
 
 @triton.jit
 def _load_matrix(pointer, stride, row, col, inside):
     offsets = row[:, None] * stride + col[None, :]
-    if inside is None:
-        return _to_float(tl.load(pointer + offsets))
-    else:
-        return _to_float(tl.load(pointer + offsets, mask=inside, other=0.0))
+    return _to_float(tl.load(pointer + offsets, mask=inside, other=0.0))
 
 
 @triton.jit
-def _load_vector(pointer, col, shape):
-    inside = (col >= 0) & (col < shape.cols)
+def _load_vector(pointer, col, cols):
+    inside = (col >= 0) & (col < cols)
     return _to_float(tl.load(pointer + col, mask=inside, other=0.0))[None, :]
 
 
 @triton.jit
-def _load_input(operands, shape, row, col, inside, GATED: tl.constexpr):
+def _load_input(operands, stride, cols, row, col, inside, GATED: tl.constexpr):
     """u = x + bias: (first half, second half); one tile twice where there are no halves."""
-    u = _load_matrix(operands.x, shape.x_stride, row, col, inside)
+    u = _load_matrix(operands.x, stride, row, col, inside)
     if operands.bias is not None:
-        u += _load_vector(operands.bias, col, shape)
+        u += _load_vector(operands.bias, col, cols)
     gate = u
     if GATED:
-        gate = _load_matrix(operands.x + shape.cols, shape.x_stride, row, col, inside)
+        gate = _load_matrix(operands.x + cols, stride, row, col, inside)
         if operands.bias is not None:
-            gate += _load_vector(operands.bias + shape.cols, col, shape)
+            gate += _load_vector(operands.bias + cols, col, cols)
     return u, gate
 
 
@@ -138,22 +140,27 @@ def _keep(
 def forward_kernel(
     out, operands, shape, origin,
     threshold: tl.int64, scale: tl.float32, path_threshold: tl.int64, path_scale: tl.float32,
-    FUNCTIONS: tl.constexpr, MASK: tl.constexpr, PATH: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    FUNCTIONS: tl.constexpr, MASKS: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """out = residual + drop_path(layer_scale * dropout(f(x + bias)))"""
     FUNCTION: tl.constexpr = FUNCTIONS[0]
     GATED: tl.constexpr = FUNCTIONS[2]
+    MASK: tl.constexpr = MASKS[0]
+    PATH: tl.constexpr = MASKS[1]
+    cols = _known(shape.cols, VECTOR)
+    x_stride = _known(shape.x_stride, VECTOR)
+    other_stride = _known(shape.other_stride, VECTOR)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col, group = _columns(shape, origin, BLOCK_COLS)
-    inside = _in_bounds(row, col, shape, WHOLE)
+    col, group = _columns(cols, origin, BLOCK_COLS)
+    inside = _in_bounds(row, col, shape.rows, cols, WHOLE)
 
-    u, gate = _load_input(operands, shape, row, col, inside, GATED)
+    u, gate = _load_input(operands, x_stride, cols, row, col, inside, GATED)
     value = FUNCTION(u)
     if GATED:
         value = value * gate
     if operands.layer_scale is not None:
-        value = value * _load_vector(operands.layer_scale, col, shape)
+        value = value * _load_vector(operands.layer_scale, col, cols)
     if MASK != NO_MASK or PATH:
         rule = _load_rule(operands, threshold, scale, path_scale, MASK, PATH)
         table: tl.constexpr = operands.rate is not None
@@ -162,35 +169,26 @@ def forward_kernel(
         # fuse with the sum.
         value = tl.where(keep, value, 0.0) * rule[2]
     if operands.residual is not None:
-        value += _load_matrix(operands.residual, shape.other_stride, row, col, inside)
+        value += _load_matrix(operands.residual, other_stride, row, col, inside)
 
-    offsets = row[:, None] * shape.cols + col[None, :]
+    offsets = row[:, None] * cols + col[None, :]
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _store_sum(pointer, total, col, shape, width):
+def _store_sum(pointer, total, col, cols, width):
     """A strip's sum over rows, as row `strip` of the partial sums [strips, width]."""
-    inside = (col >= 0) & (col < shape.cols)
+    inside = (col >= 0) & (col < cols)
     offsets = tl.program_id(0).to(tl.int64) * width + col
     tl.store(pointer + offsets, tl.sum(total, axis=0), mask=inside)
-
-
-@triton.jit
-def _only(inside, tile):
-    """Zero outside the matrix, where 0 * f'(bias) may be NaN."""
-    if inside is None:
-        return tile
-    else:
-        return tl.where(inside, tile, 0.0)
 
 
 @triton.jit(do_not_specialize=["threshold", "path_threshold"])
 def backward_kernel(
     grad, gradients, operands, shape, origin,
     threshold: tl.int64, scale: tl.float32, path_threshold: tl.int64, path_scale: tl.float32,
-    FUNCTIONS: tl.constexpr, MASK: tl.constexpr, PATH: tl.constexpr,
-    WHOLE: tl.constexpr, STRIP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    FUNCTIONS: tl.constexpr, MASKS: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr,
+    STRIP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a strip of STRIP row blocks, and the strip's sums for bias and layer_scale.
 
@@ -199,9 +197,14 @@ def backward_kernel(
     """
     FUNCTION: tl.constexpr = FUNCTIONS[0]
     GATED: tl.constexpr = FUNCTIONS[2]
+    MASK: tl.constexpr = MASKS[0]
+    PATH: tl.constexpr = MASKS[1]
+    cols = _known(shape.cols, VECTOR)
+    x_stride = _known(shape.x_stride, VECTOR)
+    other_stride = _known(shape.other_stride, VECTOR)
     FUNCTION_GRAD: tl.constexpr = FUNCTIONS[1]
     WIDTH: tl.constexpr = 2 if GATED else 1
-    col, group = _columns(shape, origin, BLOCK_COLS)
+    col, group = _columns(cols, origin, BLOCK_COLS)
     if MASK != NO_MASK or PATH:
         rule = _load_rule(operands, threshold, scale, path_scale, MASK, PATH)
     bias_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
@@ -210,8 +213,8 @@ def backward_kernel(
     for block in range(STRIP):
         first = (tl.program_id(0).to(tl.int64) * STRIP + block) * BLOCK_ROWS
         row = first + tl.arange(0, BLOCK_ROWS)
-        inside = _in_bounds(row, col, shape, WHOLE)
-        dvalue = _load_matrix(grad, shape.other_stride, row, col, inside)
+        inside = _in_bounds(row, col, shape.rows, cols, WHOLE)
+        dvalue = _load_matrix(grad, other_stride, row, col, inside)
         keep = tl.full([BLOCK_ROWS, 1], 1, tl.int1)
         factor = 1.0
         if MASK != NO_MASK or PATH:
@@ -220,18 +223,18 @@ def backward_kernel(
             factor = rule[2]
 
         if operands.x is not None:
-            u, gate = _load_input(operands, shape, row, col, inside, GATED)
+            u, gate = _load_input(operands, x_stride, cols, row, col, inside, GATED)
             if gradients.layer_scale is not None:
                 value = FUNCTION(u)
                 if GATED:
                     value = value * gate
                 value = tl.where(keep, dvalue * value, 0.0) * factor
-                scale_sum += _only(inside, value)
+                scale_sum += tl.where(inside, value, 0.0)
         if operands.layer_scale is not None:
-            dvalue = dvalue * _load_vector(operands.layer_scale, col, shape)
+            dvalue = dvalue * _load_vector(operands.layer_scale, col, cols)
 
         # As in forward, the selection comes last: dropped is 0 whatever the input was.
-        offsets = row[:, None] * (shape.cols * WIDTH) + col[None, :]
+        offsets = row[:, None] * (cols * WIDTH) + col[None, :]
         dx = dvalue
         if operands.x is not None:
             dx = dvalue * FUNCTION_GRAD(u)
@@ -239,21 +242,22 @@ def backward_kernel(
                 dx = dx * gate
                 dgate = tl.where(keep, dvalue * FUNCTION(u), 0.0) * factor
                 if gradients.x is not None:
-                    at = gradients.x + offsets + shape.cols
+                    at = gradients.x + offsets + cols
                     tl.store(at, dgate.to(gradients.x.dtype.element_ty), mask=inside)
-                gate_sum += _only(inside, dgate)
+                gate_sum += tl.where(inside, dgate, 0.0)
         dx = tl.where(keep, dx, 0.0) * factor
         if gradients.x is not None:
             at = gradients.x + offsets
             tl.store(at, dx.to(gradients.x.dtype.element_ty), mask=inside)
-        bias_sum += _only(inside, dx)
+        # Outside the matrix dx may be NaN: 0 * f'(bias).
+        bias_sum += tl.where(inside, dx, 0.0)
 
     if gradients.bias is not None:
-        _store_sum(gradients.bias, bias_sum, col, shape, shape.cols * WIDTH)
+        _store_sum(gradients.bias, bias_sum, col, cols, cols * WIDTH)
         if GATED:
-            _store_sum(gradients.bias + shape.cols, gate_sum, col, shape, shape.cols * WIDTH)
+            _store_sum(gradients.bias + cols, gate_sum, col, cols, cols * WIDTH)
     if gradients.layer_scale is not None:
-        _store_sum(gradients.layer_scale, scale_sum, col, shape, shape.cols)
+        _store_sum(gradients.layer_scale, scale_sum, col, cols, cols)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -263,7 +267,7 @@ def keep_mask_kernel(
 ):  # fmt: skip
     """The mask itself, [rows, cols]: 1 where an element is kept."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col, group = _columns(shape, origin, BLOCK_COLS)
+    col, group = _columns(shape.cols, origin, BLOCK_COLS)
     threshold, _ = load_rate(operands.rate, threshold, 1.0)
     key = load_key(operands.seed)
     row_at = row_coordinates(row, origin.leading)
@@ -273,4 +277,4 @@ def keep_mask_kernel(
         keep = keep_rows(row_at, key, threshold, True, DOMAIN)[:, None]
         keep = keep & tl.full([BLOCK_ROWS, BLOCK_COLS], 1, tl.int1)
     offsets = row[:, None] * shape.cols + col[None, :]
-    tl.store(out + offsets, keep, mask=_in_bounds(row, col, shape, False))
+    tl.store(out + offsets, keep, mask=_in_bounds(row, col, shape.rows, shape.cols, False))

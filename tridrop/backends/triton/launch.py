@@ -6,6 +6,7 @@ every sum is the same on every GPU. The mask depends on none of them.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ from .elementwise import (
 # residual + dropout(x) takes 14.3 SASS instructions an element so, 16.7 with 16 elements a thread.
 TILE = 4096
 NUM_WARPS = 4
+# With the sums of a backward in registers too, 32 elements take up to 255 of them.
+REDUCTION_TILE = 2048
 # Row strips of a reduction, over all column blocks: enough programs for 132 processors with a few
 # resident blocks each, few enough that the partial sums stay small beside the data. Not a function
 # of the device: the order of the sum is the same everywhere.
@@ -47,9 +50,9 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(rows: int, cols: int) -> Tile:
+def tile(rows: int, cols: int, elements: int = TILE) -> Tile:
     """The tile for a matrix: wide where the row length allows it, without idle columns."""
-    widest = min(TILE, max(LANES, triton.next_power_of_2(cols)))
+    widest = min(elements, max(LANES, triton.next_power_of_2(cols)))
     narrowest = min(widest, 256)
     best = widest
     width = widest
@@ -57,7 +60,7 @@ def tile(rows: int, cols: int) -> Tile:
         width //= 2
         if -(-cols // width) * width < -(-cols // best) * best:
             best = width
-    return Tile(min(TILE // best, triton.next_power_of_2(max(1, rows))), best, NUM_WARPS)
+    return Tile(min(elements // best, triton.next_power_of_2(max(1, rows))), best, NUM_WARPS)
 
 
 def strip(row_blocks: int, col_blocks: int) -> int:
@@ -68,15 +71,15 @@ def strip(row_blocks: int, col_blocks: int) -> int:
 class _Plan:
     """What the three launchers share: sizes, coordinates, tile and grid of one call."""
 
-    def __init__(self, shape: tuple[int, ...], options: Options) -> None:
+    def __init__(self, shape: tuple[int, ...], options: Options, reduces: bool = False) -> None:
         self.where: Coordinates = coordinates(shape, options.shared, options.shard)
         rows, cols = self.where.rows, self.where.cols
         self.empty = rows * cols == 0
-        self.tile = tile(rows, cols)
+        self.tile = tile(rows, cols, REDUCTION_TILE if reduces else TILE)
         self.shift = 0 if self.where.col_shared else self.where.col_origin % LANES
         self.row_blocks = triton.cdiv(rows, self.tile.rows)
         self.col_blocks = triton.cdiv(cols + self.shift, self.tile.cols)
-        self.strip = 1
+        self.strip = strip(self.row_blocks, self.col_blocks) if reduces else 1
         path: tuple[tuple[int, int, int], ...] = ()
         if options.drop_path:
             path = coordinates(shape, tuple(range(1, len(shape))), options.shard).leading
@@ -118,6 +121,15 @@ def _matrix(x: Tensor, cols: int) -> Tensor:
     return matrix if matrix.stride(1) == 1 or cols == 1 else matrix.contiguous()
 
 
+def _vector_width(plan: _Plan, *matrices: Tensor | None) -> int:
+    """Consecutive elements, up to 8, that lie aligned in every row: what one load can take.
+
+    1 also where every size is a multiple of 16, which Triton sees by itself.
+    """
+    sizes = math.gcd(plan.where.cols, *(m.stride(0) for m in matrices if m is not None))
+    return 1 if sizes % 16 == 0 else math.gcd(LANES, sizes)
+
+
 def _vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
@@ -126,8 +138,7 @@ class _Rule(NamedTuple):
     """What the kernels are told about the masks."""
 
     arguments: tuple[int, float, int, float]  # threshold, scale, path_threshold, path_scale
-    MASK: int
-    PATH: bool
+    MASKS: tuple[int, bool]
     rate: Tensor | None
 
 
@@ -135,7 +146,7 @@ def _rule(plan: _Plan, options: Options, p: Tensor | None) -> _Rule:
     (elements, path), (scale, path_scale) = options.thresholds(), options.scales()
     use = plan.element_mask if p is not None or elements > 0 else int(mask.NO_MASK)
     rate = None if p is None else rate_table(p)
-    return _Rule((elements, scale, path, path_scale), use, path > 0, rate)
+    return _Rule((elements, scale, path, path_scale), (use, path > 0), rate)
 
 
 def forward(
@@ -164,9 +175,9 @@ def forward(
         plan.origin,
         *rule.arguments,
         FUNCTIONS=(*FUNCTIONS[options.function], options.gated),
-        MASK=rule.MASK,
-        PATH=rule.PATH,
+        MASKS=rule.MASKS,
         WHOLE=plan.whole,
+        VECTOR=_vector_width(plan, x, other),
         BLOCK_ROWS=plan.tile.rows,
         BLOCK_COLS=plan.tile.cols,
         num_warps=plan.tile.num_warps,
@@ -185,7 +196,7 @@ def backward(
     dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward kernel; arguments as in ``backends.Backend.backward``."""
-    plan = _Plan(tuple(grad.shape), options)
+    plan = _Plan(tuple(grad.shape), options, reduces=any(dtypes[1:]))
     width = plan.where.cols * (2 if options.gated else 1)
     dx = None
     if dtypes[0] is not None:
@@ -198,8 +209,6 @@ def backward(
             for size, dtype in zip(sums, dtypes[1:], strict=True)
         ]
         return dx, zeros[0], zeros[1]
-    if any(size is not None for size in sums):
-        plan.strip = strip(plan.row_blocks, plan.col_blocks)
     # Partial sums that the kernel fills whole, one row a strip.
     partial = [
         None if n is None else torch.empty(plan.strips, n, dtype=torch.float32, device=grad.device)
@@ -216,9 +225,9 @@ def backward(
         plan.origin,
         *rule.arguments,
         FUNCTIONS=(*FUNCTIONS[options.function], options.gated),
-        MASK=rule.MASK,
-        PATH=rule.PATH,
+        MASKS=rule.MASKS,
         WHOLE=plan.whole,
+        VECTOR=_vector_width(plan, matrix, grad),
         STRIP=plan.strip,
         BLOCK_ROWS=plan.tile.rows,
         BLOCK_COLS=plan.tile.cols,
