@@ -104,7 +104,7 @@ def test_a_new_seed_or_p_does_not_recompile(backend):
 def test_rng_under_compile_equals_eager_and_does_not_recompile(backend):
     compiled = torch.compile(both, fullgraph=True)
     torch._dynamo.utils.counters.clear()
-    for step in range(3):
+    for _ in range(3):
         seed = tridrop.new_seed(DEVICE)
         with tridrop.rng(seed):
             expected = outcome(both)
@@ -189,9 +189,7 @@ def test_opcheck(backend, activation):
     bias, gain = torch.randn(width, device=DEVICE), torch.randn(16, device=DEVICE)
     seed = tridrop.new_seed(DEVICE)
     packed = arguments(activation, p=0.3, drop_path=0.2, shared=(1,))
-    torch.library.opcheck(
-        torch.ops.tridrop.forward, (x, bias, gain, residual, seed, None, *packed)
-    )
+    torch.library.opcheck(torch.ops.tridrop.forward, (x, bias, gain, residual, seed, None, *packed))
     torch.library.opcheck(
         torch.ops.tridrop.backward,
         (grad, x, bias, gain, seed, None, *packed, x.dtype, bias.dtype, None),

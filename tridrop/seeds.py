@@ -43,7 +43,7 @@ class _Context:
     def take(self, index: int, numbered: bool, device: torch.device) -> Tensor:
         table = self.tables.get((numbered, device))
         if table is None or index >= len(table):
-            size = _TABLE if table is None else 2 * max(index, len(table))
+            size = max(_TABLE, 2 * index)
             table = self._table(as_seed(self.seed, device), numbered, size)
             self.tables[numbered, device] = table
         return table[index]

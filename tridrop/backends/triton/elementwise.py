@@ -67,7 +67,7 @@ def _columns(cols, origin, BLOCK_COLS: tl.constexpr):
 
 @triton.jit
 def _known(n, VECTOR: tl.constexpr):
-    """``n``, a multiple of VECTOR, so said that the compiler knows it: it asks for 16-byte loads."""
+    """``n``, a multiple of VECTOR, said so that the compiler sees it and loads 16 bytes at once."""
     return n // VECTOR * VECTOR
 
 

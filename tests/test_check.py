@@ -1,0 +1,184 @@
+"""The harness passes what is right, and fails what is broken."""
+
+import json
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import tridrop
+from tridrop import check, cli
+from tridrop.backends.triton import elementwise as kernels
+from tridrop.backends.triton import launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = [
+    pytest.param(case, dtype, backend, id=f"{backend}-{name}-{case.name}")
+    for backend in ("reference", "triton")
+    for name, dtype in check.DTYPES.items()
+    for case in check.CASES
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "backend"), ROWS)
+def test_every_case_holds(case, dtype, backend):
+    results = check.check_case(case, dtype, backend, DEVICE, seeds=24)
+    assert [r for r in results if r.passed is False] == []
+    ran = {r.check for r in results if r.passed}
+    assert {"masks", "saved"} <= ran
+    if backend == "reference" or dtype != torch.bfloat16 or DEVICE == "cuda":
+        operands = {f"grad {name}" for name in case.shapes if name != "out"}
+        assert ran == {"value", "p = 0", "masks", "saved", "expectation |z|"} | operands
+
+
+# ------------------------------------------------------------------- what is broken is found
+
+
+def failures(backend: str, op: str = "dropout_add") -> set[str]:
+    results = check.run([op], [torch.float32], [backend], DEVICE, seeds=32)
+    return {r.check for r in results if r.passed is False}
+
+
+def test_a_wrong_scale_fails(monkeypatch):
+    """1 / (1 - p) of a rate that was rounded to 1/256, in the host code of either backend."""
+
+    class Rounded(tridrop.spec.Options):
+        def scales(self):
+            return tuple(1 / (1 - round(r * 256) / 256) for r in (self.p, self.drop_path))
+
+    plain = tridrop.ops.unpack
+    monkeypatch.setattr(tridrop.ops, "unpack", lambda *a: Rounded(**vars(plain(*a))))
+    for backend in ("reference", "triton"):
+        assert {"value", "grad x"} <= failures(backend)
+
+
+def test_a_large_error_of_the_scale_shows_in_the_expectation(monkeypatch):
+    plain = tridrop.ops.unpack
+
+    class Unscaled(tridrop.spec.Options):
+        def scales(self):
+            return 1.0, 1.0
+
+    monkeypatch.setattr(tridrop.ops, "unpack", lambda *a: Unscaled(**vars(plain(*a))))
+    for backend in ("reference", "triton"):
+        assert "expectation |z|" in failures(backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_mask_shifted_in_backward_fails(monkeypatch, backend):
+    module = tridrop.backends.load(backend)
+    right = module.backward
+
+    def shifted(grad, x, bias, layer_scale, seed, p, options, dtypes):
+        whole = tuple(n + 1 for n in grad.shape)
+        at = (0,) * (grad.dim() - 1) + (1,)
+        values = {**vars(options), "shard": tridrop.Shard(whole, at)}
+        options = tridrop.spec.Options(**values)
+        return right(grad, x, bias, layer_scale, seed, p, options, dtypes)
+
+    monkeypatch.setattr(module, "backward", shifted)
+    assert {"grad x", "grad bias", "masks"} <= failures(backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_bias_gradient_from_the_unmasked_gradient_fails(monkeypatch, backend):
+    module = tridrop.backends.load(backend)
+    right = module.backward
+
+    def unmasked(grad, x, bias, layer_scale, seed, p, options, dtypes):
+        dx, dbias, dlayer_scale = right(grad, x, bias, layer_scale, seed, p, options, dtypes)
+        if dbias is not None and not options.gated:
+            dbias = grad.flatten(0, -2).sum(0).to(dbias.dtype)
+        return dx, dbias, dlayer_scale
+
+    monkeypatch.setattr(module, "backward", unmasked)
+    found = failures(backend)
+    assert "grad bias" in found
+    assert "value" not in found
+
+
+interpreted = pytest.mark.skipif(
+    not launch.interpreting(), reason="a compiled Triton kernel keeps the functions it was built of"
+)
+
+
+@triton.jit
+def _rule_of_a_wrong_kernel(operands, threshold, scale, path_scale, MASK, PATH):
+    key, threshold, factor = kernels.PLAIN_RULE(operands, threshold, scale, path_scale, MASK, PATH)
+    return key, threshold, factor * 1.01
+
+
+@triton.jit
+def _keep_of_a_wrong_kernel(row, group, origin, rule, path_threshold, MAYBE_ZERO, MASK, PATH):
+    # a grid axis missing from the counter: every row block has the mask of the first
+    return kernels.PLAIN_KEEP(
+        row * 0 + tl.arange(0, row.shape[0]), group, origin, rule, path_threshold, MAYBE_ZERO,
+        MASK, PATH,
+    )  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("plain", "name", "wrong", "found"),
+    [
+        ("PLAIN_RULE", "_load_rule", _rule_of_a_wrong_kernel, {"value", "grad x"}),
+        ("PLAIN_KEEP", "_keep", _keep_of_a_wrong_kernel, {"value", "masks"}),
+    ],
+)
+def test_a_broken_kernel_fails(monkeypatch, plain, name, wrong, found):
+    monkeypatch.setattr(kernels, plain, getattr(kernels, name), raising=False)
+    monkeypatch.setattr(kernels, name, wrong)
+    assert found <= failures("triton", "dropout")
+
+
+def test_a_stored_mask_fails(monkeypatch):
+    right = tridrop.autograd.Fused.setup_context
+
+    def hoarding(ctx, inputs, output):
+        right(ctx, inputs, output)
+        ctx.save_for_backward(*ctx.to_save[:4], output != 0)
+
+    monkeypatch.setattr(tridrop.autograd.Fused, "setup_context", staticmethod(hoarding))
+    case = check.CASES[0]
+    results = tridrop.check.measure.Check(case, torch.float32, "reference", DEVICE, 8)
+    assert not next(results.saves_no_mask()).passed
+
+
+# ----------------------------------------------------------------------------------- command
+
+
+def test_command_prints_a_table_and_succeeds(capsys):
+    options = ["--op", "dropout", "--dtype", "float32", "--backend", "reference", "--seeds", "16"]
+    assert cli.main(["check", *options]) == 0
+    assert "checks passed" in capsys.readouterr().out
+
+
+def test_command_prints_json(capsys):
+    options = ["--op", "dropout", "--dtype", "float16", "--backend", "reference", "--seeds", "16"]
+    assert cli.main(["check", *options, "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert {r["dtype"] for r in records} == {"float16"}
+    assert all(r["passed"] for r in records)
+
+
+def test_command_fails_with_status_1(monkeypatch, capsys):
+    right = tridrop.backends.reference.forward
+    monkeypatch.setattr(tridrop.backends.reference, "forward", lambda *a: right(*a) * 1.001)
+    options = ["--op", "dropout", "--dtype", "float32", "--backend", "reference", "--seeds", "16"]
+    assert cli.main(["check", *options]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_an_unknown_op_raises():
+    with pytest.raises(ValueError, match="known: activation_dropout"):
+        check.run(ops=["conv"])
+
+
+def test_info_prints_versions_and_backends(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for expected in (torch.__version__, "backend reference: available", "backend triton"):
+        assert expected in out
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__

@@ -1,0 +1,171 @@
+"""The table of cases: what each op is given, the fused call, and what it should equal.
+
+Tests, ``tridrop check`` and the benchmarks read these rows. A new op is one builder function and
+its rows; a new combination of stages is one row.
+
+The eager composition takes its random part as an argument, ``drop(domain, value)``: given the
+exported masks it is what the op must equal, given the identity it is the op's expected value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional
+from ..spec import ACTIVATIONS
+
+Inputs = dict[str, Tensor]
+Drop = Callable[[str, Tensor], Tensor]
+
+# Written with torch's own functions: independent of both backends.
+EAGER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "reglu": lambda x: F.relu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "geglu": lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: ``call`` is held to ``eager`` under the masks that ``masks`` exports."""
+
+    name: str
+    op: str
+    p: float
+    shapes: dict[str, tuple[int, ...]]
+    call: Callable[[Inputs, Any, float, bool], Tensor]
+    """(inputs, seed, p, training) -> result"""
+    eager: Callable[[Inputs, Drop], Tensor]
+    rates: dict[str, float] = field(default_factory=dict)
+    """domain -> probability of dropping"""
+    noise_shape: tuple[int | None, ...] | None = None
+    residual_dtype: torch.dtype | None = None
+    """the residual stream's dtype where it is not that of the other operands"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the result, and of the masks."""
+        return self.shapes["residual"] if "residual" in self.shapes else self.shapes["out"]
+
+    def inputs(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+        """Normal inputs of the dtype: drawn in fp64 on the host, the same for every device."""
+        tensors = {}
+        for name, shape in self.shapes.items():
+            if name != "out":
+                drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
+                wanted = self.residual_dtype if name == "residual" else None
+                tensors[name] = drawn.to(device, wanted or dtype)
+        return tensors
+
+    def masks(self, seed: Any, device: str) -> dict[str, Tensor]:
+        """The exported mask of each domain."""
+        return {
+            domain: functional.keep_mask(
+                seed,
+                self.shape,
+                rate,
+                noise_shape=self.noise_shape if domain == "elements" else None,
+                device=device,
+                domain=domain,
+            )
+            for domain, rate in self.rates.items()
+        }
+
+
+def _elementwise(
+    op: str,
+    shape: tuple[int, ...],
+    *,
+    p: float = 0.3,
+    activation: str = "none",
+    bias: bool = False,
+    layer_scale: bool = False,
+    drop_path: float = 0.0,
+    noise_shape: tuple[int | None, ...] | None = None,
+    residual_dtype: torch.dtype | None = None,
+) -> Case:
+    width = shape[-1] * (2 if ACTIVATIONS[activation][1] else 1)
+    shapes: dict[str, tuple[int, ...]] = {"x": (*shape[:-1], width), "out": shape}
+    if bias:
+        shapes["bias"] = (width,)
+    if layer_scale:
+        shapes["layer_scale"] = (shape[-1],)
+    if op == "dropout_add":
+        shapes["residual"] = shape
+
+    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
+        options: dict[str, Any] = {"seed": seed, "noise_shape": noise_shape}
+        if op == "dropout":
+            return functional.dropout(inputs["x"], p, training, **options)
+        options |= {"activation": activation, "bias": inputs.get("bias")}
+        if op == "activation_dropout":
+            return functional.activation_dropout(inputs["x"], p, training, **options)
+        options |= {
+            "layer_scale": inputs.get("layer_scale"),
+            # p = 0 asks for the op without any dropout
+            "drop_path": drop_path if p else 0.0,
+        }
+        return functional.dropout_add(inputs["x"], inputs["residual"], p, training, **options)
+
+    def eager(inputs: Inputs, drop: Drop) -> Tensor:
+        value = inputs["x"]
+        if bias:
+            value = value + inputs["bias"]
+        value = drop("elements", EAGER_ACTIVATIONS[activation](value))
+        if layer_scale:
+            value = value * inputs["layer_scale"]
+        if drop_path:
+            value = drop("drop_path", value)
+        return inputs["residual"] + value if op == "dropout_add" else value
+
+    stages = [activation] if activation != "none" else []
+    stages += [s for s, on in (("bias", bias), ("layer_scale", layer_scale)) if on]
+    stages += ["drop_path"] if drop_path else []
+    stages += [f"noise_shape {noise_shape}"] if noise_shape else []
+    stages += [f"{str(residual_dtype).removeprefix('torch.')} stream"] if residual_dtype else []
+    rates = {"elements": p, **({"drop_path": drop_path} if drop_path else {})}
+    return Case(
+        name=f"{op}: {', '.join(stages) or 'plain'} {list(shape)}",
+        op=op,
+        p=p,
+        shapes=shapes,
+        call=call,
+        eager=eager,
+        rates=rates,
+        noise_shape=noise_shape,
+        residual_dtype=residual_dtype,
+    )
+
+
+CASES: Sequence[Case] = (
+    _elementwise("dropout", (6, 11, 40)),
+    _elementwise("dropout", (4099,), p=0.1),
+    _elementwise("dropout", (700, 1), p=0.5),
+    _elementwise("dropout", (16, 12, 24), noise_shape=(None, 1, None)),
+    _elementwise("dropout", (16, 40, 9), noise_shape=(16, 40, 1), p=0.5),
+    *(
+        _elementwise("activation_dropout", (5, 9, 56), activation=name, bias=True)
+        for name in ("none", "relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "swiglu")
+    ),
+    _elementwise("activation_dropout", (30, 33), activation="gelu", p=0.9),
+    _elementwise("dropout_add", (6, 11, 40), p=0.1),
+    _elementwise("dropout_add", (7, 5, 64), bias=True),
+    _elementwise("dropout_add", (48, 4, 24), bias=True, layer_scale=True, drop_path=0.25),
+    _elementwise("dropout_add", (24, 4, 30), activation="gelu", bias=True, layer_scale=True),
+    _elementwise(
+        "dropout_add", (24, 4, 20), activation="swiglu", bias=True, layer_scale=True, drop_path=0.1
+    ),
+    _elementwise("dropout_add", (16, 6, 24), noise_shape=(16, 1, 24), bias=True),
+    _elementwise("dropout_add", (6, 11, 40), bias=True, residual_dtype=torch.float32),
+)

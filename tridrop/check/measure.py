@@ -1,0 +1,256 @@
+"""The measurements on a case, and the rules that they are held to.
+
+The rule of accuracy is the same everywhere: against the eager composition in fp64 under the same
+masks, the op may err by at most twice what eager PyTorch errs in the op's dtype, and a floor: one
+rounding to the dtype and eight fp32 roundings of the largest value.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..mask import scale, threshold
+from .cases import Case, Drop, Inputs
+
+SEED_BYTES = 16
+# Six standard errors: a correct op exceeds them once in 5 * 10^8 checks.
+MAX_Z = 6.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check of one case. ``passed`` is None where it was not run; ``detail`` says why."""
+
+    case: str
+    op: str
+    dtype: str
+    backend: str
+    check: str
+    passed: bool | None
+    value: float
+    limit: float
+    detail: str = ""
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference, computed in fp64; infinite where a NaN is found."""
+    if found.shape != expected.shape:
+        return math.inf
+    if found.numel() == 0:
+        return 0.0
+    difference = (found.double() - expected.double()).abs()
+    return float(torch.nan_to_num(difference, nan=math.inf).max())
+
+
+def tolerance(eager: Tensor, expected: Tensor) -> float:
+    """What an op may err by: twice eager's own error and the floor."""
+    rounding = torch.finfo(eager.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps / 2
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    return 2 * error(eager, expected) + rounding * largest
+
+
+def masked(masks: dict[str, Tensor], rates: dict[str, float]) -> Drop:
+    """The random part of the eager composition, from exported masks."""
+
+    def drop(domain: str, value: Tensor) -> Tensor:
+        kept = value * scale(threshold(rates[domain]))
+        return torch.where(masks[domain], kept, torch.zeros_like(kept))
+
+    return drop
+
+
+def unmasked(domain: str, value: Tensor) -> Tensor:
+    """The random part replaced by its expected value."""
+    return value
+
+
+def run_with_gradients(
+    function: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The result of ``function`` and the gradient of every input; ``grad`` None stands for ones."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    out = function(leaves)
+    incoming = torch.ones_like(out) if grad is None else grad.to(out.dtype)
+    found = torch.autograd.grad(out, list(leaves.values()), incoming)
+    return out.detach(), dict(zip(leaves, found, strict=True))
+
+
+def saved_bytes(function: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
+    """Bytes that autograd keeps for backward, each storage once, parameters (vectors) left out."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    parameters = {t.untyped_storage().data_ptr() for t in leaves.values() if t.dim() == 1}
+    if leaves["x"].dim() == 1:
+        parameters.discard(leaves["x"].untyped_storage().data_ptr())
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = function(leaves)
+    del out
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+class Check:
+    """All checks of one case in one dtype on one backend."""
+
+    def __init__(
+        self, case: Case, dtype: torch.dtype, backend: str, device: str, seeds: int
+    ) -> None:
+        self.case, self.dtype, self.backend, self.device = case, dtype, backend, device
+        self.seeds = seeds
+        self.generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+        self.inputs = case.inputs(dtype, device, self.generator)
+        self.seed = (1 << 40) + 7  # needs both words of the key
+
+    def _fused(self, inputs: Inputs, seed: int | None = None, training: bool = True) -> Tensor:
+        with backends.backend(self.backend):
+            return self.case.call(
+                inputs, self.seed if seed is None else seed, self.case.p, training
+            )
+
+    def _masks(self, seed: int | None = None) -> dict[str, Tensor]:
+        # Always the contract itself, never the kernels that are being checked.
+        with backends.backend("reference"):
+            return self.case.masks(self.seed if seed is None else seed, self.device)
+
+    def _wide(self) -> Inputs:
+        return {name: t.double() for name, t in self.inputs.items()}
+
+    def _result(self, check: str, value: float, limit: float, detail: str = "") -> Result:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Result(
+            self.case.name,
+            self.case.op,
+            dtype,
+            self.backend,
+            check,
+            value <= limit,
+            value,
+            limit,
+            detail,
+        )
+
+    def accuracy(self) -> Iterator[Result]:
+        """The value, and the gradient of every operand, by the rule of accuracy."""
+        drop = masked(self._masks(), self.case.rates)
+        grad = torch.randn(self.case.shape, dtype=torch.float64, generator=self.generator)
+        grad = grad.to(self.device, self._output_dtype())
+
+        def eager(inputs: Inputs) -> Tensor:
+            return self.case.eager(inputs, drop)
+
+        expected, expected_grads = run_with_gradients(eager, self._wide(), grad)
+        plain, plain_grads = run_with_gradients(eager, self.inputs, grad)
+        found, found_grads = run_with_gradients(self._fused, self.inputs, grad)
+        plain = plain.to(self._output_dtype())
+        detail = "" if found.dtype == plain.dtype else f"dtype {found.dtype}, not {plain.dtype}"
+        value = math.inf if detail else error(found, expected)
+        yield self._result("value", value, tolerance(plain, expected), detail)
+        for name, gradient in found_grads.items():
+            want, eagers = expected_grads[name], plain_grads[name]
+            yield self._result(f"grad {name}", error(gradient, want), tolerance(eagers, want))
+
+    def _output_dtype(self) -> torch.dtype:
+        return self.inputs["residual"].dtype if "residual" in self.inputs else self.dtype
+
+    def same_without_dropout(self) -> Iterator[Result]:
+        """Eval mode and p = 0: bitwise the same, and right by the rule of accuracy."""
+        found = self._fused(self.inputs, training=False)
+        with backends.backend(self.backend):
+            zero = self.case.call(self.inputs, None, 0.0, True)
+        expected = self.case.eager(self._wide(), unmasked)
+        plain = self.case.eager(self.inputs, unmasked).to(found.dtype)
+        value = error(found, expected) if torch.equal(found, zero) else math.inf
+        yield self._result("p = 0", value, tolerance(plain, expected))
+
+    def masks_agree(self) -> Iterator[Result]:
+        """Elements that forward, backward and the exported mask do not all treat alike."""
+        # Positive operands keep every derivative and activation away from zero, so that a zero
+        # means a drop; a constant gradient sees the mask of backward alone.
+        inputs = {name: t.abs() + 0.5 for name, t in self.inputs.items()}
+        if "residual" in inputs:
+            inputs["residual"] = torch.zeros_like(inputs["residual"])
+        out, grads = run_with_gradients(self._fused, inputs, None)
+        keep = torch.ones(self.case.shape, dtype=torch.bool, device=self.device)
+        for mask in self._masks().values():
+            keep &= mask
+        backward = grads["x"] != 0
+        if backward.shape != keep.shape:  # gated: both halves
+            first, second = backward.chunk(2, -1)
+            wrong = int((first != keep).sum()) + int((second != keep).sum())
+        else:
+            wrong = int((backward != keep).sum())
+        wrong += int(((out != 0) != keep).sum())
+        yield self._result("masks", float(wrong), 0.0)
+
+    def saves_no_mask(self) -> Iterator[Result]:
+        """Bytes kept for backward beyond those of eager PyTorch without dropout."""
+        kept = saved_bytes(self._fused, self.inputs)
+        plain = saved_bytes(lambda inputs: self.case.eager(inputs, unmasked), self.inputs)
+        detail = f"{kept} bytes, eager without dropout {plain}"
+        yield self._result("saved", float(kept - plain), float(SEED_BYTES), detail)
+
+    def expectation(self) -> Iterator[Result]:
+        """z-score of the mean over many seeds against eager PyTorch without dropout.
+
+        The family is linear in its masks, so its expected value is the op without dropout. The
+        deviations of a seed are projected on the branch itself, the direction in which a wrong
+        scale or rate shows.
+        """
+        expected = self.case.eager(self._wide(), unmasked)
+        branch = expected - self._wide()["residual"] if "residual" in self.inputs else expected
+        samples = torch.stack(
+            [
+                ((self._fused(self.inputs, seed).double() - expected) * branch).sum()
+                for seed in range(self.seeds)
+            ]
+        )
+        standard_error = float(samples.std()) / math.sqrt(self.seeds)
+        z = abs(float(samples.mean())) / max(standard_error, 1e-300)
+        detail = f"{self.seeds} seeds, {expected.numel()} elements"
+        yield self._result("expectation |z|", math.inf if math.isnan(z) else z, MAX_Z, detail)
+
+
+def check_case(
+    case: Case, dtype: torch.dtype, backend: str, device: str, seeds: int = 64
+) -> list[Result]:
+    """Run every check of a case; see :func:`why_values_cannot_be_compared` for what is left out."""
+    check = Check(case, dtype, backend, device, seeds)
+    results: list[Result] = []
+    reason = why_values_cannot_be_compared(dtype, backend)
+    for method in (
+        check.accuracy,
+        check.same_without_dropout,
+        check.masks_agree,
+        check.saves_no_mask,
+        check.expectation,
+    ):
+        if reason is not None and method not in (check.masks_agree, check.saves_no_mask):
+            name = method.__name__.replace("_", " ")
+            label = str(dtype).removeprefix("torch.")
+            results.append(
+                Result(case.name, case.op, label, backend, name, None, 0.0, 0.0, reason)
+            )
+        else:
+            results.extend(method())
+    return results
+
+
+def why_values_cannot_be_compared(dtype: torch.dtype, backend: str) -> str | None:
+    """The reason why only masks and memory are checked, or None."""
+    if backend == "triton" and dtype == torch.bfloat16:
+        module = backends.load("triton")
+        if module.interpreting():  # type: ignore[attr-defined]
+            return "Triton's interpreter truncates where bf16 stores should round"
+    return None

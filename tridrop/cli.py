@@ -1,0 +1,57 @@
+"""The command line: ``tridrop check | demo | info``, also ``python -m tridrop``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from . import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    from . import demo
+    from .check import report
+
+    top = argparse.ArgumentParser(
+        prog="tridrop",
+        description="Dropout fused into transformer blocks, with a mask that anyone can check.",
+    )
+    top.add_argument("--version", action="version", version=f"tridrop {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    check = commands.add_parser(
+        "check",
+        help="hold every op to eager PyTorch under the same mask",
+        description="For each op, dtype and backend: values and gradients against eager PyTorch "
+        "under the exported mask, expected values over many seeds, forward mask = backward mask = "
+        "exported mask, bytes saved for backward. Exit status 1 if anything fails. On a machine "
+        "without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels too.",
+    )
+    report.add_arguments(check)
+    check.set_defaults(run=report.main)
+
+    shown = commands.add_parser(
+        "demo",
+        help="train a small GPT on real text without dropout, with eager dropout, with tridrop",
+    )
+    demo.add_arguments(shown)
+    shown.set_defaults(run=demo.run)
+
+    info = commands.add_parser("info", help="versions, devices and backends, for a bug report")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+    return top
+
+
+def _info(args: argparse.Namespace) -> int:
+    from . import info
+
+    return info.main(args.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    args = parser().parse_args(argv)
+    status: int = args.run(args)
+    return status
