@@ -165,10 +165,15 @@ def forward_kernel(
         rule = _load_rule(operands, threshold, scale, path_scale, MASK, PATH)
         table: tl.constexpr = operands.rate is not None
         keep = _keep(row, group, origin, rule, path_threshold, table, MASK, PATH)
-        # Selected first, scaled after: dropped is exactly 0 even for NaN, and the product can
-        # fuse with the sum.
-        value = tl.where(keep, value, 0.0) * rule[2]
-    if operands.residual is not None:
+        # Selected first, scaled after: dropped is exactly 0 even for NaN, and the product is one
+        # instruction with the sum. Said as fma, since Triton 3.10 no longer fuses by itself.
+        value = tl.where(keep, value, 0.0)
+        if operands.residual is not None:
+            stream = _load_matrix(operands.residual, other_stride, row, col, inside)
+            value = tl.fma(value, tl.zeros_like(value) + rule[2], stream)
+        else:
+            value = value * rule[2]
+    elif operands.residual is not None:
         value += _load_matrix(operands.residual, other_stride, row, col, inside)
 
     offsets = row[:, None] * cols + col[None, :]

@@ -1,0 +1,163 @@
+"""Compile the kernels for GPUs that are not here and read the machine code.
+
+Run as a program it prints a list of JSON records. It compiles through the package's own launchers:
+what is inspected is what a launch would run, for the same sizes, strides and settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from tridrop.backends.triton import launch
+from tridrop.spec import Options
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Driver:
+    """Stands for the driver of a GPU that is not there; nothing is launched."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Recorder:
+    """Takes a kernel's place in the launcher: compiles what would have been launched."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        kernel.device_caches.clear()
+
+    def __getitem__(self, grid):
+        def compile_only(*args, **kwargs):
+            self.compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            threads = kwargs["num_warps"] * 32
+            self.elements = kwargs["BLOCK_ROWS"] * kwargs["BLOCK_COLS"] / threads
+
+        return compile_only
+
+
+def instructions(cubin: bytes) -> tuple[list[str], int]:
+    """The SASS opcodes of a kernel and the registers it takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "-sass", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", text)
+    registers = re.search(r"REG:(\d+)", text)
+    return [op for op in lines if op != "NOP"], int(registers.group(1))
+
+
+def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:
+    """The record of one kernel compiled for one target."""
+    driver.set_active(Driver(TARGETS[target]))
+    recorder = Recorder(getattr(launch, kernel))
+    setattr(launch, kernel, recorder)
+    try:
+        getattr(launch, launcher)(*args)
+    finally:
+        setattr(launch, kernel, recorder.kernel)
+    compiled = recorder.compiled
+    record = {"name": name, "target": target, "shared": compiled.metadata.shared}
+    if "cubin" not in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s*(\d+)", text)
+        return record | {"spills": sum(map(int, spills)), "spill_counts": len(spills)}
+    ops, registers = instructions(compiled.asm["cubin"])
+    count = Counter(ops)
+    return record | {
+        "per_element": len(ops) / recorder.elements,
+        "registers": registers,
+        "spills": sum(n for op, n in count.items() if op.startswith(("LDL", "STL"))),
+        "loads": sorted(op for op in count if op.startswith("LDG")),
+        "stores": sorted(op for op in count if op.startswith("STG")),
+        "elements_a_thread": recorder.elements,
+        "philox_products": sum(n for op, n in count.items() if op.startswith("IMAD.WIDE.U32"))
+        + count["IMAD.HI.U32"],
+    }
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def cases(dtype: torch.dtype) -> dict[str, tuple]:
+    """name -> launcher, kernel and the launcher's arguments."""
+    x, vector = empty(8192, 1024, dtype=dtype), empty(1024, dtype=dtype)
+    wide, wide_vector = empty(8192, 2048, dtype=dtype), empty(2048, dtype=dtype)
+    seed = torch.zeros(2, dtype=torch.int64)
+    drop, plain = {"p": 0.1}, {}
+
+    def forward(options, x=x, bias=None, gain=None, residual=None):
+        needed = seed if options.p or options.drop_path else None
+        return "forward", "forward_kernel", x, bias, gain, residual, needed, None, options
+
+    def backward(options, x=None, bias=None, gain=None, sums=(False, False), grad=x):
+        needed = seed if options.p or options.drop_path else None
+        dtypes = (dtype, *(dtype if s else None for s in sums))
+        return "backward", "backward_kernel", grad, x, bias, gain, needed, None, options, dtypes
+
+    odd = {n: empty(8190, n, dtype=dtype) for n in (768, 1000, 1001)}
+    return {
+        "add": forward(Options(**plain), residual=x),
+        "dropout_add": forward(Options(**drop), residual=x),
+        "dropout_add backward": backward(Options(**drop)),
+        "dropout_add 768": forward(Options(**drop), odd[768], residual=odd[768]),
+        "dropout_add 1000": forward(Options(**drop), odd[1000], residual=odd[1000]),
+        "dropout_add 1001": forward(Options(**drop), odd[1001], residual=odd[1001]),
+        "everything": forward(Options("gelu", **drop, drop_path=0.1), x, vector, vector, x),
+        "everything backward": backward(
+            Options("gelu", **drop, drop_path=0.1), x, vector, vector, (True, True)
+        ),
+        "bias backward": backward(Options(**drop), bias=vector, sums=(True, False)),
+        "swiglu": forward(Options("swiglu", **drop), wide, wide_vector),
+        "swiglu backward": backward(
+            Options("swiglu", **drop), wide, wide_vector, sums=(True, False)
+        ),
+        "keep_mask": (
+            "keep_mask", "keep_mask_kernel", seed, (8192, 1024), None, Options(**drop), "elements",
+        ),
+    }  # fmt: skip
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    records = [
+        inspect(name, target, *case)
+        for target in sys.argv[1:] or TARGETS
+        for name, case in cases(torch.bfloat16).items()
+    ]
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()
