@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Set up a virtual environment and run one of the project's two main commands in it.
+
+    python3 run.py demo [options of tridrop demo]     the main job
+    python3 run.py test [options of pytest]           the tests
+
+It needs Python 3.10 or newer and a clone of the repository. The environment is .venv beside
+this file, made once. On a machine without an NVIDIA GPU it takes the CPU build of torch, which
+brings no CUDA packages; `--cuda` or `--cpu` before the command decides by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / ".venv"
+PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+EXTRAS = {"demo": "demo", "test": "demo,test", "lint": "demo,test,dev"}
+COMMANDS = {
+    "demo": [["-m", "tridrop", "demo"]],
+    "test": [["-m", "pytest", "-n", "2"]],
+    "lint": [["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], ["-m", "mypy"]],
+}
+
+
+def pinned(package: str) -> str:
+    """The line of constraints.txt for a package."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"{package}=="))
+
+
+def pip(*arguments: str, check: bool = True) -> bool:
+    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, check=check).returncode == 0
+
+
+def install_torch(cpu: bool) -> None:
+    """torch first and by itself: what follows then finds it installed."""
+    torch = pinned("torch")
+    if not cpu or sys.platform != "linux":
+        pip(torch)
+    # A "+cpu" build may be at hand in the configured index or wheel folder; else it is torch's own.
+    elif not pip(f"{torch}+cpu", check=False):
+        pip(f"{torch}+cpu", "--index-url", CPU_INDEX)
+
+
+def set_up(extras: str, cpu: bool) -> None:
+    """Make the environment where it is missing, and install where something changed."""
+    inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+    wanted = hashlib.sha256(b"".join([*inputs, extras.encode(), bytes([cpu])])).hexdigest()
+    stamp = ENVIRONMENT / "installed"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    print(f"Setting up {ENVIRONMENT} ...", flush=True)
+    if not PYTHON.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+    install_torch(cpu)
+    pip("-e", f".[{extras}]", "-c", "constraints.txt")
+    stamp.write_text(wanted)
+
+
+def main(arguments: list[str]) -> int:
+    cpu = shutil.which("nvidia-smi") is None
+    if arguments and arguments[0] in ("--cpu", "--cuda"):
+        cpu = arguments.pop(0) == "--cpu"
+    if sys.version_info < (3, 10) or not arguments or arguments[0] not in COMMANDS:
+        print(__doc__, file=sys.stderr)
+        return 2
+    command, *rest = arguments
+    set_up(EXTRAS[command], cpu)
+    for step in COMMANDS[command]:
+        status = subprocess.run([str(PYTHON), *step, *rest], cwd=ROOT).returncode
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

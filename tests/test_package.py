@@ -1,0 +1,167 @@
+"""The layers of the package, and what importing it needs."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tridrop
+
+PACKAGE = Path(tridrop.__file__).parent
+# A layer may import itself and those after it. What stands on one line shares a layer.
+LAYERS = [
+    ["cli", "__main__"],
+    ["check", "demo", "info"],
+    ["nn"],
+    ["functional"],
+    ["autograd"],
+    ["ops"],
+    ["seeds", "backends.triton", "backends.reference", "backends"],
+    ["spec"],
+    ["mask"],
+]
+LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+
+def layer_of(module: str) -> str:
+    """The layer of a module, named from inside the package: "backends.triton" of its mask."""
+    while module not in LEVEL:
+        module, _, rest = module.rpartition(".")
+        assert rest, f"{rest} is in no layer"
+    return module
+
+
+def imports(path: Path) -> list[str]:
+    """The modules that a file imports: dotted names, those of this package from inside it."""
+    here = ["tridrop", *path.relative_to(PACKAGE).with_suffix("").parts]
+    if here[-1] == "__init__":
+        here.pop()
+        package = here
+    else:
+        package = here[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = [*base, *(node.module or "").split(".")] if node.module else base
+            for alias in node.names:
+                inner = PACKAGE.joinpath(*source[1:], alias.name)
+                is_module = source[:1] == ["tridrop"] and (
+                    inner.is_dir() or inner.with_suffix(".py").exists()
+                )
+                found.append(".".join([*source, alias.name] if is_module else source))
+    return found
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    own = layer_of(".".join(p for p in parts if p != "__init__"))
+    for name in imports(path):
+        if name.split(".")[0] == "triton":
+            assert own == "backends.triton", "only the Triton backend imports triton"
+        if not name.startswith("tridrop."):
+            continue
+        other = layer_of(name.removeprefix("tridrop."))
+        assert LEVEL[own] <= LEVEL[other], f"{own} imports {other}, a layer above"
+        if own == "backends.triton" or own == "backends.reference":
+            assert other in (own, "spec", "mask"), f"backend {own} imports {other}"
+
+
+def test_philox_is_in_the_two_mask_modules_alone():
+    allowed = {PACKAGE / "mask.py", PACKAGE / "backends" / "triton" / "mask.py"}
+    for path in FILES:
+        text = path.read_text()
+        for word in ("0xD2511F53", "tl.rand", "tl.philox", "bernoulli"):
+            assert path in allowed or word not in text, f"{word} in {path.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_short_and_kernels_narrow(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+            assert len(node.args.args) <= 16, node.name
+
+
+WITHOUT_TRITON = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+sys.meta_path.insert(0, Blocked())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+
+import torch, tridrop, tridrop.info
+x = torch.ones(8, requires_grad=True)
+y = tridrop.dropout_add(x, x, 0.5, bias=torch.ones(8), activation="gelu", seed=1)
+y.sum().backward()
+assert "triton" not in sys.modules
+try:
+    with tridrop.backend("triton"):
+        tridrop.dropout(x, 0.5)
+except ImportError as error:
+    assert "pip install triton" in str(error)
+else:
+    raise SystemExit("the triton backend ran without triton")
+assert "triton is not installed" in tridrop.info.render(tridrop.info.collect())
+"""
+
+WITHOUT_GPU = """
+import torch, tridrop, sys
+tridrop.dropout(torch.ones(8), 0.5)
+assert "triton.language" not in sys.modules
+try:
+    with tridrop.backend("triton"):
+        tridrop.dropout(torch.ones(8), 0.5)
+except RuntimeError as error:
+    assert "TRITON_INTERPRET=1" in str(error)
+else:
+    raise SystemExit("compiled kernels ran on a CPU")
+"""
+
+
+@pytest.mark.parametrize("program", [WITHOUT_TRITON, WITHOUT_GPU], ids=["triton", "gpu"])
+def test_import_and_reference_work_without(program):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_backend_choice(monkeypatch):
+    import torch
+
+    choose = tridrop.backends.choose
+    monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
+    assert choose(torch.device("cpu")) == "reference"
+    assert choose(torch.device("cuda")) == "triton"
+    monkeypatch.setenv("TRIDROP_BACKEND", "triton")
+    assert choose(torch.device("cpu")) == "triton"
+    with tridrop.backend("reference"):
+        assert choose(torch.device("cuda")) == "reference"
+    monkeypatch.setenv("TRIDROP_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="TRIDROP_BACKEND names the backend 'cuda'"):
+        choose(torch.device("cpu"))
+    with pytest.raises(ValueError, match="known: triton, reference"), tridrop.backend("jax"):
+        pass
+
+
+def test_the_version_is_the_packages():
+    import importlib.metadata
+
+    assert importlib.metadata.version("tridrop") == tridrop.__version__
