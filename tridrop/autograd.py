@@ -80,7 +80,7 @@ class Fused(torch.autograd.Function):
             # Dynamo cannot trace one autograd function inside the backward of another, and what it
             # compiles has no second derivative anyway.
             compiling = torch.compiler.is_compiling()
-            call = FusedBackward.forward if compiling else FusedBackward.apply
+            call: Any = FusedBackward.forward if compiling else FusedBackward.apply
             dx, dbias, dlayer_scale = call(grad, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
         # The residual is added as it is, so its gradient is the incoming one, unread.
         dresidual = grad if ctx.needs_input_grad[3] else None

@@ -181,10 +181,10 @@ def forward_kernel(
 
 
 @triton.jit
-def _store_sum(pointer, total, col, cols, width):
-    """A strip's sum over rows, as row `strip` of the partial sums [strips, width]."""
+def _store_sum(pointer, total, col, cols, WIDTH: tl.constexpr):
+    """A strip's sum over rows, as row `strip` of the partial sums [strips, WIDTH * cols]."""
     inside = (col >= 0) & (col < cols)
-    offsets = tl.program_id(0).to(tl.int64) * width + col
+    offsets = tl.program_id(0).to(tl.int64) * cols * WIDTH + col
     tl.store(pointer + offsets, tl.sum(total, axis=0), mask=inside)
 
 
@@ -201,13 +201,13 @@ def backward_kernel(
     dlayer_scale = sum over rows of grad * f(u) * keep * scale
     """
     FUNCTION: tl.constexpr = FUNCTIONS[0]
+    FUNCTION_GRAD: tl.constexpr = FUNCTIONS[1]
     GATED: tl.constexpr = FUNCTIONS[2]
     MASK: tl.constexpr = MASKS[0]
     PATH: tl.constexpr = MASKS[1]
     cols = _known(shape.cols, VECTOR)
     x_stride = _known(shape.x_stride, VECTOR)
     other_stride = _known(shape.other_stride, VECTOR)
-    FUNCTION_GRAD: tl.constexpr = FUNCTIONS[1]
     WIDTH: tl.constexpr = 2 if GATED else 1
     col, group = _columns(cols, origin, BLOCK_COLS)
     if MASK != NO_MASK or PATH:
@@ -239,7 +239,7 @@ def backward_kernel(
             dvalue = dvalue * _load_vector(operands.layer_scale, col, cols)
 
         # As in forward, the selection comes last: dropped is 0 whatever the input was.
-        offsets = row[:, None] * (cols * WIDTH) + col[None, :]
+        offsets = row[:, None] * cols * WIDTH + col[None, :]
         dx = dvalue
         if operands.x is not None:
             dx = dvalue * FUNCTION_GRAD(u)
@@ -258,11 +258,11 @@ def backward_kernel(
         bias_sum += tl.where(inside, dx, 0.0)
 
     if gradients.bias is not None:
-        _store_sum(gradients.bias, bias_sum, col, cols, cols * WIDTH)
+        _store_sum(gradients.bias, bias_sum, col, cols, WIDTH)
         if GATED:
-            _store_sum(gradients.bias + cols, gate_sum, col, cols, cols * WIDTH)
+            _store_sum(gradients.bias + cols, gate_sum, col, cols, WIDTH)
     if gradients.layer_scale is not None:
-        _store_sum(gradients.layer_scale, scale_sum, col, cols, cols)
+        _store_sum(gradients.layer_scale, scale_sum, col, cols, 1)
 
 
 @triton.jit(do_not_specialize=["threshold"])
