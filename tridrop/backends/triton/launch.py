@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -134,6 +134,19 @@ def _vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
+def _launch(kernel: Any, plan: _Plan, out: Tensor, *args: Any, **constants: Any) -> None:
+    # Triton launches on the current device, which need not be that of the data.
+    with torch.cuda.device_of(out):
+        kernel[plan.grid](
+            out,
+            *args,
+            **constants,
+            BLOCK_ROWS=plan.tile.rows,
+            BLOCK_COLS=plan.tile.cols,
+            num_warps=plan.tile.num_warps,
+        )
+
+
 class _Rule(NamedTuple):
     """What the kernels are told about the masks."""
 
@@ -168,7 +181,9 @@ def forward(
     rule = _rule(plan, options, p)
     x = _matrix(x, plan.where.cols * (2 if options.gated else 1))
     other = None if residual is None else _matrix(residual, plan.where.cols)
-    forward_kernel[plan.grid](
+    _launch(
+        forward_kernel,
+        plan,
         out,
         Operands(x, _vector(bias), _vector(layer_scale), other, seed, rule.rate),
         plan.sizes(x.stride(0), 0 if other is None else other.stride(0)),
@@ -178,9 +193,6 @@ def forward(
         MASKS=rule.MASKS,
         WHOLE=plan.whole,
         VECTOR=_vector_width(plan, x, other),
-        BLOCK_ROWS=plan.tile.rows,
-        BLOCK_COLS=plan.tile.cols,
-        num_warps=plan.tile.num_warps,
     )
     return out
 
@@ -217,7 +229,9 @@ def backward(
     rule = _rule(plan, options, p)
     grad = _matrix(grad, plan.where.cols)
     matrix = None if x is None else _matrix(x, width)
-    backward_kernel[plan.grid](
+    _launch(
+        backward_kernel,
+        plan,
         grad,
         Gradients(dx, *partial),
         Operands(matrix, _vector(bias), _vector(layer_scale), None, seed, rule.rate),
@@ -229,9 +243,6 @@ def backward(
         WHOLE=plan.whole,
         VECTOR=_vector_width(plan, matrix, grad),
         STRIP=plan.strip,
-        BLOCK_ROWS=plan.tile.rows,
-        BLOCK_COLS=plan.tile.cols,
-        num_warps=plan.tile.num_warps,
     )
     # torch's sum over the first dimension uses no atomics: the second stage is deterministic too.
     dbias, dlayer_scale = (
@@ -249,7 +260,9 @@ def keep_mask(
     plan = _Plan(shape, options)
     if plan.empty:
         return out
-    keep_mask_kernel[plan.grid](
+    _launch(
+        keep_mask_kernel,
+        plan,
         out,
         Operands(None, None, None, None, seed, None if p is None else rate_table(p)),
         plan.sizes(0, 0),
@@ -257,9 +270,6 @@ def keep_mask(
         options.thresholds()[0],
         MASK=plan.element_mask,
         DOMAIN=int(mask.DOMAIN_DROP_PATH if domain == "drop_path" else mask.DOMAIN_ELEMENTS),
-        BLOCK_ROWS=plan.tile.rows,
-        BLOCK_COLS=plan.tile.cols,
-        num_warps=plan.tile.num_warps,
     )
     return out
 
