@@ -239,9 +239,7 @@ def check_case(
         if reason is not None and method not in (check.masks_agree, check.saves_no_mask):
             name = method.__name__.replace("_", " ")
             label = str(dtype).removeprefix("torch.")
-            results.append(
-                Result(case.name, case.op, label, backend, name, None, 0.0, 0.0, reason)
-            )
+            results.append(Result(case.name, case.op, label, backend, name, None, 0.0, 0.0, reason))
         else:
             results.extend(method())
     return results
