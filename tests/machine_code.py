@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tridrop.backends.triton import launch
+from tridrop.backends.triton import elementwise
 from tridrop.spec import Options
 
 TARGETS = {
@@ -79,12 +79,12 @@ def instructions(cubin: bytes) -> tuple[list[str], int]:
 def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:
     """The record of one kernel compiled for one target."""
     driver.set_active(Driver(TARGETS[target]))
-    recorder = Recorder(getattr(launch, kernel))
-    setattr(launch, kernel, recorder)
+    recorder = Recorder(getattr(elementwise, kernel))
+    setattr(elementwise, kernel, recorder)
     try:
-        getattr(launch, launcher)(*args)
+        getattr(elementwise, launcher)(*args)
     finally:
-        setattr(launch, kernel, recorder.kernel)
+        setattr(elementwise, kernel, recorder.kernel)
     compiled = recorder.compiled
     record = {"name": name, "target": target, "shared": compiled.metadata.shared}
     if "cubin" not in compiled.asm:

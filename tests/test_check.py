@@ -122,8 +122,8 @@ def _keep_of_a_wrong_kernel(row, group, origin, rule, path_threshold, MAYBE_ZERO
 @pytest.mark.parametrize(
     ("plain", "name", "wrong", "found"),
     [
-        ("PLAIN_RULE", "_load_rule", _rule_of_a_wrong_kernel, {"value", "grad x"}),
-        ("PLAIN_KEEP", "_keep", _keep_of_a_wrong_kernel, {"value", "masks"}),
+        ("PLAIN_RULE", "load_rule", _rule_of_a_wrong_kernel, {"value", "grad x"}),
+        ("PLAIN_KEEP", "keep_tile", _keep_of_a_wrong_kernel, {"value", "masks"}),
     ],
 )
 def test_a_broken_kernel_fails(monkeypatch, plain, name, wrong, found):

@@ -150,9 +150,10 @@ def new_seed(
 def fold_in(seed: int | Tensor, stream: int | Tensor) -> Tensor:
     """A seed for call site ``stream`` under ``seed``: ``(seed, old_stream * K + stream)``.
 
-    Arithmetic is modulo 2^64 and K = 0xD1342543DE82EF95, so an int seed gives ``(seed, stream)``
-    and nested calls such as ``fold_in(fold_in(seed, layer), site)`` differ from each other and
-    from their swapped order. Use it to give ranks, steps, layers or samples masks of their own.
+    Arithmetic is modulo 2^64 and K = 0xD1342543DE82EF95, so an int seed gives ``(seed, stream)``.
+    Use it to give ranks, steps, layers or samples masks of their own, nested as deep as needed:
+    ``fold_in(fold_in(seed, step), site)``. Nest to the same depth everywhere: a stream of 0 leaves
+    no trace, so ``fold_in(fold_in(seed, 0), site)`` is ``fold_in(seed, site)``.
 
     Args:
         seed: an int or a seed tensor.

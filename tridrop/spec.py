@@ -171,7 +171,7 @@ def resolve_shard(
         return None
     if isinstance(shard, Shard):
         whole, origin = tuple(shard.global_shape), tuple(shard.origin)
-    elif isinstance(shard, tuple) and len(shard) == 2:
+    elif isinstance(shard, (tuple, list)) and len(shard) == 2:
         whole, origin = tuple(shard[0]), tuple(shard[1])
     else:
         raise TypeError(
@@ -183,6 +183,8 @@ def resolve_shard(
             f"shard has global_shape {whole} and origin {origin} for a tensor of shape "
             f"{tuple(shape)}: all three need the same number of dimensions"
         )
+    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in whole + origin):
+        raise TypeError(f"shard has global_shape {whole} and origin {origin}; give integers")
     for dim, (size, start, local) in enumerate(zip(whole, origin, shape, strict=True)):
         if start < 0 or start + local > size:
             raise ValueError(

@@ -1,5 +1,6 @@
 """The Triton backend: importing it needs triton, running it a GPU or Triton's interpreter."""
 
-from .launch import backward, forward, interpreting, keep_mask, target, why_not
+from .elementwise import backward, forward, keep_mask
+from .launch import interpreting, target, why_not
 
 __all__ = ["backward", "forward", "interpreting", "keep_mask", "target", "why_not"]

@@ -1,4 +1,4 @@
-"""Launch settings and launchers of the Triton backend.
+"""Launch settings of the Triton backend, and what its launchers share.
 
 Settings are pure functions of sizes: no autotuner, so that the first call is quick and the order of
 every sum is the same on every GPU. The mask depends on none of them.
@@ -15,18 +15,9 @@ import triton
 from torch import Tensor
 
 from ...mask import LANES, Coordinates, coordinates, rate_table
-from ...spec import Options, output_shape
+from ...spec import Options
 from . import mask
-from .activations import FUNCTIONS
-from .elementwise import (
-    Gradients,
-    Operands,
-    Origin,
-    Shape,
-    backward_kernel,
-    forward_kernel,
-    keep_mask_kernel,
-)
+from .tiles import Origin, Shape
 
 # 128 threads with 32 elements each: four 16-byte loads of bf16 in flight a thread and operand, four
 # Philox calls over which the address and key arithmetic is spread. Compiled for sm_90 in bf16,
@@ -68,7 +59,7 @@ def strip(row_blocks: int, col_blocks: int) -> int:
     return triton.next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
 
 
-class _Plan:
+class Plan:
     """What the three launchers share: sizes, coordinates, tile and grid of one call."""
 
     def __init__(self, shape: tuple[int, ...], options: Options, reduces: bool = False) -> None:
@@ -112,7 +103,7 @@ class _Plan:
         )  # fmt: skip
 
 
-def _matrix(x: Tensor, cols: int) -> Tensor:
+def matrix(x: Tensor, cols: int) -> Tensor:
     """``x`` as [rows, cols] with adjacent columns; a copy only where its strides forbid a view."""
     try:
         matrix = x.view(-1, cols)
@@ -121,7 +112,7 @@ def _matrix(x: Tensor, cols: int) -> Tensor:
     return matrix if matrix.stride(1) == 1 or cols == 1 else matrix.contiguous()
 
 
-def _vector_width(plan: _Plan, *matrices: Tensor | None) -> int:
+def vector_width(plan: Plan, *matrices: Tensor | None) -> int:
     """Consecutive elements, up to 8, that lie aligned in every row: what one load can take.
 
     1 also where every size is a multiple of 16, which Triton sees by itself.
@@ -130,11 +121,11 @@ def _vector_width(plan: _Plan, *matrices: Tensor | None) -> int:
     return 1 if sizes % 16 == 0 else math.gcd(LANES, sizes)
 
 
-def _vector(v: Tensor | None) -> Tensor | None:
+def vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
-def _launch(kernel: Any, plan: _Plan, out: Tensor, *args: Any, **constants: Any) -> None:
+def run(kernel: Any, plan: Plan, out: Tensor, *args: Any, **constants: Any) -> None:
     # Triton launches on the current device, which need not be that of the data.
     with torch.cuda.device_of(out):
         kernel[plan.grid](
@@ -147,7 +138,12 @@ def _launch(kernel: Any, plan: _Plan, out: Tensor, *args: Any, **constants: Any)
         )
 
 
-class _Rule(NamedTuple):
+def rate(p: Tensor | None) -> Tensor | None:
+    """The (threshold, scale) pair on the device of a p that only the device knows."""
+    return None if p is None else rate_table(p)
+
+
+class Rule(NamedTuple):
     """What the kernels are told about the masks."""
 
     arguments: tuple[int, float, int, float]  # threshold, scale, path_threshold, path_scale
@@ -155,123 +151,10 @@ class _Rule(NamedTuple):
     rate: Tensor | None
 
 
-def _rule(plan: _Plan, options: Options, p: Tensor | None) -> _Rule:
+def rule(plan: Plan, options: Options, p: Tensor | None) -> Rule:
     (elements, path), (scale, path_scale) = options.thresholds(), options.scales()
     use = plan.element_mask if p is not None or elements > 0 else int(mask.NO_MASK)
-    rate = None if p is None else rate_table(p)
-    return _Rule((elements, scale, path, path_scale), (use, path > 0), rate)
-
-
-def forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """Launch the forward kernel; arguments as in ``backends.Backend.forward``."""
-    shape = output_shape(x, options.activation)
-    dtype = x.dtype if residual is None else residual.dtype
-    out = torch.empty(shape, dtype=dtype, device=x.device)
-    plan = _Plan(shape, options)
-    if plan.empty:
-        return out
-    rule = _rule(plan, options, p)
-    x = _matrix(x, plan.where.cols * (2 if options.gated else 1))
-    other = None if residual is None else _matrix(residual, plan.where.cols)
-    _launch(
-        forward_kernel,
-        plan,
-        out,
-        Operands(x, _vector(bias), _vector(layer_scale), other, seed, rule.rate),
-        plan.sizes(x.stride(0), 0 if other is None else other.stride(0)),
-        plan.origin,
-        *rule.arguments,
-        FUNCTIONS=(*FUNCTIONS[options.function], options.gated),
-        MASKS=rule.MASKS,
-        WHOLE=plan.whole,
-        VECTOR=_vector_width(plan, x, other),
-    )
-    return out
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Launch the backward kernel; arguments as in ``backends.Backend.backward``."""
-    plan = _Plan(tuple(grad.shape), options, reduces=any(dtypes[1:]))
-    width = plan.where.cols * (2 if options.gated else 1)
-    dx = None
-    if dtypes[0] is not None:
-        dx_shape = (*grad.shape[:-1], width) if grad.dim() else ()
-        dx = torch.empty(dx_shape, dtype=dtypes[0], device=grad.device)
-    sums = [width if dtypes[1] is not None else None, plan.where.cols if dtypes[2] else None]
-    if plan.empty:
-        zeros = [
-            None if size is None else torch.zeros(size, dtype=dtype, device=grad.device)
-            for size, dtype in zip(sums, dtypes[1:], strict=True)
-        ]
-        return dx, zeros[0], zeros[1]
-    # Partial sums that the kernel fills whole, one row a strip.
-    partial = [
-        None if n is None else torch.empty(plan.strips, n, dtype=torch.float32, device=grad.device)
-        for n in sums
-    ]
-    rule = _rule(plan, options, p)
-    grad = _matrix(grad, plan.where.cols)
-    matrix = None if x is None else _matrix(x, width)
-    _launch(
-        backward_kernel,
-        plan,
-        grad,
-        Gradients(dx, *partial),
-        Operands(matrix, _vector(bias), _vector(layer_scale), None, seed, rule.rate),
-        plan.sizes(0 if matrix is None else matrix.stride(0), grad.stride(0)),
-        plan.origin,
-        *rule.arguments,
-        FUNCTIONS=(*FUNCTIONS[options.function], options.gated),
-        MASKS=rule.MASKS,
-        WHOLE=plan.whole,
-        VECTOR=_vector_width(plan, matrix, grad),
-        STRIP=plan.strip,
-    )
-    # torch's sum over the first dimension uses no atomics: the second stage is deterministic too.
-    dbias, dlayer_scale = (
-        None if part is None else part.sum(0).to(dtype)
-        for part, dtype in zip(partial, dtypes[1:], strict=True)
-    )
-    return dx, dbias, dlayer_scale
-
-
-def keep_mask(
-    seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
-) -> Tensor:
-    """Launch the mask kernel; arguments as in ``backends.Backend.keep_mask``."""
-    out = torch.empty(shape, dtype=torch.bool, device=seed.device)
-    plan = _Plan(shape, options)
-    if plan.empty:
-        return out
-    _launch(
-        keep_mask_kernel,
-        plan,
-        out,
-        Operands(None, None, None, None, seed, None if p is None else rate_table(p)),
-        plan.sizes(0, 0),
-        plan.origin,
-        options.thresholds()[0],
-        MASK=plan.element_mask,
-        DOMAIN=int(mask.DOMAIN_DROP_PATH if domain == "drop_path" else mask.DOMAIN_ELEMENTS),
-    )
-    return out
+    return Rule((elements, scale, path, path_scale), (use, path > 0), rate(p))
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
@@ -294,7 +177,7 @@ def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
 
 def interpreting() -> bool:
     """Whether the kernels of this process run in Triton's interpreter."""
-    return type(forward_kernel).__name__ == "InterpretedFunction"
+    return type(mask.philox).__name__ == "InterpretedFunction"
 
 
 def target() -> str:

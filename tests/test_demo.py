@@ -1,0 +1,326 @@
+"""tridrop demo: equal twins, honest records, complete results, clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tridrop.demo
+from tridrop.demo import model, options, report, text, train
+
+TINY = [
+    "--layers=1", "--dim=16", "--heads=2", "--context=8", "--batch=2",
+    "--train-bytes=200", "--valid-bytes=100", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+    yield
+    torch.set_num_threads(threads)
+
+
+def parse(*arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tridrop demo")
+    tridrop.demo.add_arguments(parser)
+    return parser.parse_args([str(a) for a in arguments])
+
+
+def demo(out: Path, *arguments: object) -> int:
+    return tridrop.demo.run(parse(*TINY, "--steps=4", "--eval-every=2", "--out", out, *arguments))
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def tiny(**changes: Any) -> options.Options:
+    return replace(options.resolve(parse(*TINY)), **changes)
+
+
+# ------------------------------------------------------------------------------------- the twins
+
+
+def twins(**changes: Any) -> tuple[model.GPT, model.GPT]:
+    eager = model.GPT(tiny(**changes), fused=False)
+    fused = model.GPT(tiny(**changes), fused=True)
+    assert list(eager.state_dict()) == list(fused.state_dict())
+    fused.load_state_dict(eager.state_dict())
+    return eager, fused
+
+
+def test_twins_agree_at_p_0_in_outputs_and_gradients() -> None:
+    eager, fused = twins(p=0.0, layers=2)
+    windows = torch.randint(256, (3, 9))
+    torch.testing.assert_close(fused(windows[:, :-1]), eager(windows[:, :-1]))
+    for twin in (eager, fused):
+        model.loss_of(twin, windows).backward()
+    for (name, a), b in zip(eager.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_twins_agree_in_eval_mode_and_only_there() -> None:
+    eager, fused = twins(p=0.5)
+    tokens = torch.randint(256, (3, 8))
+    with torch.no_grad():
+        assert not torch.allclose(fused(tokens), eager(tokens))
+        torch.testing.assert_close(fused.eval()(tokens), eager.eval()(tokens))
+
+
+def test_dropout_acts_after_the_embeddings_and_both_branches_of_each_block() -> None:
+    """At p next to 1 next to nothing is kept: every logit of a tied head is that of a zero."""
+    for twin in twins(p=0.999999):
+        logits = twin(torch.randint(256, (2, 8)))
+        assert torch.equal(logits, torch.zeros_like(logits))
+
+
+def test_no_dropout_is_p_0() -> None:
+    plain = model.GPT(tiny(p=0.5, attention_p=0.5), fused=False, drops=False)
+    tokens = torch.randint(256, (2, 8))
+    assert torch.equal(plain(tokens), plain(tokens))
+
+
+# --------------------------------------------------------------------------------- a run's record
+
+
+def test_outputs_and_the_fields_of_the_json(tmp_path: Path) -> None:
+    assert demo(tmp_path) == 0
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "demo.svg").read_text()
+    found = results(tmp_path)
+    assert found["options"]["steps"] == 4
+    assert found["options"]["dim"] == 16
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or (
+        found["versions"]["torch"] == torch.__version__
+    )
+    assert found["device"]["type"] == "cpu"
+    assert found["backend"] == "reference"
+    assert found["text"]["name"] == "pydoc_data.topics"
+    assert found["steps"] == [0, 2, 4]
+    assert not found["interrupted"]
+    assert list(found["runs"]) == ["none", "eager", "eager_again", "tridrop"]
+    for run in found["runs"].values():
+        assert len(run["train"]) == len(run["valid"]) == 3
+        assert run["valid_best"] == min(run["valid"])
+        assert run["valid_final"] == run["valid"][-1]
+        assert run["step_time_ratio"]["median"] > 0
+        assert run["saved_bytes"] > 0
+        assert run["peak_bytes"] is None
+    assert found["runs"]["eager"]["step_time_ratio"]["median"] == 1
+    assert found["noise"]["tridrop_to_eager"] > 0
+
+
+def test_all_runs_start_alike_and_part(tmp_path: Path) -> None:
+    demo(tmp_path)
+    runs = results(tmp_path)["runs"].values()
+    first = torch.tensor([[run["train"][0], run["valid"][0]] for run in runs])
+    torch.testing.assert_close(first, first[:1].expand_as(first))
+    assert first[0, 0] == pytest.approx(math.log(256), rel=0.2)
+    assert len({run["train"][-1] for run in runs}) == len(runs)
+
+
+def test_same_seed_same_curves_and_another_seed_others(tmp_path: Path) -> None:
+    def curves(name: str, seed: int) -> list[Any]:
+        torch.rand(seed + 1)  # what was drawn before makes no difference
+        demo(tmp_path / name, "--seed", seed)
+        return [[run["train"], run["valid"]] for run in results(tmp_path / name)["runs"].values()]
+
+    first = curves("a", 1)
+    assert curves("b", 1) == first
+    assert curves("c", 2) != first
+
+
+def test_backends_train_alike(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+    losses = []
+    for backend in ("triton", "reference"):
+        assert demo(tmp_path / backend, "--device", device, "--backend", backend) == 0
+        found = results(tmp_path / backend)
+        assert found["backend"] == backend
+        losses.append(found["runs"]["tridrop"]["train"] + found["runs"]["tridrop"]["valid"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_run_trains_as_if_it_were_alone() -> None:
+    asked = tiny(steps=3, eval_every=3)
+    tokens, valid = text.split(text.reference_text(), 200, 100)
+
+    def losses(only: str | None) -> list[float]:
+        runs = [r for r in train.make_runs(asked, torch.device("cpu")) if only in (None, r.name)]
+        record = train.Record()
+        train.train(runs, tokens, valid, asked, record, Silent())
+        return record.train("tridrop")
+
+    assert losses("tridrop") == losses(None)
+
+
+class Silent:
+    def stepped(self, run: train.Run, step: int, loss: float) -> None: ...
+
+    def evaluated(self, record: train.Record) -> None: ...
+
+
+def test_tridrop_saves_no_mask_for_backward() -> None:
+    """Eager's masks are fp32 on a CPU; tridrop's seeds are 16 bytes a call."""
+    asked = tiny(p=0.5)
+    runs = {run.name: run for run in train.make_runs(asked, torch.device("cpu"))}
+    windows = torch.randint(256, (asked.batch, asked.context + 1))
+    for run in runs.values():
+        run.measure(windows)
+    saved = {name: run.saved_bytes for name, run in runs.items()}
+    calls, elements = 1 + 2 * asked.layers, asked.batch * asked.context * asked.dim
+    assert saved["eager"] == saved["eager_again"] == saved["none"] + 4 * calls * elements
+    assert saved["tridrop"] <= saved["none"] + 16 * calls
+
+
+def test_windows_cover_the_slice_once() -> None:
+    windows = train.windows_of(torch.arange(21), 5)
+    assert windows[:, 1:].flatten().tolist() == list(range(1, 21))
+    assert train.windows_of(torch.arange(21), 5, limit=2)[:, 0].tolist() == [0, 15]
+
+
+def test_an_interrupt_leaves_the_results_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, calls = train.Run.step, iter(range(100))
+
+    def interrupted(run: train.Run, tokens: torch.Tensor) -> float:
+        if next(calls) == 14:  # in the middle of the fourth step of four runs
+            raise KeyboardInterrupt
+        return step(run, tokens)
+
+    monkeypatch.setattr(train.Run, "step", interrupted)
+    assert demo(tmp_path) == 130
+    found = results(tmp_path)
+    assert found["interrupted"]
+    assert found["steps_done"] == 2
+    assert found["steps"] == [0, 2]
+    assert (tmp_path / "demo.png").exists()
+    assert (tmp_path / "demo.svg").exists()
+    assert "up to step 2" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_interrupt_before_anything_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(run: train.Run, tokens: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "measure", interrupted)
+    assert demo(tmp_path) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_divergence_is_told_and_keeps_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate, calls = train.Run.evaluate, iter(range(100))
+
+    def diverging(run: train.Run, windows: torch.Tensor, batch: int) -> float:
+        return evaluate(run, windows, batch) if next(calls) < 16 else math.nan
+
+    monkeypatch.setattr(train.Run, "evaluate", diverging)
+    assert demo(tmp_path) == 1
+    assert results(tmp_path)["steps"] == [0, 2]
+    assert "lower --lr" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--p=1", "--p=-0.1", "--p=nan", "--attention-p=2", "--steps=0", "--lr=0", "--lr=inf",
+     "--seed=-1", "--dim=x", "--backend=cuda", "--eval-every=0"],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_the_parser(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(argument)
+    assert stop.value.code == 2
+    assert argument.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heads=3"], "--heads 3 does not divide --dim 16"),
+        (["--context=200"], "--train-bytes 200 holds no window"),
+        (["--train-bytes=9999999"], "lower them or give a longer text"),
+        (["--text=/no/such/file"], "--text /no/such/file"),
+        (["--device=nonsense"], "--device nonsense cannot be used"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_training(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo(tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_serve_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tridrop.backends, "_has_triton", False)
+    assert demo(tmp_path, "--backend=triton") == 2
+    assert "triton is not installed" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    assert demo(tmp_path / "out") == 2
+    assert "pip install 'tridrop[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_quick_changes_defaults_and_not_what_was_given() -> None:
+    asked = options.resolve(parse("--quick", "--steps=7"))
+    assert asked.steps == 7
+    assert asked.train_bytes == options.QUICK["train_bytes"]
+    assert options.resolve(parse()).train_bytes == options.DEFAULTS["train_bytes"]
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def test_text_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "abc.txt"
+    file.write_bytes(b"abc" * 200)
+    assert demo(tmp_path / "out", "--text", file) == 0
+    found = results(tmp_path / "out")
+    assert found["text"]["name"] == "abc.txt"
+    assert found["text"]["bytes"] == 600
+
+
+def test_the_default_text_has_every_paragraph_of_pydoc_once() -> None:
+    from pydoc_data.topics import topics
+
+    name, loaded = text.load(None)
+    assert name == "pydoc_data.topics"
+    paragraphs = loaded.decode().split("\n\n")
+    for topic in topics.values():
+        assert set(topic.strip("\n").replace("\n\n\n", "\n\n").split("\n\n")) <= set(paragraphs)
+    assert len(set(paragraphs)) == len(paragraphs)
+
+
+def test_the_slices_are_disjoint_ends_of_the_text() -> None:
+    first, last = text.split(bytes(range(10)), 6, 4)
+    assert first.tolist() == [0, 1, 2, 3, 4, 5]
+    assert last.tolist() == [6, 7, 8, 9]
+    with pytest.raises(options.DemoError, match="longer text"):
+        text.split(bytes(10), 6, 5)

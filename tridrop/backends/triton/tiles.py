@@ -1,0 +1,119 @@
+"""What the kernels share: named tuples of arguments, and pure functions of tiles."""
+
+from collections import namedtuple
+
+import triton
+import triton.language as tl
+
+from .mask import (
+    DOMAIN_DROP_PATH,
+    DOMAIN_ELEMENTS,
+    ELEMENTS,
+    LANES,
+    NO_MASK,
+    keep_elements,
+    keep_rows,
+    load_key,
+    load_rate,
+    row_coordinates,
+)
+
+# grid axis 1 holds at most 65,535 column blocks; axis 2 goes on where that is not enough
+MAX_GRID_Y = tl.constexpr(65535)
+
+# Operands of both kernels; None where absent. `rate` is the (threshold, scale) pair on the device.
+Operands = namedtuple("Operands", "x bias layer_scale residual seed rate")
+# Sizes, and the strides between rows of x and of the second matrix that is read (the residual in
+# forward, the gradient in backward). Columns always have stride 1.
+Shape = namedtuple("Shape", "rows cols x_stride other_stride")
+# Where the tile lies in the contract's coordinates: mask.Coordinates.leading for elements and for
+# drop_path, the first column's group, and how far into that group the first column is.
+Origin = namedtuple("Origin", "leading path_leading group shift")
+
+
+@triton.jit
+def to_float(x):
+    """fp32 of a tile."""
+    if x.dtype == tl.bfloat16:
+        # A shift, which LLVM merges with the unpacking of a 32-bit word: one instruction a value
+        # where the conversion takes one and a half.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def columns(cols, origin, BLOCK_COLS: tl.constexpr):
+    """Local columns of this program, [BLOCK_COLS], and the column groups of its masks."""
+    block = tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y
+    # 64 bits only where the row length needs them: Triton types cols by its value.
+    start = block.to((tl.zeros([], tl.int32) + cols).dtype) * BLOCK_COLS
+    # A shard may begin inside a group: tiles begin where groups do, so some columns lie outside.
+    col = start - origin.shift + tl.arange(0, BLOCK_COLS)
+    group = origin.group + (start // LANES).to(tl.int64) + tl.arange(0, BLOCK_COLS // LANES)
+    return col, group
+
+
+@triton.jit
+def known(n, VECTOR: tl.constexpr):
+    """``n``, a multiple of VECTOR, said so that the compiler sees it and loads 16 bytes at once."""
+    return n // VECTOR * VECTOR
+
+
+@triton.jit
+def in_bounds(row, col, rows, cols, WHOLE: tl.constexpr):
+    if WHOLE:  # the blocks divide the matrix: the compiler drops the constant
+        return tl.full([row.shape[0], col.shape[0]], 1, tl.int1)
+    else:
+        return (row < rows)[:, None] & ((col >= 0) & (col < cols))[None, :]
+
+
+@triton.jit
+def load_matrix(pointer, stride, row, col, inside):
+    offsets = row[:, None] * stride + col[None, :]
+    return to_float(tl.load(pointer + offsets, mask=inside, other=0.0))
+
+
+@triton.jit
+def load_vector(pointer, col, cols):
+    inside = (col >= 0) & (col < cols)
+    return to_float(tl.load(pointer + col, mask=inside, other=0.0))[None, :]
+
+
+@triton.jit
+def load_rule(operands, threshold, scale, path_scale, MASK: tl.constexpr, PATH: tl.constexpr):
+    """The Philox key, the elements' threshold and the product of the scales."""
+    if MASK != NO_MASK:
+        threshold, scale = load_rate(operands.rate, threshold, scale)
+        if PATH:
+            scale = scale * path_scale
+    else:
+        scale = path_scale
+    return load_key(operands.seed), threshold, scale
+
+
+@triton.jit
+def keep_tile(
+    row, group, origin, rule, path_threshold, MAYBE_ZERO: tl.constexpr,
+    MASK: tl.constexpr, PATH: tl.constexpr,
+):  # fmt: skip
+    """Whether an element and its sample are kept: [BLOCK_ROWS, BLOCK_COLS or 1]."""
+    keep = tl.full([row.shape[0], 1], 1, tl.int1)
+    if MASK != NO_MASK:
+        row_at = row_coordinates(row, origin.leading)
+        if MASK == ELEMENTS:
+            keep = keep_elements(row_at, group, rule[0], rule[1], MAYBE_ZERO, DOMAIN_ELEMENTS)
+        else:
+            keep = keep_rows(row_at, rule[0], rule[1], MAYBE_ZERO, DOMAIN_ELEMENTS)[:, None]
+    if PATH:
+        row_at = row_coordinates(row, origin.path_leading)
+        keep = keep & keep_rows(row_at, rule[0], path_threshold, False, DOMAIN_DROP_PATH)[:, None]
+    return keep
+
+
+@triton.jit
+def store_sum(pointer, total, col, cols, WIDTH: tl.constexpr):
+    """A strip's sum over rows, as row `strip` of the partial sums [strips, WIDTH * cols]."""
+    inside = (col >= 0) & (col < cols)
+    offsets = tl.program_id(0).to(tl.int64) * cols * WIDTH + col
+    tl.store(pointer + offsets, tl.sum(total, axis=0), mask=inside)
