@@ -20,8 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tridrop.backends.triton import elementwise
-from tridrop.spec import Options
+from tridrop.backends.triton import elementwise, norm
+from tridrop.spec import NormOptions, Options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,12 +79,13 @@ def instructions(cubin: bytes) -> tuple[list[str], int]:
 def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:
     """The record of one kernel compiled for one target."""
     driver.set_active(Driver(TARGETS[target]))
-    recorder = Recorder(getattr(elementwise, kernel))
-    setattr(elementwise, kernel, recorder)
+    module = norm if kernel.startswith("norm") else elementwise
+    recorder = Recorder(getattr(module, kernel))
+    setattr(module, kernel, recorder)
     try:
-        getattr(elementwise, launcher)(*args)
+        getattr(module, launcher)(*args)
     finally:
-        setattr(elementwise, kernel, recorder.kernel)
+        setattr(module, kernel, recorder.kernel)
     compiled = recorder.compiled
     record = {"name": name, "target": target, "shared": compiled.metadata.shared}
     if "cubin" not in compiled.asm:
@@ -148,13 +149,91 @@ def cases(dtype: torch.dtype) -> dict[str, tuple]:
     }  # fmt: skip
 
 
+NORM_SIZES = (768, 1000, 1024, 4096, 8192)
+
+
+def norm_cases(dtype: torch.dtype) -> dict[str, tuple]:
+    """The norm family, with every operand, at hidden sizes of real models."""
+    seed = torch.zeros(2, dtype=torch.int64)
+    cases: dict[str, tuple] = {}
+    for size in NORM_SIZES:
+        x, vector = empty(4096, size, dtype=dtype), empty(size, dtype=dtype)
+        stats = torch.empty(4096)
+        for kind in ("layer_norm", "rms_norm"):
+            shared = {"p": 0.1, "norm": kind, "stream_dtype": dtype, "out_dtype": dtype}
+            before, after = NormOptions(**shared), NormOptions(**shared, after=True)
+            nb = vector if kind == "layer_norm" else None
+            last = dtype if kind == "layer_norm" else None
+            cases[f"{kind} {size}"] = (
+                "norm_forward",
+                "norm_forward_kernel",
+                x,
+                vector,
+                vector,
+                x,
+                vector,
+                nb,
+                seed,
+                None,
+                before,
+            )
+            cases[f"{kind} backward {size}"] = (
+                "norm_backward",
+                "norm_backward_kernel",
+                x,
+                x,
+                x,
+                stats,
+                stats,
+                x,
+                vector,
+                vector,
+                vector,
+                seed,
+                None,
+                before,
+                (dtype, dtype, dtype, dtype, dtype, last),
+            )
+            cases[f"{kind} after {size}"] = (
+                "norm_forward",
+                "norm_forward_kernel",
+                x,
+                None,
+                None,
+                x,
+                vector,
+                nb,
+                seed,
+                None,
+                after,
+            )
+            cases[f"{kind} after backward {size}"] = (
+                "norm_backward",
+                "norm_backward_kernel",
+                x,
+                None,
+                x,
+                stats,
+                stats,
+                None,
+                None,
+                None,
+                vector,
+                seed,
+                None,
+                after,
+                (dtype, None, None, None, dtype, last),
+            )
+    return cases
+
+
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
     records = [
         inspect(name, target, *case)
         for target in sys.argv[1:] or TARGETS
-        for name, case in cases(torch.bfloat16).items()
+        for name, case in (cases(torch.bfloat16) | norm_cases(torch.bfloat16)).items()
     ]
     print(json.dumps(records))
 

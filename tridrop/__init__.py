@@ -6,7 +6,16 @@ No mask is ever stored: backward regenerates it from a seed, and the mask is a p
 
 from . import nn
 from .backends import backend
-from .functional import activation_dropout, dropout, dropout_add, keep_mask
+from .functional import (
+    activation_dropout,
+    dropout,
+    dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    keep_mask,
+    layer_norm_dropout,
+    rms_norm_dropout,
+)
 from .mask import Shard, fold_in, new_seed
 from .seeds import rng
 
@@ -18,9 +27,13 @@ __all__ = [
     "backend",
     "dropout",
     "dropout_add",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "fold_in",
     "keep_mask",
+    "layer_norm_dropout",
     "new_seed",
     "nn",
+    "rms_norm_dropout",
     "rng",
 ]

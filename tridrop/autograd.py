@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends.reference import elementwise as composition
+from .backends.reference import elementwise, norm
 
 _forward = torch.ops.tridrop.forward.default
 _backward = torch.ops.tridrop.backward.default
+_norm_forward = torch.ops.tridrop.norm_forward.default
+_norm_backward = torch.ops.tridrop.norm_backward.default
 
 
 def _each_sample(
@@ -41,6 +43,38 @@ def _each_sample(
         None if column[0] is None else torch.stack(column) for column in zip(*outputs, strict=True)
     )
     return stacked, tuple(None if column is None else 0 for column in stacked)
+
+
+def _differentiate(
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+    given: dict[str, Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    drop: elementwise.Multiplier,
+    options: Any,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:
+    """The derivative of an op's gradients: of the reference composition, in plain torch.
+
+    ``given`` holds the differentiable arguments of ``gradients``; the result has an entry for each.
+    """
+    names = [name for name, tensor in given.items() if tensor is not None]
+    needs = tuple(dtype is not None for dtype in dtypes)
+
+    def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+        computed = dict(zip(names, elementwise.compute(*tensors), strict=True))
+        results = gradients(**{**given, **computed}, drop=drop, options=options, needs=needs)
+        return tuple(t for t in results if t is not None)
+
+    outputs, pull_back = torch.func.vjp(  # type: ignore[misc]
+        wide, *(given[name] for name in names)
+    )
+    wanted = [c for c, need in zip(cotangents, needs, strict=True) if need]
+    filled = tuple(
+        torch.zeros_like(o) if c is None else c.to(o.dtype)
+        for o, c in zip(outputs, wanted, strict=True)
+    )
+    found = dict(zip(names, pull_back(filled), strict=True))
+    return [found.get(name) for name in given]
 
 
 class Fused(torch.autograd.Function):
@@ -119,28 +153,112 @@ class FusedBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         grad, x, bias, layer_scale, seed, p = ctx.saved_tensors
         options = ops.unpack(*ctx.packed[:-1])
-        drop = composition.multiplier(tuple(grad.shape), seed, p, options)
+        drop = elementwise.multiplier(tuple(grad.shape), seed, p, options)
         given = {"grad": grad, "x": x, "bias": bias, "layer_scale": layer_scale}
-        names = [name for name, tensor in given.items() if tensor is not None]
-        needs = tuple(dtype is not None for dtype in ctx.dtypes)
-
-        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            wide = composition.compute(*tensors)
-            arguments = {**given, **dict(zip(names, wide, strict=True))}
-            results = composition.gradients(**arguments, drop=drop, options=options, needs=needs)  # type: ignore[arg-type]
-            return tuple(t for t in results if t is not None)
-
-        outputs, pull_back = torch.func.vjp(  # type: ignore[misc]
-            gradients, *(given[name] for name in names)
-        )
-        wanted = [c for c, need in zip(cotangents, needs, strict=True) if need]
-        filled = tuple(
-            torch.zeros_like(o) if c is None else c.to(o.dtype)
-            for o, c in zip(outputs, wanted, strict=True)
-        )
-        found = dict(zip(names, pull_back(filled), strict=True))
-        return tuple(found.get(name) for name in given) + (None,) * 4
+        found = _differentiate(elementwise.gradients, given, cotangents, drop, options, ctx.dtypes)
+        return *found, *(None,) * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         return _each_sample(FusedBackward.apply, info, in_dims, args)
+
+
+class FusedNorm(torch.autograd.Function):
+    """(out, stream, mean, rstd) of dropout, add and norm; see ``backends/reference/norm.py``."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        norm_bias: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = _norm_forward(
+            x, bias, layer_scale, residual, weight, norm_bias, seed, p, *packed
+        )
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, seed, p, packed = inputs
+        x, bias, layer_scale, _, weight, _ = tensors
+        _, stream, mean, rstd = output
+        ctx.packed = packed
+        ctx.after = ops.unpack_norm(*packed).after
+        ctx.dtypes = tuple(
+            t.dtype if t is not None and needed else None
+            for t, needed in zip(tensors, ctx.needs_input_grad[:6], strict=True)
+        )
+        ctx.mark_non_differentiable(mean, rstd, *((stream,) if ctx.after else ()))
+        ctx.set_materialize_grads(False)
+        scaled = ctx.dtypes[2] is not None
+        ctx.save_for_backward(
+            x if ctx.after else stream,
+            mean,
+            rstd,
+            x if scaled else None,
+            bias if scaled else None,
+            layer_scale,
+            weight,
+            seed,
+            p,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
+        saved = ctx.saved_tensors
+        if ctx.after:
+            dstream = None
+        if dout is None and dstream is None:
+            return (None,) * 9
+        incoming = torch.zeros_like(saved[0]) if dout is None else dout
+        compiling = torch.compiler.is_compiling()  # as in Fused
+        call: Any = FusedNormBackward.forward if compiling else FusedNormBackward.apply
+        found = list(call(incoming, dstream, *saved, ctx.packed, ctx.dtypes))
+        if ctx.after and ctx.needs_input_grad[3]:
+            found[3] = dout
+        return *found, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return _each_sample(FusedNorm.apply, info, in_dims, args)
+
+
+class FusedNormBackward(torch.autograd.Function):
+    """The gradients of :class:`FusedNorm`."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, packed, dtypes = inputs
+        results = _norm_backward(*tensors, *packed, *dtypes)
+        after = ops.unpack_norm(*packed).after
+        return tuple(
+            None if dtype is None or (after and i == 3) else result
+            for i, (result, dtype) in enumerate(zip(results, dtypes, strict=True))
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, ctx.dtypes = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        dout, dstream, stream, _, _, x, bias, layer_scale, weight, seed, p = ctx.saved_tensors
+        options = ops.unpack_norm(*ctx.packed)
+        drop = elementwise.multiplier(tuple(dout.shape), seed, p, options)
+        # The statistics are functions of the stream, and are computed from it again.
+        given = {"dout": dout, "dstream": dstream, "stream": stream, "x": x, "bias": bias}
+        given |= {"layer_scale": layer_scale, "weight": weight}
+        dtypes = [d if i != 3 or not options.after else None for i, d in enumerate(ctx.dtypes)]
+        found = _differentiate(norm.norm_gradients, given, cotangents, drop, options, dtypes)
+        return *found[:3], None, None, *found[3:], None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return _each_sample(FusedNormBackward.apply, info, in_dims, args)

@@ -7,15 +7,17 @@ derivative lives above, in autograd.py.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .mask import Shard
-from .spec import FLOATS, Options, check_probability, output_shape
+from .spec import FLOATS, NormOptions, Options, check_probability, output_shape
 
 _library = torch.library.Library("tridrop", "DEF")
 
@@ -39,6 +41,22 @@ _library.define(
     "backward(Tensor grad, Tensor? x, Tensor? bias, Tensor? layer_scale, Tensor? seed, "
     f"Tensor? p_tensor, {_OPTIONS}, ScalarType? x_dtype, ScalarType? bias_dtype, "
     "ScalarType? layer_scale_dtype) -> (Tensor, Tensor, Tensor)"
+)
+_NORM = (
+    f"{_OPTIONS}, str norm, float eps, bool zero_centered, bool after, bool keep_stream, "
+    "ScalarType stream_dtype, ScalarType out_dtype"
+)
+_library.define(
+    "norm_forward(Tensor x, Tensor? bias, Tensor? layer_scale, Tensor? residual, Tensor? weight, "
+    f"Tensor? norm_bias, Tensor? seed, Tensor? p_tensor, {_NORM}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor mean, Tensor rstd, "
+    "Tensor? x, Tensor? bias, Tensor? layer_scale, Tensor? weight, Tensor? seed, "
+    f"Tensor? p_tensor, {_NORM}, ScalarType? x_dtype, ScalarType? bias_dtype, "
+    "ScalarType? layer_scale_dtype, ScalarType? residual_dtype, ScalarType? weight_dtype, "
+    "ScalarType? norm_bias_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "keep_mask(Tensor seed, SymInt[] shape, Tensor? p_tensor, float p, str domain, int[] shared, "
@@ -75,13 +93,30 @@ def unpack(
     return Options(activation, p, drop_path, tuple(shared), shard)
 
 
-def _rate(p_tensor: Tensor | None, options: Options) -> tuple[Tensor | None, Options]:
+def pack_norm(options: NormOptions, backend: str) -> tuple[Any, ...]:
+    """The options of the norm family as the arguments that its operators take."""
+    own = [getattr(options, field.name) for field in _NORM_FIELDS]
+    return (*pack(options, backend), *own)
+
+
+def unpack_norm(*packed: Any) -> NormOptions:
+    """The inverse of :func:`pack_norm`."""
+    own = packed[-len(_NORM_FIELDS) :]
+    shared = vars(unpack(*packed[: -len(_NORM_FIELDS) - 1]))
+    return NormOptions(**shared, **dict(zip((f.name for f in _NORM_FIELDS), own, strict=True)))
+
+
+_NORM_FIELDS = dataclasses.fields(NormOptions)[len(dataclasses.fields(Options)) :]
+_O = TypeVar("_O", bound=Options)
+
+
+def _rate(p_tensor: Tensor | None, options: _O) -> tuple[Tensor | None, _O]:
     """A tensor p that the host can read becomes a float, checked as any other."""
     if p_tensor is None or p_tensor.device.type != "cpu":
         return p_tensor, options
     p = float(p_tensor)
     check_probability(p)
-    return None, Options(options.activation, p, options.drop_path, options.shared, options.shard)
+    return None, dataclasses.replace(options, p=p)
 
 
 # ------------------------------------------------------------------------------------- new_seed
@@ -185,6 +220,47 @@ def _backward_fake(
     return a, b, c
 
 
+# ----------------------------------------------------------------------------------------- norm
+
+
+def _norm_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, p_tensor, packed = arguments[:7], arguments[7], arguments[8:]
+    p_tensor, options = _rate(p_tensor, unpack_norm(*packed))
+    module = backends.serving(packed[_BACKEND], *tensors[:6])
+    results = module.norm_forward(*tensors, p_tensor, options)  # type: ignore[call-arg]
+    return tuple(tensors[0].new_empty(0) if t is None else t for t in results)
+
+
+def _norm_forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    options = unpack_norm(*arguments[7:])
+    rows = x.new_empty(x.shape[:-1].numel() if x.dim() else 1, dtype=torch.float32)
+    has_stream = options.keep_stream and not options.after
+    stream = x.new_empty(x.shape if has_stream else 0, dtype=options.stream_dtype)
+    out = x.new_empty(x.shape, dtype=options.out_dtype)
+    return out, stream if has_stream else x.new_empty(0), rows, torch.empty_like(rows)
+
+
+def _norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, p_tensor, packed = arguments[:10], arguments[10], arguments[11:-6]
+    p_tensor, options = _rate(p_tensor, unpack_norm(*packed))
+    module = backends.serving(packed[_BACKEND], tensors[0], *tensors[5:9])
+    results = module.norm_backward(*tensors, p_tensor, options, arguments[-6:])  # type: ignore[call-arg]
+    return tuple(tensors[0].new_empty(0) if t is None else t for t in results)
+
+
+def _norm_backward_fake(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    dtypes, options = arguments[-6:], unpack_norm(*arguments[10:-6])
+    vector = dout.shape[-1:]
+    shapes = (dout.shape, vector, vector, dout.shape, vector, vector)
+    wanted = [*dtypes[:3], None if options.after else dtypes[3], *dtypes[4:]]
+    return tuple(
+        dout.new_empty(0) if dtype is None else dout.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, wanted, strict=True)
+    )
+
+
+_BACKEND = len(dataclasses.fields(Options)) + 1  # of packed options; a shard is two arguments
+
 # ------------------------------------------------------------------------------------ keep_mask
 
 
@@ -215,6 +291,8 @@ for _name, _function, _fake in (
     ("new_seed", _new_seed, _new_seed_fake),
     ("forward", _forward, _forward_fake),
     ("backward", _backward, _backward_fake),
+    ("norm_forward", _norm_forward, _norm_forward_fake),
+    ("norm_backward", _norm_backward, _norm_backward_fake),
     ("keep_mask", _keep_mask, _keep_mask_fake),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")

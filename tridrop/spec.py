@@ -64,6 +64,23 @@ class Options:
         return scale(elements), scale(path)
 
 
+@dataclass(frozen=True)
+class NormOptions(Options):
+    """The options of one call of the norm family. ``activation`` is always "none".
+
+    ``after`` is whether the dropout follows the norm, residual + dropout(norm(x)), or goes before
+    it, norm(residual + dropout(x)); ``keep_stream`` whether the stream is returned or saved.
+    """
+
+    norm: str = "layer_norm"
+    eps: float = 1e-5
+    zero_centered: bool = False
+    after: bool = False
+    keep_stream: bool = True
+    stream_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype = torch.float32
+
+
 def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: bool = False) -> None:
     """Raise unless ``p`` is a probability: a number in [0, 1] or, where allowed, a 0-d tensor."""
     if isinstance(p, Tensor):

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..spec import Options
+from ..spec import NormOptions, Options
 
 NAMES = ("triton", "reference")
 ENVIRONMENT = "TRIDROP_BACKEND"
@@ -54,6 +54,45 @@ class Backend(Protocol):
         dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, bias and layer_scale in these dtypes; None for those not wanted."""
+
+    def norm_forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        norm_bias: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        options: NormOptions,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(out, stream, mean, rstd): the formulas of ``backends/reference/norm.py``.
+
+        mean and rstd are fp32, of shape [rows]. stream is None where it is x, or not kept.
+        """
+
+    def norm_backward(
+        self,
+        dout: Tensor,
+        dstream: Tensor | None,
+        stream: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        weight: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        options: NormOptions,
+        dtypes: tuple[torch.dtype | None, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, bias, layer_scale, residual, weight, norm_bias; None where not wanted.
+
+        ``x`` is given where layer_scale needs a gradient. ``stream`` is what forward returned, or x
+        where the dropout came after the norm; then the residual's gradient is None.
+        """
 
     def keep_mask(
         self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str

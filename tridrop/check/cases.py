@@ -9,6 +9,7 @@ exported masks it is what the op must equal, given the identity it is the op's e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,16 @@ class Case:
     noise_shape: tuple[int | None, ...] | None = None
     residual_dtype: torch.dtype | None = None
     """the residual stream's dtype where it is not that of the other operands"""
+    linear: bool = True
+    """whether the result is linear in the masks, so that its expected value is known"""
+    probe: Callable[[Inputs, Any], Tensor] | None = None
+    """(inputs, seed) -> a result that is zero just where something is dropped, if call's is not"""
+    backward_shows_mask: bool = True
+    """whether a constant gradient reaches x just where the element is kept"""
+    saved_extra: int = 0
+    """bytes of statistics that backward may keep"""
+    out_like: str = "residual"
+    """the operand whose dtype the result has, where it is given; x otherwise"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,6 +78,21 @@ class Case:
                 wanted = self.residual_dtype if name == "residual" else None
                 tensors[name] = drawn.to(device, wanted or dtype)
         return tensors
+
+    def eager_dropout(self, generator: torch.Generator) -> Drop:
+        """The random part as eager PyTorch draws it, from a generator."""
+
+        def drop(domain: str, value: Tensor) -> Tensor:
+            if domain == "drop_path":
+                shape = [self.shape[0], *(1 for _ in self.shape[1:])]
+            else:
+                noise = self.noise_shape or (None,) * len(self.shape)
+                shape = [s if n is None else n for n, s in zip(noise, self.shape, strict=True)]
+            rate = self.rates[domain]
+            keep = torch.rand(shape, generator=generator, dtype=torch.float64) >= rate
+            return value * (keep / (1 - rate)).to(value.device, value.dtype)
+
+        return drop
 
     def masks(self, seed: Any, device: str) -> dict[str, Tensor]:
         """The exported mask of each domain."""
@@ -148,6 +174,108 @@ def _elementwise(
     )
 
 
+def _norm(
+    op: str,
+    shape: tuple[int, ...],
+    *,
+    p: float = 0.3,
+    bias: bool = False,
+    layer_scale: bool = False,
+    drop_path: float = 0.0,
+    residual: bool = True,
+    affine: bool = True,
+    prenorm: bool = False,
+    zero_centered: bool = False,
+    noise_shape: tuple[int | None, ...] | None = None,
+    residual_dtype: torch.dtype | None = None,
+) -> Case:
+    rms, after = "rms" in op, op.endswith("norm_dropout")
+    shapes: dict[str, tuple[int, ...]] = {"x": shape, "out": shape}
+    vectors = {"weight": affine, "norm_bias": affine and not rms}
+    vectors |= {"bias": bias, "layer_scale": layer_scale}
+    shapes |= {name: shape[-1:] for name, on in vectors.items() if on}
+    if residual:
+        shapes["residual"] = shape
+    function = getattr(functional, op)
+    eps = 1e-5
+
+    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
+        options: dict[str, Any] = {"seed": seed, "noise_shape": noise_shape, "eps": eps}
+        options |= {"zero_centered_weight": zero_centered, "drop_path": drop_path if p else 0.0}
+        weight, norm_bias = inputs.get("weight"), inputs.get("norm_bias")
+        arguments = (inputs["x"], weight) if rms else (inputs["x"], weight, norm_bias)
+        if after:
+            options["residual"] = inputs.get("residual")
+            return function(*arguments, p, training, **options)
+        options |= {"bias": inputs.get("bias"), "layer_scale": inputs.get("layer_scale")}
+        result = function(
+            inputs["x"], inputs.get("residual"), weight, norm_bias, p, training,
+            prenorm=prenorm, **options,
+        )  # fmt: skip
+        # Both results of the pre-norm form are checked at once.
+        return result[0] + result[1].to(result[0].dtype) if prenorm else result
+
+    def stream_of(inputs: Inputs, seed: Any) -> Tensor:
+        result = function(
+            inputs["x"], inputs.get("residual"), None, None, p, True, prenorm=True, seed=seed,
+            bias=inputs.get("bias"), layer_scale=inputs.get("layer_scale"), drop_path=drop_path,
+            noise_shape=noise_shape,
+        )  # fmt: skip
+        return result[1]
+
+    def normalise(stream: Tensor, inputs: Inputs) -> Tensor:
+        weight = inputs.get("weight")
+        if zero_centered and weight is not None:
+            weight = weight + 1
+        cast = [
+            None if t is None else t.to(stream.dtype) for t in (weight, inputs.get("norm_bias"))
+        ]
+        if rms:
+            return F.rms_norm(stream, stream.shape[-1:], cast[0], eps)
+        return F.layer_norm(stream, stream.shape[-1:], cast[0], cast[1], eps)
+
+    def eager(inputs: Inputs, drop: Drop) -> Tensor:
+        value = inputs["x"]
+        if after:
+            value = normalise(value, inputs)
+        if bias:
+            value = value + inputs["bias"]
+        value = drop("elements", value)
+        if layer_scale:
+            value = value * inputs["layer_scale"]
+        if drop_path:
+            value = drop("drop_path", value)
+        stream = inputs["residual"] + value if residual else value
+        if after:
+            return stream
+        out = normalise(stream, inputs).to(inputs["x"].dtype)
+        return out + stream.to(out.dtype) if prenorm else out
+
+    stages = [name for name, on in vectors.items() if on]
+    stages += [] if residual else ["no residual"]
+    stages += ["drop_path"] if drop_path else []
+    stages += ["prenorm"] if prenorm else []
+    stages += ["1 + weight"] if zero_centered else []
+    stages += [f"noise_shape {noise_shape}"] if noise_shape else []
+    stages += [f"{str(residual_dtype).removeprefix('torch.')} stream"] if residual_dtype else []
+    return Case(
+        name=f"{op}: {', '.join(stages) or 'plain'} {list(shape)}",
+        op=op,
+        p=p,
+        shapes=shapes,
+        call=call,
+        eager=eager,
+        rates={"elements": p, **({"drop_path": drop_path} if drop_path else {})},
+        noise_shape=noise_shape,
+        residual_dtype=residual_dtype,
+        linear=after,
+        probe=None if after else stream_of,
+        backward_shows_mask=not after,
+        saved_extra=8 * math.prod(shape[:-1]),
+        out_like="residual" if after and residual else "x",
+    )
+
+
 CASES: Sequence[Case] = (
     _elementwise("dropout", (6, 11, 40)),
     _elementwise("dropout", (4099,), p=0.1),
@@ -168,4 +296,23 @@ CASES: Sequence[Case] = (
     ),
     _elementwise("dropout_add", (16, 6, 24), noise_shape=(16, 1, 24), bias=True),
     _elementwise("dropout_add", (6, 11, 40), bias=True, residual_dtype=torch.float32),
+    *(
+        row
+        for op in ("dropout_add_layer_norm", "dropout_add_rms_norm")
+        for row in (
+            _norm(op, (6, 7, 40), bias=True),
+            _norm(op, (24, 4, 30), bias=True, layer_scale=True, drop_path=0.25, p=0.1),
+            _norm(op, (33, 65), prenorm=True, residual_dtype=torch.float32),
+            _norm(op, (9, 56), residual=False, affine=False),
+            _norm(op, (9, 3, 24), zero_centered=True, noise_shape=(None, 1, None)),
+        )
+    ),
+    *(
+        row
+        for op in ("layer_norm_dropout", "rms_norm_dropout")
+        for row in (
+            _norm(op, (6, 7, 40), residual=False),
+            _norm(op, (24, 4, 30), drop_path=0.25, zero_centered=True),
+        )
+    ),
 )

@@ -74,12 +74,19 @@ def unmasked(domain: str, value: Tensor) -> Tensor:
 def run_with_gradients(
     function: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The result of ``function`` and the gradient of every input; ``grad`` None stands for ones."""
+    """The result of ``function`` and the gradient of every input, NaN where there is none.
+
+    ``grad`` None stands for ones.
+    """
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
     out = function(leaves)
     incoming = torch.ones_like(out) if grad is None else grad.to(out.dtype)
-    found = torch.autograd.grad(out, list(leaves.values()), incoming)
-    return out.detach(), dict(zip(leaves, found, strict=True))
+    found = torch.autograd.grad(out, list(leaves.values()), incoming, allow_unused=True)
+    gradients = {
+        name: torch.full_like(leaf, math.nan) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+    }
+    return out.detach(), gradients
 
 
 def saved_bytes(function: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
@@ -162,7 +169,8 @@ class Check:
             yield self._result(f"grad {name}", error(gradient, want), tolerance(eagers, want))
 
     def _output_dtype(self) -> torch.dtype:
-        return self.inputs["residual"].dtype if "residual" in self.inputs else self.dtype
+        like = self.inputs.get(self.case.out_like)
+        return self.dtype if like is None else like.dtype
 
     def same_without_dropout(self) -> Iterator[Result]:
         """Eval mode and p = 0: bitwise the same, and right by the rule of accuracy."""
@@ -181,44 +189,54 @@ class Check:
         inputs = {name: t.abs() + 0.5 for name, t in self.inputs.items()}
         if "residual" in inputs:
             inputs["residual"] = torch.zeros_like(inputs["residual"])
-        out, grads = run_with_gradients(self._fused, inputs, None)
+        out, grads = run_with_gradients(self._probe, inputs, None)
         keep = torch.ones(self.case.shape, dtype=torch.bool, device=self.device)
         for mask in self._masks().values():
             keep &= mask
-        backward = grads["x"] != 0
-        if backward.shape != keep.shape:  # gated: both halves
-            first, second = backward.chunk(2, -1)
-            wrong = int((first != keep).sum()) + int((second != keep).sum())
-        else:
-            wrong = int((backward != keep).sum())
-        wrong += int(((out != 0) != keep).sum())
+        wrong = int(((out != 0) != keep).sum())
+        if self.case.backward_shows_mask:
+            for part in grads["x"].split(keep.shape[-1], -1) if keep.dim() else (grads["x"],):
+                wrong += int(((part != 0) != keep).sum())  # both halves of a gated input
         yield self._result("masks", float(wrong), 0.0)
+
+    def _probe(self, inputs: Inputs) -> Tensor:
+        if self.case.probe is None:
+            return self._fused(inputs)
+        with backends.backend(self.backend):
+            return self.case.probe(inputs, self.seed)
 
     def saves_no_mask(self) -> Iterator[Result]:
         """Bytes kept for backward beyond those of eager PyTorch without dropout."""
         kept = saved_bytes(self._fused, self.inputs)
         plain = saved_bytes(lambda inputs: self.case.eager(inputs, unmasked), self.inputs)
         detail = f"{kept} bytes, eager without dropout {plain}"
-        yield self._result("saved", float(kept - plain), float(SEED_BYTES), detail)
+        limit = SEED_BYTES + self.case.saved_extra
+        yield self._result("saved", float(kept - plain), float(limit), detail)
 
     def expectation(self) -> Iterator[Result]:
-        """z-score of the mean over many seeds against eager PyTorch without dropout.
+        """z-score of the mean over many seeds.
 
-        The family is linear in its masks, so its expected value is the op without dropout. The
-        deviations of a seed are projected on the branch itself, the direction in which a wrong
-        scale or rate shows.
+        An op that is linear in its masks has the op without dropout for its expected value, and is
+        held to that; another is held to the mean of eager PyTorch with its own random masks. The
+        results are projected on the branch itself, the direction in which a wrong scale or rate
+        shows.
         """
-        expected = self.case.eager(self._wide(), unmasked)
-        branch = expected - self._wide()["residual"] if "residual" in self.inputs else expected
-        samples = torch.stack(
-            [
-                ((self._fused(self.inputs, seed).double() - expected) * branch).sum()
-                for seed in range(self.seeds)
-            ]
-        )
-        standard_error = float(samples.std()) / math.sqrt(self.seeds)
-        z = abs(float(samples.mean())) / max(standard_error, 1e-300)
-        detail = f"{self.seeds} seeds, {expected.numel()} elements"
+        wide = self._wide()
+        plain = self.case.eager(wide, unmasked)
+        linear = self.case.linear
+        direction = plain - wide["residual"] if linear and "residual" in wide else plain
+
+        def mean_and_variance(outcomes: Iterator[Tensor]) -> tuple[float, float]:
+            samples = torch.stack([((o.double() - plain) * direction).sum() for o in outcomes])
+            return float(samples.mean()), float(samples.var()) / self.seeds
+
+        mean, variance = mean_and_variance(self._fused(self.inputs, s) for s in range(self.seeds))
+        if not linear:
+            drop = self.case.eager_dropout(self.generator)
+            other = mean_and_variance(self.case.eager(wide, drop) for _ in range(self.seeds))
+            mean, variance = mean - other[0], variance + other[1]
+        z = abs(mean) / max(math.sqrt(variance), 1e-300)
+        detail = f"{self.seeds} seeds, {plain.numel()} elements"
         yield self._result("expectation |z|", math.inf if math.isnan(z) else z, MAX_Z, detail)
 
 

@@ -140,7 +140,7 @@ def gradients(
     if x is not None:
         u = x if bias is None else x + bias
         if needs[2]:
-            dlayer_scale = _sum_rows(drop(grad * activate(u, options)))
+            dlayer_scale = sum_rows(drop(grad * activate(u, options)))
         first, second = _halves(u, options)
         function, derivative = FUNCTIONS[options.function]
         if second is None:
@@ -151,10 +151,10 @@ def gradients(
     if drop.keep is not None and options.gated:
         drop = Multiplier(torch.cat((drop.keep, drop.keep), -1), drop.scale)
     dx = drop(dx)
-    return dx if needs[0] else None, _sum_rows(dx) if needs[1] else None, dlayer_scale
+    return dx if needs[0] else None, sum_rows(dx) if needs[1] else None, dlayer_scale
 
 
-def _sum_rows(t: Tensor) -> Tensor:
+def sum_rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 1).sum(0)
 
 
@@ -180,10 +180,10 @@ def forward(
     assert u is not None
     drop = multiplier(output_shape(x, options.activation), seed, p, options)
     out = compose(u, b, g, r, drop, options).to(dtype)
-    return _own(out, x)
+    return own(out, x)
 
 
-def _own(result: Tensor, argument: Tensor) -> Tensor:
+def own(result: Tensor, argument: Tensor) -> Tensor:
     """The result, contiguous and in memory of its own: torch forbids an op to return its input."""
     shared = result.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
     return result.clone(memory_format=torch.contiguous_format) if shared else result.contiguous()
@@ -206,7 +206,7 @@ def backward(
     needs = (dtypes[0] is not None, dtypes[1] is not None, dtypes[2] is not None)
     results = gradients(g, u, b, s, drop, options, needs)
     dx, dbias, dlayer_scale = (
-        None if t is None or dtype is None else _own(t.to(dtype), grad)
+        None if t is None or dtype is None else own(t.to(dtype), grad)
         for t, dtype in zip(results, dtypes, strict=True)
     )
     return dx, dbias, dlayer_scale

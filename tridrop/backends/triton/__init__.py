@@ -2,5 +2,15 @@
 
 from .elementwise import backward, forward, keep_mask
 from .launch import interpreting, target, why_not
+from .norm import norm_backward, norm_forward
 
-__all__ = ["backward", "forward", "interpreting", "keep_mask", "target", "why_not"]
+__all__ = [
+    "backward",
+    "forward",
+    "interpreting",
+    "keep_mask",
+    "norm_backward",
+    "norm_forward",
+    "target",
+    "why_not",
+]

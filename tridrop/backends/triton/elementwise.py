@@ -214,6 +214,7 @@ def forward(
     launch.run(
         forward_kernel,
         plan,
+        out.device,
         out,
         Operands(x, launch.vector(bias), launch.vector(layer_scale), other, seed, rule.rate),
         plan.sizes(x.stride(0), 0 if other is None else other.stride(0)),
@@ -238,7 +239,10 @@ def backward(
     dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward kernel; arguments as in ``backends.Backend.backward``."""
-    plan = Plan(tuple(grad.shape), options, reduces=any(dtypes[1:]))
+    reduces = any(dtype is not None for dtype in dtypes[1:])
+    plan = Plan(tuple(grad.shape), options, launch.reduction_tile if reduces else None)
+    if reduces:
+        plan.strip = launch.strip(plan.row_blocks, plan.col_blocks)
     width = plan.where.cols * (2 if options.gated else 1)
     dx = None
     if dtypes[0] is not None:
@@ -262,6 +266,7 @@ def backward(
     launch.run(
         backward_kernel,
         plan,
+        grad.device,
         grad,
         Gradients(dx, *partial),
         Operands(matrix, launch.vector(bias), launch.vector(layer_scale), None, seed, rule.rate),
@@ -293,6 +298,7 @@ def keep_mask(
     launch.run(
         keep_mask_kernel,
         plan,
+        out.device,
         out,
         Operands(None, None, None, None, seed, launch.rate(p)),
         plan.sizes(0, 0),

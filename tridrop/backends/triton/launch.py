@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,13 @@ TILE = 4096
 NUM_WARPS = 4
 # With the sums of a backward in registers too, 32 elements take up to 255 of them.
 REDUCTION_TILE = 2048
+# Columns that a row of a norm may have to stay in registers: 16 warps with 32 elements a thread in
+# forward, 8 with 16 in backward, which holds four sums besides. Wider rows go in chunks.
+ROW_FORWARD = 16384
+ROW_BACKWARD = 4096
+ROW_CHUNK = 4096
+# fp32 partial sums for each gradient of a norm's vectors: 16 MiB.
+ROW_SUMS = 1 << 22
 # Row strips of a reduction, over all column blocks: enough programs for 132 processors with a few
 # resident blocks each, few enough that the partial sums stay small beside the data. Not a function
 # of the device: the order of the sum is the same everywhere.
@@ -54,23 +62,39 @@ def tile(rows: int, cols: int, elements: int = TILE) -> Tile:
     return Tile(min(elements // best, triton.next_power_of_2(max(1, rows))), best, NUM_WARPS)
 
 
+def reduction_tile(rows: int, cols: int) -> Tile:
+    """The tile of a backward that sums over rows."""
+    return tile(rows, cols, REDUCTION_TILE)
+
+
 def strip(row_blocks: int, col_blocks: int) -> int:
     """Row blocks that one program of a reduction goes through: a power of two."""
     return triton.next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
 
 
 class Plan:
-    """What the three launchers share: sizes, coordinates, tile and grid of one call."""
+    """What the launchers share: sizes, coordinates, tile and grid of one call.
 
-    def __init__(self, shape: tuple[int, ...], options: Options, reduces: bool = False) -> None:
+    Blocks of columns are programs of their own, or, with ``whole_rows``, chunks that the program of
+    a row goes through.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        options: Options,
+        choose: Callable[[int, int], Tile] | None = None,
+        whole_rows: bool = False,
+    ) -> None:
         self.where: Coordinates = coordinates(shape, options.shared, options.shard)
         rows, cols = self.where.rows, self.where.cols
         self.empty = rows * cols == 0
-        self.tile = tile(rows, cols, REDUCTION_TILE if reduces else TILE)
+        self.tile = (choose or tile)(rows, cols)
+        self.whole_rows = whole_rows
         self.shift = 0 if self.where.col_shared else self.where.col_origin % LANES
         self.row_blocks = triton.cdiv(rows, self.tile.rows)
         self.col_blocks = triton.cdiv(cols + self.shift, self.tile.cols)
-        self.strip = strip(self.row_blocks, self.col_blocks) if reduces else 1
+        self.strip = 1
         path: tuple[tuple[int, int, int], ...] = ()
         if options.drop_path:
             path = coordinates(shape, tuple(range(1, len(shape))), options.shard).leading
@@ -83,6 +107,8 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
+        if self.whole_rows:
+            return self.strips, 1, 1
         return (
             self.strips,
             min(self.col_blocks, MAX_GRID_Y),
@@ -101,6 +127,38 @@ class Plan:
             and rows % (self.tile.rows * self.strip) == 0
             and self.col_blocks == self.grid[1] * self.grid[2]
         )  # fmt: skip
+
+
+def row_tile(rows: int, cols: int) -> Tile:
+    """The tile of whole rows: 16 elements a thread."""
+    width = triton.next_power_of_2(max(LANES, cols))
+    height = min(max(1, REDUCTION_TILE // width), triton.next_power_of_2(max(1, rows)))
+    return Tile(height, width, min(16, max(1, width * height // 512)))
+
+
+def norm_forward_tile(rows: int, cols: int) -> Tile:
+    """The tile of the norm's forward; of a chunk of the row beyond ROW_FORWARD columns."""
+    return row_tile(rows, cols) if cols <= ROW_FORWARD else Tile(1, ROW_CHUNK, 8)
+
+
+def norm_backward_tile(rows: int, cols: int) -> Tile:
+    """The tile of the norm's backward; beyond ROW_BACKWARD columns, of a chunk of eight rows.
+
+    The sums of a wide row do not fit the registers (as one tile of 8192 columns, 16 warps spilled
+    440 bytes), so they are kept in memory, which eight rows at a time read and write once.
+    """
+    if cols <= ROW_BACKWARD:
+        return row_tile(rows, cols)
+    return Tile(min(8, triton.next_power_of_2(max(1, rows))), ROW_CHUNK // 8, 8)
+
+
+def row_strip(row_blocks: int, cols: int) -> int:
+    """Row blocks of a program of the norm's backward, a power of two.
+
+    At most REDUCTION_PROGRAMS programs, and at most ROW_SUMS partial sums for each gradient.
+    """
+    programs = max(1, min(REDUCTION_PROGRAMS, ROW_SUMS // cols))
+    return triton.next_power_of_2(triton.cdiv(row_blocks, programs))
 
 
 def matrix(x: Tensor, cols: int) -> Tensor:
@@ -125,11 +183,11 @@ def vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
-def run(kernel: Any, plan: Plan, out: Tensor, *args: Any, **constants: Any) -> None:
+def run(kernel: Any, plan: Plan, device: torch.device, *args: Any, **constants: Any) -> None:
+    """Launch a kernel for a plan."""
     # Triton launches on the current device, which need not be that of the data.
-    with torch.cuda.device_of(out):
+    with torch.cuda.device(device if device.type == "cuda" else -1):
         kernel[plan.grid](
-            out,
             *args,
             **constants,
             BLOCK_ROWS=plan.tile.rows,

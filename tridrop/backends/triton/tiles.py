@@ -45,9 +45,14 @@ def to_float(x):
 @triton.jit
 def columns(cols, origin, BLOCK_COLS: tl.constexpr):
     """Local columns of this program, [BLOCK_COLS], and the column groups of its masks."""
-    block = tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y
+    return columns_at(tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y, cols, origin, BLOCK_COLS)
+
+
+@triton.jit
+def columns_at(block, cols, origin, BLOCK_COLS: tl.constexpr):
+    """The columns of a block, and the column groups of their masks."""
     # 64 bits only where the row length needs them: Triton types cols by its value.
-    start = block.to((tl.zeros([], tl.int32) + cols).dtype) * BLOCK_COLS
+    start = (tl.zeros([], tl.int32) + cols) * 0 + block * BLOCK_COLS
     # A shard may begin inside a group: tiles begin where groups do, so some columns lie outside.
     col = start - origin.shift + tl.arange(0, BLOCK_COLS)
     group = origin.group + (start // LANES).to(tl.int64) + tl.arange(0, BLOCK_COLS // LANES)

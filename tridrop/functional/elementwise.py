@@ -1,19 +1,37 @@
-"""The public functions: validate, draw the seed, call autograd."""
+"""The elementwise family and the mask itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from . import backends, ops, spec
-from .autograd import Fused
-from .mask import Shard, as_seed
-from .seeds import seed_for
-from .spec import Options
+from .. import backends, ops, spec
+from ..autograd import Fused
+from ..mask import Shard, as_seed
+from ..seeds import seed_for
+from ..spec import Options
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
+
+
+_O = TypeVar("_O", bound=Options)
+
+
+def settle(
+    x: Tensor, p: float | Tensor, training: bool, seed: int | Tensor | None, options: _O
+) -> tuple[_O, Tensor | None, Tensor | None]:
+    """The options with their rates, p where it is a tensor, and the seed where anything drops."""
+    p_tensor = p if training and isinstance(p, Tensor) else None
+    if not training:
+        options = replace(options, drop_path=0.0)
+    elif not isinstance(p, Tensor):
+        options = replace(options, p=float(p))
+    drops = p_tensor is not None or options.p > 0 or options.drop_path > 0
+    return options, p_tensor, seed_for(x.device, seed) if drops else None
 
 
 def _fused(
@@ -28,17 +46,7 @@ def _fused(
 ) -> Tensor:
     """The checked call: ``options`` holds everything but p, which may be a tensor."""
     spec.check_vector(bias, "bias", x.shape[-1] if x.dim() else 1, x)
-    p_tensor = None
-    if not training:
-        options = Options(options.activation)
-    elif isinstance(p, Tensor):
-        p_tensor = p
-    else:
-        options = Options(
-            options.activation, float(p), options.drop_path, options.shared, options.shard
-        )
-    drops = p_tensor is not None or options.p > 0 or options.drop_path > 0
-    drawn = seed_for(x.device, seed) if drops else None
+    options, p_tensor, drawn = settle(x, p, training, seed, options)
     packed = ops.pack(options, backends.choose(x.device))
     out: Tensor = Fused.apply(x, bias, layer_scale, residual, drawn, p_tensor, packed)
     return out

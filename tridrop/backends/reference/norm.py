@@ -1,0 +1,150 @@
+"""Dropout, add and norm in torch.
+
+    before:  stream = residual + layer_scale * (x + bias) * multiplier;   out = affine(stream)
+    after:   stream = x;   out = residual + affine(stream) * multiplier
+
+    affine(s) = (s - mean) * rstd * weight + norm_bias,   rstd = 1 / sqrt(var + eps)
+
+over the last dimension. RMSNorm (Zhang and Sennrich 2019) has mean 0, and the mean square for var.
+``multiplier`` is the random part of elementwise.py, constant for the derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...spec import NormOptions
+from .elementwise import Multiplier, compute, multiplier, own, sum_rows
+
+Dtypes = tuple[torch.dtype | None, ...]
+
+
+def statistics(stream: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of each row, keeping the last dimension; two passes over the data."""
+    if options.norm == "rms_norm":
+        mean = torch.zeros_like(stream[..., :1])
+    else:
+        mean = stream.mean(-1, keepdim=True)
+    variance = (stream - mean).square().mean(-1, keepdim=True)
+    return mean, (variance + options.eps).rsqrt()
+
+
+def _gain(weight: Tensor | None, options: NormOptions) -> Tensor | None:
+    return weight + 1 if weight is not None and options.zero_centered else weight
+
+
+def _affine(
+    normed: Tensor, weight: Tensor | None, norm_bias: Tensor | None, options: NormOptions
+) -> Tensor:
+    gain = _gain(weight, options)
+    normed = normed if gain is None else normed * gain
+    return normed if norm_bias is None else normed + norm_bias
+
+
+def norm_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: NormOptions,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The op; arguments as in ``backends.Backend.norm_forward``."""
+    drop = multiplier(tuple(x.shape), seed, p, options)
+    value, b, gain, r, w, nb = compute(x, bias, layer_scale, residual, weight, norm_bias)
+    assert value is not None
+    stream: Tensor | None = None
+    if options.after:
+        normalised = value
+    else:
+        value = value if b is None else value + b
+        value = drop(value if gain is None else value * gain)
+        stream = (value if r is None else r + value).to(options.stream_dtype)
+        normalised = stream.to(value.dtype)  # of what is stored, so that backward sees the same
+    mean, rstd = statistics(normalised, options)
+    out = _affine((normalised - mean) * rstd, w, nb, options)
+    if options.after:
+        out = drop(out) if r is None else r + drop(out)
+    return (
+        out.to(options.out_dtype).contiguous(),
+        None if stream is None or not options.keep_stream else own(stream, x),
+        mean.reshape(-1).to(torch.float32),
+        rstd.reshape(-1).to(torch.float32),
+    )
+
+
+def norm_gradients(
+    dout: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor | None,
+    drop: Multiplier,
+    options: NormOptions,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, bias, layer_scale, residual, weight and norm_bias; differentiable.
+
+    ``x`` is needed only for the gradient of layer_scale. With the dropout after the norm the
+    residual's gradient is the incoming one, and is not among the results.
+    """
+    if options.after:
+        dout = drop(dout)
+    mean, rstd = statistics(stream, options)
+    normed = (stream - mean) * rstd
+    gain = _gain(weight, options)
+    dnormed = dout if gain is None else dout * gain
+    total = dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)
+    if options.norm != "rms_norm":
+        total = total - dnormed.mean(-1, keepdim=True)
+    total = total * rstd
+    if dstream is not None:
+        total = total + dstream
+    dx, dlayer_scale = total, None
+    if not options.after:
+        if needs[2]:
+            assert x is not None
+            dlayer_scale = sum_rows(drop(total * (x if bias is None else x + bias)))
+        dx = drop(total if layer_scale is None else total * layer_scale)
+    return (
+        dx if needs[0] else None,
+        sum_rows(dx) if needs[1] else None,
+        dlayer_scale,
+        total if needs[3] and not options.after else None,
+        sum_rows(dout * normed) if needs[4] else None,
+        sum_rows(dout) if needs[5] else None,
+    )
+
+
+def norm_backward(
+    dout: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: NormOptions,
+    dtypes: Dtypes,
+) -> tuple[Tensor | None, ...]:
+    """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
+    drop = multiplier(tuple(dout.shape), seed, p, options)
+    wide = compute(dout, dstream, stream, x, bias, layer_scale, weight)
+    needs = tuple(dtype is not None for dtype in dtypes)
+    results = norm_gradients(*wide, drop, options, needs)  # type: ignore[call-arg, arg-type]
+    dx, *others = (
+        None if t is None or dtype is None else t.to(dtype).contiguous()
+        for t, dtype in zip(results, dtypes, strict=True)
+    )
+    # Without dropout the gradients of x and of the residual are the same tensor.
+    return dx, *(t if t is None or dx is None else own(t, dx) for t in others)

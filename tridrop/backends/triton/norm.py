@@ -1,0 +1,421 @@
+"""Dropout, add and norm: one forward and one backward kernel.
+
+    before:  stream = residual + drop_path(layer_scale * dropout(x + bias));  out = affine(stream)
+    after:   stream = x;  out = residual + drop_path(dropout(affine(stream)))
+
+    affine(s) = (s - mean) * rstd * weight + norm_bias      over the columns of a row
+
+A program holds whole rows, in one chunk of columns where they fit the registers. Wider rows are
+gone through in several chunks, twice.
+"""
+
+from collections import namedtuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...spec import NormOptions
+from . import launch
+from .launch import Plan
+from .mask import NO_MASK
+from .tiles import (
+    Operands,
+    columns_at,
+    in_bounds,
+    keep_tile,
+    known,
+    load_matrix,
+    load_rule,
+    load_vector,
+    to_float,
+)
+
+# What forward writes besides out; stream is None where nobody needs it.
+Kept = namedtuple("Kept", "stream mean rstd")
+# The affine part, and eps.
+Affine = namedtuple("Affine", "weight bias eps")
+# What backward reads: both incoming gradients and what forward kept. [rows, cols] with contiguous
+# rows, but for dout, whose row stride is Shape.other_stride.
+Incoming = namedtuple("Incoming", "dout dstream stream mean rstd")
+# What backward writes; None where not needed. The last four are partial sums [strips, cols].
+Gradients = namedtuple("Gradients", "x residual weight norm_bias bias layer_scale")
+
+
+@triton.jit
+def _gain(affine, col, cols, ZERO_CENTERED: tl.constexpr):
+    gain = load_vector(affine.weight, col, cols)
+    if ZERO_CENTERED:
+        gain += 1.0
+    return gain
+
+
+@triton.jit
+def _branch(operands, x_stride, cols, row, col, inside):
+    """x + bias"""
+    value = load_matrix(operands.x, x_stride, row, col, inside)
+    if operands.bias is not None:
+        value += load_vector(operands.bias, col, cols)
+    return value
+
+
+@triton.jit
+def _keep(operands, origin, rule, row, group, path_threshold, MASKS: tl.constexpr):
+    table: tl.constexpr = operands.rate is not None
+    return keep_tile(row, group, origin, rule, path_threshold, table, MASKS[0], MASKS[1])
+
+
+@triton.jit(do_not_specialize=["threshold", "path_threshold"])
+def norm_forward_kernel(
+    out, kept, operands, affine, shape, origin,
+    threshold: tl.int64, scale: tl.float32, path_threshold: tl.int64, path_scale: tl.float32,
+    NORM: tl.constexpr, MASKS: tl.constexpr, VECTOR: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """The formulas at the head of this file, for BLOCK_ROWS rows."""
+    LAYER: tl.constexpr = NORM[0]
+    ZERO_CENTERED: tl.constexpr = NORM[1]
+    AFTER: tl.constexpr = NORM[2]
+    STREAM: tl.constexpr = NORM[3]
+    DROPS: tl.constexpr = MASKS[0] != NO_MASK or MASKS[1]
+    cols = known(shape.cols, VECTOR)
+    x_stride = known(shape.x_stride, VECTOR)
+    other_stride = known(shape.other_stride, VECTOR)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rule = (0, 0, 1.0)
+    if DROPS:
+        rule = load_rule(operands, threshold, scale, path_scale, MASKS[0], MASKS[1])
+
+    mean = tl.zeros([BLOCK_ROWS], tl.float32)
+    square = tl.zeros([BLOCK_ROWS], tl.float32)  # sum of squared deviations from the mean
+    stream = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    for chunk in range(CHUNKS):
+        col, group = columns_at(chunk, cols, origin, BLOCK_COLS)
+        inside = in_bounds(row, col, shape.rows, cols, False)
+        stream = _branch(operands, x_stride, cols, row, col, inside)
+        if not AFTER:
+            if operands.layer_scale is not None:
+                stream = stream * load_vector(operands.layer_scale, col, cols)
+            if DROPS:
+                keep = _keep(operands, origin, rule, row, group, path_threshold, MASKS)
+                stream = tl.where(keep, stream, 0.0) * rule[2]
+            if operands.residual is not None:
+                stream += load_matrix(operands.residual, other_stride, row, col, inside)
+            rounded = stream.to(STREAM)  # backward sees what is stored, so the norm does, too
+            if kept.stream is not None:
+                tl.store(kept.stream + row[:, None] * cols + col[None, :], rounded, mask=inside)
+            stream = to_float(rounded)
+        if LAYER:
+            # Chan, Golub and LeVeque (1979): the moments of a chunk join those before it.
+            before = tl.minimum(chunk * BLOCK_COLS, cols).to(tl.float32)
+            size = tl.minimum(cols - chunk * BLOCK_COLS, BLOCK_COLS).to(tl.float32)
+            centre = tl.sum(stream, axis=1) / size
+            deviation = tl.where(inside, stream - centre[:, None], 0.0)
+            delta = centre - mean
+            mean += delta * (size / (before + size))
+            square += tl.sum(deviation * deviation, axis=1)
+            square += delta * delta * (before * size / (before + size))
+        else:
+            square += tl.sum(tl.where(inside, stream * stream, 0.0), axis=1)
+    rstd = tl.rsqrt(square / cols + affine.eps)
+    tl.store(kept.mean + row, mean, mask=row < shape.rows)
+    tl.store(kept.rstd + row, rstd, mask=row < shape.rows)
+
+    if CHUNKS > 1:
+        tl.debug_barrier()  # what other threads of this program stored is read again
+    for chunk in range(CHUNKS):
+        col, group = columns_at(chunk, cols, origin, BLOCK_COLS)
+        inside = in_bounds(row, col, shape.rows, cols, False)
+        if CHUNKS > 1:
+            if AFTER:
+                stream = _branch(operands, x_stride, cols, row, col, inside)
+            else:
+                stream = load_matrix(kept.stream, cols, row, col, inside)
+        value = (stream - mean[:, None]) * rstd[:, None]
+        if affine.weight is not None:
+            value = value * _gain(affine, col, cols, ZERO_CENTERED)
+        if affine.bias is not None:
+            value += load_vector(affine.bias, col, cols)
+        if AFTER:
+            if DROPS:
+                keep = _keep(operands, origin, rule, row, group, path_threshold, MASKS)
+                value = tl.where(keep, value, 0.0) * rule[2]
+            if operands.residual is not None:
+                value += load_matrix(operands.residual, other_stride, row, col, inside)
+        offsets = row[:, None] * cols + col[None, :]
+        tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _incoming(
+    incoming, operands, affine, shape, origin, rule, path_threshold, cols, row, chunk,
+    NORM: tl.constexpr, MASKS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the affine part's result, its product with the gain, the normed row, the keep."""
+    DROPS: tl.constexpr = MASKS[0] != NO_MASK or MASKS[1]
+    col, group = columns_at(chunk, cols, origin, BLOCK_COLS)
+    inside = in_bounds(row, col, shape.rows, cols, False)
+    other_stride = known(shape.other_stride, VECTOR)
+    dout = load_matrix(incoming.dout, other_stride, row, col, inside)
+    keep = tl.full([row.shape[0], 1], 1, tl.int1)
+    if DROPS:
+        keep = _keep(operands, origin, rule, row, group, path_threshold, MASKS)
+        if NORM[2]:  # the dropout came after the norm
+            dout = tl.where(keep, dout, 0.0) * rule[2]
+    if NORM[2]:
+        stride = known(shape.x_stride, VECTOR)
+        stream = load_matrix(incoming.stream, stride, row, col, inside)
+    else:
+        stream = load_matrix(incoming.stream, cols, row, col, inside)
+    mean = tl.load(incoming.mean + row, mask=row < shape.rows, other=0.0)
+    rstd = tl.load(incoming.rstd + row, mask=row < shape.rows, other=0.0)
+    normed = tl.where(inside, (stream - mean[:, None]) * rstd[:, None], 0.0)
+    dnormed = dout
+    if affine.weight is not None:
+        dnormed = dout * _gain(affine, col, cols, NORM[1])
+    return dout, dnormed, normed, keep, rstd, col, inside
+
+
+@triton.jit
+def _finish(
+    incoming, gradients, operands, affine, shape, origin, rule, path_threshold, cols, row, chunk,
+    along, total, NORM: tl.constexpr, MASKS: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of a chunk; return the terms of the sums over rows.
+
+    ``along`` and ``total`` are the sums over the whole row of dn * n and of dn.
+    """
+    DROPS: tl.constexpr = (MASKS[0] != NO_MASK or MASKS[1]) and not NORM[2]
+    dout, dnormed, normed, keep, rstd, col, inside = _incoming(
+        incoming, operands, affine, shape, origin, rule, path_threshold, cols, row, chunk,
+        NORM, MASKS, VECTOR, BLOCK_COLS,
+    )  # fmt: skip
+    offsets = row[:, None] * cols + col[None, :]
+    dstream = dnormed - normed * (along / cols)[:, None] - (total / cols)[:, None]
+    dstream = tl.where(inside, dstream * rstd[:, None], 0.0)
+    if incoming.dstream is not None:
+        dstream += load_matrix(incoming.dstream, cols, row, col, inside)
+    if gradients.residual is not None:
+        element = gradients.residual.dtype.element_ty
+        tl.store(gradients.residual + offsets, dstream.to(element), mask=inside)
+    dx = dstream
+    if operands.layer_scale is not None:
+        dx = dstream * load_vector(operands.layer_scale, col, cols)
+    if DROPS:
+        dx = tl.where(keep, dx, 0.0) * rule[2]
+    if gradients.x is not None:
+        tl.store(gradients.x + offsets, dx.to(gradients.x.dtype.element_ty), mask=inside)
+    dscale = dx
+    if gradients.layer_scale is not None:
+        x_stride = known(shape.x_stride, VECTOR)
+        dscale = dstream * _branch(operands, x_stride, cols, row, col, inside)
+        if DROPS:
+            dscale = tl.where(keep, dscale, 0.0) * rule[2]
+        dscale = tl.where(inside, dscale, 0.0)  # outside, the bias may be NaN
+    return dout * normed, dout, dx, dscale
+
+
+@triton.jit
+def _add_sum(pointer, term, col, cols, block):
+    """Add a term's sum over rows to this program's row of the partial sums."""
+    inside = (col >= 0) & (col < cols)
+    at = pointer + tl.program_id(0).to(tl.int64) * cols + col
+    total = tl.sum(term, axis=0)
+    if block > 0:
+        total += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def _add_sums(gradients, terms, chunk, cols, origin, block, BLOCK_COLS: tl.constexpr):
+    col, _ = columns_at(chunk, cols, origin, BLOCK_COLS)
+    if gradients.weight is not None:
+        _add_sum(gradients.weight, terms[0], col, cols, block)
+    if gradients.norm_bias is not None:
+        _add_sum(gradients.norm_bias, terms[1], col, cols, block)
+    if gradients.bias is not None:
+        _add_sum(gradients.bias, terms[2], col, cols, block)
+    if gradients.layer_scale is not None:
+        _add_sum(gradients.layer_scale, terms[3], col, cols, block)
+
+
+@triton.jit(do_not_specialize=["threshold", "path_threshold"])
+def norm_backward_kernel(
+    incoming, gradients, operands, affine, shape, origin,
+    threshold: tl.int64, scale: tl.float32, path_threshold: tl.int64, path_scale: tl.float32,
+    NORM: tl.constexpr, MASKS: tl.constexpr, VECTOR: tl.constexpr, LOOPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a strip of row blocks, and the strip's sums.
+
+    dn = dout * gain;  ds = (dn - mean(dn) - n * mean(dn * n)) * rstd + dstream;  dresidual = ds
+    dx = ds * layer_scale * keep * scale;  dbias = sum of dx;  dweight = sum of dout * n
+    dnorm_bias = sum of dout;  dlayer_scale = sum of ds * (x + bias) * keep * scale
+    """
+    STRIP: tl.constexpr = LOOPS[0]
+    CHUNKS: tl.constexpr = LOOPS[1]
+    cols = known(shape.cols, VECTOR)
+    rule = (0, 0, 1.0)
+    if MASKS[0] != NO_MASK or MASKS[1]:
+        rule = load_rule(operands, threshold, scale, path_scale, MASKS[0], MASKS[1])
+    # Sums over the rows of a strip: in registers where a row is one chunk, else in memory.
+    weight_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    norm_bias_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    bias_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    scale_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    for block in range(STRIP):
+        start = (tl.program_id(0).to(tl.int64) * STRIP + block) * BLOCK_ROWS
+        row = start + tl.arange(0, BLOCK_ROWS)
+        along = tl.zeros([BLOCK_ROWS], tl.float32)
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        for chunk in range(CHUNKS):
+            _, dnormed, normed, _, _, _, _ = _incoming(
+                incoming, operands, affine, shape, origin, rule, path_threshold, cols, row, chunk,
+                NORM, MASKS, VECTOR, BLOCK_COLS,
+            )  # fmt: skip
+            along += tl.sum(dnormed * normed, axis=1)
+            if NORM[0]:
+                total += tl.sum(dnormed, axis=1)
+        for chunk in range(CHUNKS):
+            terms = _finish(
+                incoming, gradients, operands, affine, shape, origin, rule, path_threshold, cols,
+                row, chunk, along, total, NORM, MASKS, VECTOR, BLOCK_COLS,
+            )  # fmt: skip
+            if CHUNKS == 1:
+                weight_sum += terms[0]
+                norm_bias_sum += terms[1]
+                bias_sum += terms[2]
+                scale_sum += terms[3]
+            else:
+                _add_sums(gradients, terms, chunk, cols, origin, block, BLOCK_COLS)
+        if CHUNKS > 1:
+            tl.debug_barrier()  # the next row block reads these sums again
+    if CHUNKS == 1:
+        sums = (weight_sum, norm_bias_sum, bias_sum, scale_sum)
+        _add_sums(gradients, sums, 0, cols, origin, 0, BLOCK_COLS)
+
+
+# --------------------------------------------------------------------------------- launchers
+
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _constants(options: NormOptions) -> tuple[bool, bool, bool, tl.dtype]:
+    stored = TYPES[options.stream_dtype]
+    return options.norm == "layer_norm", options.zero_centered, options.after, stored
+
+
+def norm_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: NormOptions,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Launch the forward kernel; arguments as in ``backends.Backend.norm_forward``."""
+    shape = tuple(x.shape)
+    plan = Plan(shape, options, launch.norm_forward_tile, whole_rows=True)
+    rows, cols = plan.where.rows, plan.where.cols
+    out = torch.empty(shape, dtype=options.out_dtype, device=x.device)
+    mean, rstd = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+    stream = None
+    # A row that does not fit a program is written once and read again.
+    if not options.after and (options.keep_stream or plan.col_blocks > 1):
+        stream = torch.empty(shape, dtype=options.stream_dtype, device=x.device)
+    if plan.empty:
+        return out, stream, mean, rstd
+    rule = launch.rule(plan, options, p)
+    matrix = launch.matrix(x, cols)
+    other = None if residual is None else launch.matrix(residual, cols)
+    launch.run(
+        norm_forward_kernel,
+        plan,
+        out.device,
+        out,
+        Kept(stream, mean, rstd),
+        Operands(matrix, launch.vector(bias), launch.vector(layer_scale), other, seed, rule.rate),
+        Affine(launch.vector(weight), launch.vector(norm_bias), options.eps),
+        plan.sizes(matrix.stride(0), 0 if other is None else other.stride(0)),
+        plan.origin,
+        *rule.arguments,
+        NORM=_constants(options),
+        MASKS=rule.MASKS,
+        VECTOR=launch.vector_width(plan, matrix, other),
+        CHUNKS=plan.col_blocks,
+    )
+    return out, stream if options.keep_stream else None, mean, rstd
+
+
+def norm_backward(
+    dout: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: NormOptions,
+    dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Launch the backward kernel; arguments as in ``backends.Backend.norm_backward``."""
+    shape = tuple(dout.shape)
+    plan = Plan(shape, options, launch.norm_backward_tile, whole_rows=True)
+    cols = plan.where.cols
+    dx_dtype, bias_dtype, scale_dtype, residual_dtype, weight_dtype, norm_bias_dtype = dtypes
+
+    def like(dtype: torch.dtype | None) -> Tensor | None:
+        return None if dtype is None else torch.empty(shape, dtype=dtype, device=dout.device)
+
+    dx = like(dx_dtype)
+    dresidual = None if options.after else like(residual_dtype)
+    sums = (weight_dtype, norm_bias_dtype, bias_dtype, scale_dtype)
+    if plan.empty:
+        zeros = [
+            None if dtype is None else torch.zeros(cols, dtype=dtype, device=dout.device)
+            for dtype in sums
+        ]
+        return dx, zeros[2], zeros[3], dresidual, zeros[0], zeros[1]
+    if any(dtype is not None for dtype in sums):
+        plan.strip = launch.row_strip(plan.row_blocks, cols)
+    partial = [
+        None
+        if dtype is None
+        else torch.empty((plan.strips, cols), dtype=torch.float32, device=dout.device)
+        for dtype in sums
+    ]
+    rule = launch.rule(plan, options, p)
+    matrix = launch.matrix(dout, cols)
+    x = None if x is None else launch.matrix(x, cols)
+    source = launch.matrix(stream, cols)
+    strided = source if options.after else x
+    launch.run(
+        norm_backward_kernel,
+        plan,
+        dout.device,
+        Incoming(matrix, None if dstream is None else dstream.contiguous(), source, mean, rstd),
+        Gradients(dx, dresidual, *partial),
+        Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, rule.rate),
+        Affine(launch.vector(weight), None, options.eps),
+        plan.sizes(0 if strided is None else strided.stride(0), matrix.stride(0)),
+        plan.origin,
+        *rule.arguments,
+        NORM=_constants(options),
+        MASKS=rule.MASKS,
+        VECTOR=launch.vector_width(plan, strided, matrix),
+        LOOPS=(plan.strip, plan.col_blocks),
+    )
+    dweight, dnorm_bias, dbias, dlayer_scale = (
+        None if part is None or dtype is None else part.sum(0).to(dtype)
+        for part, dtype in zip(partial, sums, strict=True)
+    )
+    return dx, dbias, dlayer_scale, dresidual, dweight, dnorm_bias
