@@ -304,16 +304,27 @@ class EagerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b = self.block
         batch, tokens, dim = x.shape
-        q, k, v = b.qkv(b.norm1(x)).view(batch, tokens, 3, b.num_heads, -1).unbind(2)
+        first = norm(b.norm1, x) if b.norm_first else x
+        q, k, v = b.qkv(first).view(batch, tokens, 3, b.num_heads, -1).unbind(2)
         attended = nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
         )
         x = x + b.proj(attended.transpose(1, 2).reshape(batch, tokens, dim))
-        return x + b.fc2(nn.functional.gelu(b.fc1(b.norm2(x))))
+        if not b.norm_first:
+            x = norm(b.norm1, x)
+        x = x + b.fc2(nn.functional.gelu(b.fc1(norm(b.norm2, x) if b.norm_first else x)))
+        return x if b.norm_first else norm(b.norm2, x)
 
 
-def test_transformer_block_equals_plain_torch_without_dropout(backend):
-    block = tridrop.nn.TransformerBlock(32, 4, p=0.3, drop_path=0.2, activation_p=0.1).to(DEVICE)
+def norm(layer: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, x.shape[-1:], layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_block_equals_plain_torch_without_dropout(backend, norm_first):
+    block = tridrop.nn.TransformerBlock(
+        32, 4, p=0.3, drop_path=0.2, activation_p=0.1, norm_first=norm_first
+    ).to(DEVICE)
     x = draw(2, 7, 32)
     torch.testing.assert_close(block.eval()(x), EagerBlock(block)(x))
     gated = tridrop.nn.TransformerBlock(32, 4, activation="swiglu").to(DEVICE)

@@ -2,6 +2,7 @@
 
 from ..seeds import number_sites
 from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
+from .norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .transformer import TransformerBlock
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "DropPath",
     "Dropout",
     "DropoutAdd",
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
     "TransformerBlock",
     "number_sites",
 ]

@@ -7,17 +7,24 @@ from torch import Tensor, nn
 
 from ..spec import ACTIVATIONS
 from .modules import ActivationDropout, DropoutAdd
+from .norm import DropoutAddLayerNorm
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm transformer block, causal by default, as in GPT-2.
+    """A transformer block, causal and pre-norm by default, as in GPT-2.
 
         x = x + drop_path(dropout(attention(norm1(x))))
         x = x + drop_path(dropout(fc2(dropout(activation(fc1(norm2(x)))))))
 
-    The biases of ``proj``, ``fc1`` and ``fc2`` are added by the fused ops, not by the products. The
-    attention is torch's scaled_dot_product_attention, with torch's own dropout of the scores: that
-    mask comes from torch's generator and is not covered by :func:`tridrop.rng`.
+    or, with ``norm_first=False``, post-norm as in BERT:
+
+        x = norm1(x + drop_path(dropout(attention(x))))
+        x = norm2(x + drop_path(dropout(fc2(dropout(activation(fc1(x)))))))
+
+    Dropout, residual and the norm that follows are one op, which also adds the bias of ``proj`` or
+    ``fc2``; that of ``fc1`` is added with the activation. The attention is torch's
+    scaled_dot_product_attention, with torch's own dropout of the scores: that mask comes from
+    torch's generator and is not covered by :func:`tridrop.rng`.
 
     Args:
         dim: the width of the residual stream.
@@ -28,6 +35,7 @@ class TransformerBlock(nn.Module):
             feed-forward part, after the activation.
         drop_path: drops whole branches of a sample.
         activation: as in :func:`tridrop.activation_dropout`, gated ones too.
+        norm_first: whether the norms go before the branches or after the additions.
         is_causal: whether a token sees only those before it.
 
     >>> import torch
@@ -47,6 +55,7 @@ class TransformerBlock(nn.Module):
         activation_p: float = 0.0,
         drop_path: float = 0.0,
         activation: str = "gelu",
+        norm_first: bool = True,
         is_causal: bool = True,
     ) -> None:
         super().__init__()
@@ -56,21 +65,35 @@ class TransformerBlock(nn.Module):
         self.num_heads = num_heads
         self.attention_p = attention_p
         self.is_causal = is_causal
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm_first = norm_first
+        self.norm1: nn.LayerNorm | DropoutAddLayerNorm
+        if norm_first:
+            self.norm1 = nn.LayerNorm(dim)
+        else:
+            self.norm1 = DropoutAddLayerNorm(dim, p, drop_path=drop_path)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.drop1 = DropoutAdd(p, drop_path)
-        self.norm2 = nn.LayerNorm(dim)
+        # pre-norm: the end of the first branch and the norm before the second
+        self.norm2 = DropoutAddLayerNorm(dim, p, drop_path=drop_path, prenorm=norm_first)
         self.drop_hidden = ActivationDropout(activation, activation_p)
         width = 2 * hidden if ACTIVATIONS[activation][1] else hidden  # a gated one halves it
         self.fc1 = nn.Linear(dim, width)
         self.fc2 = nn.Linear(hidden, dim)
-        self.drop2 = DropoutAdd(p, drop_path)
+        self.drop2 = DropoutAdd(p, drop_path) if norm_first else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, tokens, dim] -> [batch, tokens, dim]"""
+        attended = self._attend(self.norm1(x) if self.norm_first else x)
+        attended = F.linear(attended, self.proj.weight)
+        if self.drop2 is None:
+            x = self.norm1(attended, x, self.proj.bias)
+            return self.norm2(self._feed_forward(x), x, self.fc2.bias)
+        normed, x = self.norm2(attended, x, self.proj.bias)
+        return self.drop2(self._feed_forward(normed), x, self.fc2.bias)
+
+    def _attend(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(
             query,
@@ -79,8 +102,9 @@ class TransformerBlock(nn.Module):
             dropout_p=self.attention_p if self.training else 0.0,
             is_causal=self.is_causal,
         )
-        attended = attended.transpose(1, 2).reshape(batch, tokens, dim)
-        x = self.drop1(F.linear(attended, self.proj.weight), x, bias=self.proj.bias)
-        hidden = F.linear(self.norm2(x), self.fc1.weight)
-        hidden = self.drop_hidden(hidden, bias=self.fc1.bias)
-        return self.drop2(F.linear(hidden, self.fc2.weight), x, bias=self.fc2.bias)
+        return attended.transpose(1, 2).reshape(batch, tokens, dim)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """fc2 without its bias."""
+        hidden = self.drop_hidden(F.linear(x, self.fc1.weight), bias=self.fc1.bias)
+        return F.linear(hidden, self.fc2.weight)
