@@ -1,0 +1,110 @@
+"""``tridrop demo``: what dropout is for, and that tridrop's does it, on real text.
+
+It trains one small GPT without dropout, with PyTorch's and with tridrop's, from the same start and
+on the same order of the data, and writes a table, results.json, demo.png and demo.svg.
+docs/demo.md tells how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from rich.console import Console
+
+import tridrop
+from tridrop import backends
+
+from . import report, text, train
+from .display import Display
+from .options import DemoError, Options, add_arguments, resolve
+
+__all__ = ["add_arguments", "run"]
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo with the arguments of :func:`add_arguments`; return the exit status.
+
+    0: done. 1: a loss is no longer finite. 2: it cannot run as it was asked to. 130: interrupted.
+    In the cases 1 and 130 the results until then are written.
+    """
+    console = Console(highlight=False)
+    try:
+        options = resolve(args)
+        report.check_plotting()
+        device = _device(options.device)
+        options.out.mkdir(parents=True, exist_ok=True)
+        source = text.load(options.text)
+        slices = text.split(source[1], options.train_bytes, options.valid_bytes)
+        with _backend(options.backend):
+            backend = _check_backend(device)
+            return _run(console, options, device, backend, source, slices)
+    except (DemoError, OSError) as error:
+        print(f"tridrop demo: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(
+    console: Console,
+    options: Options,
+    device: torch.device,
+    backend: str,
+    source: tuple[str, bytes],
+    slices: tuple[torch.Tensor, torch.Tensor],
+) -> int:
+    """Train, then write and show the results."""
+    runs = train.make_runs(options, device)
+    record = train.Record()
+    console.print(
+        f"Learning {options.train_bytes:,} bytes of {source[0]} on {device} (tridrop's backend: "
+        f"{backend}), validating on {options.valid_bytes:,} others. Ctrl-C keeps what is there."
+    )
+    status = 0
+    try:
+        with Display(console, runs, options) as display:
+            train.train(runs, *slices, options, record, display)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except train.Diverged as error:
+        print(f"tridrop demo: error: {error}", file=sys.stderr)
+        status = 1
+    if not record.steps:
+        console.print("Nothing has been measured yet.")
+        return status
+    where = report.environment(device, backend)
+    result = report.summary(runs, record, options, source, where, interrupted=status == INTERRUPTED)
+    written = [report.write_json(result, options.out), *report.plot(result, options.out)]
+    console.print(report.table(result))
+    for note in report.notes(result):
+        console.print(note)
+    console.print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True)
+    return status
+
+
+def _device(name: str) -> torch.device:
+    """The device ``name``, with "auto" resolved; DemoError where nothing can be computed on it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise DemoError(f"--device {name} cannot be used: {reason}") from error
+
+
+def _backend(name: str) -> AbstractContextManager[None]:
+    return nullcontext() if name == "auto" else tridrop.backend(name)
+
+
+def _check_backend(device: torch.device) -> str:
+    """The name of the backend that serves ``device``; DemoError where it cannot."""
+    try:
+        name = backends.choose(device)
+        backends.serving(name, torch.empty(1, device=device))
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise DemoError(str(error)) from error
+    return name

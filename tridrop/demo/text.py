@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from pathlib import Path
 
 import torch
@@ -13,10 +15,12 @@ DEFAULT_NAME = "pydoc_data.topics"
 
 
 def reference_text() -> bytes:
-    """The reference pages that CPython carries for ``help()``, each paragraph once.
+    """The reference pages that CPython carries for ``help()``: each paragraph once, shuffled.
 
     Some pages quote whole sections of others. A repeated paragraph could lie on both sides of the
-    split, and a model that knows it by heart would look as if it had learnt the language.
+    split, and a model that knows it by heart would look as if it had learnt the language. In a
+    fixed random order, both sides are drawn from the same pages; in that of the pages, what one
+    side tells of the other depends on how alike two pages happen to be.
 
     Raises DemoError where the installation of Python lacks the pages.
     """
@@ -26,8 +30,10 @@ def reference_text() -> bytes:
         raise DemoError(
             "this Python comes without pydoc_data.topics, the default text: give --text FILE"
         ) from error
-    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
-    return "\n\n".join(dict.fromkeys(paragraphs)).encode()
+    pages = (topics[name].strip("\n") for name in sorted(topics))
+    paragraphs = list(dict.fromkeys(p for page in pages for p in re.split(r"\n{2,}", page)))
+    random.Random(0).shuffle(paragraphs)
+    return "\n\n".join(paragraphs).encode()
 
 
 def load(path: Path | None) -> tuple[str, bytes]:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from .model import GPT, loss_of
 from .options import Options
 
-WARM_UP = 20  # steps over which the learning rate rises; steps before it are not timed either
+WARM_UP = 20  # steps over which the learning rate rises
 
 
 class Diverged(RuntimeError):
@@ -51,7 +50,7 @@ class Run:
             weight_decay=0.0,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / WARM_UP)
+            self.optimizer, lambda step: learning_rate(step, options.steps)
         )
         self.seconds: list[float] = []
         self.saved_bytes = 0
@@ -141,7 +140,7 @@ def make_runs(options: Options, device: torch.device) -> list[Run]:
         (
             ("none", "no dropout", False),
             ("eager", "eager dropout", False),
-            ("eager_again", "eager dropout, other masks", False),
+            ("eager_again", "eager, other masks", False),
             ("tridrop", "tridrop", True),
         )
     ):
@@ -151,13 +150,31 @@ def make_runs(options: Options, device: torch.device) -> list[Run]:
     return runs
 
 
-@dataclass
-class Record:
-    """What has been measured so far: ``train[name][i]`` is the loss of a run at ``steps[i]``."""
+def learning_rate(step: int, steps: int) -> float:
+    """The part of --lr in force: it rises at first, then falls along a cosine to a tenth."""
+    warm_up = min(1.0, (step + 1) / WARM_UP)
+    return warm_up * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
-    steps: list[int] = field(default_factory=list)
-    train: dict[str, list[float]] = field(default_factory=dict)
-    valid: dict[str, list[float]] = field(default_factory=dict)
+
+class Record:
+    """The losses measured so far, by whole evaluations: an interrupt never leaves half of one."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self._losses: list[dict[str, tuple[float, float]]] = []
+
+    def add(self, step: int, losses: dict[str, tuple[float, float]]) -> None:
+        """Enter the (training, validation) losses of every run after ``step`` steps."""
+        self._losses.append(losses)
+        self.steps.append(step)
+
+    def train(self, name: str) -> list[float]:
+        """The training losses of a run, one an entry of ``steps``."""
+        return [losses[name][0] for _, losses in zip(self.steps, self._losses, strict=False)]
+
+    def valid(self, name: str) -> list[float]:
+        """The validation losses of a run, one an entry of ``steps``."""
+        return [losses[name][1] for _, losses in zip(self.steps, self._losses, strict=False)]
 
 
 def windows_of(tokens: Tensor, context: int, limit: int | None = None) -> Tensor:
@@ -205,10 +222,7 @@ def train(
         }
         if not all(math.isfinite(loss) for losses in found.values() for loss in losses):
             raise Diverged(f"a loss is no longer finite at step {step}: lower --lr")
-        record.steps.append(step)
-        for name, (train_loss, valid_loss) in found.items():
-            record.train.setdefault(name, []).append(train_loss)
-            record.valid.setdefault(name, []).append(valid_loss)
+        record.add(step, found)
         watcher.evaluated(record)
 
     evaluate(0)
