@@ -75,6 +75,15 @@ def test_compiled_without_gradients_draws_the_masks_of_eager():
     assert torch.equal(compiled(x), expected)
 
 
+def test_one_tensor_may_be_two_operands_of_a_compiled_call():
+    x = torch.ones(8, 8, device=DEVICE, requires_grad=True)
+    compiled = torch.compile(lambda x: tridrop.dropout_add(x, x, 0.5, seed=1), fullgraph=True)
+    expected = tridrop.dropout_add(x, x, 0.5, seed=1)
+    assert torch.equal(compiled(x), expected)
+    (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert torch.equal(found, torch.autograd.grad(expected.sum(), x)[0])
+
+
 def test_the_compiler_never_merges_two_draws():
     x = torch.ones(256, device=DEVICE, requires_grad=True)
 

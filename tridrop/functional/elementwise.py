@@ -34,6 +34,15 @@ def settle(
     return options, p_tensor, seed_for(x.device, seed) if drops else None
 
 
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, a repeated one as a view: Dynamo takes no tensor twice in one call."""
+    found: list[Tensor | None] = []
+    for t in tensors:
+        repeated = t is not None and any(t is other for other in found)
+        found.append(t.view_as(t) if repeated and t is not None else t)
+    return found
+
+
 def _fused(
     x: Tensor,
     bias: Tensor | None,
@@ -48,7 +57,8 @@ def _fused(
     spec.check_vector(bias, "bias", x.shape[-1] if x.dim() else 1, x)
     options, p_tensor, drawn = settle(x, p, training, seed, options)
     packed = ops.pack(options, backends.choose(x.device))
-    out: Tensor = Fused.apply(x, bias, layer_scale, residual, drawn, p_tensor, packed)
+    operands = distinct(x, bias, layer_scale, residual)
+    out: Tensor = Fused.apply(*operands, drawn, p_tensor, packed)
     return out
 
 

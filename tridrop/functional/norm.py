@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends, ops, spec
 from ..autograd import FusedNorm
 from ..spec import NormOptions
-from .elementwise import ShardLike, settle
+from .elementwise import ShardLike, distinct, settle
 
 
 def _fused_norm(
@@ -83,9 +83,8 @@ def _fused_norm(
     )
     options, p_tensor, drawn = settle(x, p, training, seed, options)
     packed = ops.pack_norm(options, backends.choose(x.device))
-    results: tuple[Tensor, ...] = FusedNorm.apply(
-        x, bias, layer_scale, residual, weight, norm_bias, drawn, p_tensor, packed
-    )
+    operands = distinct(x, bias, layer_scale, residual, weight, norm_bias)
+    results: tuple[Tensor, ...] = FusedNorm.apply(*operands, drawn, p_tensor, packed)
     return results[0], results[1]
 
 

@@ -323,7 +323,8 @@ def norm_forward(
     plan = Plan(shape, options, launch.norm_forward_tile, whole_rows=True)
     rows, cols = plan.where.rows, plan.where.cols
     out = torch.empty(shape, dtype=options.out_dtype, device=x.device)
-    mean, rstd = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     stream = None
     # A row that does not fit a program is written once and read again.
     if not options.after and (options.keep_stream or plan.col_blocks > 1):
