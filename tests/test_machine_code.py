@@ -44,6 +44,35 @@ def test_masks_take_no_shared_memory(records, target):
         assert records[target, name]["shared"] == 0, name
 
 
+NORM = [f"{kind}{way} {size}" for kind in ("layer_norm", "rms_norm")
+        for way in ("", " backward", " after", " after backward")
+        for size in (768, 1000, 1024, 4096, 8192)]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_norms_load_16_bytes_and_share_row_sums_alone(records, target):
+    for name in NORM:
+        r = records[target, name]
+        rows = {"LDG.E", "STG.E"}  # a row's statistics
+        assert set(r["loads"]) - rows == {"LDG.E.128", "LDG.E.64"}, name
+        # fp32 sums of a chunked row leave in pieces of 8 bytes
+        assert set(r["stores"]) - rows <= {"STG.E.128", "STG.E.64"}, name
+        if "backward" not in name:
+            assert r["shared"] <= 16 * 4, name  # a number a warp
+        else:
+            # the sums over rows cross the warps once, a row of fp32 at a time
+            assert r["shared"] <= 16384, name
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_norms_draw_one_philox_call_for_eight_elements(records, target):
+    for name in NORM:
+        r = records[target, name]
+        calls = r["elements_a_thread"] / 8
+        # twenty products a call at most, and those of addresses and of the key
+        assert r["philox_products"] <= 20 * calls + 24, (name, r["philox_products"])
+
+
 def test_one_philox_call_serves_eight_elements(records):
     for target in CUDA:
         r = records[target, "dropout_add"]
