@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tridrop.backends.triton import elementwise, norm
+from tridrop.backends.triton import elementwise, norm_launch
 from tridrop.spec import NormOptions, Options
 
 TARGETS = {
@@ -79,7 +79,7 @@ def instructions(cubin: bytes) -> tuple[list[str], int]:
 def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:
     """The record of one kernel compiled for one target."""
     driver.set_active(Driver(TARGETS[target]))
-    module = norm if kernel.startswith("norm") else elementwise
+    module = norm_launch if kernel.startswith("norm") else elementwise
     recorder = Recorder(getattr(module, kernel))
     setattr(module, kernel, recorder)
     try:
@@ -90,7 +90,8 @@ def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:
     record = {"name": name, "target": target, "shared": compiled.metadata.shared}
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
-        spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s*(\d+)", text)
+        # Vector registers spill to memory. Scalar ones go to lanes of vector registers.
+        spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)
         return record | {"spills": sum(map(int, spills)), "spill_counts": len(spills)}
     ops, registers = instructions(compiled.asm["cubin"])
     count = Counter(ops)

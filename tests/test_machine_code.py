@@ -69,6 +69,8 @@ def test_norms_draw_one_philox_call_for_eight_elements(records, target):
     for name in NORM:
         r = records[target, name]
         calls = r["elements_a_thread"] / 8
+        # With the norm first, backward needs the mask in both passes over a row in chunks.
+        calls *= 2 if name.endswith("after backward 8192") else 1
         # twenty products a call at most, and those of addresses and of the key
         assert r["philox_products"] <= 20 * calls + 24, (name, r["philox_products"])
 

@@ -2,7 +2,7 @@
 
 from .elementwise import backward, forward, keep_mask
 from .launch import interpreting, target, why_not
-from .norm import norm_backward, norm_forward
+from .norm_launch import norm_backward, norm_forward
 
 __all__ = [
     "backward",

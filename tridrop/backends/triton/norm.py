@@ -11,17 +11,11 @@ gone through in several chunks, twice.
 
 from collections import namedtuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...spec import NormOptions
-from . import launch
-from .launch import Plan
 from .mask import NO_MASK
 from .tiles import (
-    Operands,
     columns_at,
     in_bounds,
     keep_tile,
@@ -295,128 +289,3 @@ def norm_backward_kernel(
     if CHUNKS == 1:
         sums = (weight_sum, norm_bias_sum, bias_sum, scale_sum)
         _add_sums(gradients, sums, 0, cols, origin, 0, BLOCK_COLS)
-
-
-# --------------------------------------------------------------------------------- launchers
-
-TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def _constants(options: NormOptions) -> tuple[bool, bool, bool, tl.dtype]:
-    stored = TYPES[options.stream_dtype]
-    return options.norm == "layer_norm", options.zero_centered, options.after, stored
-
-
-def norm_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Launch the forward kernel; arguments as in ``backends.Backend.norm_forward``."""
-    shape = tuple(x.shape)
-    plan = Plan(shape, options, launch.norm_forward_tile, whole_rows=True)
-    rows, cols = plan.where.rows, plan.where.cols
-    out = torch.empty(shape, dtype=options.out_dtype, device=x.device)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    stream = None
-    # A row that does not fit a program is written once and read again.
-    if not options.after and (options.keep_stream or plan.col_blocks > 1):
-        stream = torch.empty(shape, dtype=options.stream_dtype, device=x.device)
-    if plan.empty:
-        return out, stream, mean, rstd
-    rule = launch.rule(plan, options, p)
-    matrix = launch.matrix(x, cols)
-    other = None if residual is None else launch.matrix(residual, cols)
-    launch.run(
-        norm_forward_kernel,
-        plan,
-        out.device,
-        out,
-        Kept(stream, mean, rstd),
-        Operands(matrix, launch.vector(bias), launch.vector(layer_scale), other, seed, rule.rate),
-        Affine(launch.vector(weight), launch.vector(norm_bias), options.eps),
-        plan.sizes(matrix.stride(0), 0 if other is None else other.stride(0)),
-        plan.origin,
-        *rule.arguments,
-        NORM=_constants(options),
-        MASKS=rule.MASKS,
-        VECTOR=launch.vector_width(plan, matrix, other),
-        CHUNKS=plan.col_blocks,
-    )
-    return out, stream if options.keep_stream else None, mean, rstd
-
-
-def norm_backward(
-    dout: Tensor,
-    dstream: Tensor | None,
-    stream: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-    dtypes: tuple[torch.dtype | None, ...],
-) -> tuple[Tensor | None, ...]:
-    """Launch the backward kernel; arguments as in ``backends.Backend.norm_backward``."""
-    shape = tuple(dout.shape)
-    plan = Plan(shape, options, launch.norm_backward_tile, whole_rows=True)
-    cols = plan.where.cols
-    dx_dtype, bias_dtype, scale_dtype, residual_dtype, weight_dtype, norm_bias_dtype = dtypes
-
-    def like(dtype: torch.dtype | None) -> Tensor | None:
-        return None if dtype is None else torch.empty(shape, dtype=dtype, device=dout.device)
-
-    dx = like(dx_dtype)
-    dresidual = None if options.after else like(residual_dtype)
-    sums = (weight_dtype, norm_bias_dtype, bias_dtype, scale_dtype)
-    if plan.empty:
-        zeros = [
-            None if dtype is None else torch.zeros(cols, dtype=dtype, device=dout.device)
-            for dtype in sums
-        ]
-        return dx, zeros[2], zeros[3], dresidual, zeros[0], zeros[1]
-    if any(dtype is not None for dtype in sums):
-        plan.strip = launch.row_strip(plan.row_blocks, cols)
-    partial = [
-        None
-        if dtype is None
-        else torch.empty((plan.strips, cols), dtype=torch.float32, device=dout.device)
-        for dtype in sums
-    ]
-    rule = launch.rule(plan, options, p)
-    matrix = launch.matrix(dout, cols)
-    x = None if x is None else launch.matrix(x, cols)
-    source = launch.matrix(stream, cols)
-    strided = source if options.after else x
-    launch.run(
-        norm_backward_kernel,
-        plan,
-        dout.device,
-        Incoming(matrix, None if dstream is None else dstream.contiguous(), source, mean, rstd),
-        Gradients(dx, dresidual, *partial),
-        Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, rule.rate),
-        Affine(launch.vector(weight), None, options.eps),
-        plan.sizes(0 if strided is None else strided.stride(0), matrix.stride(0)),
-        plan.origin,
-        *rule.arguments,
-        NORM=_constants(options),
-        MASKS=rule.MASKS,
-        VECTOR=launch.vector_width(plan, strided, matrix),
-        LOOPS=(plan.strip, plan.col_blocks),
-    )
-    dweight, dnorm_bias, dbias, dlayer_scale = (
-        None if part is None or dtype is None else part.sum(0).to(dtype)
-        for part, dtype in zip(partial, sums, strict=True)
-    )
-    return dx, dbias, dlayer_scale, dresidual, dweight, dnorm_bias
