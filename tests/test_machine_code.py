@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 PROGRAM = Path(__file__).with_name("machine_code.py")
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 CUDA = ["sm_80", "sm_90", "sm_100"]
 
 
@@ -94,4 +96,6 @@ BUDGETS = {  # SASS instructions an element on sm_90 in bf16, whole program
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_instructions_an_element_stay_within_budget(records, name):
-    assert records["sm_90", name]["per_element"] <= BUDGETS[name]
+    # Other versions of Triton than the pinned one schedule a few instructions more or fewer.
+    slack = 1.0 if f"triton=={triton.__version__}" in CONSTRAINTS.read_text() else 1.05
+    assert records["sm_90", name]["per_element"] <= BUDGETS[name] * slack

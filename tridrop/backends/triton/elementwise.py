@@ -240,7 +240,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward kernel; arguments as in ``backends.Backend.backward``."""
     reduces = any(dtype is not None for dtype in dtypes[1:])
-    plan = Plan(tuple(grad.shape), options, launch.reduction_tile if reduces else None)
+    choose = launch.gated_reduction_tile if options.gated else launch.reduction_tile
+    plan = Plan(tuple(grad.shape), options, choose if reduces else None)
     if reduces:
         plan.strip = launch.strip(plan.row_blocks, plan.col_blocks)
     width = plan.where.cols * (2 if options.gated else 1)

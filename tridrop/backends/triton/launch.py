@@ -67,6 +67,11 @@ def reduction_tile(rows: int, cols: int) -> Tile:
     return tile(rows, cols, REDUCTION_TILE)
 
 
+def gated_reduction_tile(rows: int, cols: int) -> Tile:
+    """The same for a gated activation, which holds two matrices, two gradients and three sums."""
+    return tile(rows, cols, REDUCTION_TILE // 2)
+
+
 def strip(row_blocks: int, col_blocks: int) -> int:
     """Row blocks that one program of a reduction goes through: a power of two."""
     return triton.next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
