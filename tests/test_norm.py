@@ -110,6 +110,20 @@ def test_results_do_not_depend_on_chunks(monkeypatch, norm, widths):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
 
 
+def test_many_rows(backend, norm):
+    rows = 30_000 if backend == "triton" and DEVICE == "cpu" else 1_000_001
+    x, weight = draw(rows, 3), draw(3).requires_grad_()
+    out, stream = NORMS[norm][0](x, None, weight, None, 0.5, eps=1e-5, prenorm=True, seed=1)
+    tail = slice(rows - 50, rows)
+    shard = tridrop.Shard((rows, 3), (rows - 50, 0))
+    keep = tridrop.keep_mask(1, (50, 3), 0.5, shard=shard, device=DEVICE)
+    assert torch.equal(stream[tail], torch.where(keep, x[tail] * 2, 0))
+    torch.testing.assert_close(out[tail], eager_norm(norm, stream[tail], weight, None))
+    (found,) = torch.autograd.grad(out.sum(), weight)
+    expected = eager_norm(norm, stream.double(), None, None).sum(0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3 * rows**0.5)
+
+
 ROWS = {
     "zeros": lambda t: torch.zeros_like(t),
     "constant": lambda t: torch.full_like(t, 3.0),

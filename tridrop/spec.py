@@ -130,6 +130,27 @@ def check_device(v: Tensor, name: str, x: Tensor) -> None:
         raise ValueError(f"{name} is on {v.device} but x is on {x.device}: move one of them")
 
 
+def check_residual(residual: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """Raise unless ``residual`` is a floating-point tensor of ``shape`` on the device of x."""
+    check_input(residual, "residual")
+    check_device(residual, "residual", x)
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; it must be {tuple(shape)}, the shape of "
+            "the branch: expand it first"
+        )
+
+
+def check_drop_path(drop_path: float, shape: Sequence[int]) -> None:
+    """Raise unless ``drop_path`` is a probability, and 0 where there are no samples to drop."""
+    check_probability(drop_path, "drop_path")
+    if drop_path and len(shape) < 2:
+        raise ValueError(
+            f"drop_path = {drop_path} drops samples, the first dimension, but x has shape "
+            f"{tuple(shape)}: give it two dimensions or more"
+        )
+
+
 def check_activation(activation: str | None) -> str:
     """The name of the activation, "none" for None; ValueError for an unknown one."""
     if activation is None:

@@ -212,23 +212,12 @@ def dropout_add(
     tensor([12., 10., 12., 10.])
     """
     spec.check_input(x)
-    spec.check_input(residual, "residual")
-    spec.check_device(residual, "residual", x)
     spec.check_probability(p, tensor_allowed=True)
-    spec.check_probability(drop_path, "drop_path")
     name = spec.check_activation(activation)
     shape = spec.output_shape(x, name)
-    if tuple(residual.shape) != tuple(shape):
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)}; it must be {tuple(shape)}, the shape of "
-            "the branch: expand it first"
-        )
+    spec.check_residual(residual, shape, x)
+    spec.check_drop_path(drop_path, shape)
     spec.check_vector(layer_scale, "layer_scale", shape[-1] if shape else 1, x)
-    if drop_path and len(shape) < 2:
-        raise ValueError(
-            f"drop_path = {drop_path} drops samples, the first dimension, but x has shape "
-            f"{tuple(shape)}: give it two dimensions or more"
-        )
     shared = spec.resolve_noise_shape(noise_shape, shape)
     where = spec.resolve_shard(shard, shape)
     options = Options(name, drop_path=float(drop_path), shared=shared, shard=where)

@@ -39,23 +39,12 @@ def _fused_norm(
     if x.dim() == 0:
         raise ValueError("x has no dimension to normalise over: give it one or more")
     if residual is not None:
-        spec.check_input(residual, "residual")
-        spec.check_device(residual, "residual", x)
-        if tuple(residual.shape) != tuple(x.shape):
-            raise ValueError(
-                f"residual has shape {tuple(residual.shape)}; it must be {tuple(x.shape)}, that of "
-                "x: expand it first"
-            )
+        spec.check_residual(residual, x.shape, x)
     vectors = {"weight": weight, "norm_bias": norm_bias, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         spec.check_vector(vector, name, x.shape[-1], x)
     spec.check_probability(p, tensor_allowed=True)
-    spec.check_probability(drop_path, "drop_path")
-    if drop_path and x.dim() < 2:
-        raise ValueError(
-            f"drop_path = {drop_path} drops samples, the first dimension, but x has shape "
-            f"{tuple(x.shape)}: give it two dimensions or more"
-        )
+    spec.check_drop_path(drop_path, x.shape)
     where = spec.resolve_shard(shard, x.shape)
     if where is not None and where.global_shape[-1] != x.shape[-1]:
         raise ValueError(
