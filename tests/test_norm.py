@@ -272,6 +272,21 @@ def test_compiled_equals_eager(backend, norm):
     assert_same(outcome(compiled, norm, seed), outcome(composed, norm, seed))
 
 
+def test_dynamic_shapes_compile_once(norm):
+    weight, seed = draw(16), tridrop.new_seed(DEVICE)
+    torch._dynamo.utils.counters.clear()
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def compiled(x):
+        return NORMS[norm][0](x, x, weight, None, 0.5, seed=seed)
+
+    for rows in (3, 5, 9):
+        x = draw(rows, 4, 16).requires_grad_()
+        expected = NORMS[norm][0](x, x, weight, None, 0.5, seed=seed)
+        torch.testing.assert_close(compiled(x), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint_recomputes_the_same_mask(backend, norm, use_reentrant):
     def recomputed(*args):

@@ -129,10 +129,12 @@ def test_dynamic_shapes_compile(backend):
         dynamic=True,
     )
     seed = tridrop.new_seed(DEVICE)
+    torch._dynamo.utils.counters.clear()
     for rows in (3, 5, 9):
         x = torch.ones(rows, 16, device=DEVICE)
         expected = tridrop.dropout(x, 0.5, noise_shape=(None, 1), seed=seed)
         assert torch.equal(compiled(x, seed), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_backend_of_the_environment_holds_under_compile(monkeypatch):

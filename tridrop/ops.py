@@ -8,6 +8,7 @@ derivative lives above, in autograd.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -233,7 +234,7 @@ def _norm_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _norm_forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     options = unpack_norm(*arguments[7:])
-    rows = x.new_empty(x.shape[:-1].numel() if x.dim() else 1, dtype=torch.float32)
+    rows = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)  # numel() would be static
     has_stream = options.keep_stream and not options.after
     stream = x.new_empty(x.shape if has_stream else 0, dtype=options.stream_dtype)
     out = x.new_empty(x.shape, dtype=options.out_dtype)
