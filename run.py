@@ -36,9 +36,12 @@ def pinned(package: str) -> str:
     return next(line for line in lines if line.startswith(f"{package}=="))
 
 
-def pip(*arguments: str, check: bool = True) -> bool:
+def pip(*arguments: str, attempt: bool = False) -> bool:
+    """Install; an attempt may fail, quietly, and says whether it did."""
     command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    return subprocess.run([*command, *arguments], cwd=ROOT, check=check).returncode == 0
+    silenced = subprocess.DEVNULL if attempt else None
+    run = subprocess.run([*command, *arguments], cwd=ROOT, check=not attempt, stderr=silenced)
+    return run.returncode == 0
 
 
 def install_torch(cpu: bool) -> None:
@@ -47,7 +50,7 @@ def install_torch(cpu: bool) -> None:
     if not cpu or sys.platform != "linux":
         pip(torch)
     # A "+cpu" build may be at hand in the configured index or wheel folder; else it is torch's own.
-    elif not pip(f"{torch}+cpu", check=False):
+    elif not pip(f"{torch}+cpu", attempt=True):
         pip(f"{torch}+cpu", "--index-url", CPU_INDEX)
 
 
