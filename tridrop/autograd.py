@@ -45,6 +45,15 @@ def _each_sample(
     return stacked, tuple(None if column is None else 0 for column in stacked)
 
 
+def _wanted(
+    results: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that were asked for; an operator returns an empty tensor for the others."""
+    return tuple(
+        None if dtype is None else result for result, dtype in zip(results, dtypes, strict=True)
+    )
+
+
 def _differentiate(
     gradients: Callable[..., tuple[Tensor | None, ...]],
     given: dict[str, Tensor | None],
@@ -140,9 +149,7 @@ class FusedBackward(torch.autograd.Function):
         dtypes: tuple[torch.dtype | None, ...],
     ) -> tuple[Tensor | None, ...]:
         results = _backward(grad, x, bias, layer_scale, seed, p, *packed, *dtypes)
-        return tuple(
-            None if dtype is None else result for result, dtype in zip(results, dtypes, strict=True)
-        )
+        return _wanted(results, dtypes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -190,10 +197,13 @@ class FusedNorm(torch.autograd.Function):
         _, stream, mean, rstd = output
         ctx.packed = packed
         ctx.after = ops.unpack_norm(*packed).after
-        ctx.dtypes = tuple(
+        dtypes = [
             t.dtype if t is not None and needed else None
             for t, needed in zip(tensors, ctx.needs_input_grad[:6], strict=True)
-        )
+        ]
+        if ctx.after:
+            dtypes[3] = None  # the residual's gradient is then the incoming one
+        ctx.dtypes = tuple(dtypes)
         ctx.mark_non_differentiable(mean, rstd, *((stream,) if ctx.after else ()))
         ctx.set_materialize_grads(False)
         scaled = ctx.dtypes[2] is not None
@@ -235,12 +245,7 @@ class FusedNormBackward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
         *tensors, packed, dtypes = inputs
-        results = _norm_backward(*tensors, *packed, *dtypes)
-        after = ops.unpack_norm(*packed).after
-        return tuple(
-            None if dtype is None or (after and i == 3) else result
-            for i, (result, dtype) in enumerate(zip(results, dtypes, strict=True))
-        )
+        return _wanted(_norm_backward(*tensors, *packed, *dtypes), dtypes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -255,8 +260,7 @@ class FusedNormBackward(torch.autograd.Function):
         # The statistics are functions of the stream, and are computed from it again.
         given = {"dout": dout, "dstream": dstream, "stream": stream, "x": x, "bias": bias}
         given |= {"layer_scale": layer_scale, "weight": weight}
-        dtypes = [d if i != 3 or not options.after else None for i, d in enumerate(ctx.dtypes)]
-        found = _differentiate(norm.norm_gradients, given, cotangents, drop, options, dtypes)
+        found = _differentiate(norm.norm_gradients, given, cotangents, drop, options, ctx.dtypes)
         return *found[:3], None, None, *found[3:], None, None, None, None
 
     @staticmethod

@@ -27,6 +27,7 @@ from .tiles import (
     in_bounds,
     keep_tile,
     known,
+    load_branch,
     load_matrix,
     load_rule,
     load_vector,
@@ -40,9 +41,7 @@ Gradients = namedtuple("Gradients", "x bias layer_scale")
 @triton.jit
 def _load_input(operands, stride, cols, row, col, inside, GATED: tl.constexpr):
     """u = x + bias: (first half, second half); one tile twice where there are no halves."""
-    u = load_matrix(operands.x, stride, row, col, inside)
-    if operands.bias is not None:
-        u += load_vector(operands.bias, col, cols)
+    u = load_branch(operands, stride, cols, row, col, inside)
     gate = u
     if GATED:
         gate = load_matrix(operands.x + cols, stride, row, col, inside)
@@ -249,18 +248,14 @@ def backward(
     if dtypes[0] is not None:
         dx_shape = (*grad.shape[:-1], width) if grad.dim() else ()
         dx = torch.empty(dx_shape, dtype=dtypes[0], device=grad.device)
-    sums = [width if dtypes[1] is not None else None, plan.where.cols if dtypes[2] else None]
+    partial = launch.partial_sums(
+        plan,
+        grad.device,
+        None if dtypes[1] is None else width,
+        None if dtypes[2] is None else plan.where.cols,
+    )
     if plan.empty:
-        zeros = [
-            None if size is None else torch.zeros(size, dtype=dtype, device=grad.device)
-            for size, dtype in zip(sums, dtypes[1:], strict=True)
-        ]
-        return dx, zeros[0], zeros[1]
-    # Partial sums that the kernel fills whole, one row a strip.
-    partial = [
-        None if n is None else torch.empty(plan.strips, n, dtype=torch.float32, device=grad.device)
-        for n in sums
-    ]
+        return dx, launch.total(partial[0], dtypes[1]), launch.total(partial[1], dtypes[2])
     rule = launch.rule(plan, options, p)
     grad = launch.matrix(grad, plan.where.cols)
     matrix = None if x is None else launch.matrix(x, width)
@@ -280,12 +275,7 @@ def backward(
         VECTOR=launch.vector_width(plan, matrix, grad),
         STRIP=plan.strip,
     )
-    # torch's sum over the first dimension uses no atomics: the second stage is deterministic too.
-    dbias, dlayer_scale = (
-        None if part is None else part.sum(0).to(dtype)
-        for part, dtype in zip(partial, dtypes[1:], strict=True)
-    )
-    return dx, dbias, dlayer_scale
+    return dx, launch.total(partial[0], dtypes[1]), launch.total(partial[1], dtypes[2])
 
 
 def keep_mask(

@@ -57,7 +57,7 @@ def tile(rows: int, cols: int, elements: int = TILE) -> Tile:
     width = widest
     while width > narrowest:
         width //= 2
-        if -(-cols // width) * width < -(-cols // best) * best:
+        if triton.cdiv(cols, width) * width < triton.cdiv(cols, best) * best:
             best = width
     return Tile(min(elements // best, triton.next_power_of_2(max(1, rows))), best, NUM_WARPS)
 
@@ -164,6 +164,24 @@ def row_strip(row_blocks: int, cols: int) -> int:
     """
     programs = max(1, min(REDUCTION_PROGRAMS, ROW_SUMS // cols))
     return triton.next_power_of_2(triton.cdiv(row_blocks, programs))
+
+
+def partial_sums(
+    plan: Plan, device: torch.device, *widths: int | None
+) -> tuple[Tensor | None, ...]:
+    """Room for a reduction's partial sums, a row a strip, which its kernel fills whole."""
+    return tuple(
+        None if n is None else torch.empty((plan.strips, n), dtype=torch.float32, device=device)
+        for n in widths
+    )
+
+
+def total(partial: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """The second stage of a reduction; of no strips it is zero.
+
+    torch's sum over the first dimension uses no atomics: it is deterministic too.
+    """
+    return None if partial is None or dtype is None else partial.sum(0).to(dtype)
 
 
 def matrix(x: Tensor, cols: int) -> Tensor:

@@ -20,6 +20,7 @@ from .tiles import (
     in_bounds,
     keep_tile,
     known,
+    load_branch,
     load_matrix,
     load_rule,
     load_vector,
@@ -43,15 +44,6 @@ def _gain(affine, col, cols, ZERO_CENTERED: tl.constexpr):
     if ZERO_CENTERED:
         gain += 1.0
     return gain
-
-
-@triton.jit
-def _branch(operands, x_stride, cols, row, col, inside):
-    """x + bias"""
-    value = load_matrix(operands.x, x_stride, row, col, inside)
-    if operands.bias is not None:
-        value += load_vector(operands.bias, col, cols)
-    return value
 
 
 @triton.jit
@@ -87,7 +79,7 @@ def norm_forward_kernel(
     for chunk in range(CHUNKS):
         col, group = columns_at(chunk, cols, origin, BLOCK_COLS)
         inside = in_bounds(row, col, shape.rows, cols, False)
-        stream = _branch(operands, x_stride, cols, row, col, inside)
+        stream = load_branch(operands, x_stride, cols, row, col, inside)
         if not AFTER:
             if operands.layer_scale is not None:
                 stream = stream * load_vector(operands.layer_scale, col, cols)
@@ -123,7 +115,7 @@ def norm_forward_kernel(
         inside = in_bounds(row, col, shape.rows, cols, False)
         if CHUNKS > 1:
             if AFTER:
-                stream = _branch(operands, x_stride, cols, row, col, inside)
+                stream = load_branch(operands, x_stride, cols, row, col, inside)
             else:
                 stream = load_matrix(kept.stream, cols, row, col, inside)
         value = (stream - mean[:, None]) * rstd[:, None]
@@ -204,7 +196,7 @@ def _finish(
     dscale = dx
     if gradients.layer_scale is not None:
         x_stride = known(shape.x_stride, VECTOR)
-        dscale = dstream * _branch(operands, x_stride, cols, row, col, inside)
+        dscale = dstream * load_branch(operands, x_stride, cols, row, col, inside)
         if DROPS:
             dscale = tl.where(keep, dscale, 0.0) * rule[2]
         dscale = tl.where(inside, dscale, 0.0)  # outside, the bias may be NaN

@@ -41,7 +41,7 @@ def norm_forward(
     if not options.after and (options.keep_stream or plan.col_blocks > 1):
         stream = torch.empty(shape, dtype=options.stream_dtype, device=x.device)
     if plan.empty:
-        return out, stream, mean, rstd
+        return out, stream if options.keep_stream else None, mean, rstd
     rule = launch.rule(plan, options, p)
     matrix = launch.matrix(x, cols)
     other = None if residual is None else launch.matrix(residual, cols)
@@ -91,43 +91,31 @@ def norm_backward(
     dx = like(dx_dtype)
     dresidual = None if options.after else like(residual_dtype)
     sums = (weight_dtype, norm_bias_dtype, bias_dtype, scale_dtype)
-    if plan.empty:
-        zeros = [
-            None if dtype is None else torch.zeros(cols, dtype=dtype, device=dout.device)
-            for dtype in sums
-        ]
-        return dx, zeros[2], zeros[3], dresidual, zeros[0], zeros[1]
-    if any(dtype is not None for dtype in sums):
+    if any(dtype is not None for dtype in sums) and not plan.empty:
         plan.strip = launch.row_strip(plan.row_blocks, cols)
-    partial = [
-        None
-        if dtype is None
-        else torch.empty((plan.strips, cols), dtype=torch.float32, device=dout.device)
-        for dtype in sums
-    ]
-    rule = launch.rule(plan, options, p)
-    matrix = launch.matrix(dout, cols)
-    x = None if x is None else launch.matrix(x, cols)
-    source = launch.matrix(stream, cols)
-    strided = source if options.after else x
-    launch.run(
-        norm_backward_kernel,
-        plan,
-        dout.device,
-        Incoming(matrix, None if dstream is None else dstream.contiguous(), source, mean, rstd),
-        Gradients(dx, dresidual, *partial),
-        Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, rule.rate),
-        Affine(launch.vector(weight), None, options.eps),
-        plan.sizes(0 if strided is None else strided.stride(0), matrix.stride(0)),
-        plan.origin,
-        *rule.arguments,
-        NORM=_constants(options),
-        MASKS=rule.MASKS,
-        VECTOR=launch.vector_width(plan, strided, matrix),
-        LOOPS=(plan.strip, plan.col_blocks),
-    )
-    dweight, dnorm_bias, dbias, dlayer_scale = (
-        None if part is None or dtype is None else part.sum(0).to(dtype)
-        for part, dtype in zip(partial, sums, strict=True)
-    )
+    widths = (None if dtype is None else cols for dtype in sums)
+    partial = launch.partial_sums(plan, dout.device, *widths)
+    if not plan.empty:
+        rule = launch.rule(plan, options, p)
+        matrix = launch.matrix(dout, cols)
+        x = None if x is None else launch.matrix(x, cols)
+        source = launch.matrix(stream, cols)
+        strided = source if options.after else x
+        launch.run(
+            norm_backward_kernel,
+            plan,
+            dout.device,
+            Incoming(matrix, None if dstream is None else dstream.contiguous(), source, mean, rstd),
+            Gradients(dx, dresidual, *partial),
+            Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, rule.rate),
+            Affine(launch.vector(weight), None, options.eps),
+            plan.sizes(0 if strided is None else strided.stride(0), matrix.stride(0)),
+            plan.origin,
+            *rule.arguments,
+            NORM=_constants(options),
+            MASKS=rule.MASKS,
+            VECTOR=launch.vector_width(plan, strided, matrix),
+            LOOPS=(plan.strip, plan.col_blocks),
+        )
+    dweight, dnorm_bias, dbias, dlayer_scale = map(launch.total, partial, sums)
     return dx, dbias, dlayer_scale, dresidual, dweight, dnorm_bias

@@ -86,6 +86,15 @@ def load_vector(pointer, col, cols):
 
 
 @triton.jit
+def load_branch(operands, stride, cols, row, col, inside):
+    """x + bias"""
+    value = load_matrix(operands.x, stride, row, col, inside)
+    if operands.bias is not None:
+        value += load_vector(operands.bias, col, cols)
+    return value
+
+
+@triton.jit
 def load_rule(operands, threshold, scale, path_scale, MASK: tl.constexpr, PATH: tl.constexpr):
     """The Philox key, the elements' threshold and the product of the scales."""
     if MASK != NO_MASK:
