@@ -30,9 +30,10 @@ STREAM_MULTIPLIER = 0x9E3779B97F4A7C15
 FOLD_MULTIPLIER = 0xD1342543DE82EF95
 
 # Which family of masks a counter belongs to: the top four bits of its last word.
-DOMAINS = {"elements": 0, "drop_path": 1}
+DOMAINS = {"elements": 0, "drop_path": 1, "attention": 2}
 
-LANES = 8  # decisions a Philox call, for eight consecutive columns
+LANES = 8  # decisions a Philox call: for eight consecutive columns, or eight keys of one query
+TILE = 32  # attention: four calls decide on 32 consecutive keys
 ONE = 1 << 32  # a threshold of ONE drops everything
 _WORD = ONE - 1
 
@@ -307,22 +308,29 @@ def row_coordinates(where: Coordinates, device: torch.device | str | None) -> Te
 _BLOCK = 1 << 16
 
 
+def _decisions(
+    counter: Sequence[Tensor], rows: int, groups: int, key: tuple[Tensor, Tensor], t: int | Tensor
+) -> Tensor:
+    """The eight decisions of each counter: bool, [rows, groups, 8]. Counter words are [rows or 1,
+    groups or 1]."""
+    keep = torch.empty((rows, groups, LANES), dtype=torch.bool, device=key[0].device)
+    step = max(1, _BLOCK // max(1, groups))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        words = philox([w[part] if w.shape[0] > 1 else w for w in counter], key)
+        for i, word in enumerate(words):
+            keep[part, :, 2 * i] = word >= t
+            keep[part, :, 2 * i + 1] = (((word << 16) & _WORD) | (word >> 16)) >= t
+    return keep
+
+
 def keep_rows(
     key: tuple[Tensor, Tensor], domain: int, rows: Tensor, groups: Tensor, t: int | Tensor
 ) -> Tensor:
     """The decisions of every row coordinate and column group: bool, [rows, groups * 8]."""
-    keep = torch.empty((len(rows), len(groups), LANES), dtype=torch.bool, device=rows.device)
-    step = max(1, _BLOCK // max(1, len(groups)))
-    column = groups[None, :]
-    last = (column >> 32) | (domain << 28)
-    for start in range(0, len(rows), step):
-        row = rows[start : start + step, None]
-        words = philox((column & _WORD, row & _WORD, (row >> 32) & _WORD, last), key)
-        block = keep[start : start + step]
-        for i, word in enumerate(words):
-            block[..., 2 * i] = word >= t
-            block[..., 2 * i + 1] = (((word << 16) & _WORD) | (word >> 16)) >= t
-    return keep.flatten(1)
+    row, group = rows[:, None], groups[None, :]
+    counter = (group & _WORD, row & _WORD, (row >> 32) & _WORD, (group >> 32) | (domain << 28))
+    return _decisions(counter, len(rows), len(groups), key, t).flatten(1)
 
 
 def keep_mask(
@@ -360,3 +368,29 @@ def keep_mask(
     keep = keep_rows(key, DOMAINS[domain], rows, groups, drop_threshold)
     keep = keep[:, first % LANES : first % LANES + cols]
     return keep.expand(where.rows, where.cols).reshape(tuple(shape)).contiguous()
+
+
+def attention_keep_mask(
+    seed: Tensor,
+    shape: Sequence[int],
+    drop_threshold: int | Tensor,
+    *,
+    origin: Sequence[int] = (0, 0, 0, 0),
+) -> Tensor:
+    """The mask of attention probabilities: bool, ``[batch, heads, queries, keys]``.
+
+    The coordinates of an element are its indices plus ``origin``. A Philox call serves one query
+    and eight of 32 consecutive keys, the pairs (2i, 2i + 1) of its four octets: what one thread
+    holds of a row of a tensor core's accumulator, so that kernels need not move decisions.
+    """
+    device = seed.device
+    start, tile, keys = origin[3] % TILE, origin[3] // TILE, shape[3]
+    tiles = -(-(start + keys) // TILE)
+    group = torch.arange(4 * tile, 4 * (tile + tiles), device=device)[None, :]
+    at = (torch.arange(o, o + n, device=device) for o, n in zip(origin, shape[:3], strict=False))
+    batch, head, query = (t.reshape(-1, 1) for t in torch.meshgrid(*at, indexing="ij"))
+    counter = (query, group, batch, head | DOMAINS["attention"] << 28)
+    keep = _decisions(counter, len(query), 4 * tiles, key_of(seed), drop_threshold)
+    # [rows, tiles, pairs, octets, 2] -> keys in order
+    keep = keep.view(len(query), tiles, 4, 4, 2).transpose(2, 3).flatten(1)
+    return keep[:, start : start + keys].reshape(tuple(shape))

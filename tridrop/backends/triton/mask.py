@@ -1,8 +1,9 @@
 """The mask contract in Triton. No other Triton file touches Philox, seeds or thresholds.
 
-The twin of ``tridrop/mask.py``, held to it bit for bit by the tests. What a thread computes:
-one Philox call for eight consecutive columns, which are one 16-byte load of bf16 or fp16, so that
-a decision is already in the register file of the thread that holds its element.
+The twin of ``tridrop/mask.py``, held to it bit for bit by the tests. A decision is made in the
+thread that holds its element: one Philox call serves eight consecutive columns, which are one
+16-byte load of bf16 or fp16, and in attention eight keys of a query that one thread holds of a
+tensor core's accumulator.
 """
 
 import triton
@@ -23,6 +24,7 @@ ROWS = tl.constexpr(2)  # a decision a row: the mask is shared along the columns
 # Domains: which family of masks a counter belongs to.
 DOMAIN_ELEMENTS = tl.constexpr(0)
 DOMAIN_DROP_PATH = tl.constexpr(1)
+DOMAIN_ATTENTION = tl.constexpr(2)
 
 
 @triton.jit
@@ -32,9 +34,11 @@ def philox(c0, c1, c2, c3, k0, k1):
         # One 64-bit product, where mul.lo beside mul.hi would take two multiplications.
         a = c0.to(tl.uint64) * M0
         b = c2.to(tl.uint64) * M1
-        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        # The key goes to the low word first: LLVM would join the low and the high words' xor into
+        # one of 64 bits, and then no longer sees the two halves of one product.
+        c0 = (b >> 32).to(tl.uint32) ^ (c1 ^ k0)
         c1 = b.to(tl.uint32)
-        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c2 = (a >> 32).to(tl.uint32) ^ (c3 ^ k1)
         c3 = a.to(tl.uint32)
         k0 = (k0 + W0).to(tl.uint32)
         k1 = (k1 + W1).to(tl.uint32)
@@ -112,3 +116,34 @@ def _decide(bits, threshold, MAYBE_ZERO: tl.constexpr):
     if MAYBE_ZERO:
         keep = keep | (threshold == 0)
     return keep
+
+
+@triton.jit
+def keep_scores(
+    query, tile, where, key, threshold, MAYBE_ZERO: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The decisions of a tile of scores: bool, [QUERIES, KEYS].
+
+    ``query`` is the coordinate of the first query, ``tile`` that of the first key divided by 32,
+    ``where`` the pair (batch, head).
+    """
+    # A call's words are spread over the tile by broadcasting, and each element selects its own by
+    # its indices. The compiler then computes all of it in the layout of the scores, where the
+    # indices that select are constants of a register: no shared memory, no shuffle and no select is
+    # left. (join and reshape of the words end in shared memory: the rules by which the compiler
+    # moves a layout conversion do not carry a product of 64 bits through two joins.)
+    row = (query + tl.arange(0, QUERIES)).to(tl.uint32)[:, None, None, None, None]
+    group = (tile + tl.arange(0, KEYS // 32)).to(tl.uint32)[None, :, None, None, None] * 4
+    group = group + tl.arange(0, 4).to(tl.uint32)[None, None, None, :, None]
+    zero = tl.zeros([1, 1, 1, 1, 1], tl.uint32)
+    batch = zero + where[0].to(tl.uint32)
+    head = zero + (where[1].to(tl.uint32) | (DOMAIN_ATTENTION << 28))
+    w0, w1, w2, w3 = philox(row, group, batch, head, key[0], key[1])
+    octet = tl.arange(0, 4)[None, None, :, None, None]
+    word = tl.where(
+        octet < 2, tl.where(octet == 0, w0, w1), tl.where(octet == 2, w2, w3)
+    )  # [QUERIES, KEYS / 32, 4, 4, 1]
+    odd = tl.arange(0, 2)[None, None, None, None, :]
+    bits = tl.where(odd == 0, word, (word << 16) | (word >> 16))
+    return _decide(tl.reshape(bits, [QUERIES, KEYS]), threshold, MAYBE_ZERO)
