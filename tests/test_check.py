@@ -47,20 +47,20 @@ def test_a_wrong_scale_fails(monkeypatch):
         def scales(self):
             return tuple(1 / (1 - round(r * 256) / 256) for r in (self.p, self.drop_path))
 
-    plain = tridrop.ops.unpack
-    monkeypatch.setattr(tridrop.ops, "unpack", lambda *a: Rounded(**vars(plain(*a))))
+    plain = tridrop.ops.elementwise.unpack
+    monkeypatch.setattr(tridrop.ops.elementwise, "unpack", lambda *a: Rounded(**vars(plain(*a))))
     for backend in ("reference", "triton"):
         assert {"value", "grad x"} <= failures(backend)
 
 
 def test_a_large_error_of_the_scale_shows_in_the_expectation(monkeypatch):
-    plain = tridrop.ops.unpack
+    plain = tridrop.ops.elementwise.unpack
 
     class Unscaled(tridrop.spec.Options):
         def scales(self):
             return 1.0, 1.0
 
-    monkeypatch.setattr(tridrop.ops, "unpack", lambda *a: Unscaled(**vars(plain(*a))))
+    monkeypatch.setattr(tridrop.ops.elementwise, "unpack", lambda *a: Unscaled(**vars(plain(*a))))
     for backend in ("reference", "triton"):
         assert "expectation |z|" in failures(backend)
 

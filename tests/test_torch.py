@@ -166,7 +166,7 @@ def test_explicit_seeds_stay_right_when_activations_are_recomputed_by_the_compil
 
 
 def test_a_draw_warns_once_when_the_compiler_may_recompute_it(monkeypatch):
-    monkeypatch.setattr(tridrop.ops, "_warned_of_recomputation", False)
+    monkeypatch.setattr(tridrop.ops.masks, "_warned_of_recomputation", False)
     with torch._functorch.config.patch(activation_memory_budget=0.5):
         with pytest.warns(UserWarning, match="activation_memory_budget"):
             outcome(torch.compile(both, fullgraph=True))

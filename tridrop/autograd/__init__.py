@@ -1,0 +1,11 @@
+"""The autograd functions: what is saved, what is returned. No math, no launches.
+
+Forward and backward are opaque operators (``ops``). Backward saves the seed, and inputs only where
+the derivative needs them; the mask is drawn again. The derivative of backward is a composition of
+plain torch operations, so it can be differentiated any number of times.
+"""
+
+from .elementwise import Fused
+from .norm import FusedNorm
+
+__all__ = ["Fused", "FusedNorm"]

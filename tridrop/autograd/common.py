@@ -1,0 +1,75 @@
+"""What the autograd functions of all families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import elementwise
+
+
+def each_sample(
+    function: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> tuple[Any, Any]:
+    """vmap by calling ``function`` once a sample: coordinates are those of the sample alone.
+
+    Every sample then has the mask that the same call has outside vmap. Samples whose seeds differ
+    (randomness="different") have masks of their own.
+    """
+    outputs = []
+    for i in range(info.batch_size):
+        picked = [
+            a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a
+            for a, dim in zip(args, in_dims, strict=True)
+        ]
+        outputs.append(function(*picked))
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
+    stacked = tuple(
+        None if column[0] is None else torch.stack(column) for column in zip(*outputs, strict=True)
+    )
+    return stacked, tuple(None if column is None else 0 for column in stacked)
+
+
+def wanted(
+    results: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that were asked for; an operator returns an empty tensor for the others."""
+    return tuple(
+        None if dtype is None else result for result, dtype in zip(results, dtypes, strict=True)
+    )
+
+
+def differentiate(
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+    given: dict[str, Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    drop: elementwise.Multiplier,
+    options: Any,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:
+    """The derivative of an op's gradients: of the reference composition, in plain torch.
+
+    ``given`` holds the differentiable arguments of ``gradients``; the result has an entry for each.
+    """
+    names = [name for name, tensor in given.items() if tensor is not None]
+    needs = tuple(dtype is not None for dtype in dtypes)
+
+    def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+        computed = dict(zip(names, elementwise.compute(*tensors), strict=True))
+        results = gradients(**{**given, **computed}, drop=drop, options=options, needs=needs)
+        return tuple(t for t in results if t is not None)
+
+    outputs, pull_back = torch.func.vjp(  # type: ignore[misc]
+        wide, *(given[name] for name in names)
+    )
+    wanted = [c for c, need in zip(cotangents, needs, strict=True) if need]
+    filled = tuple(
+        torch.zeros_like(o) if c is None else c.to(o.dtype)
+        for o, c in zip(outputs, wanted, strict=True)
+    )
+    found = dict(zip(names, pull_back(filled), strict=True))
+    return [found.get(name) for name in given]

@@ -1,0 +1,100 @@
+"""The autograd functions of the elementwise family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends.reference import elementwise
+from .common import differentiate, each_sample, wanted
+
+_forward = torch.ops.tridrop.forward.default
+_backward = torch.ops.tridrop.backward.default
+
+
+class Fused(torch.autograd.Function):
+    """residual + drop_path(layer_scale * dropout(f(x + bias)))."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: ops.Packed,
+    ) -> Tensor:
+        out: Tensor = _forward(x, bias, layer_scale, residual, seed, p, *packed)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, bias, layer_scale, _, seed, p, packed = inputs
+        ctx.packed = packed
+        ctx.dtypes = tuple(
+            t.dtype if t is not None and needed else None
+            for t, needed in zip((x, bias, layer_scale), ctx.needs_input_grad[:3], strict=True)
+        )
+        # Without an activation, x matters only to the gradient of layer_scale.
+        keeps_x = packed[0] != "none" or ctx.dtypes[2] is not None
+        ctx.save_for_backward(
+            x if keeps_x else None, bias if keeps_x else None, layer_scale, seed, p
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        dx = dbias = dlayer_scale = None
+        if any(dtype is not None for dtype in ctx.dtypes):
+            # Dynamo cannot trace one autograd function inside the backward of another, and what it
+            # compiles has no second derivative anyway.
+            compiling = torch.compiler.is_compiling()
+            call: Any = FusedBackward.forward if compiling else FusedBackward.apply
+            dx, dbias, dlayer_scale = call(grad, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
+        # The residual is added as it is, so its gradient is the incoming one, unread.
+        dresidual = grad if ctx.needs_input_grad[3] else None
+        return dx, dbias, dlayer_scale, dresidual, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(Fused.apply, info, in_dims, args)
+
+
+class FusedBackward(torch.autograd.Function):
+    """The gradients of :class:`Fused` as a function of the incoming gradient, x and the vectors."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: ops.Packed,
+        dtypes: tuple[torch.dtype | None, ...],
+    ) -> tuple[Tensor | None, ...]:
+        results = _backward(grad, x, bias, layer_scale, seed, p, *packed, *dtypes)
+        return wanted(results, dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, ctx.dtypes = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        grad, x, bias, layer_scale, seed, p = ctx.saved_tensors
+        options = ops.unpack(*ctx.packed[:-1])
+        drop = elementwise.multiplier(tuple(grad.shape), seed, p, options)
+        given = {"grad": grad, "x": x, "bias": bias, "layer_scale": layer_scale}
+        found = differentiate(elementwise.gradients, given, cotangents, drop, options, ctx.dtypes)
+        return *found, *(None,) * 4
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(FusedBackward.apply, info, in_dims, args)

@@ -1,0 +1,114 @@
+"""The autograd functions of the norm family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends.reference import elementwise, norm
+from .common import differentiate, each_sample, wanted
+
+_norm_forward = torch.ops.tridrop.norm_forward.default
+_norm_backward = torch.ops.tridrop.norm_backward.default
+
+
+class FusedNorm(torch.autograd.Function):
+    """(out, stream, mean, rstd) of dropout, add and norm; see ``backends/reference/norm.py``."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        norm_bias: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = _norm_forward(
+            x, bias, layer_scale, residual, weight, norm_bias, seed, p, *packed
+        )
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, seed, p, packed = inputs
+        x, bias, layer_scale, _, weight, _ = tensors
+        _, stream, mean, rstd = output
+        ctx.packed = packed
+        ctx.after = ops.unpack_norm(*packed).after
+        dtypes = [
+            t.dtype if t is not None and needed else None
+            for t, needed in zip(tensors, ctx.needs_input_grad[:6], strict=True)
+        ]
+        if ctx.after:
+            dtypes[3] = None  # the residual's gradient is then the incoming one
+        ctx.dtypes = tuple(dtypes)
+        ctx.mark_non_differentiable(mean, rstd, *((stream,) if ctx.after else ()))
+        ctx.set_materialize_grads(False)
+        scaled = ctx.dtypes[2] is not None
+        ctx.save_for_backward(
+            x if ctx.after else stream,
+            mean,
+            rstd,
+            x if scaled else None,
+            bias if scaled else None,
+            layer_scale,
+            weight,
+            seed,
+            p,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
+        saved = ctx.saved_tensors
+        if ctx.after:
+            dstream = None
+        if dout is None and dstream is None:
+            return (None,) * 9
+        incoming = torch.zeros_like(saved[0]) if dout is None else dout
+        compiling = torch.compiler.is_compiling()  # as in Fused
+        call: Any = FusedNormBackward.forward if compiling else FusedNormBackward.apply
+        found = list(call(incoming, dstream, *saved, ctx.packed, ctx.dtypes))
+        if ctx.after and ctx.needs_input_grad[3]:
+            found[3] = dout
+        return *found, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(FusedNorm.apply, info, in_dims, args)
+
+
+class FusedNormBackward(torch.autograd.Function):
+    """The gradients of :class:`FusedNorm`."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, packed, dtypes = inputs
+        return wanted(_norm_backward(*tensors, *packed, *dtypes), dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, ctx.dtypes = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        dout, dstream, stream, _, _, x, bias, layer_scale, weight, seed, p = ctx.saved_tensors
+        options = ops.unpack_norm(*ctx.packed)
+        drop = elementwise.multiplier(tuple(dout.shape), seed, p, options)
+        # The statistics are functions of the stream, and are computed from it again.
+        given = {"dout": dout, "dstream": dstream, "stream": stream, "x": x, "bias": bias}
+        given |= {"layer_scale": layer_scale, "weight": weight}
+        found = differentiate(norm.norm_gradients, given, cotangents, drop, options, ctx.dtypes)
+        return *found[:3], None, None, *found[3:], None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(FusedNormBackward.apply, info, in_dims, args)

@@ -1,0 +1,132 @@
+"""The operators of the elementwise family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..mask import Shard
+from ..spec import Options, output_shape
+from .library import define, filled, read_rate
+
+# What every op of the family is told besides its tensors; pack() below makes the values. An empty
+# global_shape means the tensor is whole.
+OPTIONS = (
+    "str activation, float p, float drop_path, int[] shared, "
+    "SymInt[] global_shape, SymInt[] origin, str backend"
+)
+
+Packed = tuple[str, float, float, list[int], list[int], list[int], str]
+
+
+def pack(options: Options, backend: str) -> Packed:
+    """The options as the arguments that an operator takes."""
+    shard = options.shard
+    return (
+        options.activation,
+        float(options.p),
+        float(options.drop_path),
+        list(options.shared),
+        [] if shard is None else list(shard.global_shape),
+        [] if shard is None else list(shard.origin),
+        backend,
+    )
+
+
+def unpack(
+    activation: str,
+    p: float,
+    drop_path: float,
+    shared: Sequence[int],
+    global_shape: Sequence[int],
+    origin: Sequence[int],
+) -> Options:
+    """The inverse of :func:`pack`."""
+    shard = Shard(tuple(global_shape), tuple(origin)) if len(global_shape) else None
+    return Options(activation, p, drop_path, tuple(shared), shard)
+
+
+def _forward(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    p_tensor: Tensor | None,
+    *packed: object,
+) -> Tensor:
+    *values, backend = packed
+    p_tensor, options = read_rate(p_tensor, unpack(*values))  # type: ignore[arg-type]
+    module = backends.serving(str(backend), x, bias, layer_scale, residual)
+    return module.forward(x, bias, layer_scale, residual, seed, p_tensor, options)
+
+
+def _forward_fake(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    p_tensor: Tensor | None,
+    activation: str,
+    *_: object,
+) -> Tensor:
+    dtype = x.dtype if residual is None else residual.dtype
+    return torch.empty(output_shape(x, activation), dtype=dtype, device=x.device)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    p_tensor: Tensor | None,
+    *packed: object,
+) -> tuple[Tensor, ...]:
+    *values, backend, x_dtype, bias_dtype, layer_scale_dtype = packed
+    p_tensor, options = read_rate(p_tensor, unpack(*values))  # type: ignore[arg-type]
+    module = backends.serving(str(backend), grad, x, bias, layer_scale)
+    dtypes = (x_dtype, bias_dtype, layer_scale_dtype)
+    results = module.backward(grad, x, bias, layer_scale, seed, p_tensor, options, dtypes)  # type: ignore[arg-type]
+    return filled(results, grad)
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    p_tensor: Tensor | None,
+    *packed: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *values, _backend, x_dtype, bias_dtype, layer_scale_dtype = packed
+    cols = grad.shape[-1] if grad.dim() else 1
+    width = 2 * cols if unpack(*values).gated else cols  # type: ignore[arg-type]
+    shapes = ((*grad.shape[:-1], width) if grad.dim() else (), (width,), (cols,))
+    dtypes = (x_dtype, bias_dtype, layer_scale_dtype)
+    a, b, c = (
+        grad.new_empty(0) if dtype is None else torch.empty(shape, dtype=dtype, device=grad.device)  # type: ignore[call-overload]
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    return a, b, c
+
+
+define(
+    "forward(Tensor x, Tensor? bias, Tensor? layer_scale, Tensor? residual, Tensor? seed, "
+    f"Tensor? p_tensor, {OPTIONS}) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+# Absent gradients come back as empty tensors.
+define(
+    "backward(Tensor grad, Tensor? x, Tensor? bias, Tensor? layer_scale, Tensor? seed, "
+    f"Tensor? p_tensor, {OPTIONS}, ScalarType? x_dtype, ScalarType? bias_dtype, "
+    "ScalarType? layer_scale_dtype) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

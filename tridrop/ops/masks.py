@@ -1,0 +1,76 @@
+"""The operators that draw seeds and export masks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..spec import FLOATS
+from .elementwise import unpack
+from .library import define, read_rate
+
+
+def _new_seed(place: Tensor) -> Tensor:
+    return torch.randint_like(place, (1 << 63) - 1)
+
+
+_warned_of_recomputation = False
+
+
+def _new_seed_fake(place: Tensor) -> Tensor:
+    global _warned_of_recomputation
+    from torch._functorch import config
+
+    if not _warned_of_recomputation and (
+        config.activation_memory_budget < 1 or config.aggressive_recomputation
+    ):
+        _warned_of_recomputation = True
+        warnings.warn(
+            "tridrop draws a seed inside a graph compiled with activation_memory_budget < 1 or "
+            "aggressive_recomputation: torch may draw it again in backward, with another mask. "
+            "Pass explicit seeds, for instance with tridrop.rng(tridrop.new_seed(device)).",
+            stacklevel=2,
+        )
+    return torch.empty_like(place)
+
+
+def _keep_mask(
+    seed: Tensor,
+    shape: Sequence[int],
+    p_tensor: Tensor | None,
+    p: float,
+    domain: str,
+    shared: Sequence[int],
+    global_shape: Sequence[int],
+    origin: Sequence[int],
+    backend: str,
+) -> Tensor:
+    p_tensor, options = read_rate(p_tensor, unpack("none", p, 0.0, shared, global_shape, origin))
+    module = backends.load(backend)
+    reason = module.why_not(seed.device, [FLOATS[0]])
+    if reason is not None:
+        raise RuntimeError(reason)
+    return module.keep_mask(seed, tuple(shape), p_tensor, options, domain)
+
+
+def _keep_mask_fake(seed: Tensor, shape: Sequence[int], *_: object) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.bool, device=seed.device)
+
+
+define(
+    "new_seed(Tensor place) -> Tensor",
+    _new_seed,
+    _new_seed_fake,
+    # torch.compile must neither drop, merge nor recompute a draw.
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+define(
+    "keep_mask(Tensor seed, SymInt[] shape, Tensor? p_tensor, float p, str domain, int[] shared, "
+    "SymInt[] global_shape, SymInt[] origin, str backend) -> Tensor",
+    _keep_mask,
+    _keep_mask_fake,
+)

@@ -1,0 +1,89 @@
+"""The operators of the norm family."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..spec import NormOptions, Options
+from .elementwise import OPTIONS, pack, unpack
+from .library import define, filled, read_rate
+
+_NORM = (
+    f"{OPTIONS}, str norm, float eps, bool zero_centered, bool after, bool keep_stream, "
+    "ScalarType stream_dtype, ScalarType out_dtype"
+)
+_NORM_FIELDS = dataclasses.fields(NormOptions)[len(dataclasses.fields(Options)) :]
+_BACKEND = len(dataclasses.fields(Options)) + 1  # of packed options; a shard is two arguments
+
+
+def pack_norm(options: NormOptions, backend: str) -> tuple[Any, ...]:
+    """The options of the norm family as the arguments that its operators take."""
+    own = [getattr(options, field.name) for field in _NORM_FIELDS]
+    return (*pack(options, backend), *own)
+
+
+def unpack_norm(*packed: Any) -> NormOptions:
+    """The inverse of :func:`pack_norm`."""
+    own = packed[-len(_NORM_FIELDS) :]
+    shared = vars(unpack(*packed[: -len(_NORM_FIELDS) - 1]))
+    return NormOptions(**shared, **dict(zip((f.name for f in _NORM_FIELDS), own, strict=True)))
+
+
+def _norm_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, p_tensor, packed = arguments[:7], arguments[7], arguments[8:]
+    p_tensor, options = read_rate(p_tensor, unpack_norm(*packed))
+    module = backends.serving(packed[_BACKEND], *tensors[:6])
+    results = module.norm_forward(*tensors, p_tensor, options)  # type: ignore[call-arg]
+    return filled(results, tensors[0])
+
+
+def _norm_forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    options = unpack_norm(*arguments[7:])
+    rows = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)  # numel() would be static
+    has_stream = options.keep_stream and not options.after
+    stream = x.new_empty(x.shape if has_stream else 0, dtype=options.stream_dtype)
+    out = x.new_empty(x.shape, dtype=options.out_dtype)
+    return out, stream if has_stream else x.new_empty(0), rows, torch.empty_like(rows)
+
+
+def _norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, p_tensor, packed = arguments[:10], arguments[10], arguments[11:-6]
+    p_tensor, options = read_rate(p_tensor, unpack_norm(*packed))
+    module = backends.serving(packed[_BACKEND], tensors[0], *tensors[5:9])
+    results = module.norm_backward(*tensors, p_tensor, options, arguments[-6:])  # type: ignore[call-arg]
+    return filled(results, tensors[0])
+
+
+def _norm_backward_fake(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    dtypes, options = arguments[-6:], unpack_norm(*arguments[10:-6])
+    vector = dout.shape[-1:]
+    shapes = (dout.shape, vector, vector, dout.shape, vector, vector)
+    wanted = [*dtypes[:3], None if options.after else dtypes[3], *dtypes[4:]]
+    return tuple(
+        dout.new_empty(0) if dtype is None else dout.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, wanted, strict=True)
+    )
+
+
+define(
+    "norm_forward(Tensor x, Tensor? bias, Tensor? layer_scale, Tensor? residual, Tensor? weight, "
+    f"Tensor? norm_bias, Tensor? seed, Tensor? p_tensor, {_NORM}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _norm_forward,
+    _norm_forward_fake,
+)
+define(
+    "norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor mean, Tensor rstd, "
+    "Tensor? x, Tensor? bias, Tensor? layer_scale, Tensor? weight, Tensor? seed, "
+    f"Tensor? p_tensor, {_NORM}, ScalarType? x_dtype, ScalarType? bias_dtype, "
+    "ScalarType? layer_scale_dtype, ScalarType? residual_dtype, ScalarType? weight_dtype, "
+    "ScalarType? norm_bias_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _norm_backward,
+    _norm_backward_fake,
+)
