@@ -20,7 +20,7 @@ LAYERS = [
     ["autograd"],
     ["ops"],
     ["seeds", "backends.triton", "backends.reference", "backends"],
-    ["spec"],
+    ["spec", "spec_attention"],
     ["mask"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

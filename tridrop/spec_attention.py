@@ -1,0 +1,265 @@
+"""What attention may be asked for, and every error message about it.
+
+The attention ops share one description: what happens to a score before the softmax, which
+probabilities are dropped, and where the coordinates of the mask begin.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .mask import Shard, scale, threshold
+from .spec import FLOATS, check_device, check_input, resolve_shard
+
+HEAD_DIM_LIMIT = 256
+Window = int | tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """The options of one call of the attention ops, after validation.
+
+    A score is ``scale * query . key``, then ``softcap * tanh(score / softcap)`` where softcap is
+    not 0, then has the mask added; it counts where ``lower <= key - query <= upper``, both indices
+    local. ``origin`` is what the coordinates (batch, head, query, key) of the dropout mask begin
+    at. ``max_query`` and ``max_key`` bound the lengths of packed sequences.
+    """
+
+    p: float = 0.0
+    scale: float = 1.0
+    lower: int | None = None
+    upper: int | None = None
+    softcap: float = 0.0
+    origin: tuple[int, int, int, int] = (0, 0, 0, 0)
+    max_query: int = 0
+    max_key: int = 0
+
+    def threshold(self) -> int:
+        """The threshold of the mask; 0 means there is none."""
+        return threshold(self.p)
+
+    def keep_scale(self) -> float:
+        """What a kept probability is multiplied by."""
+        return scale(self.threshold())
+
+
+def check_dtypes(query: Tensor, **others: Tensor) -> None:
+    """Raise unless all are floating-point tensors of query's dtype and device."""
+    check_input(query, "query")
+    for name, t in others.items():
+        check_input(t, name)
+        if t.dtype != query.dtype:
+            raise TypeError(
+                f"{name} has dtype {t.dtype} but query has {query.dtype}: give all one dtype, "
+                "for instance under torch.autocast or with .to()"
+            )
+        if t.device != query.device:
+            raise ValueError(
+                f"{name} is on {t.device} but query is on {query.device}: move one of them"
+            )
+
+
+def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise unless the shapes are [..., H, L, E], [..., Hkv, S, E] and [..., Hkv, S, Ev]."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.dim() == key.dim() == value.dim() or query.dim() < 2:
+        raise ValueError(f"{shapes}: give all three the same number of dimensions, 2 or more")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"{shapes}: the last dimensions of query and key must be equal")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"{shapes}: key and value must have the same length, dimension -2")
+    if query.dim() > 2:
+        heads, shared = query.shape[-3], key.shape[-3]
+        if value.shape[-3] != shared:
+            raise ValueError(f"{shapes}: key and value must have the same number of heads")
+        if heads != shared and not enable_gqa and shared != 1 and heads != 1:
+            raise ValueError(
+                f"{shapes}: {heads} query heads and {shared} key heads; enable_gqa=True shares "
+                "each key head among a group of query heads"
+            )
+        if enable_gqa and (shared == 0 or heads % shared):
+            raise ValueError(
+                f"{shapes}: with enable_gqa=True the number of key heads must divide the number "
+                f"of query heads, {heads}"
+            )
+    if query.shape[-1] == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{shapes}: a head dimension of 0 leaves nothing to compute")
+
+
+def check_mask(
+    mask: Tensor | None, shape: Sequence[int], x: Tensor, name: str = "attn_mask"
+) -> None:
+    """Raise unless ``mask`` is None or a bool or float tensor that broadcasts to ``shape``."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} is of type {type(mask).__name__}; give a torch.Tensor or None")
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} has dtype {mask.dtype}; give bool (True: takes part) or floating-point "
+            f"(added to the scores): use {name}.bool()"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"{name} is on {mask.device} but the data is on {x.device}: move it")
+    fits = mask.dim() <= len(shape) and all(
+        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)}, which does not broadcast to the scores' "
+            f"{tuple(shape)}; each dimension, counted from the last, must be 1 or that size"
+        )
+
+
+def check_key_mask(mask: Tensor | None, batch: int, keys: int, x: Tensor) -> None:
+    """Raise unless ``mask`` is None or bool of shape [batch, keys]."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"key_mask is {given}; give a bool tensor, True where a key takes part: "
+            "mask.bool(), or ~key_padding_mask for torch.nn's convention"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"key_mask is on {mask.device} but the data is on {x.device}: move it")
+    if tuple(mask.shape) != (batch, keys):
+        raise ValueError(
+            f"key_mask has shape {tuple(mask.shape)}; it must be (batch, keys) = {(batch, keys)}"
+        )
+
+
+def resolve_band(is_causal: bool, window: Window | None) -> tuple[int | None, int | None]:
+    """The bounds of key - query, each or None: both what is_causal and what window allow."""
+    lower, upper = None, None
+    if window is not None:
+        pair = (window, window) if isinstance(window, int) else window
+        if isinstance(pair, (tuple, list)) and len(pair) == 2:
+            left, right = pair
+        else:
+            raise TypeError(
+                f"window is {window!r}; give (left, right), the number of keys before and after a "
+                "query's own that it sees, None for no bound, or one int for both"
+            )
+        for name, size in (("left", left), ("right", right)):
+            if size is None:
+                continue
+            if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+                raise TypeError(f"window's {name} is {size!r}; give an int of 0 or more, or None")
+            if size < 0:
+                raise ValueError(
+                    f"window's {name} = {size}; give an int of 0 or more, or None for no bound"
+                )
+        lower = None if left is None else -left
+        upper = right
+    if is_causal:
+        upper = 0  # a window to the right of 0 or more is cut
+    return lower, upper
+
+
+def resolve_origin(
+    shard: Shard | tuple[Sequence[int], Sequence[int]] | None, shape: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """The coordinates (batch, head, query, key) of the first score."""
+    where = resolve_shard(shard, shape)
+    if where is None:
+        return (0, 0, 0, 0)
+    batch, head, query, key = where.origin
+    return batch, head, query, key
+
+
+def resolve_scale(value: float | None, default: float) -> float:
+    """The factor of the scores, a finite number."""
+    if value is None:
+        return default
+    if isinstance(value, (bool, Tensor)) or not isinstance(
+        value, (int, float, torch.SymFloat, torch.SymInt)
+    ):
+        raise TypeError(f"scale is {value!r} of type {type(value).__name__}; give a number or None")
+    if not math.isfinite(value):
+        raise ValueError(f"scale = {value}; it must be finite")
+    return float(value)
+
+
+def resolve_softcap(value: float | None) -> float:
+    """The bound of the scores; 0 where there is none."""
+    if value is None:
+        return 0.0
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"softcap is {value!r} of type {type(value).__name__}; give a number")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"softcap = {value}; it must be positive and finite, or None for none")
+    return float(value)
+
+
+def check_sinks(sinks: Tensor | None, heads: int, x: Tensor) -> None:
+    """Raise unless ``sinks`` is None or a floating-point vector with an entry a query head."""
+    if sinks is None:
+        return
+    check_input(sinks, "sinks")
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}; it must be ({heads},), a logit a query head"
+        )
+    check_device(sinks, "sinks", x)
+
+
+def check_packed(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> None:
+    """Raise unless the offsets are int32 or int64 vectors for one batch entry of packed tokens."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise ValueError("give both cu_seqlens_q and cu_seqlens_k, or neither")
+    for name, t, other in (
+        ("cu_seqlens_q", cu_seqlens_q, query),
+        ("cu_seqlens_k", cu_seqlens_k, key),
+    ):
+        if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
+            given = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(
+                f"{name} is {given}; give an int32 tensor of sequences + 1 offsets, "
+                "such as torch.tensor([0, 5, 12], dtype=torch.int32)"
+            )
+        if t.dim() != 1 or t.shape[0] < 2:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; it must be (sequences + 1,), the offsets of "
+                "the sequences and the end of the last"
+            )
+        if t.device != query.device:
+            raise ValueError(f"{name} is on {t.device} but query is on {query.device}: move it")
+        if other.dim() not in (3, 4) or (other.dim() == 4 and other.shape[0] != 1):
+            raise ValueError(
+                f"with cu_seqlens, query, key and value are packed, [1, heads, tokens, dim] or "
+                f"[heads, tokens, dim]; given shape {tuple(other.shape)}"
+            )
+        # Offsets on an accelerator cannot be read without waiting for it.
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():
+            offsets = t.tolist()
+            ordered = all(a <= b for a, b in itertools.pairwise(offsets))
+            if offsets[0] != 0 or not ordered or offsets[-1] > other.shape[-2]:
+                raise ValueError(
+                    f"{name} = {offsets} for {other.shape[-2]} tokens; offsets begin at 0, never "
+                    "fall, and end at the number of tokens or before"
+                )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q has {cu_seqlens_q.shape[0] - 1} sequences, cu_seqlens_k "
+            f"{cu_seqlens_k.shape[0] - 1}: give each sequence its queries and its keys"
+        )
+
+
+def resolve_longest(longest: int | None, tokens: int, name: str) -> int:
+    """A bound of the packed sequences' lengths: the number of tokens where none is given."""
+    if longest is None:
+        return tokens
+    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {longest!r} of type {type(longest).__name__}; give an int")
+    if longest < 0:
+        raise ValueError(f"{name} = {longest}; it must be 0 or more")
+    return longest
