@@ -49,6 +49,15 @@ class AttentionOptions:
         return scale(self.threshold())
 
 
+def four(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """(batch, heads, queries, keys) of scores of two dimensions or more.
+
+    The dimension before the queries is the heads; those before it are one, the batch.
+    """
+    heads = shape[-3] if len(shape) > 2 else 1
+    return math.prod(shape[:-3]), heads, shape[-2], shape[-1]
+
+
 def check_dtypes(query: Tensor, **others: Tensor) -> None:
     """Raise unless all are floating-point tensors of query's dtype and device."""
     check_input(query, "query")

@@ -1,0 +1,155 @@
+"""Softmax and dropout of attention scores in torch.
+
+    s   = scale * scores + mask              -inf where a key takes no part
+    P   = exp(s - lse)                       lse = log(sum(exp(s))); 0 in a row without any key
+    out = P * multiplier
+
+``multiplier`` is keep * scale of the probabilities, constant for the derivative. The pieces serve
+attention as well: :func:`band`, :func:`attention_multiplier`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import mask as contract
+from ...spec_attention import AttentionOptions, four
+from .elementwise import Multiplier, compute, own
+
+Dtypes = tuple[torch.dtype | None, ...]
+
+
+def attention_multiplier(
+    shape: Sequence[int], seed: Tensor | None, p: Tensor | None, options: AttentionOptions
+) -> Multiplier:
+    """The random part for scores of ``shape``, ``[..., queries, keys]``."""
+    threshold: int | Tensor = options.threshold()
+    factor: float | Tensor = options.keep_scale()
+    if p is not None:
+        table = contract.rate_table(p)
+        threshold, factor = table[0].to(torch.int64), table[1]
+    elif threshold == 0:
+        return Multiplier(None, 1.0)
+    assert seed is not None
+    keep = contract.attention_keep_mask(seed, four(shape), threshold, origin=options.origin)
+    return Multiplier(keep.reshape(tuple(shape)), factor)
+
+
+def band(scores: Tensor, options: AttentionOptions) -> Tensor:
+    """Whether ``lower <= key - query <= upper``: bool, [queries, keys]."""
+    query = torch.arange(scores.shape[-2], device=scores.device)[:, None]
+    distance = torch.arange(scores.shape[-1], device=scores.device)[None, :] - query
+    inside = torch.ones_like(distance, dtype=torch.bool)
+    if options.lower is not None:
+        inside &= distance >= options.lower
+    if options.upper is not None:
+        inside &= distance <= options.upper
+    return inside
+
+
+def masked_scores(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """Scaled scores plus a float mask, -inf where a bool mask or the band leaves a key out."""
+    allowed = band(scores, options)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            allowed = allowed & mask
+        else:
+            scores = scores + mask
+    return scores.masked_fill(~allowed, -math.inf)
+
+
+def safe_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities, log-sum-exp) over the keys; zeros and -inf for a row that is all -inf.
+
+    It can be differentiated any number of times, through the probabilities.
+    """
+    if scores.shape[-1] == 0:
+        return scores, scores.new_full(scores.shape[:-1], -math.inf)
+    largest = scores.detach().amax(-1, keepdim=True)
+    largest = torch.where(largest == -math.inf, 0.0, largest)
+    exponentials = torch.exp(scores - largest)
+    total = exponentials.sum(-1, keepdim=True)
+    probabilities = exponentials / torch.where(total == 0, 1.0, total)
+    return probabilities, (largest + torch.log(total)).squeeze(-1)
+
+
+def softmax_forward(
+    scores: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: AttentionOptions,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The op; arguments as in ``backends.Backend.softmax_forward``."""
+    drop = attention_multiplier(scores.shape, seed, p, options)
+    wide, added = _compute(scores, mask)
+    probabilities, lse = safe_softmax(masked_scores(options.scale * wide, added, options))
+    out = own(drop(probabilities).to(scores.dtype), scores)
+    softmax = own(probabilities.to(scores.dtype), out) if return_softmax else None
+    return out, softmax, lse.to(torch.float32).contiguous()
+
+
+def softmax_gradients(
+    dout: Tensor | None,
+    dsoftmax: Tensor | None,
+    scores: Tensor,
+    mask: Tensor | None,
+    drop: Multiplier,
+    options: AttentionOptions,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the scores and of a float mask; differentiable."""
+    probabilities, _ = safe_softmax(masked_scores(options.scale * scores, mask, options))
+    dp = torch.zeros_like(probabilities) if dout is None else drop(dout)
+    if dsoftmax is not None:
+        dp = dp + dsoftmax
+    ds = probabilities * (dp - (dp * probabilities).sum(-1, keepdim=True))
+    # Where the probability is 0 so is the gradient, even of an incoming NaN.
+    ds = torch.where(probabilities == 0, 0.0, ds)
+    return (
+        options.scale * ds if needs[0] else None,
+        ds.sum_to_size(mask.shape) if needs[1] and mask is not None else None,
+    )
+
+
+def softmax_backward(
+    dout: Tensor | None,
+    dsoftmax: Tensor | None,
+    scores: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: AttentionOptions,
+    dtypes: Dtypes,
+) -> tuple[Tensor | None, ...]:
+    """The op's gradients; arguments as in ``backends.Backend.softmax_backward``.
+
+    The log-sum-exp is a function of the scores, and is computed from them again.
+    """
+    drop = attention_multiplier(scores.shape, seed, p, options)
+    wide, added = _compute(scores, mask)
+    g, h = compute(dout, dsoftmax)
+    needs = tuple(dtype is not None for dtype in dtypes)
+    results = softmax_gradients(g, h, wide, added, drop, options, needs)
+    dscores, dmask = (
+        None if t is None or dtype is None else t.to(dtype).contiguous()
+        for t, dtype in zip(results, dtypes, strict=True)
+    )
+    return dscores, None if dmask is None else own(dmask, scores)
+
+
+def _compute(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in the dtype that is computed in; a bool mask as it is."""
+    if mask is not None and mask.dtype == torch.bool:
+        (wide,) = compute(scores)
+        added: Tensor | None = mask
+    else:
+        wide, added = compute(scores, mask)
+    assert wide is not None
+    return wide, added
