@@ -34,6 +34,12 @@ def scale(p):
     return TWO32 / (TWO32 - t) if t < TWO32 else 0.0
 
 
+def bits_of_lane(words, lane):
+    word = np.choose(lane // 2, words)
+    rotated = (word << np.uint64(16)) & LOW | word >> np.uint64(16)
+    return np.where(lane % 2 == 1, rotated, word)
+
+
 def bits(seed, stream, shape, noise_shape=None, global_shape=None, origin=None, domain=0):
     """The 32 bits of each decision; an entry 1 of noise_shape marks a shared dimension."""
     if len(shape) == 0:
@@ -49,11 +55,24 @@ def bits(seed, stream, shape, noise_shape=None, global_shape=None, origin=None, 
     group, lane = index[-1] // np.uint64(8), index[-1].astype(np.int64) % 8
     last = (group >> HALF) | np.uint64(domain << 28)
     words = philox(group & LOW, row & LOW, row >> HALF, last, *key(seed, stream))
-    word = np.choose(lane // 2, words)
-    rotated = (word << np.uint64(16)) & LOW | word >> np.uint64(16)
-    return np.broadcast_to(np.where(lane % 2 == 1, rotated, word), shape)
+    return np.broadcast_to(bits_of_lane(words, lane), shape)
 
 
 def keep_mask(seed, stream, shape, p, **where):
     """True where an element is kept; ``where`` holds the other arguments of bits()."""
     return bits(seed, stream, shape, **where) >= np.uint64(threshold(p))
+
+
+def attention_bits(seed, stream, shape, origin=(0, 0, 0, 0)):
+    """The 32 bits of each decision of attention; shape is (batch, heads, queries, keys)."""
+    index = np.indices(shape, dtype=np.uint64, sparse=True)
+    batch, head, query, at = (i + np.uint64(o) for i, o in zip(index, origin, strict=True))
+    group = at // np.uint64(32) * np.uint64(4) + at % np.uint64(8) // np.uint64(2)
+    lane = at // np.uint64(8) % np.uint64(4) * np.uint64(2) + at % np.uint64(2)
+    words = philox(query, group, batch, head | np.uint64(2 << 28), *key(seed, stream))
+    return bits_of_lane(words, lane.astype(np.int64))
+
+
+def attention_keep_mask(seed, stream, shape, p, origin=(0, 0, 0, 0)):
+    """True where a probability is kept."""
+    return attention_bits(seed, stream, shape, origin) >= np.uint64(threshold(p))

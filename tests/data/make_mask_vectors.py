@@ -178,11 +178,90 @@ def records():
     )  # fmt: skip
 
 
+def attention(name, seed, shape, p, *, stream=0, origin=(0, 0, 0, 0)):
+    """One vector of attention. The shape of the whole does not matter, so it is not stored."""
+    keep = numpy_mask.attention_keep_mask(seed, stream, shape, p, origin)
+    assert keep.size <= 128
+    limits = (1 << 32, 1 << 28, 1 << 32, 1 << 35)
+    assert all(o + n <= limit for o, n, limit in zip(origin, shape, limits, strict=True))
+    return {
+        "name": name,
+        "seed": seed,
+        "stream": stream,
+        "origin": list(origin),
+        "shape": list(shape),
+        "p": p,
+        "threshold": numpy_mask.threshold(p),
+        "keep": "".join("01"[int(k)] for k in keep.flat),
+    }
+
+
+def attention_tie(name, key, parity, half):
+    """As tie(), for the decision on one of 32 keys."""
+    for seed in range(1000):
+        value = int(numpy_mask.attention_bits(seed, 0, (1, 1, 1, 32)).flat[key])
+        if value % 2 == parity:
+            return attention(name, seed, (1, 1, 1, 32), (value + half) / 2**32)
+    raise AssertionError
+
+
+def attention_records():
+    yield attention("attention_one_tile", 0, (1, 1, 1, 32), 0.5)
+    yield attention("attention_three_tiles", 1, (1, 1, 1, 96), 0.5)
+    yield attention("attention_small", 42, (2, 2, 3, 5), 0.5)
+    yield attention("attention_one_key", 7, (2, 3, 4, 1), 0.5)
+
+    for name, seed in (
+        ("attention_seed_past_2_32", (1 << 32) + 5),
+        ("attention_seed_minus_1", -1),
+        ("attention_seed_smallest", -(1 << 63)),
+    ):
+        yield attention(name, seed, (1, 1, 2, 32), 0.5)
+    for name, stream in (
+        ("attention_stream_1", 1),
+        ("attention_stream_past_2_32", (1 << 32) + 1),
+        ("attention_stream_largest", (1 << 63) - 1),
+    ):
+        yield attention(name, 123456789, (1, 1, 2, 32), 0.5, stream=stream)
+
+    for p in (0.0, 0.001, 0.1, 0.5, 0.9, 1 - 2**-32, 1.0):
+        yield attention(f"attention_p_{p!r}", 2024, (1, 2, 2, 32), p)
+    for key in (24, 31):
+        yield attention_tie(f"attention_p_tie_key_{key}_even_bits_up", key, 0, 0.5)
+        yield attention_tie(f"attention_p_tie_key_{key}_even_bits_down", key, 0, -0.5)
+        yield attention_tie(f"attention_p_tie_key_{key}_odd_bits_up", key, 1, 0.5)
+        yield attention_tie(f"attention_p_tie_key_{key}_odd_bits_down", key, 1, -0.5)
+
+    for name, origin in (
+        ("second_sequence", (1, 0, 0, 0)),
+        ("second_head", (0, 1, 0, 0)),
+        ("second_query", (0, 0, 1, 0)),
+        ("second_key", (0, 0, 0, 1)),
+        ("second_octet", (0, 0, 0, 8)),
+        ("second_tile", (0, 0, 0, 32)),
+        ("middle", (3, 5, 70, 43)),
+        ("batch_past_2_31", ((1 << 31) - 1, 0, 0, 0)),
+        ("batch_largest", ((1 << 32) - 2, 0, 0, 0)),
+        ("head_largest", (0, (1 << 28) - 2, 0, 0)),
+        ("query_past_2_31", (0, 0, (1 << 31) - 1, 0)),
+        ("query_largest", (0, 0, (1 << 32) - 2, 0)),
+        ("keys_past_2_31", (0, 0, 0, (1 << 31) - 5)),
+        ("keys_past_2_32", (0, 0, 0, (1 << 32) - 5)),
+        ("keys_past_2_34", (0, 0, 0, (1 << 34) - 5)),  # groups past 2^31
+        ("keys_largest", (0, 0, 0, (1 << 35) - 9)),
+        ("all_largest", ((1 << 32) - 2, (1 << 28) - 2, (1 << 32) - 2, (1 << 35) - 9)),
+    ):
+        yield attention(f"attention_{name}", 5, (2, 2, 2, 9), 0.5, origin=origin)
+
+
 def main():
-    rows = ",\n".join("  " + json.dumps(r) for r in records())
     source = "tests/data/make_mask_vectors.py, with the NumPy code of docs/mask-contract.md"
-    text = f'{{\n"source": "{source}",\n"vectors": [\n{rows}\n]\n}}\n'
-    (HERE / "mask_vectors.json").write_text(text)
+    lists = [
+        f'"{name}": [\n' + ",\n".join("  " + json.dumps(r) for r in rows) + "\n]"
+        for name, rows in (("vectors", records()), ("attention", attention_records()))
+    ]
+    text = ",\n".join([f'"source": "{source}"', *lists])
+    (HERE / "mask_vectors.json").write_text(f"{{\n{text}\n}}\n")
 
 
 if __name__ == "__main__":
