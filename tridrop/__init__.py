@@ -8,6 +8,7 @@ from . import nn
 from .backends import backend
 from .functional import (
     activation_dropout,
+    attention_keep_mask,
     dropout,
     dropout_add,
     dropout_add_layer_norm,
@@ -15,6 +16,7 @@ from .functional import (
     keep_mask,
     layer_norm_dropout,
     rms_norm_dropout,
+    scaled_dot_product_attention,
 )
 from .mask import Shard, fold_in, new_seed
 from .seeds import rng
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Shard",
     "activation_dropout",
+    "attention_keep_mask",
     "backend",
     "dropout",
     "dropout_add",
@@ -36,4 +39,5 @@ __all__ = [
     "nn",
     "rms_norm_dropout",
     "rng",
+    "scaled_dot_product_attention",
 ]

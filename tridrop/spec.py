@@ -27,6 +27,9 @@ ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "swiglu": ("silu", True),
 }
 
+# The contract's coordinates of attention, and how many of each there are.
+ATTENTION_LIMITS = {"batch": 1 << 32, "head": 1 << 28, "query": 1 << 32, "key": 1 << 35}
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -170,6 +173,37 @@ def output_shape(x: Tensor, activation: str) -> tuple[int, ...]:
             f"but x has shape {tuple(x.shape)}"
         )
     return (*x.shape[:-1], x.shape[-1] // 2)
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a mask as a tuple; ValueError unless it has non-negative integers."""
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
+        raise TypeError(
+            f"shape is {shape!r} of type {type(shape).__name__}; give a tuple with the size of "
+            "each dimension"
+        )
+    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
+        raise ValueError(f"shape = {tuple(shape)}: give non-negative integers")
+    return tuple(shape)
+
+
+def check_attention_coordinates(whole: Sequence[int]) -> None:
+    """Raise unless ``whole``, (batch, heads, queries, keys), has coordinates in the mask contract.
+
+    Of a shard this is the global shape.
+    """
+    if len(whole) != 4:
+        raise ValueError(
+            f"shape {tuple(whole)} has {len(whole)} dimensions; a mask of attention has four: "
+            "(batch, heads, queries, keys)"
+        )
+    for (name, limit), size in zip(ATTENTION_LIMITS.items(), whole, strict=True):
+        if size > limit:
+            raise ValueError(
+                f"shape {tuple(whole)} is too large: the {name} coordinates of attention masks "
+                f"lie in [0, 2^{limit.bit_length() - 1}). Split that dimension into calls with "
+                "seeds of their own, tridrop.fold_in(seed, part)"
+            )
 
 
 def resolve_noise_shape(

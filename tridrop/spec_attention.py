@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -272,3 +273,36 @@ def resolve_longest(longest: int | None, tokens: int, name: str) -> int:
     if longest < 0:
         raise ValueError(f"{name} = {longest}; it must be 0 or more")
     return longest
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of one call: query [B, H, Sq, E], key [B, Hkv, Sk, E], value [B, Hkv, Sk, Ev].
+
+    ``mask`` is bool or float, of four dimensions that are each 1 or the scores'; ``key_mask`` bool
+    [B, Sk]; ``sinks`` [H]. With ``cu_query`` and ``cu_key``, the offsets of sequences packed along
+    the tokens, B is 1, and the batch of masks and coordinates is the number of sequences. ``p`` is
+    a 0-d tensor that takes the place of ``options.p``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    sinks: Tensor | None = None
+    cu_query: Tensor | None = None
+    cu_key: Tensor | None = None
+    seed: Tensor | None = None
+    p: Tensor | None = None
+
+
+def empty_output(query: Tensor, width: int) -> Tensor:
+    """Room for the result, [B, H, Sq, width], whose memory is laid out as the query's.
+
+    Where heads lie next to each other, as projections leave them, the transpose after attention
+    then is a view.
+    """
+    batch, heads, length, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty((batch, length, heads, width)).transpose(1, 2)
+    return query.new_empty((batch, heads, length, width))

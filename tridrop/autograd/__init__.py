@@ -5,7 +5,8 @@ the derivative needs them; the mask is drawn again. The derivative of backward i
 plain torch operations, so it can be differentiated any number of times.
 """
 
+from .attention import Attention
 from .elementwise import Fused
 from .norm import FusedNorm
 
-__all__ = ["Fused", "FusedNorm"]
+__all__ = ["Attention", "Fused", "FusedNorm"]

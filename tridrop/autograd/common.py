@@ -47,7 +47,7 @@ def differentiate(
     gradients: Callable[..., tuple[Tensor | None, ...]],
     given: dict[str, Tensor | None],
     cotangents: Sequence[Tensor | None],
-    drop: elementwise.Multiplier,
+    drop: Any,
     options: Any,
     dtypes: Sequence[torch.dtype | None],
 ) -> list[Tensor | None]:

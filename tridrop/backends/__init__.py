@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..spec import NormOptions, Options
+from ..spec_attention import AttentionInputs, AttentionOptions
 
 NAMES = ("triton", "reference")
 ENVIRONMENT = "TRIDROP_BACKEND"
@@ -94,10 +95,35 @@ class Backend(Protocol):
         where the dropout came after the norm; then the residual's gradient is None.
         """
 
+    def attention_forward(
+        self, inputs: AttentionInputs, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse): the formulas of ``backends/reference/attention.py``.
+
+        out is as spec_attention.empty_output makes it; lse [B, H, Sq], fp32 (fp64 for fp64).
+        """
+
+    def attention_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        inputs: AttentionInputs,
+        options: AttentionOptions,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key, value, mask and sinks, like their tensors; None if not needed."""
+
     def keep_mask(
         self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
     ) -> Tensor:
         """The mask of ``domain``: bool, True where kept."""
+
+    def attention_keep_mask(
+        self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: AttentionOptions
+    ) -> Tensor:
+        """The mask of attention from ``options.origin`` on: bool, [B, H, Sq, Sk]."""
 
     def why_not(self, device: torch.device, dtypes: list[torch.dtype]) -> str | None:
         """Why the backend cannot serve tensors of this device and dtypes; None where it can."""

@@ -1,6 +1,8 @@
 """The public functions: validate, draw the seed, call autograd."""
 
-from .elementwise import activation_dropout, dropout, dropout_add, keep_mask
+from .attention import scaled_dot_product_attention
+from .elementwise import activation_dropout, dropout, dropout_add
+from .masks import attention_keep_mask, keep_mask
 from .norm import (
     dropout_add_layer_norm,
     dropout_add_rms_norm,
@@ -10,6 +12,7 @@ from .norm import (
 
 __all__ = [
     "activation_dropout",
+    "attention_keep_mask",
     "dropout",
     "dropout_add",
     "dropout_add_layer_norm",
@@ -17,4 +20,5 @@ __all__ = [
     "keep_mask",
     "layer_norm_dropout",
     "rms_norm_dropout",
+    "scaled_dot_product_attention",
 ]

@@ -1,4 +1,4 @@
-"""The elementwise family and the mask itself."""
+"""The elementwise family."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from .. import backends, ops, spec
 from ..autograd import Fused
-from ..mask import Shard, as_seed
+from ..mask import Shard
 from ..seeds import seed_for
 from ..spec import Options
 
@@ -101,6 +100,7 @@ def dropout(
         ValueError: p outside [0, 1], a noise_shape or shard that does not fit x.
         TypeError: x of another dtype, p or seed of another type.
 
+    >>> import torch
     >>> dropout(torch.ones(8), 0.5, seed=1)
     tensor([2., 0., 2., 0., 2., 0., 2., 2.])
     >>> dropout(torch.ones(2, 4), 0.5, noise_shape=(2, 1), seed=3)
@@ -153,6 +153,7 @@ def activation_dropout(
         ValueError, TypeError: as :func:`dropout`; a bias of another shape, an unknown activation,
             an odd last size for a gated one.
 
+    >>> import torch
     >>> x = torch.tensor([-1.0, 1.0, 2.0, 3.0])
     >>> activation_dropout(x, 0.5, activation="relu", seed=1)
     tensor([0., 0., 4., 0.])
@@ -208,6 +209,7 @@ def dropout_add(
     Raises:
         ValueError, TypeError: as :func:`activation_dropout`; a residual of another shape or device.
 
+    >>> import torch
     >>> dropout_add(torch.ones(4), torch.full((4,), 10.0), 0.5, seed=1)
     tensor([12., 10., 12., 10.])
     """
@@ -222,62 +224,3 @@ def dropout_add(
     where = spec.resolve_shard(shard, shape)
     options = Options(name, drop_path=float(drop_path), shared=shared, shard=where)
     return _fused(x, bias, layer_scale, residual, p, training, seed, options)
-
-
-def keep_mask(
-    seed: int | Tensor,
-    shape: Sequence[int],
-    p: float | Tensor,
-    *,
-    noise_shape: Sequence[int | None] | None = None,
-    shard: ShardLike | None = None,
-    device: torch.device | str | None = None,
-    domain: str = "elements",
-) -> Tensor:
-    """The mask that an elementwise or norm op draws: bool, True where an element is kept.
-
-    docs/mask-contract.md defines every bit of it.
-
-    Args:
-        seed: an int or a seed tensor, such as an op was given.
-        shape: the shape of the op's result (of the local piece, where ``shard`` is given).
-        p: the probability of dropping, as in :func:`dropout`; for ``domain="drop_path"`` that of
-            dropping a sample.
-        noise_shape, shard: as the op was given them.
-        device: where to make an int's mask, "cpu" by default; a seed tensor's is made on its own.
-        domain: "elements", or "drop_path" for the mask of :func:`dropout_add`'s samples, which is
-            constant over all but the first dimension.
-
-    >>> keep_mask(1, (8,), 0.5)
-    tensor([ True, False,  True, False,  True, False,  True,  True])
-    """
-    spec.check_probability(p, tensor_allowed=True)
-    if isinstance(seed, Tensor) or device is not None:
-        seed = as_seed(seed, device)
-    else:
-        seed = as_seed(seed, "cpu")
-    shape = tuple(shape)
-    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
-        raise ValueError(f"shape = {shape}: give non-negative integers")
-    shared = spec.resolve_noise_shape(noise_shape, shape)
-    if domain == "drop_path":
-        if noise_shape is not None or len(shape) < 2:
-            raise ValueError(
-                f"domain = 'drop_path' has a mask a sample of two dimensions or more and no "
-                f"noise_shape; given shape {shape} and noise_shape {noise_shape}"
-            )
-        shared = tuple(range(1, len(shape)))
-    elif domain != "elements":
-        raise ValueError(f"domain = {domain!r}; known: 'elements', 'drop_path'")
-    where = spec.resolve_shard(shard, shape)
-    if isinstance(p, Tensor):
-        rate, p_tensor = 0.0, p
-    else:
-        rate, p_tensor = float(p), None
-    _, _, _, _, whole, origin, name = ops.pack(
-        Options(shared=shared, shard=where), backends.choose(seed.device)
-    )
-    mask: Tensor = torch.ops.tridrop.keep_mask(
-        seed, list(shape), p_tensor, rate, domain, list(shared), whole, origin, name
-    )
-    return mask

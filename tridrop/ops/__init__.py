@@ -1,7 +1,18 @@
 """The opaque operators that torch sees: a module a family, each with its schemas and shapes."""
 
 from . import masks
+from .attention import PackedAttention, pack_attention, unpack_attention
 from .elementwise import Packed, pack, unpack
 from .norm import pack_norm, unpack_norm
 
-__all__ = ["Packed", "masks", "pack", "pack_norm", "unpack", "unpack_norm"]
+__all__ = [
+    "Packed",
+    "PackedAttention",
+    "masks",
+    "pack",
+    "pack_attention",
+    "pack_norm",
+    "unpack",
+    "unpack_attention",
+    "unpack_norm",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..spec import FLOATS
+from ..spec_attention import AttentionOptions
 from .elementwise import unpack
 from .library import define, read_rate
 
@@ -38,6 +39,15 @@ def _new_seed_fake(place: Tensor) -> Tensor:
     return torch.empty_like(place)
 
 
+def _serving(backend: str, seed: Tensor) -> backends.Backend:
+    """The backend, if it can make masks where the seed is."""
+    module = backends.load(backend)
+    reason = module.why_not(seed.device, [FLOATS[0]])
+    if reason is not None:
+        raise RuntimeError(reason)
+    return module
+
+
 def _keep_mask(
     seed: Tensor,
     shape: Sequence[int],
@@ -50,15 +60,27 @@ def _keep_mask(
     backend: str,
 ) -> Tensor:
     p_tensor, options = read_rate(p_tensor, unpack("none", p, 0.0, shared, global_shape, origin))
-    module = backends.load(backend)
-    reason = module.why_not(seed.device, [FLOATS[0]])
-    if reason is not None:
-        raise RuntimeError(reason)
+    module = _serving(backend, seed)
     return module.keep_mask(seed, tuple(shape), p_tensor, options, domain)
 
 
 def _keep_mask_fake(seed: Tensor, shape: Sequence[int], *_: object) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.bool, device=seed.device)
+
+
+def _attention_keep_mask(
+    seed: Tensor,
+    shape: Sequence[int],
+    p_tensor: Tensor | None,
+    p: float,
+    origin: Sequence[int],
+    backend: str,
+) -> Tensor:
+    batch, head, query, key = origin
+    given = AttentionOptions(p=p, origin=(batch, head, query, key))
+    p_tensor, options = read_rate(p_tensor, given)
+    module = _serving(backend, seed)
+    return module.attention_keep_mask(seed, tuple(shape), p_tensor, options)
 
 
 define(
@@ -72,5 +94,11 @@ define(
     "keep_mask(Tensor seed, SymInt[] shape, Tensor? p_tensor, float p, str domain, int[] shared, "
     "SymInt[] global_shape, SymInt[] origin, str backend) -> Tensor",
     _keep_mask,
+    _keep_mask_fake,
+)
+define(
+    "attention_keep_mask(Tensor seed, SymInt[] shape, Tensor? p_tensor, float p, SymInt[] origin, "
+    "str backend) -> Tensor",
+    _attention_keep_mask,
     _keep_mask_fake,
 )

@@ -109,8 +109,6 @@ def softmax_gradients(
     if dsoftmax is not None:
         dp = dp + dsoftmax
     ds = probabilities * (dp - (dp * probabilities).sum(-1, keepdim=True))
-    # Where the probability is 0 so is the gradient, even of an incoming NaN.
-    ds = torch.where(probabilities == 0, 0.0, ds)
     return (
         options.scale * ds if needs[0] else None,
         ds.sum_to_size(mask.shape) if needs[1] and mask is not None else None,

@@ -2,9 +2,11 @@
 
 from .elementwise import backward, forward, keep_mask
 from .launch import interpreting, target, why_not
+from .masks import attention_keep_mask
 from .norm_launch import norm_backward, norm_forward
 
 __all__ = [
+    "attention_keep_mask",
     "backward",
     "forward",
     "interpreting",

@@ -1,0 +1,109 @@
+"""The autograd functions of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends.reference import attention
+from ..spec_attention import AttentionInputs
+from .common import differentiate, each_sample, wanted
+
+_forward = torch.ops.tridrop.attention_forward.default
+_backward = torch.ops.tridrop.attention_backward.default
+_WIDTH = len(AttentionInputs._fields)
+# Of the inputs: query, key, value, mask and sinks.
+_DIFFERENTIABLE = (0, 1, 2, 3, 5)
+
+
+def _spread(found: Sequence[Tensor | None], width: int) -> list[Tensor | None]:
+    """Gradients at the places of the arguments they belong to."""
+    result: list[Tensor | None] = [None] * width
+    for place, gradient in zip(_DIFFERENTIABLE, found, strict=True):
+        result[place] = gradient
+    return result
+
+
+class Attention(torch.autograd.Function):
+    """(out, lse) of attention; see ``backends/reference/attention.py``."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        key_mask: Tensor | None,
+        sinks: Tensor | None,
+        cu_query: Tensor | None,
+        cu_key: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: ops.PackedAttention,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(
+            query, key, value, mask, key_mask, sinks, cu_query, cu_key, seed, p, *packed
+        )
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.packed = inputs
+        ctx.needs = tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * (_WIDTH + 1)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        # As in Fused: Dynamo cannot trace one autograd function inside the backward of another.
+        compiling = torch.compiler.is_compiling()
+        call: Any = AttentionBackward.forward if compiling else AttentionBackward.apply
+        found = call(dout, dlse, out, lse, *tensors, ctx.packed, ctx.needs)
+        return *_spread(found, _WIDTH), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(Attention.apply, info, in_dims, args)
+
+
+class AttentionBackward(torch.autograd.Function):
+    """The gradients of :class:`Attention`. out and lse are functions of the other tensors."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, packed, needs = inputs
+        dtypes = tuple(torch.float32 if need else None for need in needs)
+        return wanted(_backward(*tensors, *packed, list(needs)), dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, ctx.needs = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        dout, dlse, _, _, *tensors = ctx.saved_tensors
+        inputs = AttentionInputs(*tensors)
+        options = ops.unpack_attention(*ctx.packed)
+        floats = inputs.mask is not None and inputs.mask.dtype != torch.bool
+        given = {"dout": dout, "dlse": dlse, "query": inputs.query, "key": inputs.key}
+        given |= {"value": inputs.value, "mask": inputs.mask if floats else None}
+        given["sinks"] = inputs.sinks
+        dtypes = tuple(torch.float32 if need else None for need in ctx.needs)
+        found = differentiate(
+            attention.attention_gradients, given, cotangents, None, (inputs, options), dtypes
+        )
+        return *found[:2], None, None, *_spread(found[2:], _WIDTH), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(AttentionBackward.apply, info, in_dims, args)

@@ -1,0 +1,181 @@
+"""Attention with dropout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from .. import backends, ops, spec, spec_attention
+from ..autograd import Attention
+from ..spec_attention import AttentionInputs, AttentionOptions, Window
+from .elementwise import ShardLike, distinct
+from .softmax import as_four, settle_attention
+
+
+def _same_batch(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Query, key and value as [B, H, L, E], and the result's dimensions before L."""
+    tensors = [t[None] if t.dim() == 2 else t for t in (query, key, value)]
+    try:
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    except RuntimeError:
+        raise ValueError(
+            f"the dimensions before the heads of query {tuple(query.shape)}, key "
+            f"{tuple(key.shape)} and value {tuple(value.shape)} do not broadcast together; give "
+            "equal ones, or 1"
+        ) from None
+    heads = tensors[0].shape[-3]
+    if heads == 1 and not enable_gqa:
+        heads = tensors[1].shape[-3]  # one query head, for every key head
+        tensors[0] = tensors[0].expand(*tensors[0].shape[:-3], heads, *tensors[0].shape[-2:])
+    q, k, v = (
+        t.expand(*batch, *t.shape[-3:]).reshape(-1, *t.shape[-3:])
+        if t.dim() != 4 or batch != t.shape[:1]
+        else t
+        for t in tensors
+    )
+    return q, k, v, (*batch, heads) if query.dim() > 2 else ()
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float | Tensor = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: Window | None = None,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    shard: ShardLike | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with dropout of its probabilities, in memory linear in the lengths.
+
+        score = scale * query key^T;   score = softcap * tanh(score / softcap) + attn_mask
+        P = exp(score - lse),   lse = log(sum over keys of exp(score) + exp(sink))
+        out = where(keep, P / (1 - p), 0) value
+
+    The first eight parameters are those of
+    :func:`torch.nn.functional.scaled_dot_product_attention` and mean the same. Neither pass holds
+    anything of the size of the scores: forward keeps a running maximum and sum (Milakov,
+    Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
+    2022), backward starts from ``lse`` and draws the mask again. Gradients are deterministic: every
+    sum has one order and no atomics.
+
+    Args:
+        query: ``[..., H, L, E]``; float16, bfloat16, float32, or float64 (reference backend).
+        key, value: ``[..., H, S, E]`` and ``[..., H, S, Ev]`` of the same dtype. Any strides.
+            The Triton backend takes E and Ev up to 256.
+        attn_mask: bool (True takes part) or floating-point (added to the scores), broadcastable to
+            ``[..., H, L, S]``; it is read through its strides, never expanded, and its gradient is
+            summed over the dimensions that it shares. A causal bias of torch.nn.attention.bias,
+            upper left or lower right, is understood, too.
+        dropout_p: the probability of dropping; like torch's function, this one drops whenever it is
+            not 0, so pass 0.0 in evaluation. A 0-d tensor serves schedules.
+        is_causal: query i sees the keys j <= i, also where L != S. May be combined with every mask.
+        scale: by default ``1 / sqrt(E)``.
+        enable_gqa: key and value have fewer heads, each shared by ``H / Hkv`` query heads.
+        window: ``(left, right)``: query i sees the keys from i - left to i + right, None for no
+            bound, an int for both.
+        key_mask: bool ``[batch, S]``, True where a key takes part: padding.
+        sinks: ``[H]``, a logit a head that takes part in the softmax and has no value (Xiao et
+            al., "Efficient streaming language models with attention sinks", 2023; GPT-OSS).
+        softcap: bounds the scores to (-softcap, softcap), before the mask (Gemma 2).
+        cu_seqlens_q, cu_seqlens_k: int32 offsets, sequences + 1, of sequences packed along the
+            tokens of ``[1, H, tokens, E]`` (or without the 1). A token sees its own sequence alone;
+            masks, windows and the dropout's coordinates count from the sequence's start, with the
+            sequence for the batch: ``attn_mask`` then broadcasts to [sequences, H, longest,
+            longest]. Tokens behind the last offset give zeros. Offsets on an accelerator are not
+            checked, for that would wait for it.
+        max_seqlen_q, max_seqlen_k: bounds of the packed lengths; a tight one saves empty blocks.
+        return_lse: also return ``lse``, ``[..., H, L]`` in float32, differentiable.
+        shard: where the scores lie in a larger ``[B, H, L, S]``: ``tridrop.Shard(global_shape,
+            origin)``. Only the dropout mask depends on it.
+        seed: as in :func:`tridrop.dropout`; :func:`tridrop.attention_keep_mask` exports the mask.
+
+    Returns:
+        ``[..., H, L, Ev]`` of query's dtype. A query with nothing to attend to gives zeros, has
+        ``lse`` -inf and gradients of zero, as torch's function gives zeros for it.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; dropout_p outside [0, 1];
+            a window, softcap, scale or offset out of range.
+
+    >>> q = k = v = torch.eye(4)[None, None]
+    >>> scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)[0, 0, 3]
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    >>> out = scaled_dot_product_attention(q, k, v, dropout_p=0.5, scale=0.0, seed=1)
+    """
+    spec_attention.check_dtypes(query, key=key, value=value)
+    spec_attention.check_shapes(query, key, value, enable_gqa)
+    spec.check_probability(dropout_p, "dropout_p", tensor_allowed=True)
+    is_packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if is_packed:
+        spec_attention.check_packed(query, key, cu_seqlens_q, cu_seqlens_k)
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError("max_seqlen_q and max_seqlen_k belong to cu_seqlens_q and cu_seqlens_k")
+    q, k, v, outer = _same_batch(query, key, value, enable_gqa)
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    leading = outer
+    if is_packed:
+        assert cu_seqlens_q is not None
+        batch = cu_seqlens_q.shape[0] - 1
+        leading = (batch, heads)
+        queries = spec_attention.resolve_longest(max_seqlen_q, queries, "max_seqlen_q")
+        keys = spec_attention.resolve_longest(max_seqlen_k, keys, "max_seqlen_k")
+    lower, upper = spec_attention.resolve_band(is_causal, window)
+    mask = attn_mask
+    if isinstance(mask, CausalBias):
+        if is_packed or upper is not None or lower is not None:
+            raise ValueError(
+                "attn_mask is a CausalBias, which goes with neither is_causal, window nor "
+                "cu_seqlens: use is_causal=True or a bool mask"
+            )
+        upper = keys - queries if mask.variant == CausalVariant.LOWER_RIGHT else 0
+        mask = None
+    spec_attention.check_mask(mask, (*leading, queries, keys), query)
+    spec_attention.check_key_mask(key_mask, batch, keys, query)
+    spec_attention.check_sinks(sinks, heads, query)
+    local = (batch, heads, 0, 0) if is_packed else (batch, heads, queries, keys)
+    options = AttentionOptions(
+        scale=spec_attention.resolve_scale(scale, 1 / math.sqrt(query.shape[-1])),
+        lower=lower,
+        upper=upper,
+        softcap=spec_attention.resolve_softcap(softcap),
+        origin=spec_attention.resolve_origin(shard, local),
+        max_query=queries,
+        max_key=keys,
+    )
+    options, p_tensor, drawn = settle_attention(query, dropout_p, True, seed, options)
+    q, k, v, sinks = distinct(q, k, v, sinks)  # type: ignore[assignment]
+    inputs = AttentionInputs(
+        q,
+        k,
+        v,
+        as_four(mask, leading),
+        key_mask,
+        sinks,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        drawn,
+        p_tensor,
+    )
+    packed = ops.pack_attention(options, backends.choose(query.device))
+    results: tuple[Tensor, Tensor] = Attention.apply(*inputs, packed)
+    out, lse = (t.reshape(*outer, *t.shape[2:]) for t in results)
+    return (out, lse) if return_lse else out
