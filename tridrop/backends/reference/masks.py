@@ -1,0 +1,19 @@
+"""The mask of attention itself; that of elements is in elementwise.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import mask as contract
+from ...spec_attention import AttentionOptions
+
+
+def attention_keep_mask(
+    seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """The mask; arguments as in ``backends.Backend.attention_keep_mask``."""
+    threshold: int | Tensor = options.threshold()
+    if p is not None:
+        threshold = contract.rate_table(p)[0].to(torch.int64)
+    return contract.attention_keep_mask(seed, shape, threshold, origin=options.origin)

@@ -1,0 +1,86 @@
+"""The mask of attention itself; that of elements is in elementwise.py."""
+
+from collections import namedtuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...mask import TILE
+from ...spec_attention import AttentionOptions
+from . import launch
+from .launch import Tile
+from .mask import keep_scores, load_key, load_rate
+from .tiles import MAX_GRID_Y, in_bounds
+
+# Sizes of the mask but for the batch.
+Scores = namedtuple("Scores", "heads queries keys")
+# The contract's coordinates of the first element: batch, head and query; the tile of 32 keys that
+# the first key lies in, and how far into the tile it is.
+Start = namedtuple("Start", "batch head query tile shift")
+
+
+def tile(queries: int, keys: int) -> Tile:
+    """The tile for masks of that many queries and keys; keys a multiple of 32."""
+    return Tile(
+        min(64, triton.next_power_of_2(queries)),
+        min(128, max(TILE, triton.next_power_of_2(keys))),
+        4,
+    )
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def attention_keep_mask_kernel(
+    out, seed, rate, shape, start, threshold: tl.int64,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """The mask, [batch, heads, queries, keys]: 1 where a probability is kept."""
+    blocks = tl.cdiv(shape.queries, BLOCK_ROWS)
+    # 64 bits from here on: queries times keys alone may pass 2^32.
+    slice_of = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_ROWS
+    block = (tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y).to(tl.int64)
+    query = first + tl.arange(0, BLOCK_ROWS)
+    # A shard may begin inside a tile of 32 keys: blocks begin where tiles do, so some keys lie
+    # outside.
+    key = block * BLOCK_COLS - start.shift + tl.arange(0, BLOCK_COLS)
+
+    threshold, _ = load_rate(rate, threshold, 1.0)
+    where = (slice_of // shape.heads + start.batch, slice_of % shape.heads + start.head)
+    tile = block * (BLOCK_COLS // 32) + start.tile
+    keep = keep_scores(
+        first + start.query, tile, where, load_key(seed), threshold, True, BLOCK_ROWS, BLOCK_COLS
+    )
+    row = slice_of * shape.queries + query
+    offsets = row[:, None] * shape.keys + key[None, :]
+    tl.store(out + offsets, keep, mask=in_bounds(query, key, shape.queries, shape.keys, False))
+
+
+def attention_keep_mask(
+    seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Launch the kernel; arguments as in ``backends.Backend.attention_keep_mask``."""
+    out = torch.empty(shape, dtype=torch.bool, device=seed.device)
+    if out.numel() == 0:
+        return out
+    batch, heads, queries, keys = shape
+    at, head, query, key = options.origin
+    shift = key % TILE
+    rows, cols, num_warps = tile(queries, keys + shift)
+    col_blocks = triton.cdiv(keys + shift, cols)
+    grid_y = min(col_blocks, launch.MAX_GRID_Y)
+    grid = (batch * heads * triton.cdiv(queries, rows), grid_y, triton.cdiv(col_blocks, grid_y))
+    with torch.cuda.device(seed.device if seed.device.type == "cuda" else -1):
+        attention_keep_mask_kernel[grid](
+            out,
+            seed,
+            launch.rate(p),
+            Scores(heads, queries, keys),
+            Start(at, head, query, key // TILE, shift),
+            options.threshold(),
+            BLOCK_ROWS=rows,
+            BLOCK_COLS=cols,
+            num_warps=num_warps,
+        )
+    return out
