@@ -1,11 +1,14 @@
 """The Triton backend: importing it needs triton, running it a GPU or Triton's interpreter."""
 
+from .attention_launch import attention_backward, attention_forward
 from .elementwise import backward, forward, keep_mask
 from .launch import interpreting, target, why_not
 from .masks import attention_keep_mask
 from .norm_launch import norm_backward, norm_forward
 
 __all__ = [
+    "attention_backward",
+    "attention_forward",
     "attention_keep_mask",
     "backward",
     "forward",

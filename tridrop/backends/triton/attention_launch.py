@@ -1,0 +1,335 @@
+"""Launchers of attention: tiles, strides and features; everything that depends on sizes alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from ...mask import TILE
+from ...spec_attention import HEAD_DIM_LIMIT, AttentionInputs, AttentionOptions, empty_output
+from . import launch
+from .attention import attention_forward_kernel
+from .attention_backward import (
+    Incoming,
+    attention_delta_kernel,
+    attention_dkey_kernel,
+    attention_dmask_kernel,
+    attention_dquery_kernel,
+)
+from .attention_tiles import Blocks, Factors, Features, Origin, Shape, Strides, Tensors
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile (keys a multiple of 32), warps and pipeline stages."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def capability() -> int:
+    """The compute capability of the CUDA device times ten; 90 where there is none."""
+    if launch.interpreting():
+        return 90
+    target = driver.active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 80
+
+
+def forward_tile(width: int, element_size: int, arch: int) -> Tile:
+    """The forward's tile, for the larger of the padded head dimensions.
+
+    Read off the machine code, in bf16: no spill at head dimensions 64 and 128 with every mask of
+    issue, and the most scores a thread that allows it.
+    """
+    if element_size == 4:
+        return Tile(32, 32, 4, 2)
+    if width <= 64:
+        return Tile(128, 128, 8, 2) if arch >= 90 else Tile(128, 64, 4, 2)
+    if width <= 128:
+        return Tile(128, 128, 8, 2) if arch >= 90 else Tile(128, 64, 8, 2)
+    return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 32, 4, 2)
+
+
+def dquery_tile(width: int, element_size: int, arch: int) -> Tile:
+    """The tile of the gradient of queries."""
+    if element_size == 4:
+        return Tile(32, 32, 4, 1)
+    if width <= 64:
+        return Tile(128, 64, 8, 2)
+    if width <= 128:
+        return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 64, 8, 2)
+    return Tile(64, 32, 8, 1)
+
+
+def dkey_tile(width: int, element_size: int, arch: int) -> Tile:
+    """The tile of the gradients of keys and values."""
+    if element_size == 4:
+        return Tile(32, 32, 4, 1)
+    if width <= 64:
+        return Tile(64, 64, 4, 2)
+    if width <= 128:
+        return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 64, 8, 1)
+    return Tile(64, 32, 8, 1)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``t`` with adjacent elements in a row."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _strides(t: Tensor | None) -> tuple[int, ...]:
+    """Strides in elements; 0 along dimensions of size 1, so that a shared one is read again."""
+    if t is None:
+        return ()
+    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+class Call:
+    """What the launches of one call share."""
+
+    def __init__(self, inputs: AttentionInputs, options: AttentionOptions) -> None:
+        query, key, value = (_rows(t) for t in (inputs.query, inputs.key, inputs.value))
+        width, value_width = query.shape[-1], value.shape[-1]
+        if max(width, value_width) > HEAD_DIM_LIMIT:
+            raise ValueError(
+                f"query and value have head dimensions {width} and {value_width}; the Triton "
+                f"backend takes up to {HEAD_DIM_LIMIT}: use tridrop.backend('reference')"
+            )
+        # The kernels take the maximum of products before they scale them.
+        self.sign = -1.0 if options.scale < 0 else 1.0
+        if self.sign < 0:
+            query = -query
+        self.device, self.dtype = query.device, query.dtype
+        self.packed = inputs.cu_query is not None
+        self.batch = query.shape[0]
+        if inputs.cu_query is not None:
+            self.batch = inputs.cu_query.shape[0] - 1
+        heads, tokens = query.shape[1:3]
+        self.queries = options.max_query if self.packed else tokens
+        self.keys = options.max_key if self.packed else key.shape[2]
+        self.heads, self.shared_heads = heads, key.shape[1]
+        drops = inputs.p is not None or options.threshold() > 0
+        shift = options.origin[3] % TILE if drops else 0
+        key_mask = None if inputs.key_mask is None else inputs.key_mask.contiguous()
+        self.tensors = Tensors(
+            query, key, value, inputs.mask, key_mask, launch.vector(inputs.sinks),
+            launch.vector(inputs.cu_query), launch.vector(inputs.cu_key),
+            inputs.seed if drops else None, launch.rate(inputs.p),
+        )  # fmt: skip
+        self.shape = Shape(
+            heads, heads // max(1, self.shared_heads), self.queries, self.keys, tokens, width,
+            value_width, options.lower or 0, options.upper or 0,
+        )  # fmt: skip
+        batch, head, first, key_first = options.origin
+        self.origin = Origin(batch, head, first, key_first // TILE, shift)
+        self.factors = Factors(abs(options.scale), options.softcap)
+        self.threshold, self.scale = options.threshold(), options.keep_scale()
+        self.flags = {
+            "LOWER": options.lower is not None,
+            "UPPER": options.upper is not None,
+            "SHIFTED": shift != 0,
+            "DROPS": drops,
+            "MAYBE_ZERO": inputs.p is not None,
+            "SOFTCAP": options.softcap != 0,
+            "PACKED": self.packed,
+        }
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no score at all."""
+        return self.batch * self.heads * self.queries * self.keys == 0
+
+    def strides(self, out: Tensor) -> Strides:
+        t = self.tensors
+        key_mask = 0 if t.key_mask is None or t.key_mask.shape[0] == 1 else t.key_mask.stride(0)
+        found = (_strides(x)[:3] for x in (t.query, t.key, t.value, out))
+        return Strides(*found, _strides(t.mask), key_mask)
+
+    def launch(
+        self, kernel: Any, tile: Tile, programs: int, strides: Strides, *args: Any, **more: Any
+    ) -> None:
+        width, value_width = self.shape.width, self.shape.value_width
+        blocks = Blocks(tile.queries, tile.keys, *(_padded(n) for n in (width, value_width)))
+        steps = (*strides.query, *strides.key, *strides.value, *strides.out)
+        vector = math.gcd(8, *steps)
+        widths = tuple(n if n == _padded(n) else 0 for n in (width, value_width))
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            kernel[(programs,)](
+                *args,
+                BLOCKS=blocks,
+                FEATURES=Features(**self.flags, VECTOR=1 if math.gcd(16, *steps) == 16 else vector),
+                WIDTHS=widths,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                **more,
+            )
+
+    def tile(self, choose: Any) -> Tile:
+        size = torch.finfo(self.dtype).bits // 8
+        widest = max(_padded(self.shape.width), _padded(self.shape.value_width))
+        chosen: Tile = choose(widest, size, capability())
+        return chosen
+
+
+def _padded(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel; arguments as in ``backends.Backend.attention_forward``."""
+    out = empty_output(inputs.query, inputs.value.shape[-1])
+    lse = inputs.query.new_empty(inputs.query.shape[:-1], dtype=torch.float32)
+    call = Call(inputs, options)
+    # Packed tokens behind the last sequence belong to no program.
+    if call.packed or call.empty:
+        out.zero_()
+        lse.fill_(-math.inf)
+    if call.empty:
+        if inputs.sinks is not None and not call.packed:
+            lse.copy_(inputs.sinks[None, :, None])  # a sink has a share, and no value
+        return out, lse
+    tile = call.tile(forward_tile)
+    strides = call.strides(out)
+    call.launch(
+        attention_forward_kernel,
+        tile,
+        triton.cdiv(call.queries, tile.queries) * call.heads * call.batch,
+        strides,
+        out,
+        lse,
+        call.tensors,
+        strides,
+        call.shape,
+        call.origin,
+        call.factors,
+        call.threshold,
+        call.scale,
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Launch the backward kernels; arguments as in ``backends.Backend.attention_backward``."""
+    call = Call(inputs, options)
+    like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
+    make = torch.zeros_like if call.packed or call.empty else torch.empty_like
+    found = [
+        make(t) if need and t is not None else None for t, need in zip(like, needs, strict=True)
+    ]
+    dquery, dkey, dvalue, dmask, _ = found
+    dout = _rows(dout)
+    delta = torch.empty_like(lse)
+    if lse.numel():
+        rows = 64
+        with torch.cuda.device(call.device if call.device.type == "cuda" else -1):
+            attention_delta_kernel[(triton.cdiv(lse.shape[2], rows) * lse.shape[0] * call.heads,)](
+                delta,
+                _rows(out),
+                dout,
+                None if dlse is None else dlse.contiguous(),
+                _strides(_rows(out))[:3],
+                _strides(dout)[:3],
+                call.shape,
+                BLOCK=rows,
+                VALUES=_padded(out.shape[-1]),
+            )
+    if needs[4] and inputs.sinks is not None:
+        sinks = inputs.sinks.float()[:, None]
+        # The sink's own share of each row; a row outside every sequence has lse = -inf.
+        share = torch.where(lse == -math.inf, 0.0, torch.exp(sinks - lse))
+        found[4] = -(share * delta).sum((0, 2)).to(inputs.sinks.dtype)
+    if call.empty:
+        return tuple(found)
+    incoming = Incoming(dout, lse, delta)
+    strides = call.strides(dout)
+    run = functools.partial(_run_backward, call, incoming, strides)
+    if dquery is not None:
+        tile = call.tile(dquery_tile)
+        programs = triton.cdiv(call.queries, tile.queries) * call.heads * call.batch
+        run(attention_dquery_kernel, tile, programs, dquery, _strides(dquery)[:3])
+        if call.sign < 0:
+            dquery.neg_()
+    if dkey is not None or dvalue is not None:
+        tile = call.tile(dkey_tile)
+        blocks = triton.cdiv(call.keys + call.origin.shift, tile.keys)
+        # One kernel makes both; where only one is wanted the other is made and dropped.
+        pair = (
+            make(inputs.key) if dkey is None else dkey,
+            make(inputs.value) if dvalue is None else dvalue,
+        )
+        run(
+            attention_dkey_kernel,
+            tile,
+            blocks * call.shared_heads * call.batch,
+            pair,
+            tuple(_strides(t)[:3] for t in pair),
+        )
+    if dmask is not None:
+        _mask_gradient(call, run, dmask)
+    return tuple(found)
+
+
+def _run_backward(
+    call: Call,
+    incoming: Incoming,
+    strides: Strides,
+    kernel: Any,
+    tile: Tile,
+    programs: int,
+    result: Any,
+    result_strides: Any,
+    *extra: Any,
+    **constants: Any,
+) -> None:
+    call.launch(
+        kernel,
+        tile,
+        programs,
+        strides,
+        result,
+        incoming,
+        call.tensors,
+        strides,
+        result_strides,
+        call.shape,
+        call.origin,
+        call.factors,
+        *extra,
+        call.threshold,
+        call.scale,
+        **constants,
+    )
+
+
+def _mask_gradient(call: Call, run: Any, dmask: Tensor) -> None:
+    """A program a tile of the mask: it goes through the scores that share it."""
+    tile = call.tile(dquery_tile)
+    query_blocks = triton.cdiv(call.queries, tile.queries)
+    key_blocks = triton.cdiv(call.keys + call.origin.shift, tile.keys)
+    sizes = (call.batch, call.heads, query_blocks, key_blocks)
+    own = tuple(1 if n == 1 else size for n, size in zip(dmask.shape, sizes, strict=True))
+    shared = tuple(size // n for n, size in zip(own, sizes, strict=True))
+    run(
+        attention_dmask_kernel,
+        tile,
+        math.prod(own),
+        dmask,
+        _strides(dmask),
+        shared,
+        SHARED=(dmask.shape[2] == 1, dmask.shape[3] == 1),
+    )

@@ -1,0 +1,235 @@
+"""What the attention kernels share: their arguments, and pure functions of tiles of scores.
+
+Queries are the rows of every tile, in forward and in both halves of backward: one function makes
+the scores, one the mask, and a Philox call's eight decisions lie in one thread everywhere.
+"""
+
+from collections import namedtuple
+
+import triton
+import triton.language as tl
+
+from .mask import keep_scores, load_key, load_rate
+from .tiles import known, to_float
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Pointers; None where absent. `rate` is the (threshold, scale) pair on the device.
+Tensors = namedtuple("Tensors", "query key value mask key_mask sinks cu_query cu_key seed rate")
+# Strides between batches, heads and rows of query, key, value and out or dout; of the mask between
+# batches, heads, queries and keys, 0 where it is shared; between rows of key_mask.
+Strides = namedtuple("Strides", "query key value out mask key_mask")
+# `group` query heads share a key head. `tokens` are the rows of lse: the queries, or all that are
+# packed. lower <= key - query <= upper; see Features for whether.
+Shape = namedtuple("Shape", "heads group queries keys tokens width value_width lower upper")
+# Where the coordinates (batch, head, query) begin, the key's divided by 32, and the remainder.
+Origin = namedtuple("Origin", "batch head query tile shift")
+# scale: of the scores; cap: of the softcap.
+Factors = namedtuple("Factors", "scale cap")
+# Compile-time: whether there are bounds of key - query, whether the first key is inside a tile of
+# 32, dropout, a p that only the device knows, a softcap, packed sequences, and the divisor that
+# every stride is known to have.
+Features = namedtuple("Features", "LOWER UPPER SHIFTED DROPS MAYBE_ZERO SOFTCAP PACKED VECTOR")
+# Compile-time: queries, keys, width and value width of a tile.
+Blocks = namedtuple("Blocks", "M N E V")
+# One batch entry and head: the first token and the number of queries and of keys, and the indices.
+Place = namedtuple("Place", "query_start queries key_start keys batch head")
+
+
+@triton.jit
+def place_of(tensors, shape, batch, head, FEATURES: tl.constexpr):
+    """Where a batch entry lies: an entry of the tensors, or a packed sequence."""
+    if FEATURES.PACKED:
+        first = tl.load(tensors.cu_query + batch).to(tl.int64)
+        key_first = tl.load(tensors.cu_key + batch).to(tl.int64)
+        queries = (tl.load(tensors.cu_query + batch + 1) - first).to(tl.int32)
+        keys = (tl.load(tensors.cu_key + batch + 1) - key_first).to(tl.int32)
+        return Place(first, queries, key_first, keys, batch, head)
+    else:
+        return Place(0, shape.queries, 0, shape.keys, batch, head)
+
+
+@triton.jit
+def rows_at(pointer, strides, place, start, head, FEATURES: tl.constexpr):
+    """The first row of a batch entry's head: `start` is its first token."""
+    base = pointer + tl.cast(head, tl.int64) * strides[1]
+    if not FEATURES.PACKED:
+        base += tl.cast(place.batch, tl.int64) * strides[0]
+    return base + start * known(strides[2], FEATURES.VECTOR)
+
+
+@triton.jit
+def statistics_at(pointer, shape, place, FEATURES: tl.constexpr):
+    """The first of a head's numbers a query: lse and delta are [B, H, tokens]."""
+    row = tl.cast(place.head, tl.int64)
+    if not FEATURES.PACKED:
+        row += tl.cast(place.batch, tl.int64) * shape.heads
+    return pointer + row * shape.tokens + place.query_start
+
+
+@triton.jit
+def load_rows(
+    base, stride, first, length, width, ROWS: tl.constexpr, COLS: tl.constexpr,
+    EDGE: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows `first` and on, [ROWS, COLS]; zeros outside. WIDTH is the width, or 0 if not COLS."""
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    stride = known(stride, FEATURES.VECTOR)
+    pointers = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + col[None, :]
+    if EDGE:
+        at = first + row
+        inside = ((at >= 0) & (at < length))[:, None]
+        if WIDTH == 0:
+            inside = inside & (col < width)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif WIDTH == 0:
+        return tl.load(pointers, mask=(col < width)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(
+    base, stride, first, length, width, value, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    pointers = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + col[None, :]
+    at = first + row
+    inside = ((at >= 0) & (at < length))[:, None] & (col < width)[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def phases(lo_any, lo_all, hi_all, hi_any, BLOCK: tl.constexpr):
+    """Bounds (a, b, c, d) of blocks along an axis: [b, c) needs no bounds, [a, b), [c, d) do.
+
+    Some row of the other axis' tile reaches from lo_any to hi_any, every one from lo_all to hi_all.
+    """
+    end = tl.maximum(hi_any, 0)
+    a = tl.maximum(lo_any, 0) // BLOCK * BLOCK
+    whole_end = tl.maximum(hi_all, 0) // BLOCK * BLOCK
+    last = (end + BLOCK - 1) // BLOCK * BLOCK
+    b = tl.minimum(tl.maximum((tl.maximum(lo_all, 0) + BLOCK - 1) // BLOCK * BLOCK, a), last)
+    c = tl.maximum(whole_end, b)
+    return a, b, c, end
+
+
+@triton.jit
+def key_phases(shape, place, origin, q0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
+    """The phases of the keys for queries q0 and on, counted from the first tile of 32."""
+    shift = origin.shift
+    lo_any = place.keys * 0 + shift
+    lo_all = lo_any
+    hi_any = place.keys + shift
+    hi_all = hi_any
+    if FEATURES.LOWER:
+        lo_any = tl.maximum(q0 + shape.lower, 0) + shift
+        lo_all = tl.maximum(q0 + (BLOCKS.M - 1) + shape.lower, 0) + shift
+    if FEATURES.UPPER:
+        hi_any = tl.minimum(q0 + BLOCKS.M + shape.upper, place.keys) + shift
+        hi_all = tl.minimum(q0 + 1 + shape.upper, place.keys) + shift
+        # no key at all for these queries
+        hi_any = tl.where(q0 + BLOCKS.M + shape.upper > 0, hi_any, 0)
+    return phases(lo_any, lo_all, hi_all, hi_any, BLOCKS.N)
+
+
+@triton.jit
+def query_phases(shape, place, k0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
+    """The phases of the queries for the keys k0 and on, local indices."""
+    lo_any = place.queries * 0
+    lo_all = lo_any
+    hi_any = place.queries + 0
+    hi_all = hi_any
+    if FEATURES.UPPER:
+        lo_any = tl.maximum(k0 - shape.upper, 0)
+        lo_all = tl.maximum(k0 + (BLOCKS.N - 1) - shape.upper, 0)
+    if FEATURES.LOWER:
+        hi_any = tl.minimum(k0 + BLOCKS.N - shape.lower, place.queries)
+        hi_all = tl.minimum(k0 + 1 - shape.lower, place.queries)
+    return phases(lo_any, lo_all, hi_all, hi_any, BLOCKS.M)
+
+
+@triton.jit
+def is_plain(tensors, EDGE: tl.constexpr, FEATURES: tl.constexpr):
+    """Whether a score is nothing but a multiple of the product."""
+    no_mask: tl.constexpr = tensors.mask is None and tensors.key_mask is None
+    return no_mask and not EDGE and not FEATURES.SOFTCAP
+
+
+@triton.jit
+def make_scores(
+    product, tensors, strides, shape, place, factors, q0, k0, BLOCKS: tl.constexpr,
+    EDGE: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """(scores * log2(e), -inf where excluded; tanh(score / softcap)) of the tile at (q0, k0)."""
+    query, key = q0 + tl.arange(0, BLOCKS.M), k0 + tl.arange(0, BLOCKS.N)
+    capped = product
+    if FEATURES.SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both infinities
+        doubled = product * (factors.scale * (2 * LOG2E) / factors.cap)
+        capped = 1 - 2 / (tl.exp2(doubled) + 1)
+        score = capped * (factors.cap * LOG2E)
+    else:
+        score = product * (factors.scale * LOG2E)
+    inside = (query < place.queries)[:, None] & ((key >= 0) & (key < place.keys))[None, :]
+    if tensors.mask is not None:
+        base = tensors.mask + tl.cast(place.batch, tl.int64) * strides.mask[0]
+        base += tl.cast(place.head, tl.int64) * strides.mask[1]
+        base += tl.cast(q0, tl.int64) * strides.mask[2] + tl.cast(k0, tl.int64) * strides.mask[3]
+        row, col = tl.arange(0, BLOCKS.M), tl.arange(0, BLOCKS.N)
+        pointers = base + (row[:, None] * strides.mask[2] + col[None, :] * strides.mask[3])
+        if EDGE:  # noqa: SIM108 (the compiler takes no conditional expression here)
+            mask = tl.load(pointers, mask=inside, other=0)
+        else:
+            mask = tl.load(pointers)
+        if mask.dtype.is_floating():
+            score += to_float(mask) * LOG2E
+        else:
+            score = tl.where(mask != 0, score, float("-inf"))
+    if tensors.key_mask is not None:
+        pointers = tensors.key_mask + tl.cast(place.batch, tl.int64) * strides.key_mask + key
+        takes_part = tl.load(pointers, mask=(key >= 0) & (key < place.keys), other=0)
+        score = tl.where((takes_part != 0)[None, :], score, float("-inf"))
+    if EDGE:
+        if FEATURES.LOWER:
+            inside = inside & (key[None, :] - query[:, None] >= shape.lower)
+        if FEATURES.UPPER:
+            inside = inside & (key[None, :] - query[:, None] <= shape.upper)
+        score = tl.where(inside, score, float("-inf"))
+    return score, capped
+
+
+@triton.jit
+def load_rule(tensors, threshold, scale, FEATURES: tl.constexpr):
+    """(Philox key, threshold, scale, a zero that the compiler does not know)"""
+    if FEATURES.DROPS:
+        threshold, scale = load_rate(tensors.rate, threshold, scale)
+        # A select between a probability and this zero stays one select in fp32. With a constant
+        # LLVM would move it behind the conversion to bf16, where pairs are unpacked for it.
+        return load_key(tensors.seed), threshold, scale, (threshold >> 63).to(tl.float32)
+    else:
+        return (0, 0), threshold, 1.0, 0.0
+
+
+@triton.jit
+def keep_tile(
+    origin, place, rule, q0, padded, BLOCKS: tl.constexpr, FEATURES: tl.constexpr
+):  # fmt: skip
+    """The decisions of the tile at query q0 and the padded key index, a multiple of 32."""
+    return keep_scores(
+        origin.query + q0, origin.tile + padded // 32,
+        (origin.batch + place.batch, origin.head + place.head),
+        rule[0], rule[1], FEATURES.MAYBE_ZERO, BLOCKS.M, BLOCKS.N,
+    )  # fmt: skip
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b in fp32, without TF32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def dot_add(a, b, total):
+    return tl.dot(a, b, total, input_precision="ieee")
