@@ -236,9 +236,14 @@ def resolve_noise_shape(
 
 
 def resolve_shard(
-    shard: Shard | tuple[Sequence[int], Sequence[int]] | None, shape: Sequence[int]
+    shard: Shard | tuple[Sequence[int], Sequence[int]] | None,
+    shape: Sequence[int],
+    flattened: bool = True,
 ) -> Shard | None:
-    """A checked :class:`Shard`, from one or from a pair (global_shape, origin)."""
+    """A checked :class:`Shard`, from one or from a pair (global_shape, origin).
+
+    ``flattened`` is whether coordinates come from row-major indices, which must fit 63 bits.
+    """
     if shard is None:
         return None
     if isinstance(shard, Shard):
@@ -263,6 +268,6 @@ def resolve_shard(
                 f"shard does not fit: in dimension {dim} the local size {local} at origin {start} "
                 f"passes the global size {size}"
             )
-    if math.prod(whole) >= 1 << 63:
+    if flattened and math.prod(whole) >= 1 << 63:
         raise ValueError(f"shard.global_shape = {whole} has 2^63 elements or more")
     return Shard(whole, origin)

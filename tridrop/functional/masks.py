@@ -122,7 +122,7 @@ def attention_keep_mask(
     seed = _seed(seed, device)
     shape = spec.check_shape(shape)
     spec.check_attention_coordinates(shape)
-    where = spec.resolve_shard(shard, shape)
+    where = spec.resolve_shard(shard, shape, flattened=False)
     origin = [0, 0, 0, 0]
     if where is not None:
         spec.check_attention_coordinates(where.global_shape)

@@ -16,4 +16,5 @@ def attention_keep_mask(
     threshold: int | Tensor = options.threshold()
     if p is not None:
         threshold = contract.rate_table(p)[0].to(torch.int64)
-    return contract.attention_keep_mask(seed, shape, threshold, origin=options.origin)
+    keep = contract.attention_keep_mask(seed, shape, threshold, origin=options.origin)
+    return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole tiles
