@@ -17,6 +17,7 @@ from .functional import (
     layer_norm_dropout,
     rms_norm_dropout,
     scaled_dot_product_attention,
+    softmax_dropout,
 )
 from .mask import Shard, fold_in, new_seed
 from .seeds import rng
@@ -40,4 +41,5 @@ __all__ = [
     "rms_norm_dropout",
     "rng",
     "scaled_dot_product_attention",
+    "softmax_dropout",
 ]

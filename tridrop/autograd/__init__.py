@@ -8,5 +8,6 @@ plain torch operations, so it can be differentiated any number of times.
 from .attention import Attention
 from .elementwise import Fused
 from .norm import FusedNorm
+from .softmax import SoftmaxDropout
 
-__all__ = ["Attention", "Fused", "FusedNorm"]
+__all__ = ["Attention", "Fused", "FusedNorm", "SoftmaxDropout"]

@@ -115,6 +115,35 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value, mask and sinks, like their tensors; None if not needed."""
 
+    def softmax_forward(
+        self,
+        scores: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        options: AttentionOptions,
+        return_softmax: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(out, softmax, lse): the formulas of ``backends/reference/softmax.py``.
+
+        scores are [..., queries, keys] of any strides, and mask broadcasts to them; softmax is None
+        where it is not returned; lse is fp32, [..., queries].
+        """
+
+    def softmax_backward(
+        self,
+        dout: Tensor | None,
+        dsoftmax: Tensor | None,
+        scores: Tensor,
+        mask: Tensor | None,
+        lse: Tensor,
+        seed: Tensor | None,
+        p: Tensor | None,
+        options: AttentionOptions,
+        dtypes: tuple[torch.dtype | None, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of scores and mask in these dtypes; None for those not wanted."""
+
     def keep_mask(
         self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
     ) -> Tensor:

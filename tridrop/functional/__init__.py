@@ -9,6 +9,7 @@ from .norm import (
     layer_norm_dropout,
     rms_norm_dropout,
 )
+from .softmax import softmax_dropout
 
 __all__ = [
     "activation_dropout",
@@ -21,4 +22,5 @@ __all__ = [
     "layer_norm_dropout",
     "rms_norm_dropout",
     "scaled_dot_product_attention",
+    "softmax_dropout",
 ]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal, overload
 
 from torch import Tensor
 
+from .. import backends, ops, spec, spec_attention
+from ..autograd import SoftmaxDropout
 from ..seeds import seed_for
 from ..spec_attention import AttentionOptions
+from .elementwise import ShardLike, distinct
 
 
 def as_four(mask: Tensor | None, leading: Sequence[int]) -> Tensor | None:
@@ -43,3 +47,116 @@ def settle_attention(
         options = replace(options, p=float(p))
     drops = p_tensor is not None or options.p > 0
     return options, p_tensor, seed_for(x.device, seed) if drops else None
+
+
+@overload
+def softmax_dropout(
+    scores: Tensor,
+    p: float | Tensor = ...,
+    training: bool = ...,
+    *,
+    mask: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_softmax: Literal[False] = ...,
+    shard: ShardLike | None = ...,
+    seed: int | Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def softmax_dropout(
+    scores: Tensor,
+    p: float | Tensor = ...,
+    training: bool = ...,
+    *,
+    mask: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_softmax: Literal[True],
+    shard: ShardLike | None = ...,
+    seed: int | Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def softmax_dropout(
+    scores: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_softmax: bool = False,
+    shard: ShardLike | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The middle of attention in one kernel, for models that need the probabilities themselves.
+
+        out = dropout(softmax(scale * scores + mask))
+
+    over the keys, the last dimension. The dropout mask is that of
+    :func:`tridrop.scaled_dot_product_attention` and :func:`tridrop.attention_keep_mask`, at the
+    coordinates (batch, head, query, key): the dimension before the queries is the head, those
+    before it are one, the batch. Backward keeps the scores, the mask, a number a row and the seed;
+    neither probabilities nor decisions.
+
+    Args:
+        scores: ``[..., Sq, Sk]`` of any strides; float16, bfloat16, float32, or float64 (reference
+            backend).
+        p: the probability of dropping, as in :func:`tridrop.dropout`.
+        training: False is p = 0.
+        mask: bool (True takes part) or floating-point (added to the scores), broadcastable to
+            scores. It is read through its strides, never expanded; its gradient is summed in fp32
+            over the dimensions that it shares.
+        is_causal: query i sees the keys j <= i only; together with a mask, what both allow. Of a
+            shard, i and j count in the whole.
+        scale: the factor of the scores, 1 by default.
+        return_softmax: return (out, softmax), the second before dropout. Both have gradients.
+        shard: where ``scores``, of four dimensions, lie in larger ones:
+            ``tridrop.Shard(global_shape, origin)``. The dropout masks of the shards are then the
+            pieces of the mask of the whole. The softmax is over the keys that are given.
+        seed: as in :func:`tridrop.dropout`.
+
+    Returns:
+        A contiguous tensor of scores' shape and dtype; computed in fp32 and rounded once. A key
+        that takes no part has probability 0, exactly; so have all keys of a row without any.
+
+    Raises:
+        ValueError: scores of fewer than two dimensions, or of other than four with a shard; a mask
+            that does not broadcast to scores; p outside [0, 1]; a scale that is not finite.
+        TypeError: scores, mask, p, scale or seed of another type or dtype.
+
+    >>> import torch
+    >>> scores = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> softmax_dropout(scores, 0.0, is_causal=True)
+    tensor([[1.0000, 0.0000, 0.0000],
+            [0.5000, 0.5000, 0.0000]])
+    >>> softmax_dropout(torch.zeros(1, 4), 0.5, return_softmax=True, seed=1)
+    (tensor([[0.0000, 0.0000, 0.0000, 0.5000]]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
+    """
+    spec.check_input(scores, "scores")
+    if scores.dim() < 2:
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)}; give [..., queries, keys], two dimensions or "
+            "more"
+        )
+    spec.check_probability(p, tensor_allowed=True)
+    spec_attention.check_mask(mask, scores.shape, scores, "mask")
+    if shard is not None and scores.dim() != 4:
+        raise ValueError(
+            f"shard is for scores [batch, head, query, key]; given shape {tuple(scores.shape)}: "
+            "reshape them to four dimensions"
+        )
+    origin = spec_attention.resolve_origin(shard, scores.shape)
+    _, upper = spec_attention.resolve_band(is_causal, None)
+    if upper is not None:
+        upper += origin[2] - origin[3]  # local indices differ from those of the whole
+    options = AttentionOptions(
+        scale=spec_attention.resolve_scale(scale, 1.0), upper=upper, origin=origin
+    )
+    options, p_tensor, drawn = settle_attention(scores, p, training, seed, options)
+    packed = ops.pack_attention(options, backends.choose(scores.device))
+    given = distinct(scores, mask)
+    out, softmax, _ = SoftmaxDropout.apply(*given, drawn, p_tensor, packed, return_softmax)
+    return (out, softmax) if return_softmax else out

@@ -1,6 +1,6 @@
 """The opaque operators that torch sees: a module a family, each with its schemas and shapes."""
 
-from . import masks
+from . import masks, softmax
 from .attention import PackedAttention, pack_attention, unpack_attention
 from .elementwise import Packed, pack, unpack
 from .norm import pack_norm, unpack_norm
@@ -12,6 +12,7 @@ __all__ = [
     "pack",
     "pack_attention",
     "pack_norm",
+    "softmax",
     "unpack",
     "unpack_attention",
     "unpack_norm",

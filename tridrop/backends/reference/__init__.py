@@ -4,6 +4,7 @@ from .attention import attention_backward, attention_forward
 from .elementwise import backward, forward, keep_mask, why_not
 from .masks import attention_keep_mask
 from .norm import norm_backward, norm_forward
+from .softmax import softmax_backward, softmax_forward
 
 __all__ = [
     "attention_backward",
@@ -14,5 +15,7 @@ __all__ = [
     "keep_mask",
     "norm_backward",
     "norm_forward",
+    "softmax_backward",
+    "softmax_forward",
     "why_not",
 ]

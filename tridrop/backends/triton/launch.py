@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -206,7 +206,17 @@ def vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
-def run(kernel: Any, plan: Plan, device: torch.device, *args: Any, **constants: Any) -> None:
+class Programs(Protocol):
+    """What a launch needs of a plan."""
+
+    @property
+    def tile(self) -> Tile: ...
+
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+
+
+def run(kernel: Any, plan: Programs, device: torch.device, *args: Any, **constants: Any) -> None:
     """Launch a kernel for a plan."""
     # Triton launches on the current device, which need not be that of the data.
     with torch.cuda.device(device if device.type == "cuda" else -1):

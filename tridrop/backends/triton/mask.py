@@ -147,3 +147,44 @@ def keep_scores(
     odd = tl.arange(0, 2)[None, None, None, None, :]
     bits = tl.where(odd == 0, word, (word << 16) | (word >> 16))
     return _decide(tl.reshape(bits, [QUERIES, KEYS]), threshold, MAYBE_ZERO)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def keep_score_rows(
+    query, tile, where, key, threshold, MAYBE_ZERO: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """:func:`keep_scores` for a tile whose threads hold eight consecutive keys, one load's worth.
+
+    Four threads then hold the 32 keys of a group of four calls, and each call decides for all four.
+    Each thread makes one call and packs its decisions; the four join theirs to one word of 32.
+    """
+    row = (query + tl.arange(0, QUERIES)).to(tl.uint32)[:, None, None]
+    group = (tile + tl.arange(0, KEYS // 32)).to(tl.uint32)[None, :, None] * 4
+    call = tl.arange(0, 4).to(tl.uint32)[None, None, :]
+    zero = tl.zeros([1, 1, 1], tl.uint32)
+    batch = zero + where[0].to(tl.uint32)
+    head = zero + (where[1].to(tl.uint32) | (DOMAIN_ATTENTION << 28))
+    w0, w1, w2, w3 = philox(row, group + call, batch, head, key[0], key[1])
+    # call i decides on the keys 2i and 2i + 1 of each octet
+    decided = _pair(w0, 1, threshold, MAYBE_ZERO) | _pair(w1, 1 << 8, threshold, MAYBE_ZERO)
+    decided = decided | _pair(w2, 1 << 16, threshold, MAYBE_ZERO)
+    decided = decided | _pair(w3, 1 << 24, threshold, MAYBE_ZERO)
+    word = tl.reduce(decided << (call * 2), 2, _either)  # [QUERIES, KEYS / 32]
+    octet = word[:, :, None] >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]
+    bit = tl.full([1], 1, tl.uint32) << tl.arange(0, 8).to(tl.uint32)
+    keep = (octet[:, :, :, None] & bit[None, None, None, :]) != 0
+    return tl.reshape(keep, [QUERIES, KEYS])
+
+
+@triton.jit
+def _pair(word, BIT: tl.constexpr, threshold, MAYBE_ZERO: tl.constexpr):
+    """The two decisions of a word as two neighbouring bits."""
+    first = tl.where(_decide(word, threshold, MAYBE_ZERO), BIT, 0).to(tl.uint32)
+    turned = (word << 16) | (word >> 16)
+    return tl.where(_decide(turned, threshold, MAYBE_ZERO), first | (2 * BIT), first).to(tl.uint32)

@@ -1,0 +1,94 @@
+"""The autograd functions of the softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends.reference import softmax as reference
+from .common import differentiate, each_sample, wanted
+
+_forward = torch.ops.tridrop.softmax_forward.default
+_backward = torch.ops.tridrop.softmax_backward.default
+
+
+class SoftmaxDropout(torch.autograd.Function):
+    """(out, softmax, log-sum-exp of each row); see ``backends/reference/softmax.py``."""
+
+    @staticmethod
+    def forward(
+        scores: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: ops.PackedAttention,
+        return_softmax: bool,
+    ) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = _forward(scores, mask, seed, p, *packed, return_softmax)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        scores, mask, seed, p, ctx.packed, return_softmax = inputs
+        _, softmax, lse = output
+        ctx.dtypes = tuple(
+            t.dtype if t is not None and needed else None
+            for t, needed in zip((scores, mask), ctx.needs_input_grad[:2], strict=True)
+        )
+        ctx.mark_non_differentiable(lse, *(() if return_softmax else (softmax,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scores, mask, lse, seed, p)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dsoftmax: Tensor | None, *_: Any) -> Any:
+        if dout is None and dsoftmax is None:
+            return (None,) * 6
+        # As in Fused: Dynamo cannot trace one autograd function inside the backward of another.
+        compiling = torch.compiler.is_compiling()
+        call: Any = SoftmaxBackward.forward if compiling else SoftmaxBackward.apply
+        found = call(dout, dsoftmax, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
+        return *found, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(SoftmaxDropout.apply, info, in_dims, args)
+
+
+class SoftmaxBackward(torch.autograd.Function):
+    """The gradients of :class:`SoftmaxDropout`. lse is a function of the scores and the mask."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, packed, dtypes = inputs
+        return wanted(_backward(*tensors, *packed, *dtypes), dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, ctx.dtypes = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        dout, dsoftmax, scores, mask, _, seed, p = ctx.saved_tensors
+        options = ops.unpack_attention(*ctx.packed)
+        drop = reference.attention_multiplier(scores.shape, seed, p, options)
+        gradients = reference.softmax_gradients
+        given = {"dout": dout, "dsoftmax": dsoftmax, "scores": scores}
+        if mask is None or mask.dtype == torch.bool:
+            found = differentiate(
+                partial(gradients, mask=mask), given, cotangents, drop, options, ctx.dtypes
+            )
+            found.append(None)
+        else:
+            given["mask"] = mask
+            found = differentiate(gradients, given, cotangents, drop, options, ctx.dtypes)
+        return *found, *(None,) * 5
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(SoftmaxBackward.apply, info, in_dims, args)
