@@ -23,8 +23,9 @@ Start = namedtuple("Start", "batch head query tile shift")
 
 def tile(queries: int, keys: int) -> Tile:
     """The tile for masks of that many queries and keys; keys a multiple of 32."""
+    # 32 elements a thread. With 64, rows of odd lengths and so byte by byte, the kernel spilled.
     return Tile(
-        min(64, triton.next_power_of_2(queries)),
+        min(32, triton.next_power_of_2(queries)),
         min(128, max(TILE, triton.next_power_of_2(keys))),
         4,
     )
