@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from .mask import Shard, scale, threshold
-from .spec import FLOATS, check_device, check_input, resolve_shard
+from .spec import (
+    FLOATS,
+    check_attention_coordinates,
+    check_device,
+    check_input,
+    resolve_shard,
+)
 
 HEAD_DIM_LIMIT = 256
 Window = int | tuple[int | None, int | None]
@@ -177,9 +183,10 @@ def resolve_origin(
     shard: Shard | tuple[Sequence[int], Sequence[int]] | None, shape: Sequence[int]
 ) -> tuple[int, int, int, int]:
     """The coordinates (batch, head, query, key) of the first score."""
-    where = resolve_shard(shard, shape)
+    where = resolve_shard(shard, shape, flattened=False)
     if where is None:
         return (0, 0, 0, 0)
+    check_attention_coordinates(where.global_shape)
     batch, head, query, key = where.origin
     return batch, head, query, key
 

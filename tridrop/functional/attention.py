@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from .. import backends, ops, spec, spec_attention
 from ..autograd import Attention
@@ -140,13 +139,14 @@ def scaled_dot_product_attention(
         keys = spec_attention.resolve_longest(max_seqlen_k, keys, "max_seqlen_k")
     lower, upper = spec_attention.resolve_band(is_causal, window)
     mask = attn_mask
-    if isinstance(mask, CausalBias):
+    if type(mask).__name__ == "CausalBias":  # its module imports triton, so it is not named here
         if is_packed or upper is not None or lower is not None:
             raise ValueError(
                 "attn_mask is a CausalBias, which goes with neither is_causal, window nor "
                 "cu_seqlens: use is_causal=True or a bool mask"
             )
-        upper = keys - queries if mask.variant == CausalVariant.LOWER_RIGHT else 0
+        lower_right = mask.variant.name == "LOWER_RIGHT"  # type: ignore[union-attr]
+        upper = keys - queries if lower_right else 0
         mask = None
     spec_attention.check_mask(mask, (*leading, queries, keys), query)
     spec_attention.check_key_mask(key_mask, batch, keys, query)

@@ -18,11 +18,16 @@ from .attention_tiles import (
     dot_add,
     is_plain,
     keep_tile,
+    key_bases,
     key_phases,
-    load_rows,
+    load_dout,
+    load_key,
+    load_query,
     load_rule,
+    load_value,
     make_scores,
     place_of,
+    query_bases,
     query_phases,
     rows_at,
     statistics_at,
@@ -58,36 +63,32 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def load_statistics(incoming, shape, place, q0, M: tl.constexpr, FEATURES: tl.constexpr):
+def load_statistics(incoming, problem, place, q0, M: tl.constexpr, FEATURES: tl.constexpr):
     """(lse * log2(e), delta) of queries q0 and on; without a score, lse is +inf, so that P = 0."""
     row = q0 + tl.arange(0, M)
     inside = row < place.queries
-    lse = tl.load(
-        statistics_at(incoming.lse, shape, place, FEATURES) + row, mask=inside, other=float("inf")
-    )
-    delta = tl.load(
-        statistics_at(incoming.delta, shape, place, FEATURES) + row, mask=inside, other=0.0
-    )
+    at = statistics_at(incoming.lse, problem, place, FEATURES) + row
+    lse = tl.load(at, mask=inside, other=float("inf"))
+    at = statistics_at(incoming.delta, problem, place, FEATURES) + row
+    delta = tl.load(at, mask=inside, other=0.0)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
 
 
 @triton.jit
 def _tile(
-    query, key, value, dout, lse, delta, tensors, strides, shape, place, origin, rule, factors,
-    q0, padded, BLOCKS: tl.constexpr, EDGE: tl.constexpr, FEATURES: tl.constexpr,
+    query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
+    EDGE: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """(P * keep, dS, dS of the product without its scale) of a tile, [M, N]."""
-    k0 = padded - origin.shift
+    """(P * keep, dS, gradient of the product without the scale) of a tile, [M, N]."""
     if FEATURES.DROPS:
-        keep = keep_tile(origin, place, rule, q0, padded, BLOCKS, FEATURES)
+        keep = keep_tile(problem, place, rule, q0, padded, BLOCKS, FEATURES)
     product = dot(query, tl.trans(key))
     capped = product
-    if is_plain(tensors, EDGE, FEATURES):
-        probability = tl.exp2(product * (factors.scale * LOG2E) - lse[:, None])
+    if is_plain(problem, EDGE, FEATURES):
+        probability = tl.exp2(product * (problem.factors.scale * LOG2E) - lse[:, None])
     else:
-        score, capped = make_scores(
-            product, tensors, strides, shape, place, factors, q0, k0, BLOCKS, EDGE, FEATURES
-        )
+        k0 = padded - problem.origin.shift
+        score, capped = make_scores(product, problem, place, q0, k0, BLOCKS, EDGE, FEATURES)
         probability = tl.exp2(score - lse[:, None])
     dp = dot(dout, tl.trans(value))
     kept = probability
@@ -103,23 +104,17 @@ def _tile(
 
 @triton.jit
 def _over_keys(
-    total, query, dout, lse, delta, bases, tensors, strides, shape, place, origin, rule, factors,
-    q0, start, stop,
-    BLOCKS: tl.constexpr, EDGE: tl.constexpr, FEATURES: tl.constexpr, WIDTHS: tl.constexpr,
+    total, query, dout, lse, delta, bases, problem, place, rule, q0, start, stop,
+    EDGE: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
+    """Add dS key over the keys from start to stop."""
     for padded in range(start, stop, BLOCKS.N):
-        k0 = padded - origin.shift
-        key = load_rows(
-            bases[0], strides.key[2], k0, place.keys, shape.width, BLOCKS.N, BLOCKS.E,
-            EDGE, FEATURES, WIDTHS[0],
-        )  # fmt: skip
-        value = load_rows(
-            bases[1], strides.value[2], k0, place.keys, shape.value_width, BLOCKS.N, BLOCKS.V,
-            EDGE, FEATURES, WIDTHS[1],
-        )  # fmt: skip
+        k0 = padded - problem.origin.shift
+        key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, EDGE)
+        value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, EDGE)
         _, _, dproduct = _tile(
-            query, key, value, dout, lse, delta, tensors, strides, shape, place, origin, rule,
-            factors, q0, padded, BLOCKS, EDGE, FEATURES,
+            query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
+            EDGE, BLOCKS, FEATURES,
         )  # fmt: skip
         total = dot_add(dproduct.to(key.dtype), key, total)
     return total
@@ -127,78 +122,63 @@ def _over_keys(
 
 @triton.jit(do_not_specialize=["threshold"])
 def attention_dquery_kernel(
-    dquery, incoming, tensors, strides, dquery_strides, shape, origin, factors,
-    threshold: tl.int64, scale: tl.float32,
-    BLOCKS: tl.constexpr, FEATURES: tl.constexpr, WIDTHS: tl.constexpr,
+    dquery, dquery_strides, incoming, problem, threshold: tl.int64, scale: tl.float32,
+    BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: dquery = score scale * sum over keys of dS key."""
+    shape = problem.shape
     blocks = tl.cdiv(shape.queries, BLOCKS.M)
     block = tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks % shape.heads
-    batch = tl.program_id(0) // blocks // shape.heads
     if FEATURES.UPPER:
         block = blocks - 1 - block  # the longest rows first
-    place = place_of(tensors, shape, batch, head, FEATURES)
+    head = tl.program_id(0) // blocks % shape.heads
+    batch = tl.program_id(0) // blocks // shape.heads
+    place = place_of(problem, batch, head, FEATURES)
     q0 = block * BLOCKS.M
     if q0 < place.queries:
-        rule = load_rule(tensors, threshold, scale, FEATURES)
-        shared = head // shape.group
-        base = rows_at(tensors.query, strides.query, place, place.query_start, head, FEATURES)
-        query = load_rows(
-            base, strides.query[2], q0, place.queries, shape.width, BLOCKS.M, BLOCKS.E,
-            True, FEATURES, WIDTHS[0],
-        )  # fmt: skip
-        base = rows_at(incoming.dout, strides.out, place, place.query_start, head, FEATURES)
-        dout = load_rows(
-            base, strides.out[2], q0, place.queries, shape.value_width, BLOCKS.M, BLOCKS.V,
-            True, FEATURES, WIDTHS[1],
-        )  # fmt: skip
-        lse, delta = load_statistics(incoming, shape, place, q0, BLOCKS.M, FEATURES)
-        bases = (
-            rows_at(tensors.key, strides.key, place, place.key_start, shared, FEATURES),
-            rows_at(tensors.value, strides.value, place, place.key_start, shared, FEATURES),
-        )
-        total = tl.zeros([BLOCKS.M, BLOCKS.E], tl.float32)
-        a, b, c, d = key_phases(shape, place, origin, q0, BLOCKS, FEATURES)
+        rule = load_rule(problem, threshold, scale, FEATURES)
+        base, dout_base = query_bases(problem, incoming.dout, place, FEATURES, LAYOUT)
+        bases = key_bases(problem, place, FEATURES, LAYOUT)
+        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, True)
+        dout = load_dout(dout_base, problem, place, q0, BLOCKS, LAYOUT, True)
+        lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
+        total = tl.full([BLOCKS.M, BLOCKS.E], 0.0, tl.float32)
+        a, b, c, d = key_phases(problem, place, q0, BLOCKS, FEATURES)
         if FEATURES.LOWER or FEATURES.SHIFTED:
             total = _over_keys(
-                total, query, dout, lse, delta, bases, tensors, strides, shape, place, origin,
-                rule, factors, q0, a, b, BLOCKS, True, FEATURES, WIDTHS,
+                total, query, dout, lse, delta, bases, problem, place, rule, q0, a, b,
+                True, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
         total = _over_keys(
-            total, query, dout, lse, delta, bases, tensors, strides, shape, place, origin,
-            rule, factors, q0, b, c, BLOCKS, False, FEATURES, WIDTHS,
+            total, query, dout, lse, delta, bases, problem, place, rule, q0, b, c,
+            False, BLOCKS, FEATURES, LAYOUT,
         )  # fmt: skip
         total = _over_keys(
-            total, query, dout, lse, delta, bases, tensors, strides, shape, place, origin,
-            rule, factors, q0, c, d, BLOCKS, True, FEATURES, WIDTHS,
+            total, query, dout, lse, delta, bases, problem, place, rule, q0, c, d,
+            True, BLOCKS, FEATURES, LAYOUT,
         )  # fmt: skip
-        base = rows_at(dquery, dquery_strides, place, place.query_start, head, FEATURES)
+        step = dquery_strides[2]
+        base = rows_at(dquery, dquery_strides, place, place.query_start, head, step, FEATURES)
         store_rows(
-            base, dquery_strides[2], q0, place.queries, shape.width, total * factors.scale,
+            base, step, q0, place.queries, shape.width, total * problem.factors.scale,
             BLOCKS.M, BLOCKS.E,
         )  # fmt: skip
 
 
 @triton.jit
 def _over_queries(
-    dkey, dvalue, key, value, bases, incoming, tensors, strides, shape, place, origin, rule,
-    factors, padded, start, stop,
-    BLOCKS: tl.constexpr, EDGE: tl.constexpr, FEATURES: tl.constexpr, WIDTHS: tl.constexpr,
+    state, key, value, bases, incoming, problem, place, rule, padded, start, stop,
+    EDGE: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
+    """Add dS^T query and (P * keep)^T dout over the queries from start to stop."""
+    dkey, dvalue = state
     for q0 in range(start, stop, BLOCKS.M):
-        query = load_rows(
-            bases[0], strides.query[2], q0, place.queries, shape.width, BLOCKS.M, BLOCKS.E,
-            EDGE, FEATURES, WIDTHS[0],
-        )  # fmt: skip
-        lse, delta = load_statistics(incoming, shape, place, q0, BLOCKS.M, FEATURES)
-        dout = load_rows(
-            bases[1], strides.out[2], q0, place.queries, shape.value_width, BLOCKS.M, BLOCKS.V,
-            EDGE, FEATURES, WIDTHS[1],
-        )  # fmt: skip
+        query = load_query(bases[0], problem, place, q0, BLOCKS, LAYOUT, EDGE)
+        lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
+        dout = load_dout(bases[1], problem, place, q0, BLOCKS, LAYOUT, EDGE)
         kept, _, dproduct = _tile(
-            query, key, value, dout, lse, delta, tensors, strides, shape, place, origin, rule,
-            factors, q0, padded, BLOCKS, EDGE, FEATURES,
+            query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
+            EDGE, BLOCKS, FEATURES,
         )  # fmt: skip
         dvalue = dot_add(tl.trans(kept.to(dout.dtype)), dout, dvalue)
         dkey = dot_add(tl.trans(dproduct.to(query.dtype)), query, dkey)
@@ -207,143 +187,123 @@ def _over_queries(
 
 @triton.jit(do_not_specialize=["threshold"])
 def attention_dkey_kernel(
-    gradients, incoming, tensors, strides, gradient_strides, shape, origin, factors,
+    dkey, dvalue, dkey_strides, dvalue_strides, incoming, problem,
     threshold: tl.int64, scale: tl.float32,
-    BLOCKS: tl.constexpr, FEATURES: tl.constexpr, WIDTHS: tl.constexpr,
+    BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of one key head, over all the query heads that share it.
 
     dkey = score scale * sum over queries of dS query;   dvalue = sum of P * keep * scale * dout
     """
-    blocks = tl.cdiv(shape.keys + origin.shift, BLOCKS.N)
-    shared_heads = shape.heads // shape.group
+    shape = problem.shape
+    blocks = tl.cdiv(shape.keys + problem.origin.shift, BLOCKS.N)
+    key_heads = shape.heads // shape.group
     padded = tl.program_id(0) % blocks * BLOCKS.N
-    shared = tl.program_id(0) // blocks % shared_heads
-    batch = tl.program_id(0) // blocks // shared_heads
-    place = place_of(tensors, shape, batch, shared, FEATURES)
-    k0 = padded - origin.shift
+    key_head = tl.program_id(0) // blocks % key_heads
+    batch = tl.program_id(0) // blocks // key_heads
+    first = key_head * shape.group
+    place = place_of(problem, batch, first, FEATURES)
+    k0 = padded - problem.origin.shift
     if k0 < place.keys:
-        rule = load_rule(tensors, threshold, scale, FEATURES)
-        base = rows_at(tensors.key, strides.key, place, place.key_start, shared, FEATURES)
-        key = load_rows(
-            base, strides.key[2], k0, place.keys, shape.width, BLOCKS.N, BLOCKS.E,
-            True, FEATURES, WIDTHS[0],
-        )  # fmt: skip
-        base = rows_at(tensors.value, strides.value, place, place.key_start, shared, FEATURES)
-        value = load_rows(
-            base, strides.value[2], k0, place.keys, shape.value_width, BLOCKS.N, BLOCKS.V,
-            True, FEATURES, WIDTHS[1],
-        )  # fmt: skip
-        dkey = tl.zeros([BLOCKS.N, BLOCKS.E], tl.float32)
-        dvalue = tl.zeros([BLOCKS.N, BLOCKS.V], tl.float32)
-        a, b, c, d = query_phases(shape, place, k0, BLOCKS, FEATURES)
-        # Where keys are left out of a tile, every tile of queries needs the bounds of its mask.
-        if tensors.mask is not None:
+        rule = load_rule(problem, threshold, scale, FEATURES)
+        key_base, value_base = key_bases(problem, place, FEATURES, LAYOUT)
+        key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, True)
+        value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, True)
+        a, b, c, d = query_phases(problem, place, k0, BLOCKS, FEATURES)
+        if problem.tensors.mask is not None:
+            # The mask has no entries for the keys outside, so no tile is without bounds.
             ragged = (k0 < 0) | (k0 + BLOCKS.N > place.keys)
             b = tl.where(ragged, a, b)
             c = tl.where(ragged, a, c)
-        for head in range(shared * shape.group, (shared + 1) * shape.group):
-            at = place_of(tensors, shape, batch, head, FEATURES)
-            bases = (
-                rows_at(tensors.query, strides.query, at, at.query_start, head, FEATURES),
-                rows_at(incoming.dout, strides.out, at, at.query_start, head, FEATURES),
-            )
+        state = (
+            tl.full([BLOCKS.N, BLOCKS.E], 0.0, tl.float32),
+            tl.full([BLOCKS.N, BLOCKS.V], 0.0, tl.float32),
+        )
+        for member in range(shape.group):
+            at = place_of(problem, batch, first + member, FEATURES)
+            bases = query_bases(problem, incoming.dout, at, FEATURES, LAYOUT)
             if FEATURES.UPPER:
-                dkey, dvalue = _over_queries(
-                    dkey, dvalue, key, value, bases, incoming, tensors, strides, shape, at,
-                    origin, rule, factors, padded, a, b, BLOCKS, True, FEATURES, WIDTHS,
+                state = _over_queries(
+                    state, key, value, bases, incoming, problem, at, rule, padded, a, b,
+                    True, BLOCKS, FEATURES, LAYOUT,
                 )  # fmt: skip
-            dkey, dvalue = _over_queries(
-                dkey, dvalue, key, value, bases, incoming, tensors, strides, shape, at,
-                origin, rule, factors, padded, b, c, BLOCKS, False, FEATURES, WIDTHS,
+            state = _over_queries(
+                state, key, value, bases, incoming, problem, at, rule, padded, b, c,
+                False, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
-            dkey, dvalue = _over_queries(
-                dkey, dvalue, key, value, bases, incoming, tensors, strides, shape, at,
-                origin, rule, factors, padded, c, d, BLOCKS, True, FEATURES, WIDTHS,
+            state = _over_queries(
+                state, key, value, bases, incoming, problem, at, rule, padded, c, d,
+                True, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
-        base = rows_at(gradients[0], gradient_strides[0], place, place.key_start, shared, FEATURES)
+        start, step = place.key_start, dkey_strides[2]
+        base = rows_at(dkey, dkey_strides, place, start, key_head, step, FEATURES)
         store_rows(
-            base, gradient_strides[0][2], k0, place.keys, shape.width, dkey * factors.scale,
+            base, step, k0, place.keys, shape.width, state[0] * problem.factors.scale,
             BLOCKS.N, BLOCKS.E,
         )  # fmt: skip
-        base = rows_at(gradients[1], gradient_strides[1], place, place.key_start, shared, FEATURES)
+        step = dvalue_strides[2]
+        base = rows_at(dvalue, dvalue_strides, place, start, key_head, step, FEATURES)
         store_rows(
-            base, gradient_strides[1][2], k0, place.keys, shape.value_width, dvalue * rule[2],
+            base, step, k0, place.keys, shape.value_width, state[1] * rule[2],
             BLOCKS.N, BLOCKS.V,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def attention_dmask_kernel(
-    dmask, incoming, tensors, strides, dmask_strides, shape, origin, factors, shared,
-    threshold: tl.int64, scale: tl.float32,
-    BLOCKS: tl.constexpr, FEATURES: tl.constexpr, WIDTHS: tl.constexpr, SHARED: tl.constexpr,
+    dmask, dmask_strides, shared, incoming, problem, threshold: tl.int64, scale: tl.float32,
+    BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """A tile of the mask's gradient: dS summed over the dimensions along which it is shared.
 
     ``shared`` holds the sizes (batches, heads, blocks of queries, blocks of keys) to sum over, 1
     where the mask has its own; SHARED is whether the last two are summed.
     """
-    rule = load_rule(tensors, threshold, scale, FEATURES)
+    shape = problem.shape
+    rule = load_rule(problem, threshold, scale, FEATURES)
     # What the program owns, from the innermost: a block of keys, of queries, a head, a batch.
     program = tl.program_id(0)
-    key_blocks = 1 if SHARED[1] else tl.cdiv(shape.keys + origin.shift, BLOCKS.N)
-    query_blocks = 1 if SHARED[0] else tl.cdiv(shape.queries, BLOCKS.M)
+    key_blocks = tl.cdiv(tl.cdiv(shape.keys + problem.origin.shift, BLOCKS.N), shared[3])
+    query_blocks = tl.cdiv(tl.cdiv(shape.queries, BLOCKS.M), shared[2])
     own_heads = shape.heads // shared[1]
     own_key = program % key_blocks
     own_query = program // key_blocks % query_blocks
     own_head = program // key_blocks // query_blocks % own_heads
     own_batch = program // key_blocks // query_blocks // own_heads
-    total = tl.zeros([BLOCKS.M, BLOCKS.N], tl.float32)
+    total = tl.full([BLOCKS.M, BLOCKS.N], 0.0, tl.float32)
     for i in range(shared[0] * shared[1] * shared[2] * shared[3]):
         padded = (own_key + i % shared[3]) * BLOCKS.N
         q0 = (own_query + i // shared[3] % shared[2]) * BLOCKS.M
         head = own_head + i // shared[3] // shared[2] % shared[1]
         batch = own_batch + i // shared[3] // shared[2] // shared[1]
-        k0 = padded - origin.shift
-        place = place_of(tensors, shape, batch, head, FEATURES)
-        base = rows_at(tensors.query, strides.query, place, place.query_start, head, FEATURES)
-        query = load_rows(
-            base, strides.query[2], q0, place.queries, shape.width, BLOCKS.M, BLOCKS.E,
-            True, FEATURES, WIDTHS[0],
-        )  # fmt: skip
-        base = rows_at(incoming.dout, strides.out, place, place.query_start, head, FEATURES)
-        dout = load_rows(
-            base, strides.out[2], q0, place.queries, shape.value_width, BLOCKS.M, BLOCKS.V,
-            True, FEATURES, WIDTHS[1],
-        )  # fmt: skip
-        lse, delta = load_statistics(incoming, shape, place, q0, BLOCKS.M, FEATURES)
-        kv = head // shape.group
-        base = rows_at(tensors.key, strides.key, place, place.key_start, kv, FEATURES)
-        key = load_rows(
-            base, strides.key[2], k0, place.keys, shape.width, BLOCKS.N, BLOCKS.E,
-            True, FEATURES, WIDTHS[0],
-        )  # fmt: skip
-        base = rows_at(tensors.value, strides.value, place, place.key_start, kv, FEATURES)
-        value = load_rows(
-            base, strides.value[2], k0, place.keys, shape.value_width, BLOCKS.N, BLOCKS.V,
-            True, FEATURES, WIDTHS[1],
-        )  # fmt: skip
+        k0 = padded - problem.origin.shift
+        place = place_of(problem, batch, head, FEATURES)
+        base, dout_base = query_bases(problem, incoming.dout, place, FEATURES, LAYOUT)
+        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, True)
+        dout = load_dout(dout_base, problem, place, q0, BLOCKS, LAYOUT, True)
+        key_base, value_base = key_bases(problem, place, FEATURES, LAYOUT)
+        key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, True)
+        value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, True)
+        lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
         _, dscore, _ = _tile(
-            query, key, value, dout, lse, delta, tensors, strides, shape, place, origin, rule,
-            factors, q0, padded, BLOCKS, True, FEATURES,
+            query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
+            True, BLOCKS, FEATURES,
         )  # fmt: skip
         total += dscore
-    row, col = own_query * BLOCKS.M + tl.arange(0, BLOCKS.M), tl.arange(0, BLOCKS.N)
-    col = own_key * BLOCKS.N - origin.shift + col
+    row = own_query * BLOCKS.M + tl.arange(0, BLOCKS.M)
+    col = own_key * BLOCKS.N - problem.origin.shift + tl.arange(0, BLOCKS.N)
     base = dmask + own_batch.to(tl.int64) * dmask_strides[0]
     base += own_head.to(tl.int64) * dmask_strides[1]
-    element = dmask.dtype.element_ty
-    inside = (row < shape.queries)[:, None] & ((col >= 0) & (col < shape.keys))[None, :]
     rows = row.to(tl.int64)[:, None] * dmask_strides[2]
     cols = col.to(tl.int64)[None, :] * dmask_strides[3]
+    row_inside = (row < shape.queries)[:, None]
+    col_inside = ((col >= 0) & (col < shape.keys))[None, :]
+    element = dmask.dtype.element_ty
     if SHARED[0] and SHARED[1]:
         tl.store(base, tl.sum(tl.sum(total, axis=1), axis=0).to(element))
     elif SHARED[0]:
-        line = tl.sum(total, axis=0)[None, :].to(element)
-        tl.store(base + cols, line, mask=((col >= 0) & (col < shape.keys))[None, :])
+        tl.store(base + cols, tl.sum(total, axis=0)[None, :].to(element), mask=col_inside)
     elif SHARED[1]:
-        line = tl.sum(total, axis=1)[:, None].to(element)
-        tl.store(base + rows, line, mask=(row < shape.queries)[:, None])
+        tl.store(base + rows, tl.sum(total, axis=1)[:, None].to(element), mask=row_inside)
     else:
-        tl.store(base + rows + cols, total.to(element), mask=inside)
+        tl.store(base + rows + cols, total.to(element), mask=row_inside & col_inside)

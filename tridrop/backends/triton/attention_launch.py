@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -22,7 +21,17 @@ from .attention_backward import (
     attention_dmask_kernel,
     attention_dquery_kernel,
 )
-from .attention_tiles import Blocks, Factors, Features, Origin, Shape, Strides, Tensors
+from .attention_tiles import (
+    Blocks,
+    Factors,
+    Features,
+    Layout,
+    Origin,
+    Problem,
+    Shape,
+    Strides,
+    Tensors,
+)
 
 
 class Tile(NamedTuple):
@@ -149,23 +158,31 @@ class Call:
     def strides(self, out: Tensor) -> Strides:
         t = self.tensors
         key_mask = 0 if t.key_mask is None or t.key_mask.shape[0] == 1 else t.key_mask.stride(0)
-        found = (_strides(x)[:3] for x in (t.query, t.key, t.value, out))
+        found = (_strides(x)[:2] for x in (t.query, t.key, t.value, out))
         return Strides(*found, _strides(t.mask), key_mask)
 
     def launch(
-        self, kernel: Any, tile: Tile, programs: int, strides: Strides, *args: Any, **more: Any
+        self, kernel: Any, tile: Tile, programs: int, out: Tensor, *args: Any, **more: Any
     ) -> None:
+        """Launch a kernel with ``args`` and the problem; ``out`` stands for dout in backward."""
         width, value_width = self.shape.width, self.shape.value_width
-        blocks = Blocks(tile.queries, tile.keys, *(_padded(n) for n in (width, value_width)))
-        steps = (*strides.query, *strides.key, *strides.value, *strides.out)
-        vector = math.gcd(8, *steps)
-        widths = tuple(n if n == _padded(n) else 0 for n in (width, value_width))
+        t = self.tensors
+        layout = Layout(
+            *(n if n == _padded(n) else 0 for n in (width, value_width)),
+            *(x.stride(2) for x in (t.query, t.key, t.value, out)),
+        )
+        strides = self.strides(out)
+        steps = [*layout[2:], *strides.query, *strides.key, *strides.value, *strides.out]
+        vector = 1 if math.gcd(16, *steps) == 16 else math.gcd(8, *steps)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             kernel[(programs,)](
                 *args,
-                BLOCKS=blocks,
-                FEATURES=Features(**self.flags, VECTOR=1 if math.gcd(16, *steps) == 16 else vector),
-                WIDTHS=widths,
+                Problem(t, strides, self.shape, self.origin, self.factors),
+                self.threshold,
+                self.scale,
+                BLOCKS=Blocks(tile.queries, tile.keys, _padded(width), _padded(value_width)),
+                FEATURES=Features(**self.flags, VECTOR=vector),
+                LAYOUT=layout,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 **more,
@@ -196,22 +213,8 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
             lse.copy_(inputs.sinks[None, :, None])  # a sink has a share, and no value
         return out, lse
     tile = call.tile(forward_tile)
-    strides = call.strides(out)
-    call.launch(
-        attention_forward_kernel,
-        tile,
-        triton.cdiv(call.queries, tile.queries) * call.heads * call.batch,
-        strides,
-        out,
-        lse,
-        call.tensors,
-        strides,
-        call.shape,
-        call.origin,
-        call.factors,
-        call.threshold,
-        call.scale,
-    )
+    programs = triton.cdiv(call.queries, tile.queries) * call.heads * call.batch
+    call.launch(attention_forward_kernel, tile, programs, out, out, lse)
     return out, lse
 
 
@@ -256,67 +259,30 @@ def attention_backward(
     if call.empty:
         return tuple(found)
     incoming = Incoming(dout, lse, delta)
-    strides = call.strides(dout)
-    run = functools.partial(_run_backward, call, incoming, strides)
     if dquery is not None:
         tile = call.tile(dquery_tile)
         programs = triton.cdiv(call.queries, tile.queries) * call.heads * call.batch
-        run(attention_dquery_kernel, tile, programs, dquery, _strides(dquery)[:3])
+        steps = _strides(dquery)[:3]
+        call.launch(attention_dquery_kernel, tile, programs, dout, dquery, steps, incoming)
         if call.sign < 0:
             dquery.neg_()
     if dkey is not None or dvalue is not None:
         tile = call.tile(dkey_tile)
         blocks = triton.cdiv(call.keys + call.origin.shift, tile.keys)
+        programs = blocks * call.shared_heads * call.batch
         # One kernel makes both; where only one is wanted the other is made and dropped.
         pair = (
             make(inputs.key) if dkey is None else dkey,
             make(inputs.value) if dvalue is None else dvalue,
         )
-        run(
-            attention_dkey_kernel,
-            tile,
-            blocks * call.shared_heads * call.batch,
-            pair,
-            tuple(_strides(t)[:3] for t in pair),
-        )
+        steps = tuple(_strides(t)[:3] for t in pair)
+        call.launch(attention_dkey_kernel, tile, programs, dout, *pair, *steps, incoming)
     if dmask is not None:
-        _mask_gradient(call, run, dmask)
+        _mask_gradient(call, incoming, dmask)
     return tuple(found)
 
 
-def _run_backward(
-    call: Call,
-    incoming: Incoming,
-    strides: Strides,
-    kernel: Any,
-    tile: Tile,
-    programs: int,
-    result: Any,
-    result_strides: Any,
-    *extra: Any,
-    **constants: Any,
-) -> None:
-    call.launch(
-        kernel,
-        tile,
-        programs,
-        strides,
-        result,
-        incoming,
-        call.tensors,
-        strides,
-        result_strides,
-        call.shape,
-        call.origin,
-        call.factors,
-        *extra,
-        call.threshold,
-        call.scale,
-        **constants,
-    )
-
-
-def _mask_gradient(call: Call, run: Any, dmask: Tensor) -> None:
+def _mask_gradient(call: Call, incoming: Incoming, dmask: Tensor) -> None:
     """A program a tile of the mask: it goes through the scores that share it."""
     tile = call.tile(dquery_tile)
     query_blocks = triton.cdiv(call.queries, tile.queries)
@@ -324,12 +290,14 @@ def _mask_gradient(call: Call, run: Any, dmask: Tensor) -> None:
     sizes = (call.batch, call.heads, query_blocks, key_blocks)
     own = tuple(1 if n == 1 else size for n, size in zip(dmask.shape, sizes, strict=True))
     shared = tuple(size // n for n, size in zip(own, sizes, strict=True))
-    run(
+    call.launch(
         attention_dmask_kernel,
         tile,
         math.prod(own),
+        incoming.dout,
         dmask,
         _strides(dmask),
         shared,
+        incoming,
         SHARED=(dmask.shape[2] == 1, dmask.shape[3] == 1),
     )

@@ -9,7 +9,8 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .mask import keep_scores, load_key, load_rate
+from .mask import keep_scores, load_rate
+from .mask import load_key as load_philox_key
 from .tiles import known, to_float
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -17,7 +18,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # Pointers; None where absent. `rate` is the (threshold, scale) pair on the device.
 Tensors = namedtuple("Tensors", "query key value mask key_mask sinks cu_query cu_key seed rate")
-# Strides between batches, heads and rows of query, key, value and out or dout; of the mask between
+# Strides between batches and heads of query, key, value and out or dout; of the mask between
 # batches, heads, queries and keys, 0 where it is shared; between rows of key_mask.
 Strides = namedtuple("Strides", "query key value out mask key_mask")
 # `group` query heads share a key head. `tokens` are the rows of lse: the queries, or all that are
@@ -27,19 +28,25 @@ Shape = namedtuple("Shape", "heads group queries keys tokens width value_width l
 Origin = namedtuple("Origin", "batch head query tile shift")
 # scale: of the scores; cap: of the softcap.
 Factors = namedtuple("Factors", "scale cap")
+# All of it: what every kernel is given.
+Problem = namedtuple("Problem", "tensors strides shape origin factors")
 # Compile-time: whether there are bounds of key - query, whether the first key is inside a tile of
-# 32, dropout, a p that only the device knows, a softcap, packed sequences, and the divisor that
-# every stride is known to have.
+# 32, dropout, a p that only the device knows, a softcap, packed sequences, and a divisor of
+# the strides.
 Features = namedtuple("Features", "LOWER UPPER SHIFTED DROPS MAYBE_ZERO SOFTCAP PACKED VECTOR")
 # Compile-time: queries, keys, width and value width of a tile.
 Blocks = namedtuple("Blocks", "M N E V")
+# Compile-time: the width and value width, or 0 where they are smaller than their blocks, and the
+# strides between rows of query, key, value and out or dout.
+Layout = namedtuple("Layout", "WIDTH VALUE_WIDTH QUERY KEY VALUE OUT")
 # One batch entry and head: the first token and the number of queries and of keys, and the indices.
 Place = namedtuple("Place", "query_start queries key_start keys batch head")
 
 
 @triton.jit
-def place_of(tensors, shape, batch, head, FEATURES: tl.constexpr):
+def place_of(problem, batch, head, FEATURES: tl.constexpr):
     """Where a batch entry lies: an entry of the tensors, or a packed sequence."""
+    tensors, shape = problem.tensors, problem.shape
     if FEATURES.PACKED:
         first = tl.load(tensors.cu_query + batch).to(tl.int64)
         key_first = tl.load(tensors.cu_key + batch).to(tl.int64)
@@ -51,32 +58,51 @@ def place_of(tensors, shape, batch, head, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def rows_at(pointer, strides, place, start, head, FEATURES: tl.constexpr):
-    """The first row of a batch entry's head: `start` is its first token."""
-    base = pointer + tl.cast(head, tl.int64) * strides[1]
+def rows_at(pointer, strides, place, start, head, step, FEATURES: tl.constexpr):
+    """The first row of a batch entry's head: `start` is its first token, `step` the row stride."""
+    base = pointer + tl.cast(head, tl.int64) * known(strides[1], FEATURES.VECTOR)
     if not FEATURES.PACKED:
-        base += tl.cast(place.batch, tl.int64) * strides[0]
-    return base + start * known(strides[2], FEATURES.VECTOR)
+        base += tl.cast(place.batch, tl.int64) * known(strides[0], FEATURES.VECTOR)
+    return base + start * step
 
 
 @triton.jit
-def statistics_at(pointer, shape, place, FEATURES: tl.constexpr):
+def key_bases(problem, place, FEATURES: tl.constexpr, LAYOUT: tl.constexpr):
+    """The first rows of key and value, of the key head that the place's query head shares."""
+    t, strides, start = problem.tensors, problem.strides, place.key_start
+    head = place.head // problem.shape.group
+    key = rows_at(t.key, strides.key, place, start, head, LAYOUT.KEY, FEATURES)
+    value = rows_at(t.value, strides.value, place, start, head, LAYOUT.VALUE, FEATURES)
+    return key, value
+
+
+@triton.jit
+def query_bases(problem, dout, place, FEATURES: tl.constexpr, LAYOUT: tl.constexpr):
+    """The first rows of query and dout."""
+    t, strides, start = problem.tensors, problem.strides, place.query_start
+    query = rows_at(t.query, strides.query, place, start, place.head, LAYOUT.QUERY, FEATURES)
+    other = rows_at(dout, strides.out, place, start, place.head, LAYOUT.OUT, FEATURES)
+    return query, other
+
+
+@triton.jit
+def statistics_at(pointer, problem, place, FEATURES: tl.constexpr):
     """The first of a head's numbers a query: lse and delta are [B, H, tokens]."""
     row = tl.cast(place.head, tl.int64)
     if not FEATURES.PACKED:
-        row += tl.cast(place.batch, tl.int64) * shape.heads
-    return pointer + row * shape.tokens + place.query_start
+        row += tl.cast(place.batch, tl.int64) * problem.shape.heads
+    return pointer + row * problem.shape.tokens + place.query_start
 
 
 @triton.jit
 def load_rows(
-    base, stride, first, length, width, ROWS: tl.constexpr, COLS: tl.constexpr,
-    EDGE: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+    base, first, length, width, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
+    EDGE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` and on, [ROWS, COLS]; zeros outside. WIDTH is the width, or 0 if not COLS."""
+    """Rows `first` and on, [ROWS, COLS], zeros outside. WIDTH is the width, or 0 if not COLS."""
+    # With a constant row stride a thread needs one address, not one for each row that it loads.
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
-    stride = known(stride, FEATURES.VECTOR)
-    pointers = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + col[None, :]
+    pointers = base + tl.cast(first, tl.int64) * STEP + (row[:, None] * STEP + col[None, :])
     if EDGE:
         at = first + row
         inside = ((at >= 0) & (at < length))[:, None]
@@ -90,11 +116,55 @@ def load_rows(
 
 
 @triton.jit
+def load_key(
+    base, problem, place, k0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """Keys k0 and on, [N, E]."""
+    return load_rows(
+        base, k0, place.keys, problem.shape.width, BLOCKS.N, BLOCKS.E,
+        LAYOUT.KEY, EDGE, LAYOUT.WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_value(
+    base, problem, place, k0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """Values k0 and on, [N, V]."""
+    return load_rows(
+        base, k0, place.keys, problem.shape.value_width, BLOCKS.N, BLOCKS.V,
+        LAYOUT.VALUE, EDGE, LAYOUT.VALUE_WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_query(
+    base, problem, place, q0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """Queries q0 and on, [M, E]."""
+    return load_rows(
+        base, q0, place.queries, problem.shape.width, BLOCKS.M, BLOCKS.E,
+        LAYOUT.QUERY, EDGE, LAYOUT.WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_dout(
+    base, problem, place, q0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """Gradients of the results q0 and on, [M, V]."""
+    return load_rows(
+        base, q0, place.queries, problem.shape.value_width, BLOCKS.M, BLOCKS.V,
+        LAYOUT.OUT, EDGE, LAYOUT.VALUE_WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
 def store_rows(
-    base, stride, first, length, width, value, ROWS: tl.constexpr, COLS: tl.constexpr,
+    base, step, first, length, width, value, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
-    pointers = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + col[None, :]
+    pointers = base + tl.cast(first, tl.int64) * step + (row[:, None] * step + col[None, :])
     at = first + row
     inside = ((at >= 0) & (at < length))[:, None] & (col < width)[None, :]
     tl.store(pointers, value.to(base.dtype.element_ty), mask=inside)
@@ -116,9 +186,9 @@ def phases(lo_any, lo_all, hi_all, hi_any, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def key_phases(shape, place, origin, q0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
+def key_phases(problem, place, q0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
     """The phases of the keys for queries q0 and on, counted from the first tile of 32."""
-    shift = origin.shift
+    shape, shift = problem.shape, problem.origin.shift
     lo_any = place.keys * 0 + shift
     lo_all = lo_any
     hi_any = place.keys + shift
@@ -135,8 +205,9 @@ def key_phases(shape, place, origin, q0, BLOCKS: tl.constexpr, FEATURES: tl.cons
 
 
 @triton.jit
-def query_phases(shape, place, k0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
+def query_phases(problem, place, k0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
     """The phases of the queries for the keys k0 and on, local indices."""
+    shape = problem.shape
     lo_any = place.queries * 0
     lo_all = lo_any
     hi_any = place.queries + 0
@@ -151,18 +222,20 @@ def query_phases(shape, place, k0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr)
 
 
 @triton.jit
-def is_plain(tensors, EDGE: tl.constexpr, FEATURES: tl.constexpr):
+def is_plain(problem, EDGE: tl.constexpr, FEATURES: tl.constexpr):
     """Whether a score is nothing but a multiple of the product."""
-    no_mask: tl.constexpr = tensors.mask is None and tensors.key_mask is None
+    no_mask: tl.constexpr = problem.tensors.mask is None and problem.tensors.key_mask is None
     return no_mask and not EDGE and not FEATURES.SOFTCAP
 
 
 @triton.jit
 def make_scores(
-    product, tensors, strides, shape, place, factors, q0, k0, BLOCKS: tl.constexpr,
-    EDGE: tl.constexpr, FEATURES: tl.constexpr,
+    product, problem, place, q0, k0, BLOCKS: tl.constexpr, EDGE: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):  # fmt: skip
     """(scores * log2(e), -inf where excluded; tanh(score / softcap)) of the tile at (q0, k0)."""
+    tensors, strides = problem.tensors, problem.strides
+    shape, factors = problem.shape, problem.factors
     query, key = q0 + tl.arange(0, BLOCKS.M), k0 + tl.arange(0, BLOCKS.N)
     capped = product
     if FEATURES.SOFTCAP:
@@ -172,7 +245,18 @@ def make_scores(
         score = capped * (factors.cap * LOG2E)
     else:
         score = product * (factors.scale * LOG2E)
-    inside = (query < place.queries)[:, None] & ((key >= 0) & (key < place.keys))[None, :]
+    # A query's keys are a range: one comparison a bound.
+    last = place.keys - 1 + query * 0
+    if FEATURES.UPPER:
+        last = tl.minimum(last, query + shape.upper)
+    if tensors.mask is not None:
+        last = tl.where(query < place.queries, last, -1)
+    inside = key[None, :] <= last[:, None]
+    if FEATURES.LOWER or FEATURES.SHIFTED:
+        first = query * 0
+        if FEATURES.LOWER:
+            first = tl.maximum(first, query + shape.lower)
+        inside = inside & (key[None, :] >= first[:, None])
     if tensors.mask is not None:
         base = tensors.mask + tl.cast(place.batch, tl.int64) * strides.mask[0]
         base += tl.cast(place.head, tl.int64) * strides.mask[1]
@@ -192,31 +276,33 @@ def make_scores(
         takes_part = tl.load(pointers, mask=(key >= 0) & (key < place.keys), other=0)
         score = tl.where((takes_part != 0)[None, :], score, float("-inf"))
     if EDGE:
-        if FEATURES.LOWER:
-            inside = inside & (key[None, :] - query[:, None] >= shape.lower)
-        if FEATURES.UPPER:
-            inside = inside & (key[None, :] - query[:, None] <= shape.upper)
         score = tl.where(inside, score, float("-inf"))
     return score, capped
 
 
 @triton.jit
-def load_rule(tensors, threshold, scale, FEATURES: tl.constexpr):
+def load_rule(problem, threshold, scale, FEATURES: tl.constexpr):
     """(Philox key, threshold, scale, a zero that the compiler does not know)"""
     if FEATURES.DROPS:
-        threshold, scale = load_rate(tensors.rate, threshold, scale)
+        threshold, scale = load_rate(problem.tensors.rate, threshold, scale)
         # A select between a probability and this zero stays one select in fp32. With a constant
         # LLVM would move it behind the conversion to bf16, where pairs are unpacked for it.
-        return load_key(tensors.seed), threshold, scale, (threshold >> 63).to(tl.float32)
+        return (
+            load_philox_key(problem.tensors.seed),
+            threshold,
+            scale,
+            (threshold >> 63).to(tl.float32),
+        )
     else:
         return (0, 0), threshold, 1.0, 0.0
 
 
 @triton.jit
 def keep_tile(
-    origin, place, rule, q0, padded, BLOCKS: tl.constexpr, FEATURES: tl.constexpr
+    problem, place, rule, q0, padded, BLOCKS: tl.constexpr, FEATURES: tl.constexpr
 ):  # fmt: skip
     """The decisions of the tile at query q0 and the padded key index, a multiple of 32."""
+    origin = problem.origin
     return keep_scores(
         origin.query + q0, origin.tile + padded // 32,
         (origin.batch + place.batch, origin.head + place.head),
