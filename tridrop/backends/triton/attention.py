@@ -80,7 +80,7 @@ def attention_forward_kernel(
     q0 = block * BLOCKS.M
     if q0 < place.queries:
         rule = load_rule(problem, threshold, scale, FEATURES)
-        base, out_base = query_bases(problem, out, place, FEATURES, LAYOUT)
+        base, _ = query_bases(problem, out, place, FEATURES, LAYOUT)
         bases = key_bases(problem, place, FEATURES, LAYOUT)
         query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, True)
         largest = tl.full([BLOCKS.M], float("-inf"), tl.float32)
@@ -105,11 +105,14 @@ def attention_forward_kernel(
         total, largest, weight = state
         empty = weight == 0
         share = tl.where(empty, 0.0, rule[2] / tl.where(empty, 1.0, weight))
+        # An index that looks new keeps the addresses of the end out of the loops' registers.
+        q_end = q0 + (threshold >> 63).to(tl.int32)
+        row = q_end + tl.arange(0, BLOCKS.M)
+        rows = statistics_at(lse, problem, place, FEATURES)
+        # log2(0) is -inf: so is the log-sum-exp of a query with nothing to attend to.
+        tl.store(rows + row, (largest + tl.log2(weight)) * LN2, mask=row < place.queries)
+        _, base = query_bases(problem, out, place, FEATURES, LAYOUT)
         store_rows(
-            out_base, LAYOUT.OUT, q0, place.queries, shape.value_width, total * share[:, None],
+            base, LAYOUT.OUT, q_end, place.queries, shape.value_width, total * share[:, None],
             BLOCKS.M, BLOCKS.V,
         )  # fmt: skip
-        log_sum = tl.where(empty, float("-inf"), (largest + tl.log2(weight)) * LN2)
-        row = q0 + tl.arange(0, BLOCKS.M)
-        rows = statistics_at(lse, problem, place, FEATURES)
-        tl.store(rows + row, log_sum, mask=row < place.queries)

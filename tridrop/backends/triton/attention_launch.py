@@ -59,8 +59,6 @@ def forward_tile(width: int, element_size: int, arch: int) -> Tile:
     """
     if element_size == 4:
         return Tile(32, 32, 4, 2)
-    if width <= 64:
-        return Tile(128, 128, 8, 2) if arch >= 90 else Tile(128, 64, 4, 2)
     if width <= 128:
         return Tile(128, 128, 8, 2) if arch >= 90 else Tile(128, 64, 8, 2)
     return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 32, 4, 2)
