@@ -13,11 +13,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import backends as _backends
-from .cases import CASES, Case
+from . import attention_cases, cases
+from .cases import Case
 from .measure import Result, check_case
 
 # fp64 is what these are measured against; torch.autograd.gradcheck serves the ops in it.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+CASES: Sequence[Case] = (*cases.CASES, *attention_cases.CASES)
 
 __all__ = ["CASES", "DTYPES", "Case", "Result", "available", "check_case", "run"]
 

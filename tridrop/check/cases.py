@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import functional
 from ..spec import ACTIVATIONS
+from ..spec_attention import four
 
 Inputs = dict[str, Tensor]
 Drop = Callable[[str, Tensor], Tensor]
@@ -63,11 +64,24 @@ class Case:
     """bytes of statistics that backward may keep"""
     out_like: str = "residual"
     """the operand whose dtype the result has, where it is given; x otherwise"""
+    main: str = "x"
+    """the operand whose gradient shows the mask"""
+    kept: tuple[str, ...] = ()
+    """operands that backward may keep and eager PyTorch need not"""
+    scores_shape: tuple[int, ...] | None = None
+    """the shape of the masks of attention, [..., queries, keys]; None for the result's"""
+    visible: Callable[[str], Tensor] | None = None
+    """(device) -> where a result shows the mask, if not everywhere; it is zero elsewhere"""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the result, and of the masks."""
+        """The shape of the result, and of the masks but for attention's."""
         return self.shapes["residual"] if "residual" in self.shapes else self.shapes["out"]
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """The shape of the masks."""
+        return self.shape if self.scores_shape is None else self.scores_shape
 
     def inputs(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
         """Normal inputs of the dtype: drawn in fp64 on the host, the same for every device."""
@@ -83,7 +97,9 @@ class Case:
         """The random part as eager PyTorch draws it, from a generator."""
 
         def drop(domain: str, value: Tensor) -> Tensor:
-            if domain == "drop_path":
+            if domain == "attention":
+                shape = list(self.mask_shape)
+            elif domain == "drop_path":
                 shape = [self.shape[0], *(1 for _ in self.shape[1:])]
             else:
                 noise = self.noise_shape or (None,) * len(self.shape)
@@ -96,17 +112,21 @@ class Case:
 
     def masks(self, seed: Any, device: str) -> dict[str, Tensor]:
         """The exported mask of each domain."""
-        return {
-            domain: functional.keep_mask(
-                seed,
-                self.shape,
-                rate,
-                noise_shape=self.noise_shape if domain == "elements" else None,
-                device=device,
-                domain=domain,
-            )
-            for domain, rate in self.rates.items()
-        }
+        return {domain: self._mask(domain, seed, device) for domain in self.rates}
+
+    def _mask(self, domain: str, seed: Any, device: str) -> Tensor:
+        rate = self.rates[domain]
+        if domain == "attention":
+            keep = functional.attention_keep_mask(seed, four(self.mask_shape), rate, device=device)
+            return keep.reshape(self.mask_shape)
+        return functional.keep_mask(
+            seed,
+            self.shape,
+            rate,
+            noise_shape=self.noise_shape if domain == "elements" else None,
+            device=device,
+            domain=domain,
+        )
 
 
 def _elementwise(

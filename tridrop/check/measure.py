@@ -89,12 +89,15 @@ def run_with_gradients(
     return out.detach(), gradients
 
 
-def saved_bytes(function: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
-    """Bytes that autograd keeps for backward, each storage once, parameters (vectors) left out."""
+def saved_bytes(function: Callable[[Inputs], Tensor], inputs: Inputs, main: str = "x") -> int:
+    """Bytes that autograd keeps for backward, each storage once, parameters left out: the vectors
+    but ``main``."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    parameters = {t.untyped_storage().data_ptr() for t in leaves.values() if t.dim() == 1}
-    if leaves["x"].dim() == 1:
-        parameters.discard(leaves["x"].untyped_storage().data_ptr())
+    parameters = {
+        t.untyped_storage().data_ptr()
+        for name, t in leaves.items()
+        if t.dim() == 1 and name != main
+    }
     storages: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -190,12 +193,15 @@ class Check:
         if "residual" in inputs:
             inputs["residual"] = torch.zeros_like(inputs["residual"])
         out, grads = run_with_gradients(self._probe, inputs, None)
-        keep = torch.ones(self.case.shape, dtype=torch.bool, device=self.device)
+        keep = torch.ones(self.case.mask_shape, dtype=torch.bool, device=self.device)
         for mask in self._masks().values():
             keep &= mask
+        if self.case.visible is not None:
+            keep &= self.case.visible(self.device)
         wrong = int(((out != 0) != keep).sum())
         if self.case.backward_shows_mask:
-            for part in grads["x"].split(keep.shape[-1], -1) if keep.dim() else (grads["x"],):
+            grad = grads[self.case.main]
+            for part in grad.split(keep.shape[-1], -1) if keep.dim() else (grad,):
                 wrong += int(((part != 0) != keep).sum())  # both halves of a gated input
         yield self._result("masks", float(wrong), 0.0)
 
@@ -207,10 +213,12 @@ class Check:
 
     def saves_no_mask(self) -> Iterator[Result]:
         """Bytes kept for backward beyond those of eager PyTorch without dropout."""
-        kept = saved_bytes(self._fused, self.inputs)
-        plain = saved_bytes(lambda inputs: self.case.eager(inputs, unmasked), self.inputs)
+        main = self.case.main
+        kept = saved_bytes(self._fused, self.inputs, main)
+        plain = saved_bytes(lambda inputs: self.case.eager(inputs, unmasked), self.inputs, main)
         detail = f"{kept} bytes, eager without dropout {plain}"
         limit = SEED_BYTES + self.case.saved_extra
+        limit += sum(self.inputs[name].nbytes for name in self.case.kept)
         yield self._result("saved", float(kept - plain), float(limit), detail)
 
     def expectation(self) -> Iterator[Result]:

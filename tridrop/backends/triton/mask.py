@@ -150,11 +150,6 @@ def keep_scores(
 
 
 @triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit
 def keep_score_rows(
     query, tile, where, key, threshold, MAYBE_ZERO: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -175,7 +170,7 @@ def keep_score_rows(
     decided = _pair(w0, 1, threshold, MAYBE_ZERO) | _pair(w1, 1 << 8, threshold, MAYBE_ZERO)
     decided = decided | _pair(w2, 1 << 16, threshold, MAYBE_ZERO)
     decided = decided | _pair(w3, 1 << 24, threshold, MAYBE_ZERO)
-    word = tl.reduce(decided << (call * 2), 2, _either)  # [QUERIES, KEYS / 32]
+    word = tl.sum(decided << (call * 2), axis=2)  # no bit meets another: [QUERIES, KEYS / 32]
     octet = word[:, :, None] >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]
     bit = tl.full([1], 1, tl.uint32) << tl.arange(0, 8).to(tl.uint32)
     keep = (octet[:, :, :, None] & bit[None, None, None, :]) != 0

@@ -1,0 +1,115 @@
+"""The rows of the attention ops: see cases.py for what a row is.
+
+Their random part is ``drop("attention", probabilities)``. Attention masks that need a gradient are
+operands of a row; those that need none are made by its functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from .cases import Case, Drop, Inputs
+
+
+def some_keys(shape: tuple[int, ...], device: str) -> Tensor:
+    """A bool mask of ``shape`` that lets two keys in three take part, and the first one always."""
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    mask = torch.rand(shape, generator=generator) < 2 / 3
+    mask[..., 0] = True
+    return mask.to(device)
+
+
+def taking_part(
+    shape: tuple[int, ...], mask: tuple[int, ...] | None, is_causal: bool, device: str
+) -> Tensor:
+    """Where the scores of ``shape`` take part, ``mask`` being the shape of a bool mask."""
+    part = torch.ones(shape, dtype=torch.bool, device=device)
+    if is_causal:
+        part = part.tril()
+    return part if mask is None else part & some_keys(mask, device)
+
+
+def eager_softmax(scores: Tensor, part: Tensor, mask: Tensor | None) -> Tensor:
+    """The probabilities as eager PyTorch has them; every row has a key that takes part."""
+    if mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores.masked_fill(~part, -math.inf), -1)
+
+
+def _softmax(
+    shape: tuple[int, ...],
+    *,
+    p: float = 0.3,
+    scale: float | None = None,
+    bool_mask: tuple[int, ...] | None = None,
+    float_mask: tuple[int, ...] | None = None,
+    is_causal: bool = False,
+    return_softmax: bool = False,
+) -> Case:
+    """softmax_dropout with a bool mask of that shape, or a float mask of that and its gradient."""
+    shapes: dict[str, tuple[int, ...]] = {"scores": shape, "out": shape}
+    if float_mask is not None:
+        shapes["mask"] = float_mask
+
+    def run(inputs: Inputs, seed: Any, p: float, training: bool, both: bool) -> Any:
+        scores = inputs["scores"]
+        mask = inputs.get("mask")
+        if bool_mask is not None:
+            mask = some_keys(bool_mask, str(scores.device))
+        return functional.softmax_dropout(
+            scores, p, training, mask=mask, is_causal=is_causal, scale=scale, seed=seed,
+            return_softmax=both,
+        )  # type: ignore[call-overload]  # fmt: skip
+
+    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
+        result = run(inputs, seed, p, training, return_softmax)
+        # Both results are checked at once.
+        return result[0] + result[1] if return_softmax else result
+
+    def eager(inputs: Inputs, drop: Drop) -> Tensor:
+        scores = inputs["scores"] * (1.0 if scale is None else scale)
+        part = taking_part(shape, bool_mask, is_causal, str(scores.device))
+        probabilities = eager_softmax(scores, part, inputs.get("mask"))
+        out = drop("attention", probabilities)
+        return out + probabilities if return_softmax else out
+
+    stages = [f"bool mask {list(bool_mask)}"] if bool_mask is not None else []
+    stages += [f"float mask {list(float_mask)}"] if float_mask is not None else []
+    stages += [f"scale {scale}"] if scale is not None else []
+    stages += [name for name, on in (("causal", is_causal), ("both", return_softmax)) if on]
+    return Case(
+        name=f"softmax_dropout: {', '.join(stages) or 'plain'} {list(shape)}",
+        op="softmax_dropout",
+        p=p,
+        shapes=shapes,
+        call=call,
+        eager=eager,
+        rates={"attention": p},
+        probe=lambda inputs, seed: run(inputs, seed, p, True, False),
+        # The gradient of a score is P * (dP - sum(dP * P)): no zero where dP is.
+        backward_shows_mask=False,
+        saved_extra=4 * math.prod(shape[:-1]),
+        main="scores",
+        kept=("mask",) if float_mask is not None else (),
+        scores_shape=shape,
+        visible=lambda device: taking_part(shape, bool_mask, is_causal, device),
+    )
+
+
+CASES: Sequence[Case] = (
+    _softmax((2, 1, 16, 48)),
+    _softmax((24, 33), p=0.1, scale=0.125),
+    _softmax((2, 16, 65), is_causal=True),
+    _softmax((2, 2, 15, 40), bool_mask=(2, 1, 1, 40), p=0.5),
+    _softmax((1, 2, 16, 31), bool_mask=(16, 31), is_causal=True, scale=-0.5),
+    _softmax((2, 1, 8, 100), float_mask=(8, 100), p=0.1),
+    _softmax((2, 2, 1, 9, 64), float_mask=(2, 1, 1, 64)),
+    _softmax((2, 9, 24), float_mask=(2, 9, 24), is_causal=True, return_softmax=True),
+    _softmax((2, 4, 200), return_softmax=True, p=0.9),
+)
