@@ -4,8 +4,12 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    EDGE,
+    INNER,
     LN2,
     LOG2E,
+    ROWS,
+    at_end,
     dot,
     dot_add,
     is_plain,
@@ -27,25 +31,25 @@ from .attention_tiles import (
 @triton.jit
 def _attend(
     state, query, bases, problem, place, rule, q0, start, stop,
-    EDGE: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
+    BOUNDS: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Go through the keys from start to stop: (weighted values, running maximum, running sum)."""
     total, largest, weight = state
     for padded in range(start, stop, BLOCKS.N):
         k0 = padded - problem.origin.shift
-        key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, EDGE)
+        key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
         if FEATURES.DROPS:
             # From indices alone: there is time for it while the product is under way.
             keep = keep_tile(problem, place, rule, q0, padded, BLOCKS, FEATURES)
         score = dot(query, tl.trans(key))
-        if is_plain(problem, EDGE, FEATURES):
+        if is_plain(problem, BOUNDS, FEATURES):
             # The factor, which is not negative, is applied after the maximum: one fma an element.
             factor = problem.factors.scale * LOG2E
             new = tl.maximum(largest, tl.max(score, 1) * factor)
             probability = tl.exp2(score * factor - new[:, None])
             shrink = tl.exp2(largest - new)
         else:
-            score, _ = make_scores(score, problem, place, q0, k0, BLOCKS, EDGE, FEATURES)
+            score, _ = make_scores(score, problem, place, q0, k0, BLOCKS, BOUNDS, FEATURES)
             new = tl.maximum(largest, tl.max(score, 1))
             pivot = tl.where(new == float("-inf"), 0.0, new)  # nothing to attend to so far
             probability = tl.exp2(score - pivot[:, None])
@@ -54,7 +58,7 @@ def _attend(
         total = total * shrink[:, None]
         if FEATURES.DROPS:
             probability = tl.where(keep, probability, rule[3])
-        value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, EDGE)
+        value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
         total = dot_add(probability.to(value.dtype), value, total)
         largest = new
     return total, largest, weight
@@ -82,7 +86,7 @@ def attention_forward_kernel(
         rule = load_rule(problem, threshold, scale, FEATURES)
         base, _ = query_bases(problem, out, place, FEATURES, LAYOUT)
         bases = key_bases(problem, place, FEATURES, LAYOUT)
-        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, True)
+        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
         largest = tl.full([BLOCKS.M], float("-inf"), tl.float32)
         weight = tl.full([BLOCKS.M], 0.0, tl.float32)
         if problem.tensors.sinks is not None:
@@ -94,19 +98,18 @@ def attention_forward_kernel(
         if FEATURES.LOWER or FEATURES.SHIFTED:
             state = _attend(
                 state, query, bases, problem, place, rule, q0, a, b,
-                True, BLOCKS, FEATURES, LAYOUT,
+                EDGE, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
         state = _attend(
-            state, query, bases, problem, place, rule, q0, b, c, False, BLOCKS, FEATURES, LAYOUT
+            state, query, bases, problem, place, rule, q0, b, c, INNER, BLOCKS, FEATURES, LAYOUT
         )
         state = _attend(
-            state, query, bases, problem, place, rule, q0, c, d, True, BLOCKS, FEATURES, LAYOUT
+            state, query, bases, problem, place, rule, q0, c, d, EDGE, BLOCKS, FEATURES, LAYOUT
         )
         total, largest, weight = state
         empty = weight == 0
         share = tl.where(empty, 0.0, rule[2] / tl.where(empty, 1.0, weight))
-        # An index that looks new keeps the addresses of the end out of the loops' registers.
-        q_end = q0 + (threshold >> 63).to(tl.int32)
+        q_end = at_end(q0, threshold)
         row = q_end + tl.arange(0, BLOCKS.M)
         rows = statistics_at(lse, problem, place, FEATURES)
         # log2(0) is -inf: so is the log-sum-exp of a query with nothing to attend to.

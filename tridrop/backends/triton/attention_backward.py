@@ -13,7 +13,11 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    EDGE,
+    INNER,
     LOG2E,
+    ROWS,
+    at_end,
     dot,
     dot_add,
     is_plain,
@@ -77,18 +81,18 @@ def load_statistics(incoming, problem, place, q0, M: tl.constexpr, FEATURES: tl.
 @triton.jit
 def _tile(
     query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
-    EDGE: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr,
+    BOUNDS: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """(P * keep, dS, gradient of the product without the scale) of a tile, [M, N]."""
     if FEATURES.DROPS:
         keep = keep_tile(problem, place, rule, q0, padded, BLOCKS, FEATURES)
     product = dot(query, tl.trans(key))
     capped = product
-    if is_plain(problem, EDGE, FEATURES):
+    if is_plain(problem, BOUNDS, FEATURES):
         probability = tl.exp2(product * (problem.factors.scale * LOG2E) - lse[:, None])
     else:
         k0 = padded - problem.origin.shift
-        score, capped = make_scores(product, problem, place, q0, k0, BLOCKS, EDGE, FEATURES)
+        score, capped = make_scores(product, problem, place, q0, k0, BLOCKS, BOUNDS, FEATURES)
         probability = tl.exp2(score - lse[:, None])
     dp = dot(dout, tl.trans(value))
     kept = probability
@@ -105,16 +109,16 @@ def _tile(
 @triton.jit
 def _over_keys(
     total, query, dout, lse, delta, bases, problem, place, rule, q0, start, stop,
-    EDGE: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
+    BOUNDS: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Add dS key over the keys from start to stop."""
     for padded in range(start, stop, BLOCKS.N):
         k0 = padded - problem.origin.shift
-        key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, EDGE)
-        value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, EDGE)
+        key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
+        value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
         _, _, dproduct = _tile(
             query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
-            EDGE, BLOCKS, FEATURES,
+            BOUNDS, BLOCKS, FEATURES,
         )  # fmt: skip
         total = dot_add(dproduct.to(key.dtype), key, total)
     return total
@@ -139,46 +143,46 @@ def attention_dquery_kernel(
         rule = load_rule(problem, threshold, scale, FEATURES)
         base, dout_base = query_bases(problem, incoming.dout, place, FEATURES, LAYOUT)
         bases = key_bases(problem, place, FEATURES, LAYOUT)
-        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, True)
-        dout = load_dout(dout_base, problem, place, q0, BLOCKS, LAYOUT, True)
+        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
+        dout = load_dout(dout_base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
         lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
         total = tl.full([BLOCKS.M, BLOCKS.E], 0.0, tl.float32)
         a, b, c, d = key_phases(problem, place, q0, BLOCKS, FEATURES)
         if FEATURES.LOWER or FEATURES.SHIFTED:
             total = _over_keys(
                 total, query, dout, lse, delta, bases, problem, place, rule, q0, a, b,
-                True, BLOCKS, FEATURES, LAYOUT,
+                EDGE, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
         total = _over_keys(
             total, query, dout, lse, delta, bases, problem, place, rule, q0, b, c,
-            False, BLOCKS, FEATURES, LAYOUT,
+            INNER, BLOCKS, FEATURES, LAYOUT,
         )  # fmt: skip
         total = _over_keys(
             total, query, dout, lse, delta, bases, problem, place, rule, q0, c, d,
-            True, BLOCKS, FEATURES, LAYOUT,
+            EDGE, BLOCKS, FEATURES, LAYOUT,
         )  # fmt: skip
         step = dquery_strides[2]
         base = rows_at(dquery, dquery_strides, place, place.query_start, head, step, FEATURES)
         store_rows(
-            base, step, q0, place.queries, shape.width, total * problem.factors.scale,
-            BLOCKS.M, BLOCKS.E,
+            base, step, at_end(q0, threshold), place.queries, shape.width,
+            total * problem.factors.scale, BLOCKS.M, BLOCKS.E,
         )  # fmt: skip
 
 
 @triton.jit
 def _over_queries(
     state, key, value, bases, incoming, problem, place, rule, padded, start, stop,
-    EDGE: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
+    BOUNDS: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T query and (P * keep)^T dout over the queries from start to stop."""
     dkey, dvalue = state
     for q0 in range(start, stop, BLOCKS.M):
-        query = load_query(bases[0], problem, place, q0, BLOCKS, LAYOUT, EDGE)
+        query = load_query(bases[0], problem, place, q0, BLOCKS, LAYOUT, BOUNDS)
         lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
-        dout = load_dout(bases[1], problem, place, q0, BLOCKS, LAYOUT, EDGE)
+        dout = load_dout(bases[1], problem, place, q0, BLOCKS, LAYOUT, BOUNDS)
         kept, _, dproduct = _tile(
             query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
-            EDGE, BLOCKS, FEATURES,
+            BOUNDS, BLOCKS, FEATURES,
         )  # fmt: skip
         dvalue = dot_add(tl.trans(kept.to(dout.dtype)), dout, dvalue)
         dkey = dot_add(tl.trans(dproduct.to(query.dtype)), query, dkey)
@@ -207,14 +211,19 @@ def attention_dkey_kernel(
     if k0 < place.keys:
         rule = load_rule(problem, threshold, scale, FEATURES)
         key_base, value_base = key_bases(problem, place, FEATURES, LAYOUT)
-        key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, True)
-        value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, True)
+        key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
+        value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
         a, b, c, d = query_phases(problem, place, k0, BLOCKS, FEATURES)
-        if problem.tensors.mask is not None:
-            # The mask has no entries for the keys outside, so no tile is without bounds.
-            ragged = (k0 < 0) | (k0 + BLOCKS.N > place.keys)
-            b = tl.where(ragged, a, b)
-            c = tl.where(ragged, a, c)
+        # Queries beyond the last have P = 0 by themselves, and keys beyond the last are not
+        # stored: unless the mask has to be read within its bounds, only the band needs them.
+        TAIL: tl.constexpr = FEATURES.LOWER or problem.tensors.mask is not None
+        if TAIL:
+            if problem.tensors.mask is not None:
+                ragged = (k0 < 0) | (k0 + BLOCKS.N > place.keys)
+                b = tl.where(ragged, a, b)
+                c = tl.where(ragged, a, c)
+        else:
+            c = d
         state = (
             tl.full([BLOCKS.N, BLOCKS.E], 0.0, tl.float32),
             tl.full([BLOCKS.N, BLOCKS.V], 0.0, tl.float32),
@@ -225,27 +234,28 @@ def attention_dkey_kernel(
             if FEATURES.UPPER:
                 state = _over_queries(
                     state, key, value, bases, incoming, problem, at, rule, padded, a, b,
-                    True, BLOCKS, FEATURES, LAYOUT,
+                    EDGE, BLOCKS, FEATURES, LAYOUT,
                 )  # fmt: skip
             state = _over_queries(
                 state, key, value, bases, incoming, problem, at, rule, padded, b, c,
-                False, BLOCKS, FEATURES, LAYOUT,
+                ROWS, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
-            state = _over_queries(
-                state, key, value, bases, incoming, problem, at, rule, padded, c, d,
-                True, BLOCKS, FEATURES, LAYOUT,
-            )  # fmt: skip
+            if TAIL:
+                state = _over_queries(
+                    state, key, value, bases, incoming, problem, at, rule, padded, c, d,
+                    EDGE, BLOCKS, FEATURES, LAYOUT,
+                )  # fmt: skip
         start, step = place.key_start, dkey_strides[2]
         base = rows_at(dkey, dkey_strides, place, start, key_head, step, FEATURES)
         store_rows(
-            base, step, k0, place.keys, shape.width, state[0] * problem.factors.scale,
-            BLOCKS.N, BLOCKS.E,
+            base, step, at_end(k0, threshold), place.keys, shape.width,
+            state[0] * problem.factors.scale, BLOCKS.N, BLOCKS.E,
         )  # fmt: skip
         step = dvalue_strides[2]
         base = rows_at(dvalue, dvalue_strides, place, start, key_head, step, FEATURES)
         store_rows(
-            base, step, k0, place.keys, shape.value_width, state[1] * rule[2],
-            BLOCKS.N, BLOCKS.V,
+            base, step, at_end(k0, threshold), place.keys, shape.value_width,
+            state[1] * rule[2], BLOCKS.N, BLOCKS.V,
         )  # fmt: skip
 
 
@@ -279,15 +289,15 @@ def attention_dmask_kernel(
         k0 = padded - problem.origin.shift
         place = place_of(problem, batch, head, FEATURES)
         base, dout_base = query_bases(problem, incoming.dout, place, FEATURES, LAYOUT)
-        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, True)
-        dout = load_dout(dout_base, problem, place, q0, BLOCKS, LAYOUT, True)
+        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
+        dout = load_dout(dout_base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
         key_base, value_base = key_bases(problem, place, FEATURES, LAYOUT)
-        key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, True)
-        value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, True)
+        key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
+        value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
         lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
         _, dscore, _ = _tile(
             query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
-            True, BLOCKS, FEATURES,
+            EDGE, BLOCKS, FEATURES,
         )  # fmt: skip
         total += dscore
     row = own_query * BLOCKS.M + tl.arange(0, BLOCKS.M)

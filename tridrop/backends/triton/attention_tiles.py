@@ -16,6 +16,11 @@ from .tiles import known, to_float
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# What a tile needs: nothing, bounds of the rows that it loads, or of its scores as well.
+INNER = tl.constexpr(0)
+ROWS = tl.constexpr(1)
+EDGE = tl.constexpr(2)
+
 # Pointers; None where absent. `rate` is the (threshold, scale) pair on the device.
 Tensors = namedtuple("Tensors", "query key value mask key_mask sinks cu_query cu_key seed rate")
 # Strides between batches and heads of query, key, value and out or dout; of the mask between
@@ -96,14 +101,14 @@ def statistics_at(pointer, problem, place, FEATURES: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    base, first, length, width, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
-    EDGE: tl.constexpr, WIDTH: tl.constexpr,
+    base, first, length, width, HEIGHT: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
+    BOUNDS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` and on, [ROWS, COLS], zeros outside. WIDTH is the width, or 0 if not COLS."""
+    """Rows `first` and on, [HEIGHT, COLS], zeros outside. WIDTH is the width, or 0 if not COLS."""
     # With a constant row stride a thread needs one address, not one for each row that it loads.
-    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    row, col = tl.arange(0, HEIGHT), tl.arange(0, COLS)
     pointers = base + tl.cast(first, tl.int64) * STEP + (row[:, None] * STEP + col[None, :])
-    if EDGE:
+    if BOUNDS != INNER:
         at = first + row
         inside = ((at >= 0) & (at < length))[:, None]
         if WIDTH == 0:
@@ -117,53 +122,62 @@ def load_rows(
 
 @triton.jit
 def load_key(
-    base, problem, place, k0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr
+    base, problem, place, k0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
     """Keys k0 and on, [N, E]."""
     return load_rows(
         base, k0, place.keys, problem.shape.width, BLOCKS.N, BLOCKS.E,
-        LAYOUT.KEY, EDGE, LAYOUT.WIDTH,
+        LAYOUT.KEY, BOUNDS, LAYOUT.WIDTH,
     )  # fmt: skip
 
 
 @triton.jit
 def load_value(
-    base, problem, place, k0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr
+    base, problem, place, k0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
     """Values k0 and on, [N, V]."""
     return load_rows(
         base, k0, place.keys, problem.shape.value_width, BLOCKS.N, BLOCKS.V,
-        LAYOUT.VALUE, EDGE, LAYOUT.VALUE_WIDTH,
+        LAYOUT.VALUE, BOUNDS, LAYOUT.VALUE_WIDTH,
     )  # fmt: skip
 
 
 @triton.jit
 def load_query(
-    base, problem, place, q0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr
+    base, problem, place, q0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
     """Queries q0 and on, [M, E]."""
     return load_rows(
         base, q0, place.queries, problem.shape.width, BLOCKS.M, BLOCKS.E,
-        LAYOUT.QUERY, EDGE, LAYOUT.WIDTH,
+        LAYOUT.QUERY, BOUNDS, LAYOUT.WIDTH,
     )  # fmt: skip
 
 
 @triton.jit
 def load_dout(
-    base, problem, place, q0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr
+    base, problem, place, q0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
     """Gradients of the results q0 and on, [M, V]."""
     return load_rows(
         base, q0, place.queries, problem.shape.value_width, BLOCKS.M, BLOCKS.V,
-        LAYOUT.OUT, EDGE, LAYOUT.VALUE_WIDTH,
+        LAYOUT.OUT, BOUNDS, LAYOUT.VALUE_WIDTH,
     )  # fmt: skip
 
 
 @triton.jit
+def at_end(index, threshold):
+    """The index again, as one that the compiler does not know: a threshold has no sign bit.
+
+    Addresses of the end then are computed there, and take no registers from the loops.
+    """
+    return index + (threshold >> 63).to(tl.int32)
+
+
+@triton.jit
 def store_rows(
-    base, step, first, length, width, value, ROWS: tl.constexpr, COLS: tl.constexpr
+    base, step, first, length, width, value, HEIGHT: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    row, col = tl.arange(0, HEIGHT), tl.arange(0, COLS)
     pointers = base + tl.cast(first, tl.int64) * step + (row[:, None] * step + col[None, :])
     at = first + row
     inside = ((at >= 0) & (at < length))[:, None] & (col < width)[None, :]
@@ -222,15 +236,15 @@ def query_phases(problem, place, k0, BLOCKS: tl.constexpr, FEATURES: tl.constexp
 
 
 @triton.jit
-def is_plain(problem, EDGE: tl.constexpr, FEATURES: tl.constexpr):
+def is_plain(problem, BOUNDS: tl.constexpr, FEATURES: tl.constexpr):
     """Whether a score is nothing but a multiple of the product."""
     no_mask: tl.constexpr = problem.tensors.mask is None and problem.tensors.key_mask is None
-    return no_mask and not EDGE and not FEATURES.SOFTCAP
+    return no_mask and BOUNDS != EDGE and not FEATURES.SOFTCAP
 
 
 @triton.jit
 def make_scores(
-    product, problem, place, q0, k0, BLOCKS: tl.constexpr, EDGE: tl.constexpr,
+    product, problem, place, q0, k0, BLOCKS: tl.constexpr, BOUNDS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
     """(scores * log2(e), -inf where excluded; tanh(score / softcap)) of the tile at (q0, k0)."""
@@ -263,7 +277,7 @@ def make_scores(
         base += tl.cast(q0, tl.int64) * strides.mask[2] + tl.cast(k0, tl.int64) * strides.mask[3]
         row, col = tl.arange(0, BLOCKS.M), tl.arange(0, BLOCKS.N)
         pointers = base + (row[:, None] * strides.mask[2] + col[None, :] * strides.mask[3])
-        if EDGE:  # noqa: SIM108 (the compiler takes no conditional expression here)
+        if BOUNDS == EDGE:  # noqa: SIM108 (the compiler takes no conditional expression here)
             mask = tl.load(pointers, mask=inside, other=0)
         else:
             mask = tl.load(pointers)
@@ -275,7 +289,7 @@ def make_scores(
         pointers = tensors.key_mask + tl.cast(place.batch, tl.int64) * strides.key_mask + key
         takes_part = tl.load(pointers, mask=(key >= 0) & (key < place.keys), other=0)
         score = tl.where((takes_part != 0)[None, :], score, float("-inf"))
-    if EDGE:
+    if BOUNDS == EDGE:
         score = tl.where(inside, score, float("-inf"))
     return score, capped
 
