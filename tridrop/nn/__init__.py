@@ -1,6 +1,7 @@
 """Modules with torch.nn's names, arguments and state_dict keys."""
 
 from ..seeds import number_sites
+from .attention import MultiheadAttention
 from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .transformer import TransformerBlock
@@ -12,6 +13,7 @@ __all__ = [
     "DropoutAdd",
     "DropoutAddLayerNorm",
     "DropoutAddRMSNorm",
+    "MultiheadAttention",
     "TransformerBlock",
     "number_sites",
 ]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import ACTIVATIONS
+from .attention import ScaledDotProductAttention
 from .modules import ActivationDropout, DropoutAdd
 from .norm import DropoutAddLayerNorm
 
@@ -22,9 +23,9 @@ class TransformerBlock(nn.Module):
         x = norm2(x + drop_path(dropout(fc2(dropout(activation(fc1(x)))))))
 
     Dropout, residual and the norm that follows are one op, which also adds the bias of ``proj`` or
-    ``fc2``; that of ``fc1`` is added with the activation. The attention is torch's
-    scaled_dot_product_attention, with torch's own dropout of the scores: that mask comes from
-    torch's generator and is not covered by :func:`tridrop.rng`.
+    ``fc2``; that of ``fc1`` is added with the activation. The attention is
+    :func:`tridrop.scaled_dot_product_attention`: it holds no scores and no mask, and
+    :func:`tridrop.rng` and :func:`number_sites` cover its dropout as they do the others.
 
     Args:
         dim: the width of the residual stream.
@@ -63,8 +64,6 @@ class TransformerBlock(nn.Module):
             raise ValueError(f"num_heads = {num_heads} does not divide dim = {dim}")
         hidden = 4 * dim if mlp_dim is None else mlp_dim
         self.num_heads = num_heads
-        self.attention_p = attention_p
-        self.is_causal = is_causal
         self.norm_first = norm_first
         self.norm1: nn.LayerNorm | DropoutAddLayerNorm
         if norm_first:
@@ -80,6 +79,8 @@ class TransformerBlock(nn.Module):
         self.fc1 = nn.Linear(dim, width)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop2 = DropoutAdd(p, drop_path) if norm_first else None
+        # The last in the order of sites.
+        self.attention = ScaledDotProductAttention(attention_p, is_causal)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, tokens, dim] -> [batch, tokens, dim]"""
@@ -95,13 +96,7 @@ class TransformerBlock(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            dropout_p=self.attention_p if self.training else 0.0,
-            is_causal=self.is_causal,
-        )
+        attended: Tensor = self.attention(query, key, value)
         return attended.transpose(1, 2).reshape(batch, tokens, dim)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
