@@ -41,7 +41,7 @@ def _attend(
         if FEATURES.DROPS:
             # From indices alone: there is time for it while the product is under way.
             keep = keep_tile(problem, place, rule, q0, padded, BLOCKS, FEATURES)
-        score = dot(query, tl.trans(key))
+        score = dot(query, tl.trans(key), FEATURES)
         if is_plain(problem, BOUNDS, FEATURES):
             # The factor, which is not negative, is applied after the maximum: one fma an element.
             factor = problem.factors.scale * LOG2E
@@ -59,7 +59,7 @@ def _attend(
         if FEATURES.DROPS:
             probability = tl.where(keep, probability, rule[3])
         value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
-        total = dot_add(probability.to(value.dtype), value, total)
+        total = dot_add(probability.to(value.dtype), value, total, FEATURES)
         largest = new
     return total, largest, weight
 

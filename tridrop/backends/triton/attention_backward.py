@@ -86,7 +86,7 @@ def _tile(
     """(P * keep, dS, gradient of the product without the scale) of a tile, [M, N]."""
     if FEATURES.DROPS:
         keep = keep_tile(problem, place, rule, q0, padded, BLOCKS, FEATURES)
-    product = dot(query, tl.trans(key))
+    product = dot(query, tl.trans(key), FEATURES)
     capped = product
     if is_plain(problem, BOUNDS, FEATURES):
         probability = tl.exp2(product * (problem.factors.scale * LOG2E) - lse[:, None])
@@ -94,7 +94,7 @@ def _tile(
         k0 = padded - problem.origin.shift
         score, capped = make_scores(product, problem, place, q0, k0, BLOCKS, BOUNDS, FEATURES)
         probability = tl.exp2(score - lse[:, None])
-    dp = dot(dout, tl.trans(value))
+    dp = dot(dout, tl.trans(value), FEATURES)
     kept = probability
     if FEATURES.DROPS:
         kept = tl.where(keep, probability, rule[3])
@@ -120,7 +120,7 @@ def _over_keys(
             query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
             BOUNDS, BLOCKS, FEATURES,
         )  # fmt: skip
-        total = dot_add(dproduct.to(key.dtype), key, total)
+        total = dot_add(dproduct.to(key.dtype), key, total, FEATURES)
     return total
 
 
@@ -184,8 +184,8 @@ def _over_queries(
             query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
             BOUNDS, BLOCKS, FEATURES,
         )  # fmt: skip
-        dvalue = dot_add(tl.trans(kept.to(dout.dtype)), dout, dvalue)
-        dkey = dot_add(tl.trans(dproduct.to(query.dtype)), query, dkey)
+        dvalue = dot_add(tl.trans(kept.to(dout.dtype)), dout, dvalue, FEATURES)
+        dkey = dot_add(tl.trans(dproduct.to(query.dtype)), query, dkey, FEATURES)
     return dkey, dvalue
 
 

@@ -43,47 +43,52 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def capability() -> int:
-    """The compute capability of the CUDA device times ten; 90 where there is none."""
-    if launch.interpreting():
-        return 90
-    target = driver.active.get_current_target()
-    return int(target.arch) if target.backend == "cuda" else 80
+def large() -> bool:
+    """Whether the GPU has the matrix units and shared memory of Hopper or of data centre Blackwell.
 
-
-def forward_tile(width: int, element_size: int, arch: int) -> Tile:
-    """The forward's tile, for the larger of the padded head dimensions.
-
-    Read off the machine code, in bf16: no spill at head dimensions 64 and 128 with every mask of
-    issue, and the most scores a thread that allows it.
+    Settings follow the kind of GPU because a tile that fills one does not fit the other. Masks do
+    not depend on them; the order of sums, and so the last bits of results, does.
     """
+    if launch.interpreting():
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and 90 <= int(target.arch) < 120
+
+
+# The tiles are read off the machine code (docs/design.md has the figures): for bf16 at head
+# dimensions 64 and 128 the largest that spill no register, or next to none in backward, and
+# beyond that what fits the shared memory: 227 KiB, or the 99 KiB of the smallest GPU.
+
+
+def forward_tile(width: int, element_size: int, large: bool) -> Tile:
+    """The forward's tile, for the larger of the padded head dimensions."""
     if element_size == 4:
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 8, 1)
     if width <= 128:
-        return Tile(128, 128, 8, 2) if arch >= 90 else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 32, 4, 2)
+        return Tile(128, 128, 8, 2) if large else Tile(128, 64, 8, 2)
+    return Tile(128, 64, 8, 2) if large else Tile(32, 32, 4, 2)
 
 
-def dquery_tile(width: int, element_size: int, arch: int) -> Tile:
-    """The tile of the gradient of queries."""
+def dquery_tile(width: int, element_size: int, large: bool) -> Tile:
+    """The tile of the gradient of queries, and of the mask's."""
     if element_size == 4:
-        return Tile(32, 32, 4, 1)
-    if width <= 64:
+        return Tile(32 if width <= 64 else 16, 32, 4, 1)
+    if width <= 64 or (width <= 128 and large):
         return Tile(128, 64, 8, 2)
     if width <= 128:
-        return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 64, 8, 2)
-    return Tile(64, 32, 8, 1)
+        return Tile(64, 64, 8, 2)
+    return Tile(128, 32, 8, 1) if large else Tile(64, 32, 8, 1)
 
 
-def dkey_tile(width: int, element_size: int, arch: int) -> Tile:
+def dkey_tile(width: int, element_size: int, large: bool) -> Tile:
     """The tile of the gradients of keys and values."""
     if element_size == 4:
-        return Tile(32, 32, 4, 1)
+        return Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
     if width <= 64:
         return Tile(64, 64, 4, 2)
     if width <= 128:
-        return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 64, 8, 1)
-    return Tile(64, 32, 8, 1)
+        return Tile(128, 64, 8, 2) if large else Tile(64, 64, 8, 1)
+    return Tile(128, 32, 8, 2) if large else Tile(32, 32, 4, 1)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -146,6 +151,8 @@ class Call:
             "MAYBE_ZERO": inputs.p is not None,
             "SOFTCAP": options.softcap != 0,
             "PACKED": self.packed,
+            # fp32 is multiplied as torch.matmul would, by torch's own switch.
+            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }
 
     @property
@@ -189,7 +196,7 @@ class Call:
     def tile(self, choose: Any) -> Tile:
         size = torch.finfo(self.dtype).bits // 8
         widest = max(_padded(self.shape.width), _padded(self.shape.value_width))
-        chosen: Tile = choose(widest, size, capability())
+        chosen: Tile = choose(widest, size, large())
         return chosen
 
 

@@ -36,9 +36,11 @@ Factors = namedtuple("Factors", "scale cap")
 # All of it: what every kernel is given.
 Problem = namedtuple("Problem", "tensors strides shape origin factors")
 # Compile-time: whether there are bounds of key - query, whether the first key is inside a tile of
-# 32, dropout, a p that only the device knows, a softcap, packed sequences, and a divisor of
-# the strides.
-Features = namedtuple("Features", "LOWER UPPER SHIFTED DROPS MAYBE_ZERO SOFTCAP PACKED VECTOR")
+# 32, dropout, a p that only the device knows, a softcap, packed sequences, the precision of
+# products in fp32, and a divisor of the strides.
+Features = namedtuple(
+    "Features", "LOWER UPPER SHIFTED DROPS MAYBE_ZERO SOFTCAP PACKED PRECISION VECTOR"
+)
 # Compile-time: queries, keys, width and value width of a tile.
 Blocks = namedtuple("Blocks", "M N E V")
 # Compile-time: the width and value width, or 0 where they are smaller than their blocks, and the
@@ -325,11 +327,10 @@ def keep_tile(
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b in fp32, without TF32."""
-    return tl.dot(a, b, input_precision="ieee")
+def dot(a, b, FEATURES: tl.constexpr):
+    return tl.dot(a, b, input_precision=FEATURES.PRECISION)
 
 
 @triton.jit
-def dot_add(a, b, total):
-    return tl.dot(a, b, total, input_precision="ieee")
+def dot_add(a, b, total, FEATURES: tl.constexpr):
+    return tl.dot(a, b, total, input_precision=FEATURES.PRECISION)
