@@ -1,8 +1,8 @@
 """Compile the attention kernels for GPUs that are not here and read their loops.
 
 Run as a program it prints a list of JSON records, one a kernel. As in machine_code.py, the
-launchers of the package choose what is compiled. With arguments, only those targets are compiled; the last
-argument "table" prints a table instead, the one in docs/design.md.
+launchers of the package choose what is compiled. With arguments, only those targets are compiled;
+the last argument "table" prints a table instead, the one in docs/design.md.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tridrop.backends.triton import elementwise, norm_launch
+from tridrop.backends.triton import elementwise, norm_launch, softmax_launch
 from tridrop.spec import NormOptions, Options
+from tridrop.spec_attention import AttentionOptions
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,7 +80,8 @@ def instructions(cubin: bytes) -> tuple[list[str], int]:
 def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:
     """The record of one kernel compiled for one target."""
     driver.set_active(Driver(TARGETS[target]))
-    module = norm_launch if kernel.startswith("norm") else elementwise
+    modules = {"norm": norm_launch, "softmax": softmax_launch}
+    module = modules.get(kernel.split("_")[0], elementwise)
     recorder = Recorder(getattr(module, kernel))
     setattr(module, kernel, recorder)
     try:
@@ -228,15 +230,53 @@ def norm_cases(dtype: torch.dtype) -> dict[str, tuple]:
     return cases
 
 
+SOFTMAX_KEYS = (128, 512, 1001, 1024, 4096, 65536)
+
+
+def softmax_cases(dtype: torch.dtype) -> dict[str, tuple]:
+    """The softmax, by itself and with every operand."""
+    seed = torch.zeros(2, dtype=torch.int64)
+
+    def pair(name, keys, options, mask=None, both=False):
+        scores = empty(2, 4, 64, keys, dtype=dtype)
+        needed = seed if options.p else None
+        kernels = [f"softmax_{way}_kernel" for way in ("forward", "backward")]
+        forward = (scores, mask, needed, None, options, both)
+        backward = (scores, scores if both else None, scores, mask, torch.empty(2, 4, 64), needed)
+        dtypes = (dtype, None if mask is None else mask.dtype)
+        return {
+            f"softmax {name}": ("softmax_forward", kernels[0], *forward),
+            f"softmax backward {name}": (
+                "softmax_backward", kernels[1], *backward, None, options, dtypes,
+            ),
+        }  # fmt: skip
+
+    drop = AttentionOptions(p=0.1)
+    cases = pair("1024 without dropout", 1024, AttentionOptions())
+    for keys in SOFTMAX_KEYS:
+        cases |= pair(str(keys), keys, drop)
+    for keys in (1000, 16384):
+        mask = empty(1, 4, 64, keys, dtype=torch.float32)
+        cases |= pair(f"everything {keys}", keys, AttentionOptions(p=0.1, upper=0), mask, True)
+    return cases
+
+
+def all_cases(dtype: torch.dtype) -> dict[str, tuple]:
+    return cases(dtype) | norm_cases(dtype) | softmax_cases(dtype)
+
+
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
     records = [
         inspect(name, target, *case)
         for target in sys.argv[1:] or TARGETS
-        for name, case in (cases(torch.bfloat16) | norm_cases(torch.bfloat16)).items()
-        # the norm's many sizes on two targets, one size on the others
-        if "norm" not in name or target in ("sm_80", "sm_90") or name.endswith("1024")
+        for name, case in all_cases(torch.bfloat16).items()
+        # the many sizes of norms and the softmax on two targets or one, one size on the others
+        if name.split()[0] not in ("layer_norm", "rms_norm", "softmax")
+        or target == "sm_90"
+        or (target == "sm_80" and "norm" in name)
+        or name.endswith("1024")
     ]
     print(json.dumps(records))
 

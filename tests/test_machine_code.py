@@ -77,6 +77,31 @@ def test_norms_draw_one_philox_call_for_eight_elements(records, target):
         assert r["philox_products"] <= 20 * calls + 24, (name, r["philox_products"])
 
 
+SOFTMAX = ["128", "512", "1024", "4096", "65536", "everything 1000", "everything 16384"]
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_the_softmax_loads_16_bytes(records, name):
+    for way in ("softmax ", "softmax backward "):
+        r = records["sm_90", way + name]
+        # the 8-byte loads are the seed's, those of 4 bytes a row's log-sum-exp
+        assert set(r["loads"]) <= {"LDG.E.128", "LDG.E.64", "LDG.E"}, name
+        assert set(r["stores"]) <= {"STG.E.128", "STG.E"}, name
+
+
+@pytest.mark.parametrize("name", [*SOFTMAX, "1001"])
+def test_the_softmax_draws_one_philox_call_for_eight_elements(records, name):
+    for way in ("softmax ", "softmax backward "):
+        r = records["sm_90", way + name]
+        calls = r["elements_a_thread"] / 8
+        # Backward needs the mask in both passes over a row in chunks.
+        calls *= 2 if way + name == "softmax backward 65536" else 1
+        # twenty products a call at most, and those of addresses and of the key
+        assert r["philox_products"] <= 20 * calls + 24, r["philox_products"]
+        if name != "1001" and "everything" not in name:
+            assert r["shared"] <= 16 * 4, "a number a warp or a row"
+
+
 def test_one_philox_call_serves_eight_elements(records):
     for target in CUDA:
         r = records[target, "dropout_add"]
@@ -91,6 +116,10 @@ BUDGETS = {  # SASS instructions an element on sm_90 in bf16, whole program
     "dropout_add backward": 14.0,
     "dropout_add 1000": 16.5,
     "dropout_add 768": 17.5,
+    "softmax 1024": 30.5,
+    "softmax 1024 without dropout": 15.5,
+    "softmax backward 1024": 33.0,
+    "softmax 1001": 51.5,
 }
 
 

@@ -34,18 +34,20 @@ class SoftmaxDropout(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        scores, mask, seed, p, ctx.packed, return_softmax = inputs
+        scores, mask, seed, p, ctx.packed, ctx.return_softmax = inputs
         _, softmax, lse = output
         ctx.dtypes = tuple(
             t.dtype if t is not None and needed else None
             for t, needed in zip((scores, mask), ctx.needs_input_grad[:2], strict=True)
         )
-        ctx.mark_non_differentiable(lse, *(() if return_softmax else (softmax,)))
+        ctx.mark_non_differentiable(lse, *(() if ctx.return_softmax else (softmax,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scores, mask, lse, seed, p)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dsoftmax: Tensor | None, *_: Any) -> Any:
+        if not ctx.return_softmax:
+            dsoftmax = None  # compiled code makes a gradient for the empty result
         if dout is None and dsoftmax is None:
             return (None,) * 6
         # As in Fused: Dynamo cannot trace one autograd function inside the backward of another.

@@ -102,6 +102,114 @@ def _softmax(
     )
 
 
+def _attention(
+    batch: int,
+    heads: tuple[int, int],
+    lengths: tuple[int, int],
+    widths: tuple[int, int],
+    *,
+    p: float = 0.3,
+    scale: float | None = None,
+    bool_mask: tuple[int, ...] | None = None,
+    float_mask: tuple[int, ...] | None = None,
+    key_mask: bool = False,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    sinks: bool = False,
+    softcap: float | None = None,
+) -> Case:
+    """scaled_dot_product_attention of (query, key) heads and lengths and (key, value) widths."""
+    (query_heads, key_heads), (queries, keys), (width, value_width) = heads, lengths, widths
+    scores_shape = (batch, query_heads, queries, keys)
+    shapes: dict[str, tuple[int, ...]] = {
+        "query": (batch, query_heads, queries, width),
+        "key": (batch, key_heads, keys, width),
+        "value": (batch, key_heads, keys, value_width),
+        "out": (batch, query_heads, queries, value_width),
+    }
+    if float_mask is not None:
+        shapes["mask"] = float_mask
+    if sinks:
+        shapes["sinks"] = (query_heads,)
+    factor = width**-0.5 if scale is None else scale
+
+    def part_of(device: str) -> Tensor:
+        part = taking_part(scores_shape, bool_mask, is_causal, device)
+        if key_mask:
+            part = part & some_keys((batch, keys), device)[:, None, None, :]
+        if window is not None:
+            distance = torch.arange(keys)[None, :] - torch.arange(queries)[:, None]
+            left, right = window
+            near = torch.ones_like(distance, dtype=torch.bool)
+            near = near if left is None else near & (distance >= -left)
+            near = near if right is None else near & (distance <= right)
+            part = part & near.to(device)
+        return part
+
+    def run(inputs: Inputs, seed: Any, p: float, value: Tensor) -> Tensor:
+        device = str(value.device)
+        mask = inputs.get("mask")
+        if bool_mask is not None:
+            mask = some_keys(bool_mask, device)
+        out = functional.scaled_dot_product_attention(
+            inputs["query"], inputs["key"], value, mask, p, is_causal, scale,
+            enable_gqa=query_heads != key_heads, window=window, sinks=inputs.get("sinks"),
+            key_mask=some_keys((batch, keys), device) if key_mask else None, softcap=softcap,
+            seed=seed,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
+        return run(inputs, seed, p if training else 0.0, inputs["value"])
+
+    def probabilities_of(inputs: Inputs, seed: Any) -> Tensor:
+        """With the identity for values attention returns its probabilities."""
+        identity = torch.eye(keys, dtype=inputs["value"].dtype, device=inputs["value"].device)
+        return run(inputs, seed, p, identity.expand(batch, key_heads, keys, keys))
+
+    def eager(inputs: Inputs, drop: Drop) -> Tensor:
+        group = query_heads // key_heads
+        key, value = (inputs[n].repeat_interleave(group, 1) for n in ("key", "value"))
+        scores = inputs["query"] @ key.transpose(-1, -2) * factor
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        part, mask = part_of(str(scores.device)), inputs.get("mask")
+        if sinks:
+            # The sink is one more key, whose probability is left out.
+            sink = inputs["sinks"][None, :, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores if mask is None else scores + mask, sink], -1)
+            mask, part = None, torch.nn.functional.pad(part, (0, 1), value=True)
+        probabilities = eager_softmax(scores, part, mask)[..., :keys]
+        return drop("attention", probabilities) @ value
+
+    stages = [f"bool mask {list(bool_mask)}"] if bool_mask is not None else []
+    stages += [f"float mask {list(float_mask)}"] if float_mask is not None else []
+    stages += [f"scale {scale}"] if scale is not None else []
+    stages += [f"window {window}"] if window is not None else []
+    stages += [f"softcap {softcap}"] if softcap is not None else []
+    named = (("causal", is_causal), ("key mask", key_mask), ("sinks", sinks))
+    stages += [name for name, on in named if on]
+    return Case(
+        name=f"scaled_dot_product_attention: {', '.join(stages) or 'plain'} "
+        f"{[list(shapes[n]) for n in ('query', 'key', 'value')]}",
+        op="scaled_dot_product_attention",
+        p=p,
+        shapes=shapes,
+        call=call,
+        eager=eager,
+        rates={"attention": p},
+        probe=probabilities_of,
+        backward_shows_mask=False,
+        # the result, from which backward begins, and the log-sum-exp
+        saved_extra=math.prod(scores_shape[:-1]) * (4 + 8 * value_width),
+        main="query",
+        kept=("mask",) if float_mask is not None else (),
+        scores_shape=scores_shape,
+        visible=part_of,
+    )
+
+
 CASES: Sequence[Case] = (
     _softmax((2, 1, 16, 48)),
     _softmax((24, 33), p=0.1, scale=0.125),
@@ -112,4 +220,12 @@ CASES: Sequence[Case] = (
     _softmax((2, 2, 1, 9, 64), float_mask=(2, 1, 1, 64)),
     _softmax((2, 9, 24), float_mask=(2, 9, 24), is_causal=True, return_softmax=True),
     _softmax((2, 4, 200), return_softmax=True, p=0.9),
+    _attention(2, (2, 2), (20, 40), (16, 16)),
+    _attention(1, (4, 2), (33, 33), (24, 40), is_causal=True, p=0.1),
+    _attention(2, (2, 1), (9, 70), (16, 8), bool_mask=(2, 1, 1, 70), scale=-0.3, p=0.5),
+    _attention(2, (2, 2), (17, 35), (16, 16), float_mask=(1, 2, 17, 35), is_causal=True),
+    _attention(2, (2, 2), (12, 40), (20, 16), float_mask=(2, 1, 1, 40), p=0.1),
+    _attention(1, (2, 2), (40, 40), (16, 16), window=(7, 3), p=0.1),
+    _attention(2, (2, 2), (30, 36), (16, 16), key_mask=True, sinks=True, softcap=1.5),
+    _attention(2, (3, 1), (1, 50), (16, 16), is_causal=False, p=0.9),
 )

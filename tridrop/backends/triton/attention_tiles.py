@@ -168,11 +168,11 @@ def load_dout(
 
 @triton.jit
 def at_end(index, threshold):
-    """The index again, as one that the compiler does not know: a threshold has no sign bit.
+    """The index again, as one that the compiler does not know: no threshold is below 0.
 
     Addresses of the end then are computed there, and take no registers from the loops.
     """
-    return index + (threshold >> 63).to(tl.int32)
+    return index + (threshold < 0).to(tl.int32)
 
 
 @triton.jit
@@ -307,7 +307,7 @@ def load_rule(problem, threshold, scale, FEATURES: tl.constexpr):
             load_philox_key(problem.tensors.seed),
             threshold,
             scale,
-            (threshold >> 63).to(tl.float32),
+            (threshold < 0).to(tl.float32),
         )
     else:
         return (0, 0), threshold, 1.0, 0.0

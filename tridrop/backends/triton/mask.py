@@ -154,10 +154,11 @@ def keep_score_rows(
     query, tile, where, key, threshold, MAYBE_ZERO: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """:func:`keep_scores` for a tile whose threads hold eight consecutive keys, one load's worth.
+    """:func:`keep_scores` for a tile whose threads hold consecutive keys.
 
-    Four threads then hold the 32 keys of a group of four calls, and each call decides for all four.
-    Each thread makes one call and packs its decisions; the four join theirs to one word of 32.
+    Four such threads with eight keys each hold a group of 32, whose four calls each decide for all
+    four of them. Here a call is computed once in the tile and its decisions are packed; a group's
+    four are joined to a word, which every thread reads that holds keys of the group.
     """
     row = (query + tl.arange(0, QUERIES)).to(tl.uint32)[:, None, None]
     group = (tile + tl.arange(0, KEYS // 32)).to(tl.uint32)[None, :, None] * 4
@@ -171,7 +172,11 @@ def keep_score_rows(
     decided = decided | _pair(w2, 1 << 16, threshold, MAYBE_ZERO)
     decided = decided | _pair(w3, 1 << 24, threshold, MAYBE_ZERO)
     word = tl.sum(decided << (call * 2), axis=2)  # no bit meets another: [QUERIES, KEYS / 32]
-    octet = word[:, :, None] >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]
+    # A sum over one element changes nothing, but the compiler moves no layout past a scan: else it
+    # would compute the words anew in each thread that reads them (118 instructions an element and
+    # spills, where it is 49, for rows of 1001 keys).
+    word = tl.cumsum(word[:, :, None], axis=2)
+    octet = word >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]
     bit = tl.full([1], 1, tl.uint32) << tl.arange(0, 8).to(tl.uint32)
     keep = (octet[:, :, :, None] & bit[None, None, None, :]) != 0
     return tl.reshape(keep, [QUERIES, KEYS])
