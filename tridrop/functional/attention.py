@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, ops, spec, spec_attention
 from ..autograd import Attention
-from ..spec_attention import AttentionInputs, AttentionOptions, Window
+from ..spec_attention import AttentionOptions, Window
 from .elementwise import ShardLike, distinct
 from .softmax import as_four, settle_attention
 
@@ -162,19 +162,8 @@ def scaled_dot_product_attention(
         max_key=keys,
     )
     options, p_tensor, drawn = settle_attention(query, dropout_p, True, seed, options)
-    q, k, v, sinks = distinct(q, k, v, sinks)  # type: ignore[assignment]
-    inputs = AttentionInputs(
-        q,
-        k,
-        v,
-        as_four(mask, leading),
-        key_mask,
-        sinks,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        drawn,
-        p_tensor,
-    )
+    tensors = (q, k, v, as_four(mask, leading), key_mask, sinks, cu_seqlens_q, cu_seqlens_k)
+    inputs = (*distinct(*tensors), drawn, p_tensor)
     packed = ops.pack_attention(options, backends.choose(query.device))
     results: tuple[Tensor, Tensor] = Attention.apply(*inputs, packed)
     out, lse = (t.reshape(*outer, *t.shape[2:]) for t in results)

@@ -163,8 +163,8 @@ class Call:
     def strides(self, out: Tensor) -> Strides:
         t = self.tensors
         key_mask = 0 if t.key_mask is None or t.key_mask.shape[0] == 1 else t.key_mask.stride(0)
-        found = (_strides(x)[:2] for x in (t.query, t.key, t.value, out))
-        return Strides(*found, _strides(t.mask), key_mask)
+        query, key, value, last = (_strides(x)[:2] for x in (t.query, t.key, t.value, out))
+        return Strides(query, key, value, last, _strides(t.mask), key_mask)
 
     def launch(
         self, kernel: Any, tile: Tile, programs: int, out: Tensor, *args: Any, **more: Any
@@ -280,8 +280,8 @@ def attention_backward(
             make(inputs.key) if dkey is None else dkey,
             make(inputs.value) if dvalue is None else dvalue,
         )
-        steps = tuple(_strides(t)[:3] for t in pair)
-        call.launch(attention_dkey_kernel, tile, programs, dout, *pair, *steps, incoming)
+        both = [_strides(t)[:3] for t in pair]
+        call.launch(attention_dkey_kernel, tile, programs, dout, *pair, *both, incoming)
     if dmask is not None:
         _mask_gradient(call, incoming, dmask)
     return tuple(found)
