@@ -113,7 +113,7 @@ class Backend(Protocol):
         options: AttentionOptions,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key, value, mask and sinks, like their tensors; None if not needed."""
+        """Gradients of query, key, value, mask and sinks, like their tensors, or None."""
 
     def softmax_forward(
         self,
