@@ -73,7 +73,8 @@ def _keys(
 
 @triton.jit
 def _load(pointer, row, key, stride, needed):
-    return tl.load(pointer + (row[:, None] + key[None, :] * stride), mask=needed, other=0.0)
+    offsets = row[:, None] + key.to(tl.int64)[None, :] * stride
+    return tl.load(pointer + offsets, mask=needed, other=0.0)
 
 
 @triton.jit
@@ -194,8 +195,8 @@ def softmax_backward_kernel(
 
     dP = where(keep, dout, 0) * keep_scale + dsoftmax;  ds = P * (dP - sum(dP * P));  scale * ds
 
-    The rounding of lse makes all probabilities of a row wrong by one factor: 2^-25 * |lse|, too much
-    where scores are large. Their sum is that factor.
+    The rounding of lse makes all probabilities of a row wrong by one factor, by 2^-25 * |lse|, too
+    much where scores are large. Their sum is that factor.
     """
     rows = _rows(sizes, strides, VECTOR, BLOCK_ROWS)
     rule = (0, 0, 1.0)
