@@ -179,12 +179,9 @@ def test_without_dropout_no_seed_is_drawn(backend):
 
 
 def test_a_tensor_p_is_its_value(backend):
-    tensors = inputs()
     p = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
-    assert_same(
-        run(lambda q, k, v: sdpa(q, k, v, dropout_p=p, seed=3), *tensors),
-        run(dropped, *tensors),
-    )
+    found = run(lambda q, k, v: sdpa(q, k, v, dropout_p=p, seed=3), *inputs())
+    assert_same(found, run(dropped, *inputs()))
 
 
 @pytest.mark.parametrize("dim", range(4))
@@ -194,6 +191,7 @@ def test_masks_of_shards_are_pieces_of_the_whole(backend, dim):
     whole = (2, 4, 20, 70)
     cut = (1, 3, 7, 45)[dim]
     keep = tridrop.attention_keep_mask(3, whole, 0.3, device=DEVICE)
+    band = torch.ones(20, 70, dtype=torch.bool, device=DEVICE).tril().triu(-9)
     for start, size in ((0, cut), (cut, whole[dim] - cut)):
         origin = tuple(start if i == dim else 0 for i in range(4))
         q, k = query, key
@@ -203,8 +201,11 @@ def test_masks_of_shards_are_pieces_of_the_whole(backend, dim):
             k = k.narrow(min(dim, 2), start, size)
         n = k.shape[2]
         identity = torch.eye(n, device=DEVICE).expand(*k.shape[:2], n, n)
-        out = sdpa(q, k, identity, dropout_p=0.3, shard=(whole, origin), seed=3)
+        where = (whole, origin)
+        out = sdpa(q, k, identity, dropout_p=0.3, shard=where, seed=3)
         assert torch.equal(out != 0, keep.narrow(dim, start, size))
+        out = sdpa(q, k, identity, None, 0.3, True, window=(9, None), shard=where, seed=3)
+        assert torch.equal(out != 0, (keep & band).narrow(dim, start, size))
 
 
 def test_repeats_are_bitwise_equal(backend):
@@ -300,8 +301,7 @@ def test_functional_transforms(backend):
     found = torch.func.grad(loss)(query[0], key[0], value[0])
     leaf = query[0].detach().requires_grad_()
     assert torch.equal(found, torch.autograd.grad(loss(leaf, key[0], value[0]), leaf)[0])
-    each = torch.func.vmap(torch.func.grad(loss))(query, key, value)
-    assert torch.equal(each[0], found)
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(query, key, value)[0], found)
 
 
 def test_second_derivatives():

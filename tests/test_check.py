@@ -26,7 +26,9 @@ def test_every_case_holds(case, dtype, backend):
     results = check.check_case(case, dtype, backend, DEVICE, seeds=24)
     assert [r for r in results if r.passed is False] == []
     ran = {r.check for r in results if r.passed}
-    assert {"masks", "saved"} <= ran
+    # Triton's interpreter cannot multiply matrices of bf16, from which attention's mask is read.
+    blind = case.multiplies and backend == "triton" and dtype == torch.bfloat16
+    assert ({"saved"} if blind and DEVICE == "cpu" else {"masks", "saved"}) <= ran
     if backend == "reference" or dtype != torch.bfloat16 or DEVICE == "cuda":
         operands = {f"grad {name}" for name in case.shapes if name != "out"}
         assert ran == {"value", "p = 0", "masks", "saved", "expectation |z|"} | operands

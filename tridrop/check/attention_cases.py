@@ -207,6 +207,7 @@ def _attention(
         kept=("mask",) if float_mask is not None else (),
         scores_shape=scores_shape,
         visible=part_of,
+        multiplies=True,
     )
 
 
@@ -220,12 +221,12 @@ CASES: Sequence[Case] = (
     _softmax((2, 2, 1, 9, 64), float_mask=(2, 1, 1, 64)),
     _softmax((2, 9, 24), float_mask=(2, 9, 24), is_causal=True, return_softmax=True),
     _softmax((2, 4, 200), return_softmax=True, p=0.9),
-    _attention(2, (2, 2), (20, 40), (16, 16)),
-    _attention(1, (4, 2), (33, 33), (24, 40), is_causal=True, p=0.1),
-    _attention(2, (2, 1), (9, 70), (16, 8), bool_mask=(2, 1, 1, 70), scale=-0.3, p=0.5),
-    _attention(2, (2, 2), (17, 35), (16, 16), float_mask=(1, 2, 17, 35), is_causal=True),
-    _attention(2, (2, 2), (12, 40), (20, 16), float_mask=(2, 1, 1, 40), p=0.1),
-    _attention(1, (2, 2), (40, 40), (16, 16), window=(7, 3), p=0.1),
-    _attention(2, (2, 2), (30, 36), (16, 16), key_mask=True, sinks=True, softcap=1.5),
-    _attention(2, (3, 1), (1, 50), (16, 16), is_causal=False, p=0.9),
+    _attention(1, (2, 2), (20, 40), (16, 16)),
+    _attention(1, (4, 2), (15, 33), (24, 40), is_causal=True, p=0.1),
+    _attention(2, (2, 1), (9, 50), (16, 8), bool_mask=(2, 1, 1, 50), scale=-0.3, p=0.5),
+    _attention(2, (2, 2), (17, 30), (16, 16), float_mask=(1, 2, 17, 30), is_causal=True),
+    _attention(2, (1, 1), (12, 40), (20, 16), float_mask=(2, 1, 1, 40), p=0.1),
+    _attention(1, (2, 2), (32, 32), (16, 16), window=(7, 3), p=0.1),
+    _attention(2, (2, 2), (30, 30), (16, 16), key_mask=True, sinks=True, softcap=1.5),
+    _attention(2, (3, 1), (1, 50), (16, 16), p=0.9),
 )

@@ -72,6 +72,8 @@ class Case:
     """the shape of the masks of attention, [..., queries, keys]; None for the result's"""
     visible: Callable[[str], Tensor] | None = None
     """(device) -> where a result shows the mask, if not everywhere; it is zero elsewhere"""
+    multiplies: bool = False
+    """whether the kernels multiply matrices, which the interpreter cannot in bf16"""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ DEFAULTS: dict[str, Any] = {
     "heads": 4,
     "context": 64,
     "batch": 16,
-    "p": 0.15,
-    "attention_p": 0.0,
+    "p": 0.1,
+    "attention_p": None,  # p
     "lr": 2e-3,
     "seed": 0,
     "train_bytes": 12_288,
@@ -90,6 +90,8 @@ def resolve(args: argparse.Namespace) -> Options:
         given = getattr(args, name)
         if given is not None:
             values[name] = given
+    if values["attention_p"] is None:
+        values["attention_p"] = values["p"]
     return Options(
         text=args.text,
         device=args.device,
@@ -129,9 +131,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, kind: Callable[[str], Any], text: str) -> None:
         # The parser's own default stays None, so that --quick can tell what was asked for.
         key = name.replace("-", "_")
+        default = "that of --p" if DEFAULTS[key] is None else DEFAULTS[key]
         quick = f", quick {QUICK[key]}" if key in QUICK else ""
         parser.add_argument(
-            f"--{name}", type=kind, metavar="N", help=f"{text} (default {DEFAULTS[key]}{quick})"
+            f"--{name}", type=kind, metavar="N", help=f"{text} (default {default}{quick})"
         )
 
     parser.add_argument("--quick", action="store_true", help="a small run, within a minute")

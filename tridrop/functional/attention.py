@@ -103,7 +103,7 @@ def scaled_dot_product_attention(
         max_seqlen_q, max_seqlen_k: bounds of the packed lengths; a tight one saves empty blocks.
         return_lse: also return ``lse``, ``[..., H, L]`` in float32, differentiable.
         shard: where the scores lie in a larger ``[B, H, L, S]``: ``tridrop.Shard(global_shape,
-            origin)``. Only the dropout mask depends on it.
+            origin)``. The dropout mask, is_causal and window then are those of the whole.
         seed: as in :func:`tridrop.dropout`; :func:`tridrop.attention_keep_mask` exports the mask.
 
     Returns:
@@ -140,9 +140,9 @@ def scaled_dot_product_attention(
     lower, upper = spec_attention.resolve_band(is_causal, window)
     mask = attn_mask
     if type(mask).__name__ == "CausalBias":  # its module imports triton, so it is not named here
-        if is_packed or upper is not None or lower is not None:
+        if is_packed or shard is not None or upper is not None or lower is not None:
             raise ValueError(
-                "attn_mask is a CausalBias, which goes with neither is_causal, window nor "
+                "attn_mask is a CausalBias, which goes with none of is_causal, window, shard and "
                 "cu_seqlens: use is_causal=True or a bool mask"
             )
         lower_right = mask.variant.name == "LOWER_RIGHT"  # type: ignore[union-attr]
@@ -152,12 +152,14 @@ def scaled_dot_product_attention(
     spec_attention.check_key_mask(key_mask, batch, keys, query)
     spec_attention.check_sinks(sinks, heads, query)
     local = (batch, heads, 0, 0) if is_packed else (batch, heads, queries, keys)
+    origin = spec_attention.resolve_origin(shard, local)
+    apart = origin[2] - origin[3]  # local indices differ by this from those of the whole
     options = AttentionOptions(
         scale=spec_attention.resolve_scale(scale, 1 / math.sqrt(query.shape[-1])),
-        lower=lower,
-        upper=upper,
+        lower=None if lower is None else lower + apart,
+        upper=None if upper is None else upper + apart,
         softcap=spec_attention.resolve_softcap(softcap),
-        origin=spec_attention.resolve_origin(shard, local),
+        origin=origin,
         max_query=queries,
         max_key=keys,
     )

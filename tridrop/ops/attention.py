@@ -15,7 +15,7 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_mask, Tensor? sinks, "
     "Tensor? cu_query, Tensor? cu_key, Tensor? seed, Tensor? p_tensor"
 )
-_OPTIONS = (
+OPTIONS = (
     "float p, float scale, SymInt? lower, SymInt? upper, float softcap, SymInt[] origin, "
     "SymInt max_query, SymInt max_key, str backend"
 )
@@ -86,14 +86,14 @@ def _backward_fake(
 
 
 define(
-    f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_forward({_INPUTS}, {OPTIONS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 # Gradients of query, key, value, mask and sinks; empty tensors for those that are not wanted.
 define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
-    f"{_INPUTS}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_INPUTS}, {OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

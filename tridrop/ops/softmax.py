@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..spec_attention import AttentionOptions
-from .attention import _OPTIONS as OPTIONS
+from .attention import OPTIONS as OPTIONS
 from .attention import unpack_attention
 from .library import define, filled, read_rate
 

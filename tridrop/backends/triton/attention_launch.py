@@ -43,16 +43,17 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def large() -> bool:
-    """Whether the GPU has the matrix units and shared memory of Hopper or of data centre Blackwell.
+def generation() -> int:
+    """90 for Hopper, 100 for data centre Blackwell, 80 for GPUs with less shared memory.
 
     Settings follow the kind of GPU because a tile that fills one does not fit the other. Masks do
     not depend on them; the order of sums, and so the last bits of results, does.
     """
     if launch.interpreting():
-        return False
+        return 80
     target = driver.active.get_current_target()
-    return target.backend == "cuda" and 90 <= int(target.arch) < 120
+    arch = int(target.arch) if target.backend == "cuda" else 0
+    return 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
 
 
 # The tiles are read off the machine code (docs/design.md has the figures): for bf16 at head
@@ -60,35 +61,36 @@ def large() -> bool:
 # beyond that what fits the shared memory: 227 KiB, or the 99 KiB of the smallest GPU.
 
 
-def forward_tile(width: int, element_size: int, large: bool) -> Tile:
+def forward_tile(width: int, element_size: int, gpu: int) -> Tile:
     """The forward's tile, for the larger of the padded head dimensions."""
     if element_size == 4:
         return Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 8, 1)
     if width <= 128:
-        return Tile(128, 128, 8, 2) if large else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 2) if large else Tile(32, 32, 4, 2)
+        return Tile(128, 128, 8, 2) if gpu >= 90 else Tile(128, 64, 8, 2)
+    return Tile(128, 64, 8, 2) if gpu >= 90 else Tile(32, 32, 4, 2)
 
 
-def dquery_tile(width: int, element_size: int, large: bool) -> Tile:
+def dquery_tile(width: int, element_size: int, gpu: int) -> Tile:
     """The tile of the gradient of queries, and of the mask's."""
     if element_size == 4:
         return Tile(32 if width <= 64 else 16, 32, 4, 1)
-    if width <= 64 or (width <= 128 and large):
+    if width <= 64 or (width <= 128 and gpu >= 90):
         return Tile(128, 64, 8, 2)
     if width <= 128:
         return Tile(64, 64, 8, 2)
-    return Tile(128, 32, 8, 1) if large else Tile(64, 32, 8, 1)
+    return Tile(128, 32, 8, 1) if gpu >= 90 else Tile(64, 32, 8, 1)
 
 
-def dkey_tile(width: int, element_size: int, large: bool) -> Tile:
+def dkey_tile(width: int, element_size: int, gpu: int) -> Tile:
     """The tile of the gradients of keys and values."""
     if element_size == 4:
         return Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
     if width <= 64:
         return Tile(64, 64, 4, 2)
     if width <= 128:
-        return Tile(128, 64, 8, 2) if large else Tile(64, 64, 8, 1)
-    return Tile(128, 32, 8, 2) if large else Tile(32, 32, 4, 1)
+        # on Blackwell products come back through shared memory too
+        return Tile(128, 64, 8, 2 if gpu == 90 else 1) if gpu >= 90 else Tile(64, 64, 8, 1)
+    return Tile(128, 32, 8, 2) if gpu == 90 else Tile(32, 32, 4, 1)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ class Call:
     def tile(self, choose: Any) -> Tile:
         size = torch.finfo(self.dtype).bits // 8
         widest = max(_padded(self.shape.width), _padded(self.shape.value_width))
-        chosen: Tile = choose(widest, size, large())
+        chosen: Tile = choose(widest, size, generation())
         return chosen
 
 
