@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import tridrop
+from tridrop.check.measure import error, tolerance
+from tridrop.mask import scale, threshold
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -75,3 +77,74 @@ def test_no_synchronisation():
         tridrop.dropout_add(x, x, 0.1, seed=3).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def _attention(dtype=torch.bfloat16, length=512, dim=64, **options):
+    """Operands on the device, and attention of them with dropout."""
+    torch.manual_seed(0)
+    shape = (2, 4, length, dim)
+    tensors = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    options = {"dropout_p": 0.2, "seed": 3} | options
+    return tensors, lambda *t: tridrop.scaled_dot_product_attention(*t, **options)
+
+
+def _results(tensors, call):
+    out = call(*tensors)
+    return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_is_as_accurate_as_eager(dtype, dim, is_causal):
+    tensors, call = _attention(dtype, 300, dim, is_causal=is_causal)
+    keep = tridrop.attention_keep_mask(3, (2, 4, 300, 300), 0.2, device="cuda")
+
+    def eager(query, key, value):
+        scores = query @ key.transpose(-1, -2) * dim**-0.5
+        if is_causal:
+            hidden = torch.ones(300, 300, dtype=torch.bool, device="cuda").triu(1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        return (torch.softmax(scores, -1) * keep * scale(threshold(0.2))) @ value
+
+    exact = _results([t.detach().double().requires_grad_() for t in tensors], eager)
+    plain = _results(tensors, eager)
+    for found, own, want in zip(_results(tensors, call), plain, exact, strict=True):
+        assert error(found, want) <= tolerance(own, want)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_repeats_bitwise(is_causal):
+    tensors, call = _attention(is_causal=is_causal)
+    first = _results(tensors, call)
+    for _ in range(200):
+        for a, b in zip(_results(tensors, call), first, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_attention_in_a_captured_graph_reads_its_seed():
+    tensors, _ = _attention()
+    seed = tridrop.new_seed("cuda")
+
+    def run():
+        return tridrop.scaled_dot_product_attention(*tensors, dropout_p=0.2, seed=seed)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for _ in range(3):
+        seed.copy_(tridrop.new_seed("cuda"))
+        graph.replay()
+        assert torch.equal(out, run())
+
+
+def test_attention_needs_no_memory_of_the_size_of_the_scores():
+    tensors, call = _attention(length=16384)
+    _results(tensors, call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _results(tensors, call)
+    # the result, its gradient, three gradients and fp32 numbers a row; scores would be 4 GiB
+    assert torch.cuda.max_memory_allocated() - before <= 8 * tensors[0].nbytes
