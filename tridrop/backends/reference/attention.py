@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...spec_attention import AttentionInputs, AttentionOptions, empty_output
 from .elementwise import compute
-from .softmax import attention_multiplier, band
+from .softmax import attention_multiplier, masked_scores, safe_softmax
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -70,35 +70,10 @@ def scores(
     if options.softcap:
         capped = torch.tanh(score / options.softcap)
         score = capped * options.softcap
-    allowed = band(score, options)
+    score = masked_scores(score, mask, options)
     if key_mask is not None:
-        allowed = allowed & key_mask[:, None, None, :]
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            allowed = allowed & mask
-        else:
-            score = score + mask
-    return torch.where(allowed, score, -torch.inf), capped
-
-
-def softmax(score: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(P, lse, probability of the sink); zeros in a row without scores."""
-    largest = score.detach().amax(-1, keepdim=True) if score.shape[-1] else score.sum(-1, True)
-    if score.shape[-1] == 0:
-        largest = torch.full_like(largest, -torch.inf)
-    sink: Tensor | None = None
-    if sinks is not None:
-        largest = torch.maximum(largest, sinks.detach()[:, None, None])
-    largest = torch.where(largest == -torch.inf, 0.0, largest)
-    exponential = torch.exp(score - largest)
-    total = exponential.sum(-1, keepdim=True)
-    if sinks is not None:
-        sink = torch.exp(sinks[:, None, None] - largest)
-        total = total + sink
-    empty = total == 0
-    total = torch.where(empty, 1.0, total)
-    lse = torch.where(empty, -torch.inf, largest + torch.log(total)).squeeze(-1)
-    return exponential / total, lse, None if sink is None else sink / total
+        score = score.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+    return score, capped
 
 
 def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -116,7 +91,7 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
         assert k is not None
         assert v is not None
         score, _ = scores(q, k, _with_bool(mask, one), one.key_mask, its)
-        probabilities, log_sum, _ = softmax(score, sinks)
+        probabilities, log_sum, _ = safe_softmax(score, sinks)
         drop = attention_multiplier(tuple(score.shape), one.seed, one.p, its)
         out[:, :, at] = (drop(probabilities) @ _repeat(v, q.shape[1])).to(out.dtype)
         lse[:, :, at] = log_sum.to(wide)
@@ -149,7 +124,7 @@ def _gradients(
     heads, groups = query.shape[1], key.shape[1]
     score, capped = scores(query, key, _with_bool(mask, inputs), inputs.key_mask, options)
     drop = attention_multiplier(tuple(score.shape), inputs.seed, inputs.p, options)
-    probabilities, _, sink = softmax(score, sinks)
+    probabilities, _, sink = safe_softmax(score, sinks)
     dvalue = drop(probabilities).transpose(-1, -2) @ dout
     dp = drop(dout @ _repeat(value, heads).transpose(-1, -2))
     delta = (dp * probabilities).sum(-1, keepdim=True)

@@ -62,19 +62,31 @@ def masked_scores(scores: Tensor, mask: Tensor | None, options: AttentionOptions
     return scores.masked_fill(~allowed, -math.inf)
 
 
-def safe_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(probabilities, log-sum-exp) over the keys; zeros and -inf for a row that is all -inf.
+def safe_softmax(
+    scores: Tensor, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(probabilities, log-sum-exp, the sink's probability); zeros and -inf for an empty row.
 
-    It can be differentiated any number of times, through the probabilities.
+    ``sinks``, one for each entry of dimension -3, take part in the sum. All results can be
+    differentiated any number of times.
     """
-    if scores.shape[-1] == 0:
-        return scores, scores.new_full(scores.shape[:-1], -math.inf)
-    largest = scores.detach().amax(-1, keepdim=True)
+    if scores.shape[-1]:
+        largest = scores.detach().amax(-1, keepdim=True)
+    else:
+        largest = scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks.detach()[:, None, None])
     largest = torch.where(largest == -math.inf, 0.0, largest)
     exponentials = torch.exp(scores - largest)
     total = exponentials.sum(-1, keepdim=True)
-    probabilities = exponentials / torch.where(total == 0, 1.0, total)
-    return probabilities, (largest + torch.log(total)).squeeze(-1)
+    share: Tensor | None = None
+    if sinks is not None:
+        share = torch.exp(sinks[:, None, None] - largest)
+        total = total + share
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, -math.inf, largest + torch.log(total)).squeeze(-1)
+    return exponentials / total, lse, None if share is None else share / total
 
 
 def softmax_forward(
@@ -88,7 +100,7 @@ def softmax_forward(
     """The op; arguments as in ``backends.Backend.softmax_forward``."""
     drop = attention_multiplier(scores.shape, seed, p, options)
     wide, added = _compute(scores, mask)
-    probabilities, lse = safe_softmax(masked_scores(options.scale * wide, added, options))
+    probabilities, lse, _ = safe_softmax(masked_scores(options.scale * wide, added, options))
     out = own(drop(probabilities).to(scores.dtype), scores)
     softmax = own(probabilities.to(scores.dtype), out) if return_softmax else None
     return out, softmax, lse.to(torch.float32).contiguous()
@@ -104,7 +116,7 @@ def softmax_gradients(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the scores and of a float mask; differentiable."""
-    probabilities, _ = safe_softmax(masked_scores(options.scale * scores, mask, options))
+    probabilities, _, _ = safe_softmax(masked_scores(options.scale * scores, mask, options))
     dp = torch.zeros_like(probabilities) if dout is None else drop(dout)
     if dsoftmax is not None:
         dp = dp + dsoftmax

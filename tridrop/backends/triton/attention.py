@@ -21,8 +21,8 @@ from .attention_tiles import (
     load_rule,
     load_value,
     make_scores,
-    place_of,
     query_bases,
+    query_block,
     statistics_at,
     store_rows,
 )
@@ -74,14 +74,7 @@ def attention_forward_kernel(
     P = exp(score - lse);   out = sum over keys of P * keep * scale * value
     """
     shape = problem.shape
-    blocks = tl.cdiv(shape.queries, BLOCKS.M)
-    block = tl.program_id(0) % blocks
-    if FEATURES.UPPER:
-        block = blocks - 1 - block  # the longest rows first
-    head = tl.program_id(0) // blocks % shape.heads
-    batch = tl.program_id(0) // blocks // shape.heads
-    place = place_of(problem, batch, head, FEATURES)
-    q0 = block * BLOCKS.M
+    place, q0 = query_block(problem, BLOCKS, FEATURES)
     if q0 < place.queries:
         rule = load_rule(problem, threshold, scale, FEATURES)
         base, _ = query_bases(problem, out, place, FEATURES, LAYOUT)
@@ -90,7 +83,7 @@ def attention_forward_kernel(
         largest = tl.full([BLOCKS.M], float("-inf"), tl.float32)
         weight = tl.full([BLOCKS.M], 0.0, tl.float32)
         if problem.tensors.sinks is not None:
-            sink = tl.load(problem.tensors.sinks + head).to(tl.float32) * LOG2E
+            sink = tl.load(problem.tensors.sinks + place.head).to(tl.float32) * LOG2E
             largest = tl.full([BLOCKS.M], 0.0, tl.float32) + sink
             weight += 1.0
         state = (tl.full([BLOCKS.M, BLOCKS.V], 0.0, tl.float32), largest, weight)

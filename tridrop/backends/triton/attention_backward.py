@@ -32,6 +32,7 @@ from .attention_tiles import (
     make_scores,
     place_of,
     query_bases,
+    query_block,
     query_phases,
     rows_at,
     statistics_at,
@@ -131,14 +132,7 @@ def attention_dquery_kernel(
 ):  # fmt: skip
     """A block of queries of one head: dquery = score scale * sum over keys of dS key."""
     shape = problem.shape
-    blocks = tl.cdiv(shape.queries, BLOCKS.M)
-    block = tl.program_id(0) % blocks
-    if FEATURES.UPPER:
-        block = blocks - 1 - block  # the longest rows first
-    head = tl.program_id(0) // blocks % shape.heads
-    batch = tl.program_id(0) // blocks // shape.heads
-    place = place_of(problem, batch, head, FEATURES)
-    q0 = block * BLOCKS.M
+    place, q0 = query_block(problem, BLOCKS, FEATURES)
     if q0 < place.queries:
         rule = load_rule(problem, threshold, scale, FEATURES)
         base, dout_base = query_bases(problem, incoming.dout, place, FEATURES, LAYOUT)
@@ -162,7 +156,7 @@ def attention_dquery_kernel(
             EDGE, BLOCKS, FEATURES, LAYOUT,
         )  # fmt: skip
         step = dquery_strides[2]
-        base = rows_at(dquery, dquery_strides, place, place.query_start, head, step, FEATURES)
+        base = rows_at(dquery, dquery_strides, place, place.query_start, place.head, step, FEATURES)
         store_rows(
             base, step, at_end(q0, threshold), place.queries, shape.width,
             total * problem.factors.scale, BLOCKS.M, BLOCKS.E,

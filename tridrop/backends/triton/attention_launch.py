@@ -93,11 +93,6 @@ def dkey_tile(width: int, element_size: int, gpu: int) -> Tile:
     return Tile(128, 32, 8, 2) if gpu == 90 else Tile(32, 32, 4, 1)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """``t`` with adjacent elements in a row."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _strides(t: Tensor | None) -> tuple[int, ...]:
     """Strides in elements; 0 along dimensions of size 1, so that a shared one is read again."""
     if t is None:
@@ -109,7 +104,7 @@ class Call:
     """What the launches of one call share."""
 
     def __init__(self, inputs: AttentionInputs, options: AttentionOptions) -> None:
-        query, key, value = (_rows(t) for t in (inputs.query, inputs.key, inputs.value))
+        query, key, value = (launch.adjacent(t) for t in (inputs.query, inputs.key, inputs.value))
         width, value_width = query.shape[-1], value.shape[-1]
         if max(width, value_width) > HEAD_DIM_LIMIT:
             raise ValueError(
@@ -242,17 +237,17 @@ def attention_backward(
         make(t) if need and t is not None else None for t, need in zip(like, needs, strict=True)
     ]
     dquery, dkey, dvalue, dmask, _ = found
-    dout = _rows(dout)
+    dout = launch.adjacent(dout)
     delta = torch.empty_like(lse)
     if lse.numel():
         rows = 64
         with torch.cuda.device(call.device if call.device.type == "cuda" else -1):
             attention_delta_kernel[(triton.cdiv(lse.shape[2], rows) * lse.shape[0] * call.heads,)](
                 delta,
-                _rows(out),
+                launch.adjacent(out),
                 dout,
                 None if dlse is None else dlse.contiguous(),
-                _strides(_rows(out))[:3],
+                _strides(launch.adjacent(out))[:3],
                 _strides(dout)[:3],
                 call.shape,
                 BLOCK=rows,

@@ -65,6 +65,18 @@ def place_of(problem, batch, head, FEATURES: tl.constexpr):
 
 
 @triton.jit
+def query_block(problem, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
+    """What this program owns, a block of queries: its place and its first query."""
+    blocks = tl.cdiv(problem.shape.queries, BLOCKS.M)
+    block = tl.program_id(0) % blocks
+    if FEATURES.UPPER:
+        block = blocks - 1 - block  # the longest rows first
+    head = tl.program_id(0) // blocks % problem.shape.heads
+    batch = tl.program_id(0) // blocks // problem.shape.heads
+    return place_of(problem, batch, head, FEATURES), block * BLOCKS.M
+
+
+@triton.jit
 def rows_at(pointer, strides, place, start, head, step, FEATURES: tl.constexpr):
     """The first row of a batch entry's head: `start` is its first token, `step` the row stride."""
     base = pointer + tl.cast(head, tl.int64) * known(strides[1], FEATURES.VECTOR)

@@ -202,6 +202,11 @@ def vector_width(plan: Plan, *matrices: Tensor | None) -> int:
     return 1 if sizes % 16 == 0 else math.gcd(LANES, sizes)
 
 
+def adjacent(t: Tensor) -> Tensor:
+    """``t`` with adjacent elements in a row; a copy only where they are not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
 def vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 

@@ -85,11 +85,6 @@ class Rows:
         )
 
 
-def adjacent(t: Tensor) -> Tensor:
-    """``t`` with adjacent keys; a copy only where they are not."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def softmax_forward(
     scores: Tensor,
     mask: Tensor | None,
@@ -105,7 +100,7 @@ def softmax_forward(
     lse = torch.empty(plan.shape[:-1], dtype=torch.float32, device=scores.device)
     if plan.empty:
         return out, softmax, lse.fill_(-math.inf)
-    scores = adjacent(scores)
+    scores = launch.adjacent(scores)
     sizes, strides, vector = plan.layout(scores, mask, None)
     launch.run(
         softmax_forward_kernel,
@@ -153,8 +148,8 @@ def softmax_backward(
         # Of a shared mask the gradient is a sum, and its terms are fp32.
         dmask = like(dmask_dtype if mask.shape == scores.shape else torch.float32)
     if not plan.empty:
-        scores = adjacent(scores)
-        dout = None if dout is None else adjacent(dout)
+        scores = launch.adjacent(scores)
+        dout = None if dout is None else launch.adjacent(dout)
         sizes, strides, vector = plan.layout(scores, mask, dout)
         launch.run(
             softmax_backward_kernel,
