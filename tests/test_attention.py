@@ -377,6 +377,14 @@ def test_attention_softmax_dropout_and_the_export_draw_one_mask(backend):
     torch.testing.assert_close(found, weights)
 
 
+def test_padding_changes_no_mask(backend):
+    query, key, value = inputs(1)
+    there = torch.arange(37, device=DEVICE)[None] < 30
+    padded = sdpa(query, key, value, dropout_p=0.3, key_mask=there, seed=3)
+    alone = sdpa(query[:, :, :9], key[:, :, :30], value[:, :, :30], dropout_p=0.3, seed=3)
+    torch.testing.assert_close(padded[:, :, :9], alone)
+
+
 TILES = [(16, 32), (64, 64), (32, 128), (128, 32)]
 
 
