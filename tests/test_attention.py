@@ -1,4 +1,4 @@
-"""Attention: accuracy, masks of every kind, packed sequences, shards; the cases: test_check.py."""
+"""Attention: accuracy, masks of every kind, one dropout mask; the cases: test_check.py."""
 
 import math
 
@@ -299,58 +299,6 @@ def test_sinks_softcap_and_lse(backend):
 
     tensors = (query, key, value, sinks)
     assert_as_accurate_as_eager(fused, plain, tensors, draw(2, 2, 20, 17, seed=5))
-
-
-# ------------------------------------------------------------------------------------- packing
-
-
-def packed_inputs():
-    starts = torch.tensor([0, 12, 12, 40, 58], dtype=torch.int32, device=DEVICE)
-    key_starts = torch.tensor([0, 30, 33, 60, 70], dtype=torch.int32, device=DEVICE)
-    return inputs(1, 4, 60, 75, key_heads=2), starts, key_starts
-
-
-@pytest.mark.parametrize("case", ["plain", "causal", "window", "bias"])
-def test_packed_sequences_equal_calls_of_their_own(backend, case):
-    tensors, starts, key_starts = packed_inputs()
-    options = {"causal": {"is_causal": True}, "window": {"window": (5, 2)}}.get(case, {})
-    if case == "bias":
-        tensors = (*tensors, draw(4, 1, 28, 30, seed=9))
-        options = {"max_seqlen_q": 28, "max_seqlen_k": 30}
-
-    def packed(query, key, value, bias=None):
-        return sdpa(
-            query, key, value, bias, 0.3, enable_gqa=True, cu_seqlens_q=starts,
-            cu_seqlens_k=key_starts, seed=3, **options,
-        )  # fmt: skip
-
-    def apart(query, key, value, bias=None):
-        pieces = []
-        own = {} if case == "bias" else options
-        for i in range(4):
-            at = slice(int(starts[i]), int(starts[i + 1]))
-            keys = slice(int(key_starts[i]), int(key_starts[i + 1]))
-            n, m = at.stop - at.start, keys.stop - keys.start
-            mask = None if bias is None else bias[i : i + 1, :, :n, :m]
-            # a sequence is a batch entry of the mask
-            where = tridrop.Shard((4, 4, n, m), (i, 0, 0, 0))
-            one = (query[:, :, at], key[:, :, keys], value[:, :, keys], mask, 0.3)
-            pieces.append(sdpa(*one, enable_gqa=True, shard=where, seed=3, **own))
-        return torch.cat([*pieces, torch.zeros_like(query[:, :, 58:])], 2)
-
-    grad = draw(1, 4, 60, 16, seed=5)
-    for a, b in zip(run(packed, *tensors, grad=grad), run(apart, *tensors, grad=grad), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_packed_tensors_may_have_three_dimensions(backend):
-    tensors, starts, key_starts = packed_inputs()
-    options = {"enable_gqa": True, "dropout_p": 0.3, "seed": 3}
-    options |= {"cu_seqlens_q": starts, "cu_seqlens_k": key_starts, "return_lse": True}
-    four = sdpa(*tensors, **options)
-    three = sdpa(*(t[0] for t in tensors), **options)
-    assert torch.equal(three[0], four[0][0])
-    assert torch.equal(three[1], four[1][0])
 
 
 # -------------------------------------------------------------------------------- masks' identity

@@ -40,6 +40,17 @@ def _same_batch(
     return q, k, v, (*batch, heads) if query.dim() > 2 else ()
 
 
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as torch's own function takes them under torch.autocast."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return list(tensors)  # refused below
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t.dtype in spec.FLOATS[:3] else t for t in tensors]
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -77,6 +88,7 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``[..., H, L, E]``; float16, bfloat16, float32, or float64 (reference backend).
+            Under torch.autocast query, key and value are cast as for torch's function.
         key, value: ``[..., H, S, E]`` and ``[..., H, S, Ev]`` of the same dtype. Any strides.
             The Triton backend takes E and Ev up to 256.
         attn_mask: bool (True takes part) or floating-point (added to the scores), broadcastable to
@@ -119,6 +131,7 @@ def scaled_dot_product_attention(
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     >>> out = scaled_dot_product_attention(q, k, v, dropout_p=0.5, scale=0.0, seed=1)
     """
+    query, key, value = _autocast(query, key, value)
     spec_attention.check_dtypes(query, key=key, value=value)
     spec_attention.check_shapes(query, key, value, enable_gqa)
     spec.check_probability(dropout_p, "dropout_p", tensor_allowed=True)
