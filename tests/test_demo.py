@@ -61,7 +61,7 @@ def twins(**changes: Any) -> tuple[model.GPT, model.GPT]:
 
 
 def test_twins_agree_at_p_0_in_outputs_and_gradients() -> None:
-    eager, fused = twins(p=0.0, layers=2)
+    eager, fused = twins(p=0.0, attention_p=0.0, layers=2)
     windows = torch.randint(256, (3, 9))
     torch.testing.assert_close(fused(windows[:, :-1]), eager(windows[:, :-1]))
     for twin in (eager, fused):
@@ -83,6 +83,13 @@ def test_dropout_acts_after_the_embeddings_and_both_branches_of_each_block() -> 
     for twin in twins(p=0.999999):
         logits = twin(torch.randint(256, (2, 8)))
         assert torch.equal(logits, torch.zeros_like(logits))
+
+
+def test_dropout_acts_on_attention() -> None:
+    for twin in twins(p=0.0, attention_p=0.5):
+        tokens = torch.randint(256, (2, 8))
+        assert not torch.allclose(twin(tokens), twin(tokens))
+        assert torch.equal(twin.eval()(tokens), twin(tokens))
 
 
 def test_no_dropout_is_p_0() -> None:
@@ -174,15 +181,23 @@ class Silent:
 
 def test_tridrop_saves_no_mask_for_backward() -> None:
     """Eager's masks are fp32 on a CPU; tridrop's seeds are 16 bytes a call."""
-    asked = tiny(p=0.5)
-    runs = {run.name: run for run in train.make_runs(asked, torch.device("cpu"))}
-    windows = torch.randint(256, (asked.batch, asked.context + 1))
-    for run in runs.values():
-        run.measure(windows)
-    saved = {name: run.saved_bytes for name, run in runs.items()}
+
+    def saved(asked: options.Options) -> dict[str, int]:
+        runs = train.make_runs(asked, torch.device("cpu"))
+        windows = torch.randint(256, (asked.batch, asked.context + 1))
+        for run in runs:
+            run.measure(windows)
+        return {run.name: run.saved_bytes for run in runs}
+
+    asked = tiny(p=0.5, attention_p=0.0)
     calls, elements = 1 + 2 * asked.layers, asked.batch * asked.context * asked.dim
-    assert saved["eager"] == saved["eager_again"] == saved["none"] + 4 * calls * elements
-    assert saved["tridrop"] <= saved["none"] + 16 * calls
+    found = saved(asked)
+    assert found["eager"] == found["eager_again"] == found["none"] + 4 * calls * elements
+    assert found["tridrop"] <= found["none"] + 16 * calls
+    # Eager attention with dropout keeps a mask and the scores.
+    found = saved(replace(asked, attention_p=0.5))
+    assert found["eager"] > found["none"] + 4 * calls * elements
+    assert found["tridrop"] <= found["none"] + 16 * (calls + asked.layers)
 
 
 def test_windows_cover_the_slice_once() -> None:
@@ -293,6 +308,12 @@ def test_quick_changes_defaults_and_not_what_was_given() -> None:
     assert asked.steps == 7
     assert asked.train_bytes == options.QUICK["train_bytes"]
     assert options.resolve(parse()).train_bytes == options.DEFAULTS["train_bytes"]
+
+
+def test_attention_drops_as_the_rest_unless_it_was_given() -> None:
+    assert options.resolve(parse()).attention_p == options.DEFAULTS["p"]
+    assert options.resolve(parse("--p=0.3")).attention_p == 0.3
+    assert options.resolve(parse("--p=0.3", "--attention-p=0")).attention_p == 0
 
 
 # ------------------------------------------------------------------------------------------- text
