@@ -102,6 +102,16 @@ def test_padding_inside_packed_sequences(backend):
     assert torch.equal(found[:, :, 12:], sdpa(*tensors, **options)[:, :, 12:])
 
 
+def test_bounds_below_a_length_are_refused():
+    tensors, starts, key_starts = packed_inputs()
+    tensors = [t.cpu() for t in tensors]
+    options = {"cu_seqlens_q": starts.cpu(), "cu_seqlens_k": key_starts.cpu(), "enable_gqa": True}
+    with pytest.raises(ValueError, match="a sequence has 28 tokens"):
+        sdpa(*tensors, **options, max_seqlen_q=27)
+    with pytest.raises(ValueError, match="max_seqlen_k = -1"):
+        sdpa(*tensors, **options, max_seqlen_k=-1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_as_for_torchs_function(dtype):
     query, key, value = inputs(1, 2, 9, 17, 2)

@@ -271,7 +271,7 @@ def check_packed(
         )
 
 
-def resolve_longest(longest: int | None, tokens: int, name: str) -> int:
+def resolve_longest(longest: int | None, tokens: int, offsets: Tensor, name: str) -> int:
     """A bound of the packed sequences' lengths: the number of tokens where none is given."""
     if longest is None:
         return tokens
@@ -279,6 +279,13 @@ def resolve_longest(longest: int | None, tokens: int, name: str) -> int:
         raise TypeError(f"{name} is {longest!r} of type {type(longest).__name__}; give an int")
     if longest < 0:
         raise ValueError(f"{name} = {longest}; it must be 0 or more")
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = int(offsets.diff().max())
+        if found > longest:
+            raise ValueError(
+                f"{name} = {longest}, but a sequence has {found} tokens: give {found} or more, or "
+                "None"
+            )
     return longest
 
 

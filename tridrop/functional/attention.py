@@ -112,7 +112,8 @@ def scaled_dot_product_attention(
             sequence for the batch: ``attn_mask`` then broadcasts to [sequences, H, longest,
             longest]. Tokens behind the last offset give zeros. Offsets on an accelerator are not
             checked, for that would wait for it.
-        max_seqlen_q, max_seqlen_k: bounds of the packed lengths; a tight one saves empty blocks.
+        max_seqlen_q, max_seqlen_k: bounds of the packed lengths, by default the number of tokens; a
+            tight one saves empty blocks.
         return_lse: also return ``lse``, ``[..., H, L]`` in float32, differentiable.
         shard: where the scores lie in a larger ``[B, H, L, S]``: ``tridrop.Shard(global_shape,
             origin)``. The dropout mask, is_causal and window then are those of the whole.
@@ -148,8 +149,11 @@ def scaled_dot_product_attention(
         assert cu_seqlens_q is not None
         batch = cu_seqlens_q.shape[0] - 1
         leading = (batch, heads)
-        queries = spec_attention.resolve_longest(max_seqlen_q, queries, "max_seqlen_q")
-        keys = spec_attention.resolve_longest(max_seqlen_k, keys, "max_seqlen_k")
+        queries = spec_attention.resolve_longest(
+            max_seqlen_q, queries, cu_seqlens_q, "max_seqlen_q"
+        )
+        assert cu_seqlens_k is not None
+        keys = spec_attention.resolve_longest(max_seqlen_k, keys, cu_seqlens_k, "max_seqlen_k")
     lower, upper = spec_attention.resolve_band(is_causal, window)
     mask = attn_mask
     if type(mask).__name__ == "CausalBias":  # its module imports triton, so it is not named here
