@@ -76,9 +76,7 @@ def dquery_tile(width: int, element_size: int, gpu: int) -> Tile:
         return Tile(32 if width <= 64 else 16, 32, 4, 1)
     if width <= 64 or (width <= 128 and gpu >= 90):
         return Tile(128, 64, 8, 2)
-    if width <= 128:
-        return Tile(64, 64, 8, 2)
-    return Tile(128, 32, 8, 1) if gpu >= 90 else Tile(64, 32, 8, 1)
+    return Tile(128, 32, 8, 1) if width <= 128 or gpu >= 90 else Tile(64, 32, 8, 1)
 
 
 def dkey_tile(width: int, element_size: int, gpu: int) -> Tile:
@@ -89,7 +87,7 @@ def dkey_tile(width: int, element_size: int, gpu: int) -> Tile:
         return Tile(64, 64, 4, 2)
     if width <= 128:
         # on Blackwell products come back through shared memory too
-        return Tile(128, 64, 8, 2 if gpu == 90 else 1) if gpu >= 90 else Tile(64, 64, 8, 1)
+        return Tile(128, 64, 8, 2 if gpu == 90 else 1) if gpu >= 90 else Tile(32, 64, 4, 1)
     return Tile(128, 32, 8, 2) if gpu == 90 else Tile(32, 32, 4, 1)
 
 
