@@ -394,5 +394,5 @@ def test_other_errors_and_the_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls them a prototype
         nested = torch.nested.nested_tensor([torch.ones(2, E)])
-    with pytest.raises(AssertionError, match="pad, and give a key_padding_mask"):
+    with pytest.raises(TypeError, match="pad, and give a key_padding_mask"):
         ours(nested, nested, nested)

@@ -139,11 +139,12 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
             averaged, after dropout, with a column more for each appended key, or None.
 
         Raises:
+            TypeError: nested tensors.
             AssertionError, RuntimeError: shapes or dtypes that do not fit, and ``is_causal``
                 without attn_mask, as torch raises.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            raise AssertionError("nested tensors are not taken: pad, and give a key_padding_mask")
+            raise TypeError("nested tensors are not taken: pad, and give a key_padding_mask")
         batched = query.dim() == 3
         _check_dimensions(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
