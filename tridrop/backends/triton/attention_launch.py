@@ -130,17 +130,22 @@ class Call:
             launch.vector(inputs.cu_query), launch.vector(inputs.cu_key),
             inputs.seed if drops else None, launch.rate(inputs.p),
         )  # fmt: skip
+        # A bound that no score meets is dropped, and one beyond all scores is brought near, so
+        # that 32 bits hold its sums.
+        lower, upper = options.lower, options.upper
+        lower = None if lower is None or lower <= -self.queries else min(lower, self.keys)
+        upper = None if upper is None or upper >= self.keys else max(upper, -self.queries)
         self.shape = Shape(
             heads, heads // max(1, self.shared_heads), self.queries, self.keys, tokens, width,
-            value_width, options.lower or 0, options.upper or 0,
+            value_width, lower or 0, upper or 0,
         )  # fmt: skip
         batch, head, first, key_first = options.origin
         self.origin = Origin(batch, head, first, key_first // TILE, shift)
         self.factors = Factors(abs(options.scale), options.softcap)
         self.threshold, self.scale = options.threshold(), options.keep_scale()
         self.flags = {
-            "LOWER": options.lower is not None,
-            "UPPER": options.upper is not None,
+            "LOWER": lower is not None,
+            "UPPER": upper is not None,
             "SHIFTED": shift != 0,
             "DROPS": drops,
             "MAYBE_ZERO": inputs.p is not None,
