@@ -2,6 +2,7 @@
 
 from ..seeds import number_sites
 from .attention import MultiheadAttention
+from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .transformer import TransformerBlock
@@ -15,5 +16,7 @@ __all__ = [
     "DropoutAddRMSNorm",
     "MultiheadAttention",
     "TransformerBlock",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "number_sites",
 ]
