@@ -268,6 +268,11 @@ def test_opcheck(backend):
             torch.ops.tridrop.attention_keep_mask,
             (pair(1), [2, 3, 4, 40], p_tensor, 0.5, [0, 1, 2, 3], backend),
         )
+    # a row that begins inside a group of eight
+    where = ([], [1, 40], [0, 3])
+    torch.library.opcheck(
+        torch.ops.tridrop.keep_mask, (pair(1), [1, 30], None, 0.5, "elements", *where, backend)
+    )
 
 
 def test_seeds_and_devices():

@@ -102,6 +102,13 @@ def test_padding_inside_packed_sequences(backend):
     assert torch.equal(found[:, :, 12:], sdpa(*tensors, **options)[:, :, 12:])
 
 
+def test_shapes_are_known_without_data():
+    query, key, value = (t.to("meta") for t in inputs(2, 4, 6, 9, 2))
+    out, lse = sdpa(query, key, value, dropout_p=0.3, enable_gqa=True, seed=3, return_lse=True)
+    assert out.device.type == lse.device.type == "meta"
+    assert (out.shape, lse.shape) == ((2, 4, 6, 16), (2, 4, 6))
+
+
 def test_bounds_below_a_length_are_refused():
     tensors, starts, key_starts = packed_inputs()
     tensors = [t.cpu() for t in tensors]

@@ -45,7 +45,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     if not all(isinstance(t, Tensor) for t in tensors):
         return list(tensors)  # refused below
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) if t.dtype in spec.FLOATS[:3] else t for t in tensors]

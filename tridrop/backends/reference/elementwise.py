@@ -219,9 +219,10 @@ def keep_mask(
     threshold: int | Tensor = options.thresholds()[0]
     if p is not None:
         threshold = mask.rate_table(p)[0].to(torch.int64)
-    return mask.keep_mask(
+    keep = mask.keep_mask(
         seed, shape, threshold, shared=options.shared, shard=options.shard, domain=domain
     )
+    return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole groups
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
