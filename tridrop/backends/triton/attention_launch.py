@@ -179,7 +179,7 @@ class Call:
         strides = self.strides(out)
         steps = [*layout[2:], *strides.query, *strides.key, *strides.value, *strides.out]
         vector = 1 if math.gcd(16, *steps) == 16 else math.gcd(8, *steps)
-        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+        with launch.on(self.device):
             kernel[(programs,)](
                 *args,
                 Problem(t, strides, self.shape, self.origin, self.factors),
@@ -192,6 +192,10 @@ class Call:
                 num_stages=tile.num_stages,
                 **more,
             )
+
+    def query_blocks(self, tile: Tile) -> int:
+        """The blocks of queries of all heads, a program each."""
+        return triton.cdiv(self.queries, tile.queries) * self.heads * self.batch
 
     def tile(self, choose: Any) -> Tile:
         size = torch.finfo(self.dtype).bits // 8
@@ -218,8 +222,7 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
             lse.copy_(inputs.sinks[None, :, None])  # a sink has a share, and no value
         return out, lse
     tile = call.tile(forward_tile)
-    programs = triton.cdiv(call.queries, tile.queries) * call.heads * call.batch
-    call.launch(attention_forward_kernel, tile, programs, out, out, lse)
+    call.launch(attention_forward_kernel, tile, call.query_blocks(tile), out, out, lse)
     return out, lse
 
 
@@ -240,17 +243,17 @@ def attention_backward(
         make(t) if need and t is not None else None for t, need in zip(like, needs, strict=True)
     ]
     dquery, dkey, dvalue, dmask, _ = found
-    dout = launch.adjacent(dout)
+    dout, out = launch.adjacent(dout), launch.adjacent(out)
     delta = torch.empty_like(lse)
     if lse.numel():
         rows = 64
-        with torch.cuda.device(call.device if call.device.type == "cuda" else -1):
+        with launch.on(call.device):
             attention_delta_kernel[(triton.cdiv(lse.shape[2], rows) * lse.shape[0] * call.heads,)](
                 delta,
-                launch.adjacent(out),
+                out,
                 dout,
                 None if dlse is None else dlse.contiguous(),
-                _strides(launch.adjacent(out))[:3],
+                _strides(out)[:3],
                 _strides(dout)[:3],
                 call.shape,
                 BLOCK=rows,
@@ -266,8 +269,7 @@ def attention_backward(
     incoming = Incoming(dout, lse, delta)
     if dquery is not None:
         tile = call.tile(dquery_tile)
-        programs = triton.cdiv(call.queries, tile.queries) * call.heads * call.batch
-        steps = _strides(dquery)[:3]
+        programs, steps = call.query_blocks(tile), _strides(dquery)[:3]
         call.launch(attention_dquery_kernel, tile, programs, dout, dquery, steps, incoming)
         if call.sign < 0:
             dquery.neg_()

@@ -221,10 +221,14 @@ class Programs(Protocol):
     def grid(self) -> tuple[int, int, int]: ...
 
 
+def on(device: torch.device) -> torch.cuda.device:
+    """Launch inside: Triton does so on the current device, which need not be that of the data."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
 def run(kernel: Any, plan: Programs, device: torch.device, *args: Any, **constants: Any) -> None:
     """Launch a kernel for a plan."""
-    # Triton launches on the current device, which need not be that of the data.
-    with torch.cuda.device(device if device.type == "cuda" else -1):
+    with on(device):
         kernel[plan.grid](
             *args,
             **constants,

@@ -72,7 +72,7 @@ def attention_keep_mask(
     col_blocks = triton.cdiv(keys + shift, cols)
     grid_y = min(col_blocks, launch.MAX_GRID_Y)
     grid = (batch * heads * triton.cdiv(queries, rows), grid_y, triton.cdiv(col_blocks, grid_y))
-    with torch.cuda.device(seed.device if seed.device.type == "cuda" else -1):
+    with launch.on(seed.device):
         attention_keep_mask_kernel[grid](
             out,
             seed,
