@@ -173,6 +173,33 @@ def test_dtypes(backend, norm, branch, stream, in_fp32):
     assert after.dtype == (stream or branch)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("branch", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stream", [torch.float32, None], ids=str)
+def test_out_dtype(backend, norm, branch, stream, out_dtype):
+    """out is rounded once to its own dtype; the stream and the gradients keep theirs."""
+    x, weight = draw(4, 40, dtype=branch).requires_grad_(), draw(40).requires_grad_()
+    residual = None if stream is None else draw(4, 40, seed=1, dtype=stream).requires_grad_()
+    given = [t for t in (x, residual, weight) if t is not None]
+    grad = draw(4, 40, seed=2, dtype=out_dtype)
+    keep = tridrop.keep_mask(1, x.shape, 0.5, device=DEVICE)
+    options = {"eps": 1e-5, "prenorm": True, "residual_in_fp32": True, "seed": 1}
+
+    out, kept = NORMS[norm][0](x, residual, weight, None, 0.5, out_dtype=out_dtype, **options)
+    found = [out, *torch.autograd.grad((out, kept), given, (grad, kept.detach()))]
+    value = torch.where(keep, x.float() * 2, 0)
+    value = value if residual is None else value + residual
+    plain = eager_norm(norm, value, weight, None)
+    expected = [plain, *torch.autograd.grad((plain, value), given, (grad.float(), value.detach()))]
+
+    assert (out.dtype, kept.dtype) == (out_dtype, torch.float32)
+    torch.testing.assert_close(kept, value)
+    for f, e, dtype in zip(found, expected, [out_dtype, *(t.dtype for t in given)], strict=True):
+        assert f.dtype == dtype
+        rounding = 2 * torch.finfo(dtype).eps  # a bf16 store in the interpreter truncates
+        torch.testing.assert_close(f.float(), e.float(), rtol=rounding, atol=4e-6)
+
+
 def test_the_stream_is_that_of_dropout_add(backend, norm):
     x, residual, bias, gain = draw(6, 5, 24), draw(6, 5, 24, seed=1), draw(24), draw(24, seed=2)
     options = {"bias": bias, "layer_scale": gain, "drop_path": 0.3, "seed": 7}
@@ -359,6 +386,9 @@ ERRORS = [
     (lambda f: f(X, X, V, None, drop_path=-1), ValueError, "drop_path"),
     (lambda f: f(V, V, V, None, drop_path=0.1), ValueError, "two dimensions"),
     (lambda f: f(X, X, V, None, eps=-1.0), ValueError, "eps"),
+    (lambda f: f(X, X, V, None, out_dtype=torch.int8), ValueError, "out_dtype = torch.int8"),
+    (lambda f: f(X, X, V, None, out_dtype=torch.float64), ValueError, "computed in float32"),
+    (lambda f: f(X, X, V, None, out_dtype="float32"), TypeError, "torch.dtype"),
     (lambda f: f(torch.tensor(1.0), None, None, None), ValueError, "no dimension"),
     (lambda f: f(X, X, V, None, shard=((4, 12), (0, 0))), ValueError, "norm needs whole"),
     (lambda f: f(X, X, V, None, noise_shape=(2, 6)), ValueError, "noise_shape"),

@@ -144,6 +144,25 @@ def check_residual(residual: Tensor, shape: Sequence[int], x: Tensor) -> None:
         )
 
 
+def check_out_dtype(dtype: torch.dtype, *operands: Tensor | None) -> None:
+    """Raise unless ``dtype`` is one that a result computed from these operands can have."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(
+            f"out_dtype is {dtype!r} of type {type(dtype).__name__}; give a torch.dtype"
+        )
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"out_dtype = {dtype}; give float16, bfloat16, float32, float64, or None for x's dtype"
+        )
+    if dtype == torch.float64 and not any(
+        t is not None and t.dtype == torch.float64 for t in operands
+    ):
+        raise ValueError(
+            "out_dtype = torch.float64, but no operand is: the result is computed in float32. "
+            "Call x.double() before, or .double() on the result"
+        )
+
+
 def check_drop_path(drop_path: float, shape: Sequence[int]) -> None:
     """Raise unless ``drop_path`` is a probability, and 0 where there are no samples to drop."""
     check_probability(drop_path, "drop_path")

@@ -33,6 +33,7 @@ def _fused_norm(
     after: bool,
     prenorm: bool = False,
     residual_in_fp32: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The checked call: (out, stream)."""
     spec.check_input(x)
@@ -56,7 +57,10 @@ def _fused_norm(
     if not eps >= 0:
         raise ValueError(f"eps = {eps}; it must be a number of 0 or more")
     stream_dtype = x.dtype if residual is None else residual.dtype
-    out_dtype = stream_dtype if after else x.dtype
+    if out_dtype is None:
+        out_dtype = stream_dtype if after else x.dtype
+    else:
+        spec.check_out_dtype(out_dtype, x, residual, *vectors.values())
     options = NormOptions(
         drop_path=float(drop_path),
         shared=spec.resolve_noise_shape(noise_shape, x.shape),
@@ -92,6 +96,7 @@ def dropout_add_layer_norm(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     zero_centered_weight: bool = False,
+    out_dtype: torch.dtype | None = None,
     noise_shape: Sequence[int | None] | None = None,
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
@@ -116,15 +121,18 @@ def dropout_add_layer_norm(
         prenorm: return (out, stream), for blocks whose residual goes around the norm.
         residual_in_fp32: make the stream float32 whatever the dtypes of x and the residual.
         zero_centered_weight: multiply by ``1 + weight``.
+        out_dtype: the dtype of out, x's by default: of the same values, rounded once. The stream
+            and the gradients keep theirs.
 
     Returns:
-        out, of x's dtype; with ``prenorm`` also the stream, of the residual's dtype (x's without a
-        residual, float32 with ``residual_in_fp32``). The dtypes of the vectors do not matter.
-        Computed in fp32, or fp64 where an operand is.
+        out, of x's dtype or ``out_dtype``; with ``prenorm`` also the stream, of the residual's
+        dtype (x's without a residual, float32 with ``residual_in_fp32``). The dtypes of the vectors
+        do not matter. Computed in fp32, or fp64 where an operand is.
 
     Raises:
-        ValueError, TypeError: operands whose shape, dtype or device does not fit; p, drop_path,
-            eps, noise_shape or shard as in :func:`tridrop.dropout_add`.
+        ValueError, TypeError: operands whose shape, dtype or device does not fit; an ``out_dtype``
+            that is no floating-point dtype, or wider than the arithmetic; p, drop_path, eps,
+            noise_shape or shard as in :func:`tridrop.dropout_add`.
 
     >>> x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
     >>> dropout_add_layer_norm(x, None, None, None, p=0.0)
@@ -134,7 +142,7 @@ def dropout_add_layer_norm(
         x, residual, weight, norm_bias, p, training,
         bias=bias, layer_scale=layer_scale, drop_path=drop_path, noise_shape=noise_shape,
         shard=shard, seed=seed, norm="layer_norm", eps=eps, zero_centered=zero_centered_weight,
-        after=False, prenorm=prenorm, residual_in_fp32=residual_in_fp32,
+        after=False, prenorm=prenorm, residual_in_fp32=residual_in_fp32, out_dtype=out_dtype,
     )  # fmt: skip
     return (out, stream) if prenorm else out
 
@@ -154,6 +162,7 @@ def dropout_add_rms_norm(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     zero_centered_weight: bool = False,
+    out_dtype: torch.dtype | None = None,
     noise_shape: Sequence[int | None] | None = None,
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
@@ -172,7 +181,7 @@ def dropout_add_rms_norm(
         x, residual, weight, norm_bias, p, training,
         bias=bias, layer_scale=layer_scale, drop_path=drop_path, noise_shape=noise_shape,
         shard=shard, seed=seed, norm="rms_norm", eps=eps, zero_centered=zero_centered_weight,
-        after=False, prenorm=prenorm, residual_in_fp32=residual_in_fp32,
+        after=False, prenorm=prenorm, residual_in_fp32=residual_in_fp32, out_dtype=out_dtype,
     )  # fmt: skip
     return (out, stream) if prenorm else out
 
