@@ -15,7 +15,7 @@ PACKAGE = Path(tridrop.__file__).parent
 LAYERS = [
     ["cli", "__main__"],
     ["check", "demo", "info"],
-    ["nn"],
+    ["nn", "shims"],
     ["functional"],
     ["autograd"],
     ["ops"],

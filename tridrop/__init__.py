@@ -4,7 +4,7 @@ No mask is ever stored: backward regenerates it from a seed, and the mask is a p
 (seed, coordinates, p) that anyone can check. docs/mask-contract.md defines it.
 """
 
-from . import nn
+from . import nn, shims
 from .backends import backend
 from .functional import (
     activation_dropout,
@@ -41,5 +41,6 @@ __all__ = [
     "rms_norm_dropout",
     "rng",
     "scaled_dot_product_attention",
+    "shims",
     "softmax_dropout",
 ]

@@ -133,13 +133,15 @@ def check_device(v: Tensor, name: str, x: Tensor) -> None:
         raise ValueError(f"{name} is on {v.device} but x is on {x.device}: move one of them")
 
 
-def check_residual(residual: Tensor, shape: Sequence[int], x: Tensor) -> None:
+def check_residual(
+    residual: Tensor, shape: Sequence[int], x: Tensor, name: str = "residual"
+) -> None:
     """Raise unless ``residual`` is a floating-point tensor of ``shape`` on the device of x."""
-    check_input(residual, "residual")
-    check_device(residual, "residual", x)
+    check_input(residual, name)
+    check_device(residual, name, x)
     if tuple(residual.shape) != tuple(shape):
         raise ValueError(
-            f"residual has shape {tuple(residual.shape)}; it must be {tuple(shape)}, the shape of "
+            f"{name} has shape {tuple(residual.shape)}; it must be {tuple(shape)}, the shape of "
             "the branch: expand it first"
         )
 
