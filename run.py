@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Set up a virtual environment and run one of the project's two main commands in it.
+"""Set up a virtual environment and run one of the project's commands in it.
 
     python3 run.py demo [options of tridrop demo]     the main job
     python3 run.py test [options of pytest]           the tests
+    python3 run.py oldest [options of pytest]         those of transformers, with its oldest version
 
 It needs Python 3.10 or newer and a clone of the repository. The environment is .venv beside
 this file, made once. On a machine without an NVIDIA GPU it takes the CPU build of torch, which
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,12 +24,24 @@ ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = {"demo": "demo", "test": "demo,test", "lint": "demo,test,dev"}
+EXTRAS = {
+    "demo": "demo",
+    "test": "demo,test",
+    "oldest": "demo,test",
+    "lint": "demo,test,dev",
+}
+TESTS = ["-m", "pytest", "-n", "2"]
 COMMANDS = {
     "demo": [["-m", "tridrop", "demo"]],
-    "test": [["-m", "pytest", "-n", "2"]],
+    "test": [TESTS],
     "lint": [["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], ["-m", "mypy"]],
 }
+# Installed without their requirements, all of which the test extra has: torchvision asks for one
+# build of torch, and pip would put that in the place of the CPU build.
+BARE = ("timm", "torchvision")
+# The oldest transformers lives in a folder of its own, and is put before the environment's.
+OLDEST = ENVIRONMENT / "oldest"
+OLDEST_TESTS = ("test_environment.py", "test_*transformers*.py")
 
 
 def pinned(package: str) -> str:
@@ -66,18 +80,45 @@ def set_up(extras: str, cpu: bool) -> None:
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
     install_torch(cpu)
     pip("-e", f".[{extras}]", "-c", "constraints.txt")
+    if "test" in extras.split(","):
+        pip("--no-deps", *map(pinned, BARE))
     stamp.write_text(wanted)
+
+
+def oldest_transformers() -> str:
+    """The lower bound of pyproject.toml, as pip and the package itself write a version."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (bound,) = re.findall(r'"transformers>=([\d.]+)"', text)
+    return ".".join([*bound.split("."), "0", "0"][:3])
+
+
+def run_oldest(rest: list[str]) -> int:
+    """The tests of transformers with the oldest version, in the same environment."""
+    version, stamp = oldest_transformers(), OLDEST / "installed"
+    if not stamp.exists() or stamp.read_text() != version:
+        print(f"Setting up {OLDEST} ...", flush=True)
+        shutil.rmtree(OLDEST, ignore_errors=True)
+        pip("--target", str(OLDEST), f"transformers=={version}")
+        stamp.write_text(version)
+    # test_environment.py holds that this version is the one that is imported.
+    environment = {**os.environ, "PYTHONPATH": str(OLDEST), "TRIDROP_TEST_TRANSFORMERS": version}
+    files = [str(path) for name in OLDEST_TESTS for path in sorted((ROOT / "tests").glob(name))]
+    return subprocess.run(
+        [str(PYTHON), *TESTS, *files, *rest], cwd=ROOT, env=environment
+    ).returncode
 
 
 def main(arguments: list[str]) -> int:
     cpu = shutil.which("nvidia-smi") is None
     if arguments and arguments[0] in ("--cpu", "--cuda"):
         cpu = arguments.pop(0) == "--cpu"
-    if sys.version_info < (3, 10) or not arguments or arguments[0] not in COMMANDS:
+    if sys.version_info < (3, 10) or not arguments or arguments[0] not in EXTRAS:
         print(__doc__, file=sys.stderr)
         return 2
     command, *rest = arguments
     set_up(EXTRAS[command], cpu)
+    if command == "oldest":
+        return run_oldest(rest)
     for step in COMMANDS[command]:
         status = subprocess.run([str(PYTHON), *step, *rest], cwd=ROOT).returncode
         if status:

@@ -1,8 +1,10 @@
 """Without a CUDA device the Triton kernels run in Triton's interpreter, on CPU tensors."""
 
+import importlib.metadata
 import os
 
 import torch
+import torchvision_ops  # noqa: F401  # before anything imports torchvision
 
 # The tensors are small, and torch's threads waiting for each other slow parallel workers badly.
 torch.set_num_threads(1)
@@ -10,3 +12,12 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when the kernels are defined, so before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LIBRARIES = ("torch", "triton", "transformers", "peft", "timm")
+
+
+def pytest_report_header() -> str:
+    """The versions that the results are about."""
+    installed = {d.name for d in importlib.metadata.distributions()}
+    names = [name for name in LIBRARIES if name in installed]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)

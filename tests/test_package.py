@@ -134,7 +134,22 @@ else:
 """
 
 
-@pytest.mark.parametrize("program", [WITHOUT_TRITON, WITHOUT_GPU], ids=["triton", "gpu"])
+WITHOUT_MODEL_LIBRARIES = """
+import sys, torch, tridrop
+tridrop.dropout(torch.ones(8), 0.5)
+names = {name.split(".")[0] for name in sys.modules}
+found = names & {"transformers", "accelerate", "peft", "timm", "torchvision", "liger_kernel"}
+assert not found, f"import tridrop imports {found}"
+"""
+
+PROGRAMS = {
+    "triton": WITHOUT_TRITON,
+    "gpu": WITHOUT_GPU,
+    "model libraries": WITHOUT_MODEL_LIBRARIES,
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_import_and_reference_work_without(program):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
