@@ -15,6 +15,7 @@ PACKAGE = Path(tridrop.__file__).parent
 LAYERS = [
     ["cli", "__main__"],
     ["check", "demo", "info"],
+    ["integrations"],
     ["nn", "shims"],
     ["functional"],
     ["autograd"],

@@ -4,6 +4,7 @@ No mask is ever stored: backward regenerates it from a seed, and the mask is a p
 (seed, coordinates, p) that anyone can check. docs/mask-contract.md defines it.
 """
 
+from . import integrations as _integrations  # noqa: F401  (other libraries' plugs)
 from . import nn, shims
 from .backends import backend
 from .functional import (

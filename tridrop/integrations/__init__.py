@@ -1,0 +1,16 @@
+"""Other libraries' own plugs, filled with tridrop's functions.
+
+Nothing here imports the other library: what is to be registered with it is registered when it is
+imported, or at once where it is imported already.
+"""
+
+from .imports import when_imported
+
+
+def _register_with_transformers() -> None:
+    from . import transformers
+
+    transformers.register()
+
+
+when_imported("transformers.modeling_utils", _register_with_transformers)

@@ -1,0 +1,82 @@
+"""Running a function once a module of another package has been imported."""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def when_imported(name: str, action: Callable[[], None]) -> None:
+    """Run ``action`` after the module ``name`` has been imported: now, if it is already there.
+
+    Importing tridrop must not import heavy packages that the program may never use, and has to work
+    in either order. So the import system is asked to tell: a finder stands first in sys.meta_path,
+    lets the others find the module, and runs ``action`` after the module's own code. It then takes
+    itself away; a program that never imports ``name`` pays a string comparison an import.
+
+    An ImportError of ``action``, which says that the other package lacks what is needed, becomes a
+    warning: the user imported that package, and may not need tridrop in it.
+
+    >>> when_imported("math", lambda: print("math is there"))
+    math is there
+    """
+    if name in sys.modules:
+        _run(action)
+    else:
+        sys.meta_path.insert(0, _Finder(name, action))
+
+
+def _run(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except ImportError as error:
+        warnings.warn(f"tridrop did not register itself: {error}", stacklevel=2)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name = name
+        self.action = action
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
+
+    def finish(self) -> None:
+        if self in sys.meta_path:  # not so where two threads raced, or the module is reloaded
+            sys.meta_path.remove(self)
+            _run(self.action)
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads with another loader, then tells ``finder``. The module keeps no trace of it."""
+
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
+        self.loader = loader
+        self.finder = finder
+
+    def __getattr__(self, name: str) -> object:  # get_source, get_data and others, for whoever asks
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.finder.finish()

@@ -1,0 +1,142 @@
+"""The masks of attention_forward, made where transformers makes those of its own."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NAME = "tridrop"
+
+# transformers.masking_utils, once transformers has been imported.
+masking: Any = None
+
+# Models that cut queries off after the mask was made: a causal mask that was left out is lost then.
+_CUTS_QUERIES = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}
+# Models whose own code takes an absent causal mask for none, or a bool mask for numbers.
+_EAGER_MASKS = {"doge", "deepseek_v4"}
+
+
+class Pattern(NamedTuple):
+    """What is known of a mask that attention_mask made: causal, with padding or packing.
+
+    It stands in an attribute of the tensor and only saves work: the kernel then skips what lies
+    above the diagonal. A mask that was cut, copied or written to has lost it, and is read instead.
+    """
+
+    key_mask: Tensor | None
+    version: int
+
+
+def attention_mask(**arguments: Any) -> Tensor | None:
+    """The mask of one forward pass, as transformers asks for it through its mask interface.
+
+    Bool [B, 1, L, S], True where a key takes part, or None where nothing is masked, or where only
+    causality is and ``is_causal`` says so. Padding alone is a view of [B, 1, 1, S], in memory
+    linear in the length. Models that compute with their masks get transformers' float masks.
+    """
+    config = arguments.get("config")
+    if config is not None and _needs_float_masks(config.__class__):
+        mask: Tensor | None = masking.eager_mask(**arguments)
+        return mask
+    if getattr(config, "model_type", None) in _CUTS_QUERIES:
+        arguments["allow_is_causal_skip"] = False
+    # Its keyword for the queries is q_length, and in older releases cache_position.
+    positions = arguments.get("cache_position")
+    length = arguments["q_length"] if positions is None else positions.shape[0]
+    function = arguments.get("mask_function", masking.causal_mask_function)
+    if function is masking.bidirectional_mask_function:
+        arguments["allow_is_causal_skip"] = False
+        arguments |= {"q_length": 1} if positions is None else {"cache_position": positions[:1]}
+        mask = masking.sdpa_mask(**arguments)
+        return None if mask is None else mask.expand(-1, -1, length, -1)
+    mask = masking.sdpa_mask(**arguments)
+    # A compiled graph has no use for attributes; inference tensors do not count their versions.
+    if mask is None or torch.compiler.is_compiling() or mask.is_inference():
+        return mask
+    padding = arguments.get("attention_mask")
+    square = arguments["kv_length"] == length and arguments.get("kv_offset", 0) == 0
+    if padding is None:
+        known = square and _is_packed_causal(function)
+    else:
+        known = square and function is masking.causal_mask_function
+        known = known and tuple(padding.shape) == (mask.shape[0], mask.shape[3])
+    if known:
+        key_mask = None if padding is None else padding.bool()
+        setattr(mask, "_tridrop_pattern", Pattern(key_mask, mask._version))  # noqa: B010
+    return mask
+
+
+def _is_packed_causal(function: Any) -> bool:
+    """Whether a mask function is transformers' one for packed sequences, each of them causal.
+
+    It is a closure over others, which say no more than their names.
+    """
+
+    def parts(f: Any) -> list[Any]:
+        cells = [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
+        return [g for c in cells for g in (c if isinstance(c, tuple) else (c,)) if callable(g)]
+
+    causal = masking.causal_mask_function
+    kinds = set()
+    for part in parts(function):
+        name = getattr(part, "__qualname__", "").split(".")[0]
+        if part is causal or (name.startswith("remap_positions") and parts(part) == [causal]):
+            kinds.add("causal")
+        else:
+            kinds.add(name)
+    return kinds == {"causal", "packed_sequence_mask_function"}
+
+
+@functools.cache
+def _needs_float_masks(config: type[object]) -> bool:
+    """Whether models of this configuration compute with masks themselves, in eager's terms.
+
+    So do those whose attention never calls the interface, and those that support nothing but eager.
+    """
+    if getattr(config, "model_type", None) in _EAGER_MASKS:
+        return True
+    from transformers import PreTrainedModel
+
+    models, found = [PreTrainedModel], []
+    while models:
+        model = models.pop()
+        if getattr(model, "config_class", None) is config:
+            found.append(model)  # those derived from it share its attention
+        else:
+            models += model.__subclasses__()
+    bypassing = [model.__name__ for model in found if _bypasses(sys.modules.get(model.__module__))]
+    if bypassing:
+        warnings.warn(
+            f"{', '.join(bypassing)}: this model does not call transformers' AttentionInterface; "
+            f'attn_implementation="{NAME}" does nothing for it, its attention stays eager',
+            stacklevel=3,
+        )
+    fused = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
+    return bool(bypassing) or any(
+        not any(getattr(model, name, False) for name in fused) for model in found
+    )
+
+
+def _bypasses(module: Any) -> bool:
+    """Whether a modeling file has attention of its own and does not know the interface."""
+    if module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return False
+    return any(
+        isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and "Attention" in name
+        and value.__module__ == module.__name__
+        for name, value in vars(module).items()
+    )
+
+
+def pattern_of(mask: Tensor | None) -> Pattern | None:
+    if mask is None or torch.compiler.is_compiling():
+        return None
+    pattern: Pattern | None = getattr(mask, "_tridrop_pattern", None)
+    return pattern if pattern is not None and pattern.version == mask._version else None
