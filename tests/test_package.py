@@ -15,6 +15,7 @@ PACKAGE = Path(tridrop.__file__).parent
 LAYERS = [
     ["cli", "__main__"],
     ["check", "demo", "info"],
+    ["swapping"],
     ["integrations"],
     ["nn", "shims"],
     ["functional"],
@@ -83,7 +84,9 @@ def test_philox_is_in_the_two_mask_modules_alone():
     for path in FILES:
         text = path.read_text()
         for word in ("0xD2511F53", "tl.rand", "tl.philox", "bernoulli"):
-            assert path in allowed or word not in text, f"{word} in {path.name}"
+            # swapping.kinds knows a library's drop path by its text.
+            quoted = path.name == "kinds.py" and word == "bernoulli"
+            assert path in allowed or word not in text or quoted, f"{word} in {path.name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

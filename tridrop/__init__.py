@@ -22,6 +22,7 @@ from .functional import (
 )
 from .mask import Shard, fold_in, new_seed
 from .seeds import rng
+from .swapping import swap, unswap
 
 __version__ = "0.1.0"
 
@@ -44,4 +45,6 @@ __all__ = [
     "scaled_dot_product_attention",
     "shims",
     "softmax_dropout",
+    "swap",
+    "unswap",
 ]

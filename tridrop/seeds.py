@@ -182,7 +182,8 @@ def _generator_not_restored() -> bool:
 def number_sites(model: nn.Module, first: int = 0) -> int:
     """Number the dropout sites of ``model`` by their place in it; returns the next free number.
 
-    A site is a module with an attribute ``site``, as all modules of tridrop.nn that drop have. The
+    A site is a module with an attribute ``site``, as all modules of tridrop.nn that drop have, or a
+    place in the forward of a module that :func:`tridrop.swap` has rewritten (and numbered). The
     numbers follow ``model.modules()``; call it once the model is whole, since copies of a module
     copy its number. It is what gives a module the same stream of :func:`tridrop.rng` in every run,
     whatever the order of calls.
@@ -193,6 +194,12 @@ def number_sites(model: nn.Module, first: int = 0) -> int:
     (2, 1)
     """
     for module in model.modules():
+        own = module.__dict__
+        if "_tridrop_count" in own:
+            if "_tridrop_attention_site" in own:
+                own["_tridrop_attention_site"] += first - own.get("_tridrop_site", 0)
+            own["_tridrop_site"] = first
+            first += own["_tridrop_count"]
         if hasattr(module, "site"):
             module.site = first  # type: ignore[assignment]
             first += 1

@@ -88,14 +88,14 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         self.self_attn = MultiheadAttention(
             d_model, nhead, dropout, batch_first=batch_first, **made
         )
-        self.dropout1 = Dropout(dropout)  # type: ignore[assignment]
+        self.dropout1 = Dropout(dropout)
         self.linear1 = nn.Linear(d_model, dim_feedforward, **made)
-        self.dropout = Dropout(dropout)  # type: ignore[assignment]
+        self.dropout = Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model, **made)
         self.norm_first = norm_first
         self.norm1 = nn.LayerNorm(d_model, layer_norm_eps, **made)
         self.norm2 = nn.LayerNorm(d_model, layer_norm_eps, **made)
-        self.dropout2 = Dropout(dropout)  # type: ignore[assignment]
+        self.dropout2 = Dropout(dropout)
         # torch's encoder reads it: whether a layer takes nested tensors. This one always does.
         self.activation_relu_or_gelu = (
             1
@@ -208,17 +208,17 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         attention: dict[str, Any] = {"dropout": dropout, "batch_first": batch_first, **made}
         self.self_attn = MultiheadAttention(d_model, nhead, **attention)
-        self.dropout1 = Dropout(dropout)  # type: ignore[assignment]
+        self.dropout1 = Dropout(dropout)
         self.multihead_attn = MultiheadAttention(d_model, nhead, **attention)
-        self.dropout2 = Dropout(dropout)  # type: ignore[assignment]
+        self.dropout2 = Dropout(dropout)
         self.linear1 = nn.Linear(d_model, dim_feedforward, **made)
-        self.dropout = Dropout(dropout)  # type: ignore[assignment]
+        self.dropout = Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model, **made)
         self.norm_first = norm_first
         self.norm1 = nn.LayerNorm(d_model, layer_norm_eps, **made)
         self.norm2 = nn.LayerNorm(d_model, layer_norm_eps, **made)
         self.norm3 = nn.LayerNorm(d_model, layer_norm_eps, **made)
-        self.dropout3 = Dropout(dropout)  # type: ignore[assignment]
+        self.dropout3 = Dropout(dropout)
         self.activation = function
 
     def forward(

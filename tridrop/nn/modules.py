@@ -14,11 +14,7 @@ from ..spec import check_activation, check_probability
 class _Site(nn.Module):
     """A module that drops: a place in the model that :func:`number_sites` can number."""
 
-    site: int | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.site = None
+    site: int | None = None
 
     def _seed(self, x: Tensor) -> Tensor | None:
         """This site's seed under an active tridrop.rng; None leaves the choice to the call."""
@@ -27,8 +23,8 @@ class _Site(nn.Module):
         return seeds.seed_for(x.device, None, self.site)
 
 
-class Dropout(_Site):
-    """:func:`tridrop.dropout` as a module; a drop-in for torch.nn.Dropout.
+class Dropout(nn.Dropout, _Site):
+    """:func:`tridrop.dropout` as a module; a drop-in for torch.nn.Dropout, and an instance of it.
 
     Args:
         p: the probability of dropping an element.
@@ -42,6 +38,8 @@ class Dropout(_Site):
     tensor([1., 1., 1.])
     """
 
+    noise_shape: tuple[int | None, ...] | None = None
+
     def __init__(
         self,
         p: float = 0.5,
@@ -49,10 +47,8 @@ class Dropout(_Site):
         *,
         noise_shape: Sequence[int | None] | None = None,
     ) -> None:
-        super().__init__()
         check_probability(p)
-        self.p = p
-        self.inplace = inplace
+        super().__init__(p, inplace)
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,0 +1,239 @@
+"""Classes whose methods are rewritten: subclasses that take the place of a module's own class.
+
+Setting ``module.__class__`` keeps the object: its parameters, hooks, state_dict, place in the model
+and isinstance checks. Names stay as well, since libraries look classes up by them. A swapped module
+pickles as its own class and the recipe by which the swap is done again.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from . import kinds, lazy, rewrite, source
+from .flow import Unfollowed, analyse
+from .modules import drop_path_forward
+from .recognise import Classifier, Labels, Method, Tail, calls, label_of, resolve
+from .rewrite import Levels, Place, Plan
+
+
+@dataclass
+class Text:
+    """The methods of a class that belong to its forward, and those that could not be read."""
+
+    methods: dict[str, Method] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)  # method -> reason
+
+
+_texts: dict[type, Text] = {}
+
+
+def text_of(kind: type) -> Text:
+    """The readable methods of a class: forward, and what it calls of the same class's methods."""
+    if kind not in _texts:
+        _texts[kind] = _read(kind)
+    return _texts[kind]
+
+
+def _owner(kind: type, name: str) -> type | None:
+    return next((c for c in kind.__mro__ if name in c.__dict__), None)
+
+
+def _read(kind: type) -> Text:
+    text = Text()
+    home = _owner(kind, "forward")
+    todo = ["forward"]
+    while todo:
+        name = todo.pop(0)
+        owner = _owner(kind, name)
+        assert owner is not None
+        assert home is not None
+        if kind.__mro__.index(owner) < kind.__mro__.index(home):
+            # The forward was written for another method of this name.
+            text.unread[name] = f"overridden in {owner.__name__}"
+            continue
+        try:
+            function, rewrap = source.unwrap(owner.__dict__[name])
+            node = source.parse(function)
+            flow = analyse(node)
+        except source.Unreadable as error:
+            text.unread[name] = str(error)
+            continue
+        except Unfollowed:
+            text.unread[name] = "it has a statement that is not followed"
+            continue
+        arguments = node.args.posonlyargs + node.args.args
+        owners = [d for d in flow.definitions if arguments and d.name == arguments[0].arg]
+        if len(owners) != 1:
+            text.unread[name] = "it has no self"
+            continue
+        text.methods[name] = Method(name, function, rewrap, node, flow)
+        for called in calls(node, arguments[0].arg):
+            plain = "." not in called and isinstance(getattr(kind, called, None), FunctionType)
+            if plain and called not in text.methods and called not in (*todo, *text.unread):
+                todo.append(called)
+    return text
+
+
+def labels_of(module: nn.Module, base: type, tails: Callable[[nn.Module], Tail | None]) -> Labels:
+    """What stands under each attribute that the methods of ``base`` call, on this instance."""
+    labels: Labels = {}
+    for method in text_of(base).methods.values():
+        for path in calls(method.node, method.node.args.args[0].arg):
+            label = label_of(resolve(module, path), tails)
+            if label is not None:
+                labels[path] = label
+    return labels
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a swapped class is made from, beside the class itself."""
+
+    levels: Levels
+    labels: tuple[tuple[str, str], ...]
+    bare: bool = False  # whether a caller takes over the end of forward
+
+
+@dataclass
+class Work:
+    """A class's plans: of its methods, and of those forms whose callers take over the end."""
+
+    plans: dict[str, Plan] = field(default_factory=dict)
+    bare: dict[str, Plan] = field(default_factory=dict)
+    places: list[tuple[str, Place]] = field(default_factory=list)
+
+    def changes(self) -> bool:
+        """Whether there is anything to rewrite."""
+        return bool(self.bare) or any(p.emitted for p in self.plans.values())
+
+
+_works: dict[tuple[type, Recipe], Work] = {}
+
+
+def work_of(base: type, recipe: Recipe) -> Work:
+    """The plans for a class by a recipe."""
+    if (base, recipe) not in _works:
+        _works[base, recipe] = _plan(base, recipe)
+    return _works[base, recipe]
+
+
+def tail_of(base: type, recipe: Recipe, name: str = "forward") -> Tail | None:
+    """What a method would hand on, with the level for it on."""
+    method = text_of(base).methods.get(name)
+    if method is None or not recipe.levels.across:
+        return None
+    made = _plan_method(method, recipe, {}, bare=True)
+    ends = [e for e in made.edges if e.consumer.name == "return"]
+    shapes = {in_tuple for _, in_tuple in rewrite.returns(method.node)}
+    if not ends or len(shapes) != 1:
+        return None
+    carries = any(rewrite._carries(made, e.producer, set()) for e in ends)
+    return Tail(carries, shapes.pop())
+
+
+def _plan_method(method: Method, recipe: Recipe, tails: dict[str, Tail], bare: bool) -> Plan:
+    classify = Classifier(method, dict(recipe.labels), tails)
+    return rewrite.plan(method.node, method.flow, classify, recipe.levels, bare)
+
+
+def _plan(base: type, recipe: Recipe) -> Work:
+    work = Work()
+    methods = text_of(base).methods
+    tails = {
+        name: tail
+        for name in methods
+        if name != "forward" and (tail := tail_of(base, recipe, name)) is not None
+    }
+    for name, method in methods.items():
+        made = work.plans[name] = _plan_method(method, recipe, tails, bare=False)
+        taken = {op.method for op in made.emitted if op.method in tails}
+        for called in taken:
+            work.bare[called] = _plan_method(methods[called], recipe, tails, bare=True)
+    if recipe.bare and "forward" in methods:
+        work.bare["forward"] = _plan_method(methods["forward"], recipe, tails, bare=True)
+    for name in methods:
+        made = work.bare.get(name, work.plans[name])
+        work.places += [(name, place) for place in made.places]
+    return work
+
+
+_classes: dict[tuple[type, Recipe], type] = {}
+
+
+def swapped_class(base: type, recipe: Recipe) -> type:
+    """The class that takes the place of ``base``."""
+    if (base, recipe) not in _classes:
+        _classes[base, recipe] = _make(base, recipe)
+    return _classes[base, recipe]
+
+
+def _make(base: type, recipe: Recipe) -> type:
+    work, methods = work_of(base, recipe), text_of(base).methods
+    first = 0
+    new: dict[str, Any] = {}
+    if kinds.kind_of_type(base) is not None:  # a drop path: nothing else is called a known kind
+        new["forward"], methods = drop_path_forward, {}
+    for name, method in methods.items():
+        if work.plans[name].emitted:
+            built = _build(method, work.plans[name], first)
+            new[name] = method.rewrap(built)
+        if name in work.bare:
+            new[f"_tridrop_{name}"] = _build(method, work.bare[name], first)
+        first += len(work.plans[name].places)
+    in_tuple = (
+        any(shape for _, shape in rewrite.returns(methods["forward"].node)) if methods else False
+    )
+    namespace = {
+        **new,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "__setstate__": _setstate,
+        "_tridrop_base": base,
+        "_tridrop_recipe": recipe,
+        "_tridrop_tuple": in_tuple,
+    }
+    kind = type(base)(base.__name__, (base,), namespace)
+    kinds.KNOWN[kind] = kinds.kind_of_type(base)
+    return kind
+
+
+def _build(method: Method, made: Plan, first: int) -> FunctionType:
+    return source.build(method.function, rewrite.emit(made, first), {"_tridrop": lazy})
+
+
+def _swapped(module: nn.Module) -> Any:
+    """The swapped class of a module, which may itself be of a subclass of it."""
+    return next(c for c in type(module).__mro__ if "_tridrop_base" in c.__dict__)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    kind = _swapped(self)
+    found = super(kind, self).__reduce_ex__(protocol)
+    if found[0] is not copyreg.__newobj__ or found[1] != (kind,):  # type: ignore[attr-defined]
+        return found
+    return (restore, (kind._tridrop_base, kind._tridrop_recipe), *found[2:])
+
+
+def restore(base: type, recipe: Recipe) -> nn.Module:
+    """An empty module of a swapped class; what unpickling and deepcopy call."""
+    kind: Any = swapped_class(base, recipe)
+    made: nn.Module = kind.__new__(kind)
+    return made
+
+
+def _setstate(self: nn.Module, state: Any) -> None:
+    super(_swapped(self), self).__setstate__(state)
+    kinds.learn(self)  # compiled code looks kinds up and cannot read source
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module's own class is one of those made here."""
+    return "_tridrop_base" in type(module).__dict__

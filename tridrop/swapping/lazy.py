@@ -1,0 +1,297 @@
+"""What rewritten forwards call: values that wait until it is known what they can be fused with.
+
+A dropout returns a :class:`Pending`, which the addition or the norm that follows takes up; whoever
+needs the tensor asks :func:`value`. Each function falls back to the module itself where that is not
+what it was when the forward was rewritten: where it has hooks, was replaced by another or works in
+place. So a rewritten forward is right whatever has become of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import functional as F
+from .. import seeds
+from .kinds import KNOWN, Kind, activation_name
+from .pending import Pending, addable, drop_samples, eps_of, fits
+from .pending import value as value
+
+
+def _free(module: Any, name: str) -> Kind | None:
+    """The kind of a module that still is what it was, and that nobody listens to."""
+    kind = KNOWN.get(type(module))
+    if kind is None or kind.name != name or "forward" in module.__dict__:
+        return None
+    if kind.get(module, "fast") or kind.get(module, "inplace") or _heard(module):
+        return None
+    return kind
+
+
+def _heard(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def _seed(owner: nn.Module, place: int, x: Tensor) -> Tensor | None:
+    """The seed of a place under tridrop.rng; None leaves it to the op."""
+    if not seeds.active():
+        return None
+    first = owner.__dict__.get("_tridrop_site")
+    return seeds.seed_for(x.device, None, None if first is None else first + place)
+
+
+def _branch(x: Any, *taken: str) -> Pending:
+    """``x`` as a branch in which none of ``taken`` and nothing behind them has happened."""
+    if isinstance(x, Pending):
+        clean = x.done is None and x.residual is None and x.path == 0
+        if clean and all(getattr(x, name) is None or getattr(x, name) is False for name in taken):
+            return x
+        x = value(x)
+    return Pending(x)
+
+
+def dropout(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
+    """A call of a module of torch's dropout."""
+    kind = _free(module, "dropout")
+    if kind is None or getattr(module, "noise_shape", None) is not None:
+        return module(value(x))
+    return rate(owner, place, x, kind.get(module, "p"), module.training)
+
+
+def rate(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
+    """A call of torch.nn.functional.dropout."""
+    branch = _branch(x, "dropped", "scale")
+    if not fits(branch.x):
+        return torch.nn.functional.dropout(value(branch), p, training)
+    branch.dropped = True
+    if training and (isinstance(p, Tensor) or p > 0):
+        branch.p = p
+        branch.seed = _seed(owner, place, branch.x)
+    return branch
+
+
+def drop_path(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
+    """A call of a module that drops samples."""
+    if _free(module, "drop_path") is None:
+        return module(value(x))
+    first = owner.__dict__.get("_tridrop_site")
+    return samples(module, x, None if first is None else first + place)
+
+
+def samples(module: nn.Module, x: Any, site: int | None) -> Any:
+    """What a module that drops samples does, under the number of its place."""
+    kind = KNOWN[type(module)]
+    assert kind is not None
+    p = (kind.get(module, "p") or 0.0) if module.training else 0.0
+    if not p:
+        return x
+    scaled = "scale_by_keep" not in kind.names or kind.get(module, "scale_by_keep")
+    branch = _branch(x, "softmax") if scaled else Pending(value(x))
+    if branch.seed is None and seeds.active():
+        branch.seed = seeds.seed_for(branch.x.device, None, site)
+    if not scaled:
+        return drop_samples(branch.x, p, branch.seed, scaled=False)
+    branch.path = p
+    return branch
+
+
+def scale(module: nn.Module, x: Any) -> Any:
+    """A call of a module that multiplies each channel by a weight."""
+    kind = _free(module, "layer_scale")
+    branch = _branch(x, "scale", "softmax", "norm")
+    gamma = None if kind is None else kind.get(module, "scale")
+    if not isinstance(gamma, Tensor) or not fits(branch.x):
+        return module(value(branch))
+    if gamma.shape != branch.x.shape[-1:] or gamma.dtype != branch.x.dtype:
+        return module(value(branch))
+    branch.scale = gamma
+    return branch
+
+
+def linear(module: nn.Module, x: Any) -> Any:
+    """A call of a linear layer, which leaves its bias to the op that follows."""
+    kind = _free(module, "linear")
+    x = value(x)
+    if kind is None or not module.training or not fits(x):
+        return module(x)
+    transposed = kind.get(module, "transposed")
+    if transposed is not None:
+        branch = Pending(x @ transposed)
+    else:
+        branch = Pending(torch.nn.functional.linear(x, kind.get(module, "weight")))
+    branch.bias = kind.get(module, "bias")
+    return branch
+
+
+def activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """A call of an activation."""
+    name = activation_name(function)
+    heard = isinstance(function, nn.Module) and _heard(function)
+    branch = _branch(x, "activation", "dropped", "scale", "softmax", "norm")
+    if name is None or heard or not fits(branch.x):
+        return function(value(branch))
+    branch.activation, branch.function = name, function
+    return branch
+
+
+def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    """A softmax that a dropout follows."""
+    if not fits(x) or dim not in (-1, x.dim() - 1) or x.dim() < 2 or _autocast(x):
+        return torch.nn.functional.softmax(x, dim, dtype=dtype)
+    branch = Pending(x)
+    branch.softmax = dtype or x.dtype
+    return branch
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """``x.to(dtype)`` between a softmax and its dropout."""
+    if isinstance(x, Pending) and x.done is None and x.softmax is not None and not x.dropped:
+        x.softmax = dtype
+        return x
+    return value(x).to(dtype)
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast makes torch's norms and softmaxes compute and return float32."""
+    kind = x.device.type
+    return kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
+
+
+def add(first: Any, second: Any) -> Any:
+    """``first + second``, one of them a branch and the other the stream."""
+    branch, residual = (second, first) if isinstance(second, Pending) else (first, second)
+    if not isinstance(branch, Pending) or branch.done is not None:
+        return value(first) + value(second)
+    residual = value(residual)
+    if branch.residual is not None or branch.softmax is not None:
+        return value(first) + value(second)
+    if not isinstance(residual, Tensor):
+        return value(first) + value(second)
+    branch.residual = residual
+    return branch
+
+
+def norm(module: nn.Module, x: Any, last: bool = False) -> Any:
+    """A norm of a sum that may be waiting; ``last`` says that nobody else wants the sum."""
+    kind = _free(module, "layer_norm") or _free(module, "rms_norm")
+    if kind is None or not isinstance(x, Pending) or x.done is not None or x.residual is None:
+        return module(value(x))
+    residual, weight = x.residual, kind.get(module, "weight")
+    if (
+        x.activation is not None
+        or x.norm is not None
+        or not addable(x, residual)
+        or not _normalises_last(kind, module, residual)
+    ):
+        return module(value(x))
+    out_dtype = residual.dtype
+    if kind.name == "layer_norm" and _autocast(residual):
+        out_dtype = torch.promote_types(out_dtype, torch.float32)
+    options: dict[str, Any] = {
+        "bias": x.bias, "layer_scale": x.scale, "drop_path": x.path, "eps": eps_of(kind, module),
+        "prenorm": not last, "zero_centered_weight": kind.zero_centered, "out_dtype": out_dtype,
+        "seed": x.seed,
+    }  # fmt: skip
+    function = F.dropout_add_rms_norm if kind.name == "rms_norm" else F.dropout_add_layer_norm
+    out = function(x.x, residual, weight, kind.get(module, "bias"), x.p, True, **options)
+    if isinstance(out, tuple):
+        out, x.done = out
+        x.residual = None
+    return out
+
+
+def _normalises_last(kind: Kind, module: nn.Module, stream: Tensor) -> bool:
+    """Whether a norm is over the last dimension, in the stream's dtype."""
+    weight = kind.get(module, "weight")
+    shape = getattr(module, "normalized_shape", None)
+    if weight is None and shape is None:
+        return False
+    sizes = tuple(shape) if shape is not None else tuple(weight.shape)
+    if sizes != tuple(stream.shape[-1:]):
+        return False
+    if weight is None or weight.dtype == stream.dtype:
+        return True
+    return kind.name == "layer_norm" and _autocast(stream)
+
+
+def norm_first(module: nn.Module, x: Any) -> Any:
+    """A norm that a dropout follows."""
+    kind = _free(module, "layer_norm") or _free(module, "rms_norm")
+    x = value(x)
+    if kind is None or not fits(x) or _autocast(x) or not _normalises_last(kind, module, x):
+        return module(x)
+    branch = Pending(x)
+    branch.norm = (kind, module)
+    return branch
+
+
+def identity(module: nn.Module, x: Any) -> Any:
+    """A call of a module that stands where another model has a layer scale or a drop path."""
+    return module(value(x)) if _free(module, "identity") is None else x
+
+
+def dropout_add(
+    owner: nn.Module, place: int, x: Any, residual: Any, p: float | Tensor, training: bool
+) -> Any:
+    """A call of a function that adds ``dropout(x)`` to the residual."""
+    return add(residual, rate(owner, place, x, p, training))
+
+
+def call(owner: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A call of a method whose end the caller takes over: ``name`` of ``owner``, or a module."""
+    bare = getattr(type(owner), f"_tridrop_{name}", None)
+    if bare is None or name in owner.__dict__:
+        return (owner if name == "forward" else getattr(owner, name))(*args, **kwargs)
+    if name != "forward":
+        return bare(owner, *args, **kwargs)
+    if not _bare(owner):
+        return owner(*args, **kwargs)
+    out = bare(owner, *args, **kwargs)
+    for hook in owner._forward_hooks.values():
+        hook(owner, args, out)
+    return out
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a module's forward can be called past its ``__call__``.
+
+    transformers listens to attention for the weights it returns; such a recorder gets them.
+    """
+    return not (
+        module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+        or type(module).__call__ is not nn.Module.__call__
+        or module._compiled_call_impl is not None
+        or not all(_records_weights(module, hook) for hook in module._forward_hooks.values())
+    )
+
+
+def _records_weights(module: nn.Module, hook: Any) -> bool:
+    """Whether a hook is transformers' recorder of a later output than the first."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and bool(
+        getattr(type(module), "_tridrop_tuple", False)
+    )
+
+
+def attention(
+    owner: nn.Module, place: int, query: Any, key: Any, value_: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A call of torch.nn.functional.scaled_dot_product_attention; without dropout it stays that."""
+    p = args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0)
+    if p == 0 or not fits(query):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value_, *args, **kwargs)
+    return F.scaled_dot_product_attention(
+        query, key, value_, *args, **kwargs, seed=_seed(owner, place, query)
+    )

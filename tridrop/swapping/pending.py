@@ -1,0 +1,150 @@
+"""Values that wait until it is known what they can be fused with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from .. import seeds
+from ..mask import Shard, threshold
+from ..mask import scale as scale_of
+from ..spec import FLOATS
+from .kinds import Kind
+
+
+class Pending:
+    """One branch on its way into the residual stream, in the order in which the ops compute it:
+
+    residual + drop_path(scale * dropout(norm | softmax | activation(x + bias)))
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.bias: Tensor | None = None
+        self.activation: str | None = None
+        self.function: Callable[[Tensor], Tensor] | None = None  # of which that is the name
+        self.norm: tuple[Kind, nn.Module] | None = None
+        self.softmax: torch.dtype | None = None  # the dtype of its result
+        self.p: float | Tensor = 0.0
+        self.seed: Tensor | None = None
+        self.dropped = False
+        self.scale: Tensor | None = None
+        self.path = 0.0
+        self.residual: Tensor | None = None
+        self.done: Tensor | None = None
+
+    def drops(self) -> bool:
+        """Whether anything is drawn for it."""
+        return isinstance(self.p, Tensor) or self.p > 0 or self.path > 0
+
+
+def value(x: Any) -> Any:
+    """The tensor, computed now if it was waiting."""
+    if not isinstance(x, Pending):
+        return x
+    if x.done is None:
+        x.done = _compute(x)
+        x.residual = None
+    return x.done
+
+
+def _compute(b: Pending) -> Tensor:
+    residual = b.residual
+    if b.norm is not None:
+        return _norm_first(b)
+    if b.softmax is not None:
+        return _softmax(b)
+    if b.function is not None and b.bias is None and not b.drops():
+        return _finish(b.function(b.x), b)
+    if residual is not None and addable(b, residual):
+        return F.dropout_add(
+            b.x, residual, b.p, True,
+            bias=b.bias, activation=b.activation, layer_scale=b.scale, drop_path=b.path,
+            seed=b.seed,
+        )  # fmt: skip
+    if b.bias is not None or b.activation is not None:
+        out = F.activation_dropout(
+            b.x, b.p, True, activation=b.activation, bias=b.bias, seed=b.seed
+        )
+    else:
+        out = F.dropout(b.x, b.p, True, seed=b.seed)
+    if b.scale is not None:
+        out = out * b.scale
+    return _finish(out, b)
+
+
+def _finish(out: Tensor, b: Pending) -> Tensor:
+    """What is left to do behind an op that does not do it: samples dropped, the residual added."""
+    if b.path:
+        out = drop_samples(out, b.path, b.seed)
+    return out if b.residual is None else b.residual + out
+
+
+def _softmax(b: Pending) -> Tensor:
+    if b.softmax == b.x.dtype and b.drops():
+        return F.softmax_dropout(b.x, b.p, True, seed=b.seed)
+    wide = None if b.softmax == b.x.dtype else b.softmax
+    return F.dropout(torch.softmax(b.x, -1, dtype=wide), b.p, True, seed=b.seed)
+
+
+def drop_samples(x: Tensor, p: float, seed: Tensor | None, scaled: bool = True) -> Tensor:
+    """Samples dropped with the mask that dropout_add draws for them, which is kept: it is small."""
+    if seed is None:
+        seed = seeds.seed_for(x.device, None)
+    if x.dim() > 1:
+        whole = Shard(tuple(x.shape), (0,) * x.dim())
+        first = (len(x), *(1,) * (x.dim() - 1))
+        keep = F.keep_mask(seed, first, p, domain="drop_path", shard=whole)
+    else:
+        keep = F.keep_mask(seed, x.shape, p)
+    gain = scale_of(threshold(p)) if scaled else 1.0
+    return torch.where(keep, x * gain, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def addable(b: Pending, residual: Tensor) -> bool:
+    """Whether one op adds it, with the dtype and shape that torch's addition has."""
+    return (
+        fits(residual)
+        and residual.shape == b.x.shape
+        and residual.device == b.x.device
+        and torch.promote_types(b.x.dtype, residual.dtype) == residual.dtype
+        and (b.path == 0 or b.x.dim() > 1)
+    )
+
+
+def _norm_first(b: Pending) -> Tensor:
+    assert b.norm is not None
+    kind, module = b.norm
+    if not b.drops():
+        out: Tensor = module(b.x)
+        return out if b.residual is None else b.residual + out
+    fits = b.residual is None or (addable(b, b.residual) and b.residual.dtype == b.x.dtype)
+    options: dict[str, Any] = {
+        "eps": eps_of(kind, module),
+        "zero_centered_weight": kind.zero_centered,
+        "seed": b.seed,
+    }
+    if fits:
+        options |= {"residual": b.residual, "drop_path": b.path}
+    weight = kind.get(module, "weight")
+    if kind.name == "rms_norm":
+        out = F.rms_norm_dropout(b.x, weight, b.p, True, **options)
+    else:
+        out = F.layer_norm_dropout(b.x, weight, kind.get(module, "bias"), b.p, True, **options)
+    return out if fits else _finish(out, b)
+
+
+def eps_of(kind: Kind, module: nn.Module) -> float | None:
+    eps: float | None = kind.eps if kind.eps is not None else kind.get(module, "eps")
+    return eps
+
+
+def fits(x: Any) -> bool:
+    """Whether the ops take it: a tensor of torch's own, not of a subclass that does more."""
+    return (
+        type(x) in (Tensor, nn.Parameter) and x.dtype in FLOATS and not x.is_nested and x.dim() > 0
+    )

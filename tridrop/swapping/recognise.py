@@ -1,0 +1,192 @@
+"""What the calls in a method are: the ops that the rules know."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import kinds
+from .flow import Flow
+from .rewrite import Op
+
+Labels = dict[str, str]  # what stands under an attribute of self: path -> kind
+
+_FUNCTIONS: dict[Any, str] = {
+    F.dropout: "rate",
+    F.softmax: "softmax",
+    torch.softmax: "softmax",
+    F.scaled_dot_product_attention: "attention",
+}
+_OTHERS = (F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+_FUNCTIONS.update(dict.fromkeys(_OTHERS, "other"))
+_UNARY = {"linear", "activation", "norm", "scale", "identity", "dropout", "drop_path"}
+_NAMES = {"layer_norm": "norm", "rms_norm": "norm", "layer_scale": "scale", "softmax": "softmax"}
+
+
+@dataclass
+class Method:
+    """One method of a class, read."""
+
+    name: str
+    function: FunctionType
+    rewrap: Callable[[FunctionType], FunctionType]
+    node: ast.FunctionDef
+    flow: Flow
+
+
+@dataclass
+class Tail:
+    """What a method hands to a caller who takes over its end."""
+
+    carries: bool  # a dropout
+    in_tuple: bool
+
+    def label(self) -> str:
+        return f"call{':tuple' if self.in_tuple else ''}{'+drop' if self.carries else ''}"
+
+
+def path_of(function: ast.expr, owner: str) -> str | None:
+    """ "a.b" of an expression self.a.b."""
+    parts: list[str] = []
+    while isinstance(function, ast.Attribute):
+        parts.insert(0, function.attr)
+        function = function.value
+    return ".".join(parts) if isinstance(function, ast.Name) and function.id == owner else None
+
+
+def calls(node: ast.FunctionDef, owner: str) -> list[str]:
+    paths = [path_of(n.func, owner) for n in ast.walk(node) if isinstance(n, ast.Call)]
+    return [p for p in dict.fromkeys(paths) if p]
+
+
+def resolve(module: Any, path: str) -> Any:
+    """What stands there, without running properties."""
+    for part in path.split("."):
+        own = getattr(module, "__dict__", {})
+        module = own.get(part, own.get("_modules", {}).get(part))
+    return module
+
+
+def label_of(found: Any, tails: Callable[[nn.Module], Tail | None]) -> str | None:
+    if not isinstance(found, nn.Module):
+        return "activation" if callable(found) and kinds.activation_name(found) else None
+    kind = kinds.kind_of(found)
+    if kind is not None and kind.get(found, "inplace"):
+        return None
+    if kind is not None and kind.name == "linear" and kind.get(found, "bias") is None:
+        return None  # it has nothing to hand on
+    if kind is not None:
+        return _NAMES.get(kind.name, kind.name)
+    tail = tails(found)
+    return None if tail is None else tail.label()
+
+
+class Classifier:
+    """Knows the ops among the expressions of a method."""
+
+    def __init__(self, method: Method, labels: Labels, tails: dict[str, Tail]) -> None:
+        self.owner = method.node.args.args[0].arg
+        self.function, self.flow = method.function, method.flow
+        self.labels, self.tails = labels, tails
+
+    def __call__(self, e: ast.expr) -> Op | None:
+        if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add):
+            return Op("add", e, (e.left, e.right))
+        if not isinstance(e, ast.Call) or any(isinstance(a, ast.Starred) for a in e.args):
+            return None
+        path = path_of(e.func, self.owner)
+        if path is not None:
+            return self.of_self(e, path)
+        if isinstance(e.func, ast.Name) and e.func.id in self.flow.locals:
+            # An attention function that was looked up, in the way of transformers.
+            p = next((k.value for k in e.keywords if k.arg == "dropout"), None)
+            return None if p is None else Op("interface", e, (), (p,))
+        if isinstance(e.func, ast.Attribute) and not self.is_global(e.func):
+            return self.of_tensor(e, e.func)
+        return self.of_function(e)
+
+    def of_self(self, e: ast.Call, path: str) -> Op | None:
+        label = self.labels.get(path, "")
+        if path in self.tails:
+            tail = self.tails[path]
+            name = "call:tuple" if tail.in_tuple else "call"
+            return Op(name, e, (), carries=tail.carries, method=path)
+        if label.startswith("call"):
+            name, _, drop = label.partition("+")
+            return Op(name, e, (), carries=drop == "drop")
+        if label in _UNARY and len(e.args) == 1 and not e.keywords:
+            return Op(label, e, (e.args[0],))
+        return None
+
+    def of_tensor(self, e: ast.Call, function: ast.Attribute) -> Op | None:
+        if function.attr == "softmax":
+            dim = _argument(e, 0, "dim")
+            if dim is not None and len(e.args) + len(e.keywords) == 1:
+                return Op("softmax", e, (), (function.value, dim))
+        if function.attr == "to" and len(e.args) == 1 and not e.keywords:
+            wanted = e.args[0]
+            if isinstance(wanted, ast.Attribute) and wanted.attr == "dtype":
+                return Op("cast", e, (function.value,), (wanted,))
+        return None
+
+    def of_function(self, e: ast.Call) -> Op | None:
+        called = self.global_of(e.func)
+        try:
+            name = _FUNCTIONS.get(called)
+        except TypeError:  # it cannot be hashed
+            return None
+        known = {k.arg for k in e.keywords}
+        if None in known:
+            return None
+        if name == "other":
+            return Op(name, e, ())
+        x = _argument(e, 0, "input")
+        if name == "rate" and x is not None and not _argument(e, 3, "inplace"):
+            p = _argument(e, 1, "p") or ast.copy_location(ast.Constant(0.5), e)
+            training = _argument(e, 2, "training") or ast.copy_location(ast.Constant(True), e)
+            return Op(name, e, (x,), (p, training))
+        if name == "softmax" and x is not None and known <= {"input", "dim", "dtype"}:
+            dim, dtype = _argument(e, 1, "dim"), _argument(e, 3, "dtype")
+            if dim is not None and len(e.args) <= 2:
+                return Op(name, e, (), (x, dim, *([dtype] if dtype is not None else [])))
+        if name == "attention":
+            rate = _argument(e, 4, "dropout_p")
+            never = isinstance(rate, ast.Constant) and not rate.value
+            return None if rate is None or never else Op(name, e, (), (rate,))
+        if name is None and kinds.is_dropout_add(called) and len(e.args) == 4 and not e.keywords:
+            return Op("dropout_add", e, (e.args[0],), tuple(e.args[1:]))
+        if name is None and kinds.activation_name(called) and len(e.args) == 1 and not e.keywords:
+            return Op("activation", e, (e.args[0],))
+        return None
+
+    def is_global(self, e: ast.expr) -> bool:
+        while isinstance(e, ast.Attribute):
+            e = e.value
+        return isinstance(e, ast.Name) and e.id not in self.flow.locals
+
+    def global_of(self, e: ast.expr) -> Any:
+        """The object behind a dotted name of the function's module or closure."""
+        if isinstance(e, ast.Attribute):
+            base = self.global_of(e.value)
+            return getattr(base, e.attr, None) if base is not None else None
+        if not isinstance(e, ast.Name) or e.id in self.flow.locals:
+            return None
+        free = dict(
+            zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True)
+        )
+        if e.id in free:
+            return free[e.id].cell_contents
+        return self.function.__globals__.get(e.id)
+
+
+def _argument(e: ast.Call, position: int, name: str) -> ast.expr | None:
+    if len(e.args) > position:
+        return e.args[position]
+    return next((k.value for k in e.keywords if k.arg == name), None)

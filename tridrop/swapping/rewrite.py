@@ -1,0 +1,343 @@
+"""Which calls of a method can be one op, and the method with these calls exchanged.
+
+Nothing is moved: each call stays where it stood and becomes the function of lazy.py that stands for
+it. All that is decided here is who may hand on a value that has not been computed: a producer whose
+only user is one that can take it up, on a way that has a dropout on it.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .flow import Flow
+
+# What draws a mask, and what each op can take up before it is computed.
+DROPS = ("dropout", "rate", "drop_path", "dropout_add")
+_ADDS = ("add", "dropout_add")
+_ABSORBS: dict[str, tuple[str, ...]] = {
+    "dropout": ("linear", "activation", "norm", "softmax", "cast", "scale", "call", "identity"),
+    "drop_path": ("linear", "dropout", "rate", "scale", "norm", "call", "identity"),
+    "scale": ("linear", "dropout", "rate", "call", "identity"),
+    "identity": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
+    "activation": ("linear",),
+    "cast": ("softmax",),
+    "add": ("dropout", "rate", "scale", "drop_path", "call", "identity"),
+    "norm": _ADDS,
+    "return": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
+}
+_ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
+_NOTED = ("attention", "interface", "other")  # drop as well, by other means or untouched
+_ACROSS = {"call", "scale", "drop_path", "return", "identity"}
+_ATTENTION = {"softmax", "cast"}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What :func:`tridrop.swap` may do."""
+
+    dropout: bool = True
+    attention: bool = True
+    inside: bool = True
+    across: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """A call (or sum) that the rules know; ``operands`` are what it may take up."""
+
+    name: str
+    node: ast.expr
+    operands: tuple[ast.expr, ...]
+    rest: tuple[ast.expr, ...] = ()  # arguments that are passed as they are
+    carries: bool = False  # of a call: whether a dropout is among what it hands on
+    method: str = "forward"  # of a call
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """A value that ``producer`` may hand to ``consumer`` uncomputed."""
+
+    producer: Op
+    consumer: Op
+    shared: bool = False  # others use it as well
+
+
+@dataclass
+class Place:
+    """One call that drops, in the text of a method."""
+
+    op: Op
+    line: int
+    text: str
+    parts: tuple[str, ...] = ()  # of the op that it became part of; none: left
+
+
+@dataclass
+class Plan:
+    """What is to be done with one method."""
+
+    node: ast.FunctionDef
+    flow: Flow
+    ops: dict[ast.expr, Op]
+    edges: list[Edge] = field(default_factory=list)
+    emitted: set[Op] = field(default_factory=set)
+    waiting: set[int] = field(default_factory=set)  # definitions of sums that several use
+    places: list[Place] = field(default_factory=list)
+
+    def into(self, op: Op) -> list[Edge]:
+        return [e for e in self.edges if e.consumer is op]
+
+    def out_of(self, op: Op) -> list[Edge]:
+        return [e for e in self.edges if e.producer is op]
+
+
+def returns(node: ast.FunctionDef) -> list[tuple[ast.expr, bool]]:
+    """What a method returns first: the expressions, and whether in a tuple."""
+    found = []
+    stack: list[ast.AST] = list(node.body)
+    while stack:
+        n = stack.pop()
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+            continue
+        if isinstance(n, ast.Return) and n.value is not None:
+            if isinstance(n.value, ast.Tuple) and n.value.elts:
+                found.append((n.value.elts[0], True))
+            else:
+                found.append((n.value, False))
+        stack.extend(ast.iter_child_nodes(n))
+    return found
+
+
+def plan(
+    node: ast.FunctionDef,
+    flow: Flow,
+    classify: Callable[[ast.expr], Op | None],
+    levels: Levels,
+    bare: bool,
+) -> Plan:
+    """The plan for a method; with ``bare`` for its form whose caller takes over what it returns."""
+    ops = {n: op for n in ast.walk(node) if isinstance(n, ast.expr) and (op := classify(n))}
+    made = Plan(node, flow, ops)
+    ends = [Op("return", e, (e,)) for e, _ in returns(node)] if bare else []
+    edges = [e for op in (*ops.values(), *ends) for x in op.operands for e in _edges(made, op, x)]
+    edges = [e for e in edges if _allowed(e, levels)]
+    made.edges = edges
+    # Along a way without a dropout there is nothing to do.
+    made.edges = [e for e in edges if _useful(made, e)]
+    taken = {e.consumer for e in made.edges if e.consumer.name == "norm"}
+    made.edges = [e for e in made.edges if e.producer not in taken]
+    for op in [op for op in ops.values() if op.name in _ADDS]:
+        if op.name == "dropout_add" or made.into(op):
+            _share(made, op, levels)
+    for op in ops.values():
+        on_a_way = any(op in (e.producer, e.consumer) for e in made.edges)
+        plain = op.name in DROPS and levels.dropout
+        fused = op.name == "attention" and levels.attention
+        if on_a_way or plain or fused:
+            made.emitted.add(op)
+    _note_places(made)
+    return made
+
+
+def _sources(made: Plan, x: ast.expr) -> list[tuple[Op, int | None]]:
+    """The ops that an operand comes from; with the definition, where that is not the op itself."""
+    if x in made.ops:
+        return [] if made.ops[x].name == "call:tuple" else [(made.ops[x], None)]
+    flow = made.flow
+    if not isinstance(x, ast.Name) or x.id in flow.escaped:
+        return []
+    found: list[tuple[Op, int | None]] = []
+    for i in flow.reaching.get(x, ()):
+        definition = flow.definitions[i]
+        op = made.ops.get(definition.value) if definition.value is not None else None
+        if op is not None and definition.index == (0 if op.name == "call:tuple" else None):
+            found.append((op, i))
+    return found
+
+
+def _edges(made: Plan, consumer: Op, x: ast.expr) -> list[Edge]:
+    found = []
+    for op, definition in _sources(made, x):
+        name = "call" if op.name == "call:tuple" else op.name
+        alone = definition is None or made.flow.uses(definition) == [x]
+        if alone and name in _ABSORBS.get(consumer.name, ()):
+            found.append(Edge(op, consumer))
+    return found
+
+
+def _allowed(edge: Edge, levels: Levels) -> bool:
+    names = {edge.producer.name.partition(":")[0], edge.consumer.name}
+    if edge.shared or names & _ACROSS:
+        return levels.across
+    return levels.attention if names & _ATTENTION else levels.inside
+
+
+def _useful(made: Plan, edge: Edge) -> bool:
+    if _carries(made, edge.producer, set()):
+        return True
+    return edge.producer.name not in _ADDS and _leads(made, edge, set())
+
+
+def _carries(made: Plan, op: Op, seen: set[Op]) -> bool:
+    """Whether there is a dropout in what an op hands on."""
+    if op.name in DROPS or op.carries:
+        return True
+    if op in seen:
+        return False
+    return any(_carries(made, e.producer, seen | {op}) for e in made.into(op))
+
+
+def _leads(made: Plan, edge: Edge, seen: set[Edge]) -> bool:
+    """Whether what is handed on comes to a dropout, or to the caller."""
+    if edge.consumer.name in DROPS or edge.consumer.name == "return":
+        return True
+    if edge in seen:
+        return False
+    return any(_leads(made, e, seen | {edge}) for e in made.out_of(edge.consumer))
+
+
+def _share(made: Plan, op: Op, levels: Levels) -> None:
+    """Let a sum wait for the norm of it, where others use it as well."""
+    if made.out_of(op):
+        return
+    flow = made.flow
+    start = [i for i, d in enumerate(flow.definitions) if d.value is op.node and d.index is None]
+    found, todo, users = set(start), list(start), []
+    while todo:
+        for use in flow.uses(todo.pop()):
+            if use.id in flow.escaped or isinstance(use.ctx, ast.Store):
+                return
+            copies = [
+                i for i, d in enumerate(flow.definitions) if d.value is use and d.index is None
+            ]
+            todo += [i for i in copies if i not in found]
+            found.update(copies)
+            parent = flow.parents[use]
+            user = made.ops.get(parent) if isinstance(parent, ast.expr) else None
+            if user is not None and user.name == "norm" and not made.into(user):
+                users.append(Edge(op, user, shared=True))
+    users = [e for e in users if _allowed(e, levels)]
+    if users:
+        made.waiting |= found
+        made.edges += users
+
+
+def _note_places(made: Plan) -> None:
+    drops = [op for op in made.ops.values() if op.name in (*DROPS, *_NOTED)]
+    drops.sort(key=lambda op: (op.node.lineno, op.node.end_lineno, op.node.end_col_offset))
+    for op in drops:
+        text = ast.unparse(op.node)
+        parts = _parts(made, op) if op in made.emitted else ()
+        made.places.append(Place(op, op.node.lineno, text, parts))
+
+
+def _parts(made: Plan, op: Op) -> tuple[str, ...]:
+    """What is one op with ``op``, in the order of computation."""
+    before: list[str] = []
+    after: list[str] = []
+    todo = [e.producer for e in made.into(op)]
+    while todo:
+        producer = todo.pop()
+        before.insert(0, producer.name.partition(":")[0])
+        todo += [e.producer for e in made.into(producer) if producer.name not in _ADDS]
+    at = op
+    while out := made.out_of(at):
+        at = out[0].consumer
+        after.append(at.name)
+    own = {"rate": "dropout", "dropout_add": "dropout + add"}.get(op.name, op.name)
+    return tuple(p for p in (*before, own, *after) if p not in ("cast", "identity"))
+
+
+def emit(made: Plan, first: int) -> ast.FunctionDef:
+    """The method's new tree; its places are numbered from ``first``."""
+    node = copy.deepcopy(made.node)
+    pairs = zip(ast.walk(made.node), ast.walk(node), strict=True)
+    emitter = _Emitter(made, first, {new: old for old, new in pairs})
+    for statement in node.body:
+        emitter.visit(statement)
+    return ast.fix_missing_locations(node)
+
+
+class _Emitter(ast.NodeTransformer):
+    """Works on the copy of a tree, and asks the plan about the nodes that it was copied from."""
+
+    def __init__(self, made: Plan, first: int, old_of: Mapping[ast.AST, ast.AST]) -> None:
+        self.made, self.old_of = made, old_of
+        self.places = {place.op: first + i for i, place in enumerate(made.places)}
+        self.owner = made.node.args.args[0].arg
+
+    def runtime(self, at: ast.expr, name: str, *arguments: ast.expr) -> ast.Call:
+        function = ast.Attribute(ast.Name("_tridrop", ast.Load()), name, ast.Load())
+        new = ast.copy_location(ast.Call(function, list(arguments), []), at)
+        for inner in (function, function.value):
+            ast.copy_location(inner, at)
+        return new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        old = self.old_of.get(node)
+        if not isinstance(old, ast.expr) or not isinstance(node, ast.expr):
+            return self.generic_visit(node)
+        op = self.made.ops.get(old)
+        if op is not None and op in self.made.emitted:
+            new = self.exchange(op, node)
+            waits = bool(self.made.out_of(op)) or (op.name == "norm" and not self.made.into(op))
+            if op.name.startswith("call") or (op.name in ("norm", "attention") and not waits):
+                return new
+            return new if waits else self.runtime(node, "value", new)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            return self.use(old, node)
+        return self.generic_visit(node)
+
+    def use(self, old: ast.expr, node: ast.Name) -> ast.expr:
+        """A variable's use: where it may wait, its value, or itself for who takes it as it is."""
+        assert isinstance(old, ast.Name)
+        flow = self.made.flow
+        if not flow.reaching.get(old, set()) & self.made.waiting:
+            return node
+        parent = flow.parents[old]
+        user = self.made.ops.get(parent) if isinstance(parent, ast.expr) else None
+        takes = user is not None and user in self.made.emitted and old in user.operands
+        is_copy = any(flow.definitions[i].value is old for i in self.made.waiting)
+        return node if takes or is_copy else self.runtime(node, "value", node)
+
+    def exchange(self, op: Op, node: Any) -> ast.expr:
+        """The call of lazy.py in the place of an op."""
+        new_of = {self.old_of[n]: n for n in ast.walk(node) if n in self.old_of}
+        operands: list[Any] = [self.visit(new_of[x]) for x in op.operands]
+        rest: list[Any] = [self.visit(new_of[x]) for x in op.rest]
+        name = op.name.partition(":")[0]
+        if name == "add":
+            return self.runtime(node, name, *operands)
+        if name == "call":
+            self.generic_visit(node)
+            module = node.func
+            if op.method != "forward":
+                assert isinstance(module, ast.Attribute)
+                module = module.value
+            new = self.runtime(node, name, module, ast.Constant(op.method), *node.args)
+            new.keywords = node.keywords
+            return new
+        place = [ast.Name(self.owner, ast.Load()), ast.Constant(self.places.get(op, -1))]
+        if name == "attention":
+            self.generic_visit(node)
+            new = self.runtime(node, name, *place, *node.args)
+            new.keywords = node.keywords
+            return new
+        if name in ("rate", "dropout_add"):
+            return self.runtime(node, name, *place, *operands, *rest)
+        if name in ("softmax", "cast"):
+            return self.runtime(node, name, *operands, *rest)
+        arguments = [node.func, *operands]
+        if name in DROPS:
+            return self.runtime(node, name, *place, *arguments)
+        if name == "norm":
+            into = self.made.into(op)
+            if not into:
+                return self.runtime(node, "norm_first", *arguments)
+            if not any(e.shared for e in into):
+                arguments.append(ast.Constant(True))
+        return self.runtime(node, name, *arguments)
