@@ -60,7 +60,7 @@ def register() -> None:
         raise ImportError(
             f"transformers' attention interface was not found ({error}); install transformers>=5.0"
         ) from error
-    transformers_masks.masking = masking_utils
+    transformers_masks.use(masking_utils)
     try:
         from transformers.utils import output_capturing
     except ImportError:

@@ -21,6 +21,15 @@ _CUTS_QUERIES = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text
 _EAGER_MASKS = {"doge", "deepseek_v4"}
 
 
+def use(masking_utils: Any) -> None:
+    """Make masks with this module of transformers."""
+    global masking
+    masking = masking_utils
+    # Dynamo asks then once, and does not look at how the answer is found. Marking imports much of
+    # torch, which this module of transformers has done by now.
+    torch.compiler.assume_constant_result(needs_float_masks)
+
+
 class Pattern(NamedTuple):
     """What is known of a mask that attention_mask made: causal, with padding or packing.
 
@@ -40,7 +49,7 @@ def attention_mask(**arguments: Any) -> Tensor | None:
     linear in the length. Models that compute with their masks get transformers' float masks.
     """
     config = arguments.get("config")
-    if config is not None and _needs_float_masks(config.__class__):
+    if config is not None and needs_float_masks(config.__class__):
         mask: Tensor | None = masking.eager_mask(**arguments)
         return mask
     if getattr(config, "model_type", None) in _CUTS_QUERIES:
@@ -92,12 +101,16 @@ def _is_packed_causal(function: Any) -> bool:
     return kinds == {"causal", "packed_sequence_mask_function"}
 
 
-@functools.cache
-def _needs_float_masks(config: type[object]) -> bool:
+def needs_float_masks(config: Any) -> bool:
     """Whether models of this configuration compute with masks themselves, in eager's terms.
 
     So do those whose attention never calls the interface, and those that support nothing but eager.
     """
+    return _look_for_float_masks(config)
+
+
+@functools.cache
+def _look_for_float_masks(config: Any) -> bool:
     if getattr(config, "model_type", None) in _EAGER_MASKS:
         return True
     from transformers import PreTrainedModel
