@@ -60,8 +60,10 @@ FAMILIES = {
     "ViT": IMAGE,
     "Dinov2": IMAGE | {"mlp_ratio": 2},
     "Wav2Vec2": SPEECH,
-    # Modules without is_causal, a mask that the model computes with, and one that only eager knows.
+    # Modules without is_causal or with a wrong one, a mask that the model computes with, and one
+    # that only eager knows.
     "Splinter": TEXT,
+    "PegasusX": BART,
     "Doge": LLM,
     "BigBirdPegasus": BART | {"attention_type": "original_full"},
 }

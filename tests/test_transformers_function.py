@@ -243,9 +243,9 @@ def test_causality_with_padding_is_known_of_the_mask_until_it_is_changed(monkeyp
         assert pattern_of(ask(padding=PARTLY)) is None
 
 
-def test_models_that_cut_queries_off_get_every_causal_mask():
-    config = SimpleNamespace(model_type="gemma4_text")
-    assert torch.equal(ask(config=config)[0, 0], LOWER)
+@pytest.mark.parametrize("name", ["gemma4_text", "pegasus_x"])
+def test_models_that_cannot_rely_on_is_causal_get_every_causal_mask(name):
+    assert torch.equal(ask(config=SimpleNamespace(model_type=name))[0, 0], LOWER)
 
 
 BEFORE = """

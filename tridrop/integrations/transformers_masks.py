@@ -15,8 +15,9 @@ NAME = "tridrop"
 # transformers.masking_utils, once transformers has been imported.
 masking: Any = None
 
-# Models that cut queries off after the mask was made: a causal mask that was left out is lost then.
-_CUTS_QUERIES = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}
+# Models that need their causal masks made: Gemma 4 cuts queries off afterwards, and Pegasus-X's
+# decoder does not say of itself that it is causal.
+_CAUSAL_MASKS = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "pegasus_x"}
 # Models whose own code takes an absent causal mask for none, or a bool mask for numbers.
 _EAGER_MASKS = {"doge", "deepseek_v4"}
 
@@ -52,7 +53,7 @@ def attention_mask(**arguments: Any) -> Tensor | None:
     if config is not None and needs_float_masks(config.__class__):
         mask: Tensor | None = masking.eager_mask(**arguments)
         return mask
-    if getattr(config, "model_type", None) in _CUTS_QUERIES:
+    if getattr(config, "model_type", None) in _CAUSAL_MASKS:
         arguments["allow_is_causal_skip"] = False
     # Its keyword for the queries is q_length, and in older releases cache_position.
     positions = arguments.get("cache_position")
