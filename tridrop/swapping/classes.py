@@ -7,7 +7,9 @@ pickles as its own class and the recipe by which the swap is done again.
 
 from __future__ import annotations
 
+import ast
 import copyreg
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -18,8 +20,8 @@ from torch import nn
 from . import kinds, lazy, rewrite, source
 from .flow import Unfollowed, analyse
 from .modules import drop_path_forward
-from .recognise import Classifier, Labels, Method, Tail, calls, label_of, resolve
-from .rewrite import Levels, Place, Plan
+from .recognise import Classifier, Labels, Method, Tail, calls, label_of, mentions_dropout, resolve
+from .rewrite import Levels, Op, Place, Plan
 
 
 @dataclass
@@ -29,15 +31,46 @@ class Text:
     methods: dict[str, Method] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)  # method -> reason
 
+    def caught(self, kind: type, name: str) -> bool:
+        """Whether a method that was not read drops, and is caught while it runs."""
+        reason = self.unread.get(name, "overridden")  # what was overridden is left alone
+        return not reason.startswith("overridden") and mentions_dropout(getattr(kind, name, None))
 
-_texts: dict[type, Text] = {}
+
+Children = tuple[str, ...]  # the names in a torch.nn.Sequential, whose text they make
+
+_texts: dict[tuple[type, Children], Text] = {}
 
 
-def text_of(kind: type) -> Text:
+def text_of(kind: type, children: Children = ()) -> Text:
     """The readable methods of a class: forward, and what it calls of the same class's methods."""
-    if kind not in _texts:
-        _texts[kind] = _read(kind)
-    return _texts[kind]
+    if (kind, children) not in _texts:
+        _texts[kind, children] = _unrolled(children) if children else _read(kind)
+    return _texts[kind, children]
+
+
+def children_of(module: nn.Module, base: type) -> Children:
+    """The names in a torch.nn.Sequential; empty for others."""
+    return tuple(module._modules) if is_sequence(base) else ()
+
+
+def is_sequence(base: Any) -> bool:
+    """Whether a class's forward is that of torch.nn.Sequential."""
+    return bool(base.forward is nn.Sequential.forward)
+
+
+def _unrolled(children: Children) -> Text:
+    """What a torch.nn.Sequential does, as a method that calls one child after the other."""
+
+    lines = ["def forward(self, input):"]
+    lines.append(f"  if tuple(self._modules) != {children!r}: return _forward(self, input)")
+    lines += ["  input = self._(input)"] * len(children)
+    node: Any = ast.parse("\n".join([*lines, "  return input"])).body[0]
+    for name, statement in zip(children, node.body[1:-1], strict=True):
+        statement.value.func.attr = name
+    function: Any = nn.Sequential.forward
+    method = Method("forward", function, lambda f: f, node, analyse(node), decorated=False)
+    return Text({"forward": method})
 
 
 def _owner(kind: type, name: str) -> type | None:
@@ -72,7 +105,8 @@ def _read(kind: type) -> Text:
         if len(owners) != 1:
             text.unread[name] = "it has no self"
             continue
-        text.methods[name] = Method(name, function, rewrap, node, flow)
+        decorated = function is not owner.__dict__[name]
+        text.methods[name] = Method(name, function, rewrap, node, flow, decorated)
         for called in calls(node, arguments[0].arg):
             plain = "." not in called and isinstance(getattr(kind, called, None), FunctionType)
             if plain and called not in text.methods and called not in (*todo, *text.unread):
@@ -83,9 +117,12 @@ def _read(kind: type) -> Text:
 def labels_of(module: nn.Module, base: type, tails: Callable[[nn.Module], Tail | None]) -> Labels:
     """What stands under each attribute that the methods of ``base`` call, on this instance."""
     labels: Labels = {}
-    for method in text_of(base).methods.values():
+    text = text_of(base, children_of(module, base))
+    for method in text.methods.values():
         for path in calls(method.node, method.node.args.args[0].arg):
             label = label_of(resolve(module, path), tails)
+            if text.caught(base, path):
+                label = "within"
             if label is not None:
                 labels[path] = label
     return labels
@@ -98,6 +135,7 @@ class Recipe:
     levels: Levels
     labels: tuple[tuple[str, str], ...]
     bare: bool = False  # whether a caller takes over the end of forward
+    children: Children = ()
 
 
 @dataclass
@@ -110,7 +148,9 @@ class Work:
 
     def changes(self) -> bool:
         """Whether there is anything to rewrite."""
-        return bool(self.bare) or any(p.emitted for p in self.plans.values())
+        return bool(self.bare or (self.places and not self.plans)) or any(
+            plan.emitted for plan in self.plans.values()
+        )
 
 
 _works: dict[tuple[type, Recipe], Work] = {}
@@ -125,8 +165,8 @@ def work_of(base: type, recipe: Recipe) -> Work:
 
 def tail_of(base: type, recipe: Recipe, name: str = "forward") -> Tail | None:
     """What a method would hand on, with the level for it on."""
-    method = text_of(base).methods.get(name)
-    if method is None or not recipe.levels.across:
+    method = text_of(base, recipe.children).methods.get(name)
+    if method is None or method.decorated or not recipe.levels.across:
         return None
     made = _plan_method(method, recipe, {}, bare=True)
     ends = [e for e in made.edges if e.consumer.name == "return"]
@@ -144,7 +184,11 @@ def _plan_method(method: Method, recipe: Recipe, tails: dict[str, Tail], bare: b
 
 def _plan(base: type, recipe: Recipe) -> Work:
     work = Work()
-    methods = text_of(base).methods
+    methods = text_of(base, recipe.children).methods
+    if recipe.levels.dropout and text_of(base, recipe.children).caught(base, "forward"):
+        op = Op("within", ast.Name("forward"), ())
+        work.places.append(("forward", Place(op, None, "forward", ("dropout",))))
+        return work
     tails = {
         name: tail
         for name in methods
@@ -174,21 +218,24 @@ def swapped_class(base: type, recipe: Recipe) -> type:
 
 
 def _make(base: type, recipe: Recipe) -> type:
-    work, methods = work_of(base, recipe), text_of(base).methods
+    work, methods = work_of(base, recipe), text_of(base, recipe.children).methods
     first = 0
     new: dict[str, Any] = {}
     if kinds.kind_of_type(base) is not None:  # a drop path: nothing else is called a known kind
         new["forward"], methods = drop_path_forward, {}
+    if work.places and not work.plans:
+        new["forward"] = _caught_forward(base)
     for name, method in methods.items():
+        if name not in work.plans:
+            continue
         if work.plans[name].emitted:
             built = _build(method, work.plans[name], first)
             new[name] = method.rewrap(built)
         if name in work.bare:
             new[f"_tridrop_{name}"] = _build(method, work.bare[name], first)
         first += len(work.plans[name].places)
-    in_tuple = (
-        any(shape for _, shape in rewrite.returns(methods["forward"].node)) if methods else False
-    )
+    forward = methods.get("forward")
+    in_tuple = forward is not None and any(shape for _, shape in rewrite.returns(forward.node))
     namespace = {
         **new,
         "__module__": base.__module__,
@@ -205,8 +252,18 @@ def _make(base: type, recipe: Recipe) -> type:
     return kind
 
 
+def _caught_forward(base: Any) -> FunctionType:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return lazy.within(self, 0, base.forward, self, *args, **kwargs)
+
+    return functools.wraps(base.forward)(forward)  # type: ignore[return-value]
+
+
+_NAMES = {"_tridrop": lazy, "_forward": nn.Sequential.forward}
+
+
 def _build(method: Method, made: Plan, first: int) -> FunctionType:
-    return source.build(method.function, rewrite.emit(made, first), {"_tridrop": lazy})
+    return source.build(method.function, rewrite.emit(made, first), _NAMES)
 
 
 def _swapped(module: nn.Module) -> Any:

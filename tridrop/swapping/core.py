@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .report import Report, Site
 from .rewrite import Levels, Op
 
 ATTENTION = "tridrop"  # the name of the attention function in transformers
+ATTENTION_PARTS = ("softmax", "dropout", "matmul")
 
 
 def base_of(module: nn.Module) -> type:
@@ -45,10 +47,12 @@ class Survey:
             for _, place in self.work(module).places:
                 if place.op.name in ("dropout", "drop_path"):
                     self.called.add(self.child(module, place.op))
-        wanted = [child for module in self.recipes for child in self.bare_children(module)]
-        for child in wanted:
-            old = self.recipes[child]
-            self.recipes[child] = Recipe(old.levels, old.labels, bare=True)
+        todo = list(self.recipes)
+        while todo:
+            for child in self.bare_children(todo.pop()):
+                if not self.recipes[child].bare:
+                    self.recipes[child] = replace(self.recipes[child], bare=True)
+                    todo.append(child)
 
     def recipe(self, module: nn.Module) -> Recipe | None:
         """The recipe for a module whose forward can be read, without its caller's wishes."""
@@ -64,7 +68,8 @@ class Survey:
         if module in self.left:
             return None
         labels = classes.labels_of(module, base, self.tail)
-        self.recipes[module] = Recipe(self.levels, tuple(sorted(labels.items())))
+        children = classes.children_of(module, base)
+        self.recipes[module] = Recipe(self.levels, tuple(sorted(labels.items())), children=children)
         return self.recipes[module]
 
     def tail(self, module: nn.Module) -> Tail | None:
@@ -83,7 +88,8 @@ class Survey:
     def bare_children(self, module: nn.Module) -> list[nn.Module]:
         """The modules whose ends a module takes over."""
         found = []
-        for made in self.work(module).plans.values():
+        work = self.work(module)
+        for made in (*work.plans.values(), *work.bare.values()):
             for op in made.emitted:
                 if op.name.startswith("call") and op.method == "forward":
                     found.append(self.child(module, op))
@@ -118,10 +124,10 @@ class Survey:
             return "" if self.levels.attention else "its level is off"
         return "" if self.levels.dropout else "its level is off"
 
-    def drop_name(self, module: nn.Module) -> str:
-        """What a module that drops is."""
+    def parts(self, module: nn.Module) -> tuple[str, ...]:
+        """What a module that drops becomes."""
         kind = kinds.kind_of(module)
-        return "attention" if kind is None else kind.name
+        return ATTENTION_PARTS if kind is None else (kind.name,)
 
     def rate_of_module(self, module: nn.Module) -> float | None:
         """The p of a module that drops."""
@@ -207,7 +213,9 @@ class Interfaces:
 def _is_torchs(base: type) -> bool:
     """Whether a class is one of torch.nn's building blocks, which have no sites inside."""
     layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    return base.__module__.startswith("torch.nn.modules.") and base not in layers
+    if base in layers or classes.is_sequence(base):
+        return False
+    return base.__module__.startswith("torch.nn.modules.")
 
 
 def _records_first(names: dict[nn.Module, str], base: type) -> bool:
@@ -288,7 +296,7 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
             parts, reason = place.parts, ""
             if place.op.name == "interface":
                 reason = interfaces.reason(module)
-                parts = () if reason else ("softmax", "dropout", "matmul")
+                parts = () if reason else ATTENTION_PARTS
             elif place.op.name == "other":
                 reason = "tridrop has no such function"
             elif not parts:
@@ -296,7 +304,10 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
             stream = None if first is None or not parts else first + i
             p = survey.rate(module, place.op)
             found.append(Site(name, kind, place.text, place.line, p, parts, reason, stream))
-        for method, reason in classes.text_of(base_of(module)).unread.items():
+        text = classes.text_of(base_of(module), survey.recipes[module].children)
+        for method, reason in text.unread.items():
+            if text.caught(base_of(module), method) and survey.levels.dropout:
+                continue  # one of the places above
             if _mentions_dropout(base_of(module), method):
                 found.append(Site(name, kind, method, None, None, (), reason, None))
     elif module in survey.left and _mentions_dropout(base_of(module), "forward"):
@@ -304,7 +315,7 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
     if module not in survey.called and (survey.drops(module) or _looks_like_dropout(module)):
         reason = survey.why_left(module)
         stream = None if reason else getattr(module, "site", first)
-        parts = () if reason else (survey.drop_name(module),)
+        parts = () if reason else survey.parts(module)
         p = survey.rate_of_module(module)
         found.append(Site(name, kind, str(module), None, p, parts, reason, stream))
     return found

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
 
 from .. import functional as F
 from .. import seeds
+from ..mask import fold_in
 from .kinds import KNOWN, Kind, activation_name
 from .pending import Pending, addable, drop_samples, eps_of, fits
 from .pending import value as value
@@ -283,6 +285,41 @@ def _records_weights(module: nn.Module, hook: Any) -> bool:
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and bool(
         getattr(type(module), "_tridrop_tuple", False)
     )
+
+
+def within(
+    owner: nn.Module, place: int, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A call of a function that drops inside, and whose text is not rewritten."""
+    with _Catch(owner, place):
+        return function(*args, **kwargs)
+
+
+class _Catch(TorchFunctionMode):
+    """Exchanges the calls of torch.nn.functional.dropout while it is active."""
+
+    def __init__(self, owner: nn.Module, place: int) -> None:
+        super().__init__()
+        self.owner, self.place, self.calls = owner, place, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.dropout:
+            return func(*args, **kwargs)
+        return self.dropout(*args, **kwargs)
+
+    def dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if inplace or not training or p == 0 or not fits(input):
+            return torch.nn.functional.dropout(input, p, training, inplace)
+        seed = _seed(self.owner, self.place, input)
+        if seed is not None and self.calls:  # one number, several calls
+            seed = fold_in(seed, self.calls)
+        self.calls += 1
+        return F.dropout(input, p, seed=seed)
 
 
 def attention(

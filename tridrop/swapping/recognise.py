@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -39,6 +40,7 @@ class Method:
     rewrap: Callable[[FunctionType], FunctionType]
     node: ast.FunctionDef
     flow: Flow
+    decorated: bool
 
 
 @dataclass
@@ -108,6 +110,8 @@ class Classifier:
             # An attention function that was looked up, in the way of transformers.
             p = next((k.value for k in e.keywords if k.arg == "dropout"), None)
             return None if p is None else Op("interface", e, (), (p,))
+        if isinstance(e.func, ast.Call):
+            return self.of_made(e, e.func)
         if isinstance(e.func, ast.Attribute) and not self.is_global(e.func):
             return self.of_tensor(e, e.func)
         return self.of_function(e)
@@ -121,11 +125,22 @@ class Classifier:
         if label.startswith("call"):
             name, _, drop = label.partition("+")
             return Op(name, e, (), carries=drop == "drop")
+        if label == "within":
+            return Op(label, e, ())
         if label in _UNARY and len(e.args) == 1 and not e.keywords:
             return Op(label, e, (e.args[0],))
         return None
 
+    def of_made(self, e: ast.Call, made: ast.Call) -> Op | None:
+        """nn.Softmax(dim=-1)(x)"""
+        dim = _argument(made, 0, "dim")
+        if self.global_of(made.func) is not nn.Softmax or dim is None or len(e.args) != 1:
+            return None
+        return Op("softmax", e, (), (e.args[0], dim))
+
     def of_tensor(self, e: ast.Call, function: ast.Attribute) -> Op | None:
+        if ast.unparse(function.value) == "super()" and self.drops_above(function.attr):
+            return Op("within", e, ())
         if function.attr == "softmax":
             dim = _argument(e, 0, "dim")
             if dim is not None and len(e.args) + len(e.keywords) == 1:
@@ -135,6 +150,13 @@ class Classifier:
             if isinstance(wanted, ast.Attribute) and wanted.attr == "dtype":
                 return Op("cast", e, (function.value,), (wanted,))
         return None
+
+    def drops_above(self, name: str) -> bool:
+        """Whether a method of a base class drops by a function."""
+        kind = self.global_of(ast.Name("__class__"))
+        above = kind.__mro__[1:] if isinstance(kind, type) else ()
+        function = next((c.__dict__[name] for c in above if name in c.__dict__), None)
+        return mentions_dropout(function)
 
     def of_function(self, e: ast.Call) -> Op | None:
         called = self.global_of(e.func)
@@ -164,6 +186,8 @@ class Classifier:
             return Op("dropout_add", e, (e.args[0],), tuple(e.args[1:]))
         if name is None and kinds.activation_name(called) and len(e.args) == 1 and not e.keywords:
             return Op("activation", e, (e.args[0],))
+        if name is None and isinstance(called, FunctionType) and mentions_dropout(called):
+            return Op("within", e, ())
         return None
 
     def is_global(self, e: ast.expr) -> bool:
@@ -184,6 +208,14 @@ class Classifier:
         if e.id in free:
             return free[e.id].cell_contents
         return self.function.__globals__.get(e.id)
+
+
+def mentions_dropout(function: Any) -> bool:
+    """Whether a function of Python calls torch's dropout by name, and is not torch's own."""
+    function = inspect.unwrap(function) if callable(function) else None
+    code = getattr(function, "__code__", None)
+    own = not getattr(function, "__module__", "torch.").startswith("torch.")
+    return own and "dropout" in getattr(code, "co_names", ())
 
 
 def _argument(e: ast.Call, position: int, name: str) -> ast.expr | None:

@@ -16,7 +16,7 @@ from typing import Any
 from .flow import Flow
 
 # What draws a mask, and what each op can take up before it is computed.
-DROPS = ("dropout", "rate", "drop_path", "dropout_add")
+DROPS = ("dropout", "rate", "drop_path", "dropout_add", "within")
 _ADDS = ("add", "dropout_add")
 _ABSORBS: dict[str, tuple[str, ...]] = {
     "dropout": ("linear", "activation", "norm", "softmax", "cast", "scale", "call", "identity"),
@@ -30,6 +30,7 @@ _ABSORBS: dict[str, tuple[str, ...]] = {
     "return": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
 }
 _ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
+_COMPUTED = ("norm", "attention", "within")  # return what is computed
 _NOTED = ("attention", "interface", "other")  # drop as well, by other means or untouched
 _ACROSS = {"call", "scale", "drop_path", "return", "identity"}
 _ATTENTION = {"softmax", "cast"}
@@ -71,7 +72,7 @@ class Place:
     """One call that drops, in the text of a method."""
 
     op: Op
-    line: int
+    line: int | None
     text: str
     parts: tuple[str, ...] = ()  # of the op that it became part of; none: left
 
@@ -87,6 +88,13 @@ class Plan:
     emitted: set[Op] = field(default_factory=set)
     waiting: set[int] = field(default_factory=set)  # definitions of sums that several use
     places: list[Place] = field(default_factory=list)
+    writes: list[int] = field(default_factory=list)  # lines on which something changes in place
+
+    def context(self, node: ast.AST) -> ast.AST | None:
+        """The with statement around an expression."""
+        while node in self.flow.parents and not isinstance(node, (ast.With, ast.AsyncWith)):
+            node = self.flow.parents[node]
+        return node if isinstance(node, (ast.With, ast.AsyncWith)) else None
 
     def into(self, op: Op) -> list[Edge]:
         return [e for e in self.edges if e.consumer is op]
@@ -122,6 +130,8 @@ def plan(
     """The plan for a method; with ``bare`` for its form whose caller takes over what it returns."""
     ops = {n: op for n in ast.walk(node) if isinstance(n, ast.expr) and (op := classify(n))}
     made = Plan(node, flow, ops)
+    nodes: list[Any] = list(ast.walk(node))
+    made.writes = [n.lineno for n in nodes if _writes(n)]
     ends = [Op("return", e, (e,)) for e, _ in returns(node)] if bare else []
     edges = [e for op in (*ops.values(), *ends) for x in op.operands for e in _edges(made, op, x)]
     edges = [e for e in edges if _allowed(e, levels)]
@@ -141,6 +151,16 @@ def plan(
             made.emitted.add(op)
     _note_places(made)
     return made
+
+
+def _writes(n: Any) -> bool:
+    """Whether a node changes an object: x += y, x[i] = y, x.add_(y), f(x, out=y)."""
+    if isinstance(n, ast.Call):
+        name = n.func.attr if isinstance(n.func, ast.Attribute) else ""
+        in_place = name.endswith("_") and not name.endswith("__")
+        return in_place or any(k.arg in ("out", "inplace") for k in n.keywords)
+    stored = isinstance(n, ast.Subscript) and isinstance(n.ctx, (ast.Store, ast.Del))
+    return stored or isinstance(n, ast.AugAssign)
 
 
 def _sources(made: Plan, x: ast.expr) -> list[tuple[Op, int | None]]:
@@ -164,9 +184,24 @@ def _edges(made: Plan, consumer: Op, x: ast.expr) -> list[Edge]:
     for op, definition in _sources(made, x):
         name = "call" if op.name == "call:tuple" else op.name
         alone = definition is None or made.flow.uses(definition) == [x]
-        if alone and name in _ABSORBS.get(consumer.name, ()):
+        if alone and name in _ABSORBS.get(consumer.name, ()) and _may_wait(made, op, consumer, x):
             found.append(Edge(op, consumer))
     return found
+
+
+def _may_wait(made: Plan, op: Op, consumer: Op, x: ast.expr) -> bool:
+    """Whether it makes no difference when an op is computed.
+
+    It does where a with statement ends in between (autocast, no_grad), where something is written
+    in place, and from one turn of a loop to the next.
+    """
+    inside = made.context(op.node)
+    if inside is not (None if consumer.name == "return" else made.context(consumer.node)):
+        return False
+    first, last = op.node.lineno, x.end_lineno or x.lineno
+    if consumer.name != "return":
+        last = consumer.node.end_lineno or last
+    return first <= last and not any(first <= line <= last for line in made.writes)
 
 
 def _allowed(edge: Edge, levels: Levels) -> bool:
@@ -218,7 +253,8 @@ def _share(made: Plan, op: Op, levels: Levels) -> None:
             found.update(copies)
             parent = flow.parents[use]
             user = made.ops.get(parent) if isinstance(parent, ast.expr) else None
-            if user is not None and user.name == "norm" and not made.into(user):
+            norm = user is not None and user.name == "norm" and not made.into(user)
+            if user is not None and norm and _may_wait(made, op, user, use):
                 users.append(Edge(op, user, shared=True))
     users = [e for e in users if _allowed(e, levels)]
     if users:
@@ -248,7 +284,9 @@ def _parts(made: Plan, op: Op) -> tuple[str, ...]:
     while out := made.out_of(at):
         at = out[0].consumer
         after.append(at.name)
-    own = {"rate": "dropout", "dropout_add": "dropout + add"}.get(op.name, op.name)
+    own = {"rate": "dropout", "within": "dropout", "dropout_add": "dropout + add"}.get(
+        op.name, op.name
+    )
     return tuple(p for p in (*before, own, *after) if p not in ("cast", "identity"))
 
 
@@ -285,7 +323,7 @@ class _Emitter(ast.NodeTransformer):
         if op is not None and op in self.made.emitted:
             new = self.exchange(op, node)
             waits = bool(self.made.out_of(op)) or (op.name == "norm" and not self.made.into(op))
-            if op.name.startswith("call") or (op.name in ("norm", "attention") and not waits):
+            if op.name.startswith("call") or (op.name in _COMPUTED and not waits):
                 return new
             return new if waits else self.runtime(node, "value", new)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -322,9 +360,10 @@ class _Emitter(ast.NodeTransformer):
             new.keywords = node.keywords
             return new
         place = [ast.Name(self.owner, ast.Load()), ast.Constant(self.places.get(op, -1))]
-        if name == "attention":
+        if name in ("attention", "within"):
             self.generic_visit(node)
-            new = self.runtime(node, name, *place, *node.args)
+            function = [node.func] if name == "within" else []
+            new = self.runtime(node, name, *place, *function, *node.args)
             new.keywords = node.keywords
             return new
         if name in ("rate", "dropout_add"):
