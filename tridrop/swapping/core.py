@@ -17,10 +17,9 @@ from .classes import Recipe
 from .modules import REPLACEMENTS
 from .recognise import Tail, resolve
 from .report import Report, Site
-from .rewrite import Levels, Op
+from .rewrite import ATTENTION_PARTS, Levels, Op
 
 ATTENTION = "tridrop"  # the name of the attention function in transformers
-ATTENTION_PARTS = ("softmax", "dropout", "matmul")
 
 
 def base_of(module: nn.Module) -> type:
@@ -255,7 +254,7 @@ def swap(
         _apply(survey, interfaces)
         _number(model, survey)
     sites = [site for module in survey.names for site in _sites(module, survey, interfaces)]
-    return Report(sites, levels, dry_run)
+    return Report(sites, levels, dry_run, model)
 
 
 def _apply(survey: Survey, interfaces: Interfaces) -> None:

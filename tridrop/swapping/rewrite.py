@@ -32,6 +32,7 @@ _ABSORBS: dict[str, tuple[str, ...]] = {
 _ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
 _COMPUTED = ("norm", "attention", "within")  # return what is computed
 _NOTED = ("attention", "interface", "other")  # drop as well, by other means or untouched
+ATTENTION_PARTS = ("softmax", "dropout", "matmul")
 _ACROSS = {"call", "scale", "drop_path", "return", "identity"}
 _ATTENTION = {"softmax", "cast"}
 
@@ -271,6 +272,14 @@ def _note_places(made: Plan) -> None:
         made.places.append(Place(op, op.node.lineno, text, parts))
 
 
+_OWN = {
+    "rate": ("dropout",),
+    "within": ("dropout",),
+    "dropout_add": ("dropout", "add"),
+    "attention": ATTENTION_PARTS,
+}
+
+
 def _parts(made: Plan, op: Op) -> tuple[str, ...]:
     """What is one op with ``op``, in the order of computation."""
     before: list[str] = []
@@ -284,10 +293,8 @@ def _parts(made: Plan, op: Op) -> tuple[str, ...]:
     while out := made.out_of(at):
         at = out[0].consumer
         after.append(at.name)
-    own = {"rate": "dropout", "within": "dropout", "dropout_add": "dropout + add"}.get(
-        op.name, op.name
-    )
-    return tuple(p for p in (*before, own, *after) if p not in ("cast", "identity"))
+    own = _OWN.get(op.name, (op.name,))
+    return tuple(p for p in (*before, *own, *after) if p not in ("cast", "identity"))
 
 
 def emit(made: Plan, first: int) -> ast.FunctionDef:
