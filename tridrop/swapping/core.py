@@ -38,14 +38,15 @@ class Survey:
         self.recipes: dict[nn.Module, Recipe] = {}
         self.tails: dict[nn.Module, Tail | None] = {}
         self.left: dict[nn.Module, str] = {}  # why nothing was done about a module
-        self.called: set[nn.Module] = set()  # by a method that was read
+        # The places that call a module, or hand its rate to an attention function.
+        self.places: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
         kinds.learn(model)
         for module in self.names:
             self.recipe(module)
         for module in self.recipes:
-            for _, place in self.work(module).places:
-                if place.op.name in ("dropout", "drop_path"):
-                    self.called.add(self.child(module, place.op))
+            for i, (_, place) in enumerate(self.work(module).places):
+                for child in self.dropped_by(module, place.op):
+                    self.places.setdefault(child, []).append((module, i))
         todo = list(self.recipes)
         while todo:
             for child in self.bare_children(todo.pop()):
@@ -93,6 +94,16 @@ class Survey:
                 if op.name.startswith("call") and op.method == "forward":
                     found.append(self.child(module, op))
         return found
+
+    def dropped_by(self, module: nn.Module, op: Op) -> list[nn.Module]:
+        """The modules of torch whose masks or rates an op uses."""
+        if op.name in ("dropout", "drop_path"):
+            return [self.child(module, op)]
+        if op.name not in ("attention", "interface"):
+            return []
+        paths = [ast.unparse(n.value) for n in ast.walk(op.rest[0]) if isinstance(n, ast.Attribute)]
+        found = [resolve(module, path.partition(".")[2]) for path in paths if "." in path]
+        return [child for child in found if isinstance(child, nn.Dropout)]
 
     def child(self, module: nn.Module, op: Op) -> Any:
         """What an op calls on an instance."""
@@ -283,6 +294,11 @@ def _number(model: nn.Module, survey: Survey) -> None:
             if place.op.name == "interface":
                 module.__dict__["_tridrop_attention_site"] = i
     number_sites(model)
+    for module, users in survey.places.items():
+        if len(users) == 1 and "site" in module.__dict__:
+            # Whoever else calls it draws what the report says of its place.
+            owner, i = users[0]
+            module.site = owner.__dict__["_tridrop_site"] + i
 
 
 def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Site]:
@@ -311,7 +327,7 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
                 found.append(Site(name, kind, method, None, None, (), reason, None))
     elif module in survey.left and _mentions_dropout(base_of(module), "forward"):
         found.append(Site(name, kind, "forward", None, None, (), survey.left[module], None))
-    if module not in survey.called and (survey.drops(module) or _looks_like_dropout(module)):
+    if module not in survey.places and (survey.drops(module) or _looks_like_dropout(module)):
         reason = survey.why_left(module)
         stream = None if reason else getattr(module, "site", first)
         parts = () if reason else survey.parts(module)

@@ -72,7 +72,7 @@ def dropout(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
 
 def rate(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
     """A call of torch.nn.functional.dropout."""
-    branch = _branch(x, "dropped", "scale")
+    branch = _branch(x, "dropped")
     if not fits(branch.x):
         return torch.nn.functional.dropout(value(branch), p, training)
     branch.dropped = True
@@ -171,16 +171,17 @@ def _autocast(x: Tensor) -> bool:
 
 def add(first: Any, second: Any) -> Any:
     """``first + second``, one of them a branch and the other the stream."""
-    branch, residual = (second, first) if isinstance(second, Pending) else (first, second)
-    if not isinstance(branch, Pending) or branch.done is not None:
-        return value(first) + value(second)
+    branch, residual = (second, first) if _can_join(second) else (first, second)
     residual = value(residual)
-    if branch.residual is not None or branch.softmax is not None:
-        return value(first) + value(second)
-    if not isinstance(residual, Tensor):
+    if not _can_join(branch) or not isinstance(residual, Tensor):
         return value(first) + value(second)
     branch.residual = residual
     return branch
+
+
+def _can_join(x: Any) -> bool:
+    """Whether a residual can be added to it before it is computed."""
+    return isinstance(x, Pending) and x.done is None and x.residual is None and x.softmax is None
 
 
 def norm(module: nn.Module, x: Any, last: bool = False) -> Any:
@@ -200,15 +201,15 @@ def norm(module: nn.Module, x: Any, last: bool = False) -> Any:
     if kind.name == "layer_norm" and _autocast(residual):
         out_dtype = torch.promote_types(out_dtype, torch.float32)
     options: dict[str, Any] = {
-        "bias": x.bias, "layer_scale": x.scale, "drop_path": x.path, "eps": eps_of(kind, module),
-        "prenorm": not last, "zero_centered_weight": kind.zero_centered, "out_dtype": out_dtype,
-        "seed": x.seed,
+        "bias": x.bias, "layer_scale": x.scale, "drop_path": x.path, "prenorm": not last,
+        "eps": eps_of(kind, module, residual), "zero_centered_weight": kind.zero_centered,
+        "out_dtype": out_dtype, "seed": x.seed,
     }  # fmt: skip
     function = F.dropout_add_rms_norm if kind.name == "rms_norm" else F.dropout_add_layer_norm
     out = function(x.x, residual, weight, kind.get(module, "bias"), x.p, True, **options)
     if isinstance(out, tuple):
-        out, x.done = out
-        x.residual = None
+        out, stream = out
+        x.finish(stream)
     return out
 
 

@@ -37,6 +37,11 @@ class Pending:
         self.residual: Tensor | None = None
         self.done: Tensor | None = None
 
+    def finish(self, out: Tensor) -> None:
+        """Keep the value, and nothing that it was made of."""
+        self.x = self.done = out
+        self.bias = self.scale = self.residual = self.norm = self.function = None
+
     def drops(self) -> bool:
         """Whether anything is drawn for it."""
         return isinstance(self.p, Tensor) or self.p > 0 or self.path > 0
@@ -47,8 +52,7 @@ def value(x: Any) -> Any:
     if not isinstance(x, Pending):
         return x
     if x.done is None:
-        x.done = _compute(x)
-        x.residual = None
+        x.finish(_compute(x))
     return x.done
 
 
@@ -60,6 +64,9 @@ def _compute(b: Pending) -> Tensor:
         return _softmax(b)
     if b.function is not None and b.bias is None and not b.drops():
         return _finish(b.function(b.x), b)
+    plain = b.bias is None and b.activation is None and b.scale is None
+    if plain and not b.drops():
+        return _finish(b.x, b)
     if residual is not None and addable(b, residual):
         return F.dropout_add(
             b.x, residual, b.p, True,
@@ -124,7 +131,7 @@ def _norm_first(b: Pending) -> Tensor:
         return out if b.residual is None else b.residual + out
     fits = b.residual is None or (addable(b, b.residual) and b.residual.dtype == b.x.dtype)
     options: dict[str, Any] = {
-        "eps": eps_of(kind, module),
+        "eps": eps_of(kind, module, b.x),
         "zero_centered_weight": kind.zero_centered,
         "seed": b.seed,
     }
@@ -138,9 +145,10 @@ def _norm_first(b: Pending) -> Tensor:
     return out if fits else _finish(out, b)
 
 
-def eps_of(kind: Kind, module: nn.Module) -> float | None:
-    eps: float | None = kind.eps if kind.eps is not None else kind.get(module, "eps")
-    return eps
+def eps_of(kind: Kind, module: nn.Module, stream: Tensor) -> float:
+    """A norm's epsilon; torch's RMSNorm takes that of the dtype by default."""
+    eps = kind.eps if kind.eps is not None else kind.get(module, "eps")
+    return float(torch.finfo(stream.dtype).eps if eps is None else eps)
 
 
 def fits(x: Any) -> bool:
