@@ -1,0 +1,250 @@
+"""What tridrop.swap says of models of transformers, and what it leaves alone in them."""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from swap_families import LLM, MAIN, NEWEST, OLDEST, RELEASE, batch, make
+from swap_helpers import assert_same, classes_of, swapped_outcome, twin_outcome
+
+import tridrop
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+
+
+LINEAR_OUT = "linear + dropout + add + norm"
+ATTENDS = "softmax + dropout + matmul"
+BERT_PARTS = {"norm + dropout": 1, ATTENDS: 2, LINEAR_OUT: 4}
+T5_PARTS = {
+    "dropout": 2,  # embeddings
+    "norm + dropout": 2,  # ends of the stacks
+    "dropout + add": 5,
+    "activation + dropout": 2,
+    ATTENDS: 3,
+}
+SPEECH_PARTS = {
+    "dropout": 1,  # before the head
+    "linear + dropout": 1,
+    "norm + dropout": 1,
+    "call + dropout + add + norm": 2,
+    ATTENDS: 2,
+    "linear + activation + dropout": 2,
+    "linear + dropout + return": 2,
+}
+# Of every place that drops, what it became.
+PARTS = {
+    "BERT": BERT_PARTS,
+    "GPT-2": {"dropout": 3, ATTENDS: 2, "linear + dropout + return": 4},
+    "T5": T5_PARTS,
+    "T5 gated": {"dropout": 4, "norm + dropout": 2, "dropout + add": 5, ATTENDS: 3},
+    "BART": {
+        "norm + dropout": 2,
+        "call + dropout + add + norm": 3,
+        "linear + activation + dropout": 2,
+        LINEAR_OUT: 2,
+        ATTENDS: 3,
+    },
+    "ViT": {
+        "dropout": 1,
+        "call + dropout + add + norm": 2,
+        "call + dropout + add": 2,
+        ATTENDS: 2,
+    },
+    "wav2vec2": SPEECH_PARTS,
+    "wav2vec2 stable": SPEECH_PARTS | {"dropout": 2, "norm + dropout": 0},
+    "Llama": {ATTENDS: 2},
+    "DINOv2": {
+        "dropout": 1,
+        "call + scale + drop_path + add + norm": 2,
+        "call + scale + drop_path + add": 2,
+        ATTENDS: 2,
+    },
+}
+# Modules were written otherwise in the first release of 5: norms behind which another variable is
+# dropped, T5's attention before it came to the interface, ViT's layers.
+OLDEST_PARTS = PARTS | {
+    "T5": {"dropout": 7, "dropout + add": 5, "activation + dropout": 2},
+    "T5 gated": {"dropout": 9, "dropout + add": 5},
+    "BART": PARTS["BART"] | {"dropout": 2, "norm + dropout": 0},
+    "ViT": {
+        "dropout": 1,
+        ATTENDS: 2,
+        "linear + dropout + return": 2,
+        "linear + dropout + add": 2,
+    },
+    "wav2vec2": SPEECH_PARTS | {"dropout": 2, "norm + dropout": 0},
+    "DINOv2": PARTS["DINOv2"] | {"linear + dropout + return": 2},
+}
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.skipif(OLDEST < RELEASE < NEWEST, reason="models were rewritten between these")
+def test_report_names_what_became_of_every_place(name):
+    report = tridrop.swap(make(name))
+    expected = Counter((PARTS if RELEASE >= NEWEST else OLDEST_PARTS)[name])
+    assert Counter(" + ".join(site.parts) for site in report.sites) == +expected
+    swapped = expected["dropout"]
+    fused = sum(expected.values()) - swapped
+    assert report.counts() == {"fused": fused, "swapped": swapped, "left": 0}
+    assert f"{fused} fused, {swapped} swapped, 0 left" in str(report)
+    streams = [site.stream for site in report.sites]
+    assert len(set(streams)) == len(streams)
+
+
+@pytest.mark.parametrize("name", [*MAIN, "Falcon", "Longformer"])
+def test_dry_run_reports_the_same_and_changes_nothing(name):
+    model = make(name)
+    before = classes_of(model), [set(vars(module)) for module in model.modules()]
+    planned = tridrop.swap(model, dry_run=True)
+    assert (classes_of(model), [set(vars(module)) for module in model.modules()]) == before
+    assert model.config._attn_implementation == "eager"
+    done = tridrop.swap(model)
+    assert [replace(site, stream=None) for site in done.sites] == [
+        replace(site, stream=None) for site in planned.sites
+    ]
+    assert "(dry run)" in str(planned)
+    assert "(dry run)" not in str(done)
+
+
+def test_model_without_dropouts_is_unchanged():
+    config = transformers.LlamaConfig(**LLM)
+    model = transformers.LlamaForCausalLM(config)
+    before, attention = classes_of(model), model.config._attn_implementation
+    report = tridrop.swap(model)
+    assert classes_of(model) == before
+    assert model.config._attn_implementation == attention
+    assert report.counts()["fused"] == report.counts()["swapped"] == 0
+    assert {site.reason for site in report.sites} <= {"its dropout is 0"}
+
+
+# What becomes of the attention of families that do not look their function up.
+BYPASSING = {
+    "DeBERTa": "softmax + dropout",
+    "DeBERTa-v2": "softmax + dropout",
+    "Bloom": "softmax + dropout",
+    "GPT-J": "softmax + dropout",
+    "BigBird": "softmax + dropout",
+    "Falcon": "softmax + dropout",
+    "Longformer": "dropout",
+}
+
+
+@pytest.mark.parametrize("name", BYPASSING)
+def test_attention_in_methods_is_softmax_and_dropout(name):
+    sites = tridrop.swap(make(name)).sites
+    found = [s for s in sites if "prob" in s.code or "attn_weights" in s.code]
+    assert found
+    assert {" + ".join(site.parts) for site in found} == {BYPASSING[name]}
+
+
+def test_attention_that_was_chosen_otherwise_is_left():
+    model = make("BERT")
+    model.config._attn_implementation = "flex_attention"
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "flex_attention"
+    report = tridrop.swap(model)
+    left = [site for site in report.sites if site.status == "left"]
+    assert len(left) == 2
+    assert {site.reason for site in left} == {"flex_attention was chosen for it"}
+    assert model.config._attn_implementation == "flex_attention"
+
+
+# ------------------------------------------------------------------------- forwards that differ
+
+
+def _norm_before_dropout(self, hidden_states, input_tensor):
+    hidden_states = self.dense(hidden_states)
+    hidden_states = self.LayerNorm(hidden_states)
+    return self.dropout(hidden_states) + input_tensor
+
+
+def _op_behind_dropout(self, hidden_states, input_tensor):
+    hidden_states = self.dropout(self.dense(hidden_states))
+    hidden_states = torch.tanh(hidden_states)
+    return self.LayerNorm(hidden_states + input_tensor)
+
+
+def _dropped_twice_used(self, hidden_states, input_tensor):
+    dropped = self.dropout(self.dense(hidden_states))
+    return self.LayerNorm(dropped + input_tensor) + dropped
+
+
+def _in_place(self, hidden_states, input_tensor):
+    hidden_states = self.dropout(self.dense(hidden_states))
+    hidden_states += input_tensor
+    return self.LayerNorm(hidden_states)
+
+
+def _halved(self, hidden_states, input_tensor):
+    hidden_states = self.dropout(self.dense(hidden_states))
+    return self.LayerNorm(0.5 * hidden_states + input_tensor)
+
+
+def _without_bias_kept(self, hidden_states, input_tensor):
+    dense = self.dense(hidden_states)
+    hidden_states = self.dropout(dense)
+    return self.LayerNorm(hidden_states + input_tensor) + dense.mean()
+
+
+def _sometimes(self, hidden_states, input_tensor):
+    hidden_states = self.dense(hidden_states)
+    if hidden_states.shape[0] > 1:
+        hidden_states = self.dropout(hidden_states)
+    return self.LayerNorm(hidden_states + input_tensor)
+
+
+def _in_a_loop(self, hidden_states, input_tensor):
+    hidden_states = self.dense(hidden_states)
+    for _ in range(2):
+        hidden_states = self.LayerNorm(self.dropout(hidden_states) + input_tensor)
+    return hidden_states
+
+
+CHANGED = {
+    # forward -> what its dropout may be one op with
+    _norm_before_dropout: {"norm", "dropout", "add"},
+    _op_behind_dropout: {"linear", "dropout"},
+    _dropped_twice_used: {"linear", "dropout"},
+    _in_place: {"linear", "dropout"},
+    _halved: {"linear", "dropout"},
+    _without_bias_kept: {"dropout", "add", "norm"},
+    _sometimes: {"linear", "dropout", "add", "norm"},
+}
+
+
+@pytest.mark.parametrize("forward", CHANGED, ids=lambda forward: forward.__name__.strip("_"))
+def test_changed_forward_is_exact_and_not_fused_where_that_would_differ(forward):
+    """A class named BertOutput is not taken for the library's."""
+    model, inputs = make("BERT"), batch("BERT")
+    base = type(model.bert.encoder.layer[0].output)
+    changed = type("BertOutput", (base,), {"forward": forward})
+    for layer in model.bert.encoder.layer:
+        layer.output.__class__ = changed
+    twin = copy.deepcopy(model)
+    report = tridrop.swap(model)
+    sites = [site for site in report.sites if site.kind == "BertOutput"]
+    assert len(sites) == 2
+    assert all(set(site.parts) <= CHANGED[forward] for site in sites), sites
+    found, draws = swapped_outcome(model, inputs)
+    assert_same(found, twin_outcome(twin, inputs, report, draws))
+    for m in (model, twin):
+        m.eval()
+    torch.testing.assert_close(model(**inputs).logits, twin(**inputs).logits)
+
+
+def test_dropout_in_a_loop_draws_anew_each_time_and_warns_under_rng():
+    model, inputs = make("BERT"), batch("BERT")
+    base = type(model.bert.encoder.layer[0].output)
+    model.bert.encoder.layer[0].output.__class__ = type(
+        base.__name__, (base,), {"forward": _in_a_loop}
+    )
+    tridrop.swap(model)
+    with pytest.warns(UserWarning, match="was called twice"):
+        swapped_outcome(model, inputs)
