@@ -99,7 +99,9 @@ def samples(module: nn.Module, x: Any, site: int | None) -> Any:
         return x
     scaled = "scale_by_keep" not in kind.names or kind.get(module, "scale_by_keep")
     branch = _branch(x, "softmax") if scaled else Pending(value(x))
-    if branch.seed is None and seeds.active():
+    if seeds.active():
+        if branch.seed is not None:  # an op has one seed, and each place its own number
+            branch = Pending(value(branch))
         branch.seed = seeds.seed_for(branch.x.device, None, site)
     if not scaled:
         return drop_samples(branch.x, p, branch.seed, scaled=False)

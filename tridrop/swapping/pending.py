@@ -102,6 +102,8 @@ def drop_samples(x: Tensor, p: float, seed: Tensor | None, scaled: bool = True) 
     """Samples dropped with the mask that dropout_add draws for them, which is kept: it is small."""
     if seed is None:
         seed = seeds.seed_for(x.device, None)
+    if not x.numel():
+        return x
     if x.dim() > 1:
         whole = Shard(tuple(x.shape), (0,) * x.dim())
         first = (len(x), *(1,) * (x.dim() - 1))
