@@ -1,0 +1,295 @@
+"""What a training forward costs before and after a swap: launches, operators and memory, counted.
+
+Counts and bytes, and no times: they are the same on every run, and need no quiet machine. The model
+is left as it was, whatever happens.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# torch's operators that draw random numbers as dropouts do; a seed's randint is none of them.
+_DRAWS = {"bernoulli", "bernoulli_", "rand", "rand_like", "uniform_", "native_dropout",
+          "_fused_dropout"}  # fmt: skip
+# Neither computes anything, though torch does not call them views.
+_FREE = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty",
+         "new_empty_strided"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training forward took.
+
+    Attributes:
+        dropouts: launches that draw a mask, or random numbers to drop by: eager's own, attention
+            with a dropout inside, and tridrop's ops with a rate above 0. (The draw of a seed, 16
+            bytes, is an operator and no dropout.)
+        operators: calls of operators on tensors, as torch dispatches them; without views and
+            without allocations, which compute nothing.
+        saved_bytes: what is kept for backward: each storage once, parameters and buffers left out.
+    """
+
+    dropouts: int
+    operators: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The costs of one training forward of a model, on the same inputs, before and after the swap.
+
+    The figures are those of the inputs' device and shapes: on a CPU, torch takes several operators
+    for a dropout that is one on a GPU.
+    """
+
+    before: Cost
+    after: Cost
+
+    def ratios(self) -> dict[str, float | None]:
+        """After divided by before; None where there was nothing before.
+
+        >>> Measurement(Cost(7, 100, 5000), Cost(7, 60, 2500)).ratios()
+        {'dropouts': 1.0, 'operators': 0.6, 'saved_bytes': 0.5}
+        """
+        before, after = asdict(self.before), asdict(self.after)
+        return {name: after[name] / n if n else None for name, n in before.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures and their ratios, of plain types."""
+        return {**asdict(self), "ratios": self.ratios()}
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """A line a figure, for people: what it is, before, after, and their ratio."""
+        before, after, ratios = asdict(self.before), asdict(self.after), self.ratios()
+        lines = []
+        for name, label in _LABELS.items():
+            text = _in_bytes if name == "saved_bytes" else str
+            ratio = ratios[name]
+            shown = "" if ratio is None else f"{ratio:.2f}"
+            lines.append((label, text(before[name]), text(after[name]), shown))
+        return lines
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{label} {before} -> {after}" + (f" (x {ratio})" if ratio else "")
+            for label, before, after, ratio in self.rows()
+        )
+
+
+_LABELS = {
+    "dropouts": "dropout launches",
+    "operators": "operators",
+    "saved_bytes": "saved for backward",
+}
+
+
+def _in_bytes(n: int) -> str:
+    size, units = float(n), ["bytes", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{n} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
+
+
+def cost_of(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}) -> Cost:
+    """The cost of one training forward; modes, buffers and random generators are left as they are.
+
+    A model in training mode runs in the modes that its parts have; one in eval mode is put into
+    training mode for the time.
+    """
+    counter, saved = _Counter(), _Saved()
+    own = [*model.parameters(), *model.buffers()]
+    tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_generators_kept([*own, *tensors]))
+        stack.enter_context(_modes_and_buffers_kept(model))
+        if "torch._dynamo" in sys.modules:  # what was compiled counts as what it is made of
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if not model.training:
+            model.train()
+        with saved.hooks(), counter:
+            outputs = model(*args, **kwargs)
+        saved.add_attributes(outputs)
+        return Cost(counter.dropouts, counter.operators, saved.size(own))
+
+
+class _Counter(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropouts = 0
+        self.operators = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(func, torch._ops.OpOverload):
+            self.dropouts += _drops(func, args, kwargs)
+            touched = tree_leaves((args, kwargs, result))
+            computes = not func.is_view and func.overloadpacket.__name__ not in _FREE
+            self.operators += computes and any(isinstance(x, Tensor) for x in touched)
+        return result
+
+
+def _drops(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operator draws what it drops by."""
+    if func.overloadpacket.__name__ in _DRAWS:
+        return True
+    ours = func.namespace == "tridrop"
+    rates = ("p", "p_tensor", "drop_path") if ours else ("dropout_p", "dropout")
+    given = {**{a.name: a.default_value for a in func._schema.arguments if a.has_default_value()},
+             **{a.name: x for a, x in zip(func._schema.arguments, args, strict=False)},
+             **kwargs}  # fmt: skip
+    for name in rates:
+        p = given.get(name)
+        if isinstance(p, Tensor) and (p.device.type != "cpu" or bool(p > 0)):
+            return True
+        if isinstance(p, (int, float)) and p > 0:
+            return True
+    return False
+
+
+class _Saved:
+    """Collects what autograd keeps."""
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []  # alive until counted, so that no two have the same address
+
+    def hooks(self) -> AbstractContextManager[None]:
+        def pack(tensor: Tensor) -> Tensor:
+            # Not the tensor itself: a node that holds its own output would never be freed.
+            self.held.append(tensor.detach())
+            return self.held[-1]
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    def add_attributes(self, outputs: Any) -> None:
+        """What autograd Functions keep as attributes, past save_for_backward and its hooks."""
+        tensors = [x for x in tree_leaves(_plain(outputs)) if isinstance(x, Tensor)]
+        todo, seen = [x.grad_fn for x in tensors if x.grad_fn is not None], set()
+        while todo:
+            node: Any = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            found = tree_leaves(list(getattr(node, "__dict__", {}).values()))
+            self.held += [x.detach() for x in found if isinstance(x, Tensor)]
+            todo += [parent for parent, _ in node.next_functions if parent is not None]
+
+    def size(self, without: Sequence[Tensor]) -> int:
+        """The bytes of all storages but those of ``without``."""
+        sizes = {}
+        for storage in (x.untyped_storage() for x in self.held if x.layout == torch.strided):
+            sizes[storage.device, storage.data_ptr()] = storage.nbytes()
+        for tensor in without:
+            if tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                sizes.pop((storage.device, storage.data_ptr()), None)
+        return sum(sizes.values())
+
+
+def _plain(outputs: Any) -> Any:
+    """Outputs as the tree functions know them: a library's own mapping as a dict."""
+    return dict(outputs) if isinstance(outputs, Mapping) else outputs
+
+
+@contextmanager
+def _generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Every random generator that a forward may draw from, as it was."""
+    places: dict[str, set[int]] = {}
+    for device in {x.device for x in tensors}:
+        if device.type not in ("cpu", "meta"):
+            places.setdefault(device.type, set()).add(device.index or 0)
+    numpy: Any = sys.modules.get("numpy")
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            for kind, indices in places.items():
+                forked = torch.random.fork_rng(devices=sorted(indices), device_type=kind)
+                stack.enter_context(forked)
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy is not None:
+            numpy.random.set_state(states[1])
+
+
+@contextmanager
+def _modes_and_buffers_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, content in buffers:
+            module._buffers[name] = buffer
+            # Compared by content: a batch norm writes without counting up the version.
+            if not torch.equal(buffer, content):
+                with torch.no_grad():
+                    buffer.copy_(content)
+
+
+@contextmanager
+def changed(model: nn.Module, change: Callable[[nn.Module], Any]) -> Iterator[None]:
+    """What ``change`` (a swap or an unswap) makes of a model, undone exactly at the end.
+
+    Doing the opposite would not do: numbers of sites may have been given by hand since.
+    """
+    holders: list[Any] = [*model.modules(), *_configurations(model)]
+    before = [(holder, type(holder), copy.copy(holder.__dict__)) for holder in holders]
+    undo: list[tuple[Any, type, dict[str, Any], set[str]]] = []
+    try:
+        try:
+            change(model)
+        finally:
+            for holder, kind, old in before:
+                new = holder.__dict__
+                names = {n for n in {*old, *new} if n not in old or old[n] is not new.get(n, new)}
+                if names or type(holder) is not kind:
+                    undo.append((holder, kind, old, names))
+        yield
+    finally:
+        for holder, kind, old, names in undo:
+            if type(holder) is not kind:
+                holder.__class__ = kind
+            for name in names:
+                if name in old:
+                    holder.__dict__[name] = old[name]
+                else:
+                    holder.__dict__.pop(name, None)
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """The configurations of a transformers model, which name its attention functions."""
+    found: dict[int, Any] = {}
+    todo = [module.__dict__.get("config") for module in model.modules()]
+    while todo:
+        config = todo.pop()
+        if id(config) not in found and hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+            todo += list(config.__dict__.values())
+    return list(found.values())
