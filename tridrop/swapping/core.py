@@ -252,7 +252,32 @@ def swap(
 ) -> Report:
     """Rewrite a model in place so that its dropouts are tridrop's, fused where that can be.
 
-    (docstring to come)
+    Parameters, state_dict keys, hooks, names of classes, isinstance, pickling and gradient
+    checkpointing stay what they were, and so does the result in eval mode. Masks are tridrop's,
+    numbered for :func:`tridrop.rng`, and do not depend on the switches; a fused op rounds once.
+    What is not known for sure is left as it is, and the report says why. Swap before fully_shard
+    and the wrappers of trainers. A second call replaces the first.
+
+    Args:
+        model: any module, of torch.nn, transformers, timm, peft or one's own.
+        dropout: exchange dropouts and drop paths, also those with nothing to be fused with.
+        attention: run attention that drops its probabilities in memory linear in the lengths.
+        inside: fuse a dropout with its neighbours in the same forward: the bias of the linear
+            layer, activation, residual and norm around it.
+        across: fuse over the ends of forwards, and what drop path, layer scale and sums shared by
+            several users have part in.
+        dry_run: report only, and change nothing.
+
+    Returns:
+        A :class:`Report`: print it, and see its ``measure``, ``source`` and ``to_dict``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: as :func:`unswap`.
+
+    >>> model = nn.TransformerEncoderLayer(8, 2, 16)
+    >>> swap(model).counts()
+    {'fused': 4, 'swapped': 0, 'left': 0}
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
@@ -350,7 +375,11 @@ def _looks_like_dropout(module: nn.Module) -> bool:
 
 
 def unswap(model: nn.Module) -> None:
-    """Undo :func:`swap`: every module gets its own class and attention function back."""
+    """Undo :func:`swap`: every module gets its own class and attention function back.
+
+    Where nothing was swapped it does nothing. Raises RuntimeError where a module was given another
+    class after the swap.
+    """
     for module in model.modules():
         kind = type(module)
         if classes.is_swapped(module):
