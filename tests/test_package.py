@@ -79,6 +79,11 @@ def test_imports_point_downwards(path):
             assert other in allowed, f"backend {own} imports {other}"
 
 
+def test_only_the_user_imports_the_callback_of_transformers():
+    for path in FILES:
+        assert "tridrop.swapping.trainer" not in imports(path), path.name
+
+
 def test_philox_is_in_the_two_mask_modules_alone():
     allowed = {PACKAGE / "mask.py", PACKAGE / "backends" / "triton" / "mask.py"}
     for path in FILES:

@@ -1,0 +1,97 @@
+"""The swap as a callback of transformers' Trainer. Nothing else of tridrop imports this module."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+from transformers.trainer_callback import TrainerCallback
+
+from .core import swap, unswap
+from .report import Report
+from .rewrite import Levels
+
+logger = logging.getLogger(__name__)
+
+# Once one of these has taken a module's class over, or its parameters away, it is too late.
+_SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
+
+
+class SwapCallback(TrainerCallback):  # type: ignore[misc]
+    """Swaps the model that a Trainer trains, as :func:`tridrop.swap` does.
+
+        from tridrop.swapping.trainer import SwapCallback
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[SwapCallback()])
+
+    The swap happens when the Trainer has been made, before it wraps the model in anything. With a
+    ``model_init``, and where the callback was added to a Trainer later, it happens when training
+    begins; that is too late for FSDP, and raises there. Checkpoints are those of the model without
+    the swap, and load with it and without.
+
+    Args:
+        dropout, attention, inside, across: the switches of :func:`tridrop.swap`.
+        restore: undo the swap when training ends. (Not where training ends by an error.)
+
+    Attributes:
+        report: of the last swap. It is logged once, at level INFO, by the main process.
+    """
+
+    def __init__(
+        self,
+        *,
+        dropout: bool = True,
+        attention: bool = True,
+        inside: bool = True,
+        across: bool = True,
+        restore: bool = False,
+    ) -> None:
+        self.levels = Levels(dropout, attention, inside, across)
+        self.restore = restore
+        self.report: Report | None = None
+        self._swapped: weakref.ref[nn.Module] | None = None
+
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if model is not None:
+            self._swap(model, state)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if model is None:
+            return
+        swapped = None if self._swapped is None else self._swapped()
+        # What was swapped may have been wrapped since.
+        if any(module is swapped for module in model.modules()):
+            return
+        for module in model.modules():
+            if _SHARDED & {kind.__name__ for kind in type(module).__mro__}:
+                raise RuntimeError(
+                    f"the model is sharded already ({type(module).__name__}), which is too late "
+                    "for SwapCallback: give it to the Trainer as callbacks=[SwapCallback()], or "
+                    "call tridrop.swap(model) where the model is made"
+                )
+        self._swap(model, state)
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if not self.restore or model is None:
+            return
+        try:
+            unswap(model)
+        except RuntimeError as error:  # the training is done, and is not to be lost
+            logger.warning("SwapCallback could not restore the model: %s", error)
+        else:
+            self._swapped = None
+
+    def _swap(self, model: nn.Module, state: Any) -> None:
+        first = self.report is None
+        self.report = swap(model, **asdict(self.levels))
+        self._swapped = weakref.ref(model)
+        if first and state.is_world_process_zero:
+            logger.info("%s", self.report)
