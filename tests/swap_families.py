@@ -182,7 +182,7 @@ def batch(name: str) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     given = {"input_ids": ids, "attention_mask": mask}
-    if family.model.endswith(("Model",)):
+    if family.model.endswith("Model") and not family.model.endswith("LMHeadModel"):
         return given
     labels = words(6) if "ConditionalGeneration" in family.model else ids.clone()
     labels[0, -2:] = -100

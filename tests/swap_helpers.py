@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import tridrop
 from tridrop import seeds
-from tridrop.swapping import Report, lazy
+from tridrop.swapping import Report
 
 SEED = 7
 # Gives masks to the dropouts that a swap leaves to torch: the n-th call has stream n.
@@ -32,12 +32,13 @@ class Outcome:
     gradients: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One thing that dropped in a step; a seed of None is a dropout that torch did."""
+# What dropped in a step, in order: the seed that each place took; None for one of torch's.
+Draws = list[Tensor | None]
 
-    kind: str  # "dropout" or "path"
-    seed: Tensor | None
+
+def numbers(draws: Draws) -> list[tuple[int, ...]]:
+    """The seeds that were taken, without torch's."""
+    return [tuple(seed.tolist()) for seed in draws if seed is not None]
 
 
 class TorchDropout(TorchFunctionMode):
@@ -88,41 +89,27 @@ def outcome(model: nn.Module, inputs: dict[str, Tensor]) -> Outcome:
 
 def swapped_outcome(
     model: nn.Module, inputs: dict[str, Tensor], seed: int = SEED
-) -> tuple[Outcome, list[Draw]]:
+) -> tuple[Outcome, Draws]:
     """A step of a swapped model under a seed tensor, and what dropped in it."""
-    draws: list[Draw] = []
-    seed_for, samples = seeds.seed_for, lazy.samples
+    draws: Draws = []
+    seed_for = seeds.seed_for
 
     def record(device, given=None, site=None):
         taken = seed_for(device, given, site)
         if given is None:
-            draws.append(Draw("dropout", taken))
+            draws.append(taken)
         return taken
 
-    def record_path(module, x, site):
-        before = len(draws)
-        out = samples(module, x, site)
-        if len(draws) > before:
-            draws[before:] = [Draw("path", draws[before].seed)]
-        elif isinstance(out, lazy.Pending) and out.path:
-            draws.append(Draw("path", out.seed))  # of one op with a dropout, whose seed it takes
-        return out
-
-    def left(x, p):
-        return left_to_torch("dropout", lambda count: dropped_by_torch(x, p, count))
-
-    def left_path(shape):
-        return left_to_torch("path", lambda count: uniform_of_torch(shape, count))
-
-    def left_to_torch(kind, apply):
-        count = sum(draw.seed is None for draw in draws)
-        draws.append(Draw(kind, None))
-        return apply(count)
+    def count_left() -> int:
+        draws.append(None)
+        return sum(seed is None for seed in draws) - 1
 
     with (
         mock.patch.object(seeds, "seed_for", record),
-        mock.patch.object(lazy, "samples", record_path),
-        TorchDropout(left, left_path),
+        TorchDropout(
+            lambda x, p: dropped_by_torch(x, p, count_left()),
+            lambda shape: uniform_of_torch(shape, count_left()),
+        ),
         tridrop.rng(tridrop.fold_in(seed, 0)),
     ):
         return outcome(model, inputs), draws
@@ -139,44 +126,45 @@ def uniform_of_torch(shape: tuple[int, ...], count: int) -> Tensor:
 
 
 def twin_outcome(
-    twin: nn.Module,
-    inputs: dict[str, Tensor],
-    report: Report,
-    draws: list[Draw],
-    seed: int = SEED,
+    twin: nn.Module, inputs: dict[str, Tensor], report: Report, draws: Draws, seed: int = SEED
 ) -> Outcome:
     """A step of the original with the masks of a swapped model's step."""
     base = tridrop.fold_in(seed, 0)
-    sites = {}
-    for site in report.sites:
-        if site.stream is not None:
-            sites[tuple(tridrop.fold_in(base, site.stream).tolist())] = site
+    sites = {
+        tuple(tridrop.fold_in(base, site.stream).tolist()): site
+        for site in report.sites
+        if site.stream is not None
+    }
     waiting, by_torch = list(draws), itertools.count()
 
-    def following(kind: str) -> Tensor | None:
+    def following(p: float, part: str) -> tuple[Tensor | None, tuple[str, ...]]:
+        """The next seed, and what is one op in its place, ``part`` among it."""
         assert waiting, "the original drops more often than the swapped model"
-        assert waiting[0].kind == kind
-        return waiting.pop(0).seed
+        seed = waiting.pop(0)
+        if seed is None:
+            return None, ()
+        site = sites[tuple(seed.tolist())]
+        assert site.p is None or site.p == p, site
+        assert part in site.parts, site
+        return seed, site.parts
 
     def dropout(x: Tensor, p: float) -> Tensor:
-        taken = following("dropout")
-        if taken is None:
+        seed, parts = following(p, "dropout")
+        if seed is None:
             return dropped_by_torch(x, p, next(by_torch))
-        site = sites[tuple(taken.tolist())]
-        if site.p is not None:
-            assert site.p == p, site
-        if "softmax" not in site.parts:
-            return drop(x, tridrop.keep_mask(taken, x.shape, p), p)
-        return drop(x, tridrop.attention_keep_mask(taken, x.shape, p), p)
+        if "softmax" in parts:
+            return drop(x, tridrop.attention_keep_mask(seed, x.shape, p), p)
+        return drop(x, tridrop.keep_mask(seed, x.shape, p), p)
 
     def drop_path(module: nn.Module, x: Tensor) -> Tensor:
-        if not module.training or not module.drop_prob:
+        p = module.drop_prob
+        if not module.training or not p:
             return x
-        taken, p = following("path"), module.drop_prob
-        if taken is None:
+        seed, _ = following(p, "drop_path")
+        if seed is None:
             uniform = uniform_of_torch((len(x), *(1,) * (x.dim() - 1)), next(by_torch))
             return x / (1 - p) * (uniform >= p)
-        return drop(x, tridrop.keep_mask(taken, x.shape, p, domain="drop_path"), p)
+        return drop(x, tridrop.keep_mask(seed, x.shape, p, domain="drop_path"), p)
 
     twin = copy.deepcopy(twin)
     for module in twin.modules():

@@ -9,6 +9,7 @@ from swap_families import FAMILIES, batch, make
 from swap_helpers import (
     assert_same,
     classes_of,
+    numbers,
     outcome,
     set_rates,
     swapped_outcome,
@@ -57,10 +58,10 @@ def test_masks_are_those_of_the_reported_places(name):
     found, draws = swapped_outcome(model, inputs)
     assert draws
     assert_same(found, twin_outcome(twin, inputs, report, draws))
-    taken = [
-        tuple(draw.seed.tolist()) for draw in draws if draw.kind != "path" and draw.seed is not None
-    ]
+    taken = numbers(draws)
     assert len(set(taken)) == len(taken), "two places have one mask"
+    if len(taken) < len(draws):
+        assert report.counts()["left"], "torch drops where the report says nothing of it"
 
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "DINOv2"])
@@ -92,11 +93,8 @@ def test_every_level_drops_in_the_same_places(name, levels):
     streams = {(s.module, s.code, s.line): s.stream for s in full.sites}
     for site in report.sites:
         assert site.stream in (None, streams[site.module, site.code, site.line])
-    if {"dropout", "attention"} & levels.keys():
-        return
-    expected, draws = swapped_outcome(whole, inputs)
-    if len({tuple(draw.seed.tolist()) for draw in draws}) == len(draws):
-        assert_same(found, expected)  # no drop path has its number of the dropout it is fused with
+    if not {"dropout", "attention"} & levels.keys():
+        assert_same(found, swapped_outcome(whole, inputs)[0])
 
 
 @families
