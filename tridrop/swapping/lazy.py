@@ -66,8 +66,22 @@ def dropout(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     """A call of a module of torch's dropout."""
     kind = _free(module, "dropout")
     if kind is None or getattr(module, "noise_shape", None) is not None:
-        return module(value(x))
+        return _at(owner, place, module, x)
     return rate(owner, place, x, kind.get(module, "p"), module.training)
+
+
+def _at(owner: nn.Module, place: int, module: Any, x: Any) -> Any:
+    """The module itself, hooks and all, under the number of the place: it may have several."""
+    first = getattr(owner, "_tridrop_site", None)
+    if first is None or not seeds.active() or not hasattr(module, "_tridrop_base"):
+        return module(value(x))
+    name = "site" if hasattr(module, "site") else "_tridrop_site"
+    before = getattr(module, name, None)
+    setattr(module, name, first + place)
+    try:
+        return module(value(x))
+    finally:
+        setattr(module, name, before)
 
 
 def rate(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
@@ -85,7 +99,7 @@ def rate(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
 def drop_path(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     """A call of a module that drops samples."""
     if _free(module, "drop_path") is None:
-        return module(value(x))
+        return _at(owner, place, module, x)
     first = owner.__dict__.get("_tridrop_site")
     return samples(module, x, None if first is None else first + place)
 
