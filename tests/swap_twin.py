@@ -24,13 +24,17 @@ from torch.nn import functional as F
 
 import tridrop
 from tridrop import seeds
+from tridrop.mask import scale, threshold
 from tridrop.swapping import Report
 
 SEED, LEFT = 11, 12  # of the sites, and of what was left to torch
 NAMES = ("dropout", "attention", "inside", "across")
 SWITCHES = [dict(zip(NAMES, c, strict=True)) for c in itertools.product((True, False), repeat=4)]
+# All, all but one, and none.
+FEW = [s for s in SWITCHES if sum(s.values()) in (0, 3, 4)]
 RATES = {"p", "dropout", "drop_prob", "attn_dropout", "rate"}
-torch_attention, seed_for = F.scaled_dot_product_attention, seeds.seed_for
+torch_dropout, torch_attention = F.dropout, F.scaled_dot_product_attention
+seed_for = seeds.seed_for
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Event:
 
 
 def keep(x: Tensor, mask: Tensor, p: float, scaled: bool = True) -> Tensor:
-    gain = 1 / (1 - p) if scaled and p < 1 else 1.0
+    gain = scale(threshold(p)) if scaled else 1.0
     return torch.where(mask, x * gain, torch.zeros((), dtype=x.dtype))
 
 
@@ -129,6 +133,11 @@ class Logged(Masks):
         super().__init__(None, 1)
         self.log: list[Event] = []
         self.left = 0
+
+    def dropout(self, input, p=0.5, training=True, inplace=False):
+        if torch._C._len_torch_function_stack():  # a helper that draws tridrop's masks
+            return torch_dropout(input, p, training, inplace)
+        return super().dropout(input, p, training, inplace)
 
     def next(self, path: nn.Module | None = None) -> Event:
         self.log.append(Event(None, self.left, path is not None))
