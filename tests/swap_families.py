@@ -6,6 +6,7 @@ Random weights; nothing is downloaded.
 from dataclasses import dataclass
 
 import torch
+import torchvision_ops  # noqa: F401  # also where processes are started that know no conftest
 import transformers
 from torch import Tensor, nn
 
