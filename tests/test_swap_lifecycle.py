@@ -110,9 +110,9 @@ def test_hooks_see_what_was_dropped(name):
     seen, expected = hooked(model), hooked(twin)
     found, draws = swapped_outcome(model, inputs)
     assert_same(found, twin_outcome(twin, inputs, report, draws))
-    heard = dict(seen["forward"])
-    for module, values in expected["forward"]:
-        for x, y in zip(heard[module][:1], values[:1], strict=True):
+    for (module, a), (other, b) in zip(seen["forward"], expected["forward"], strict=True):
+        assert module == other
+        for x, y in zip(a[:1], b[:1], strict=True):
             torch.testing.assert_close(
                 x, y, rtol=1e-4, atol=1e-5, msg=lambda m, at=module: f"{at}: {m}"
             )
