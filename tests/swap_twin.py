@@ -12,6 +12,7 @@ import copy
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -116,11 +117,8 @@ class Masks:
         with ExitStack() as stack:
             stack.enter_context(patch.object(F, "dropout", self.dropout))
             stack.enter_context(patch.object(F, "scaled_dot_product_attention", self.attention))
-            try:
-                import timm.layers.drop as timm_drop
-            except ImportError:
-                pass
-            else:
+            timm_drop = sys.modules.get("timm.layers.drop")
+            if timm_drop is not None:
                 forward = lambda module, x: self.drop_path(module, x)  # noqa: E731
                 stack.enter_context(patch.object(timm_drop.DropPath, "forward", forward))
             yield

@@ -842,6 +842,227 @@ class Global(Parts):
         return x + _calls
 
 
+# Aliases.
+
+
+@case
+class ResidualChangedThroughAView(Parts):
+    def forward(self, x):
+        s = x * 1
+        v = s[:, :3]
+        z = s + self.drop(self.linear(x))
+        v.zero_()
+        return self.norm(z) + s
+
+
+@case
+class ResidualChangedByAHelper(Parts):
+    def touch(self, t):
+        return t.mul_(2)
+
+    def forward(self, x):
+        s = x * 1
+        z = s + self.drop(self.linear(x))
+        w = self.touch(s)
+        return self.norm(z) + w
+
+
+@case
+class ResidualChangedInAnArgument(Parts):
+    def forward(self, x):
+        s = x * 1
+        z = s + self.drop(self.linear(x))
+        return self.pair(s.add_(1), self.norm(z), z)
+
+    def pair(self, a, b, d):
+        return a + b * d
+
+
+@case
+class InputOfAHelperChanged(Parts):
+    def br(self, x):
+        return self.drop(x)
+
+    def forward(self, x):
+        s = x * 1
+        y = self.br(s)
+        s.mul_(2)
+        return self.norm(s + y)
+
+
+@case
+class InputOfAHelperChangedInTheSum(Parts):
+    def br(self, x):
+        return self.drop(x)
+
+    def forward(self, x):
+        s = x * 1
+        return self.norm(self.br(s) + s.mul_(2))
+
+
+@case
+class InputChangedInTheSum(Parts):
+    def forward(self, x):
+        s = x * 1
+        return self.norm(self.drop(s) + s.mul_(2))
+
+
+@case
+class ResidualChangedInACall(Parts):
+    def forward(self, x):
+        s = x * 1
+        return self.pair(s + self.drop(self.linear(x)), s.mul_(2))
+
+    def pair(self, a, b):
+        return a + b
+
+
+@case
+class SumPassedToHelper(Parts):
+    def forward(self, x):
+        z = x + self.drop(self.linear(x))
+        return self.h(z, x)
+
+    def h(self, z, x):
+        z = z + self.drop2(self.other(self.norm(z)))
+        return self.norm2(z) + x
+
+
+@case
+class SumsInAList(Parts):
+    def forward(self, x):
+        hs = []
+        for linear, drop in zip(self.linears, self.drops, strict=True):
+            x = x + drop(linear(x))
+            hs.append(x)
+            x = self.norm(x)
+        return torch.stack(hs).sum(0) + x
+
+
+@case
+class YieldedSums(Parts):
+    def gen(self, x):
+        x = x + self.drop(self.linear(x))
+        yield x
+        y = self.norm(x)
+        yield y + x
+
+    def forward(self, x):
+        return sum(self.gen(x))
+
+
+@case
+class InputOfANormChanged(Parts):
+    def forward(self, x):
+        with torch.no_grad():
+            s = x * 1
+            z = self.norm(s)
+            s.zero_()
+            y = self.drop(z)
+        return x * y + s
+
+
+@case
+class NormUnderNoGrad(Parts):
+    def forward(self, x):
+        with torch.no_grad():
+            z = self.norm(x)
+        return x + self.drop(z)
+
+
+@case
+class ActivationUnderNoGrad(Parts):
+    def forward(self, x):
+        with torch.no_grad():
+            z = self.act(self.linear(x))
+        return x + self.drop(z)
+
+
+@case
+class Indexed(Parts):
+    def forward(self, x):
+        y = self.drop(self.linear(x))[..., :4]
+        return torch.cat([y, self.drop2(self.other(x))[:, :, 4:]], -1) + x
+
+
+@case
+class StarredUse(Parts):
+    def forward(self, x):
+        y = self.drop(self.linear(x))
+        a, b = y
+        return torch.stack([*y]) + x + a + b
+
+
+@case
+class RequiresGradResidual(Parts):
+    def forward(self, x):
+        return self.norm(x.detach() + self.drop(self.linear(x.detach())))
+
+
+@case
+class Transposed(Parts):
+    def forward(self, x):
+        z = x.transpose(0, 1)
+        z = z + self.drop(self.linear(z))
+        return self.norm(z).transpose(0, 1).contiguous()
+
+
+@case
+class SumInAWhile(Parts):
+    def forward(self, x):
+        s = x + self.drop(self.linear(x))
+        k = 0
+        while k < 2:
+            k += 1
+            h = self.norm(s)
+            s = s + self.drop2(self.other(h)) if k == 1 else s
+        return s
+
+
+@case
+class SumInABranch(Parts):
+    def forward(self, x):
+        s = x
+        if x.dim() == 3:
+            s = x + self.drop(self.linear(x))
+        h = self.norm(s)
+        if h.dim() == 3:  # noqa: SIM108
+            r = s
+        else:
+            r = x
+        return r + self.drop2(self.other(h))
+
+
+@case
+class InnerFunction(Parts):
+    def forward(self, x):
+        s = x + self.drop(self.linear(x))
+
+        def f(t):
+            return self.norm(t) + self.drop2(self.other(t))
+
+        return f(s) + s
+
+
+@case
+class DefaultOfALambda(Parts):
+    def forward(self, x):
+        y = self.drop(self.linear(x))
+        f = lambda z=y: z + x  # noqa: E731
+        return f()
+
+
+@case
+class InnerClass(Parts):
+    def forward(self, x):
+        y = x + self.drop(self.linear(x))
+
+        class K:
+            v = self.norm(y)
+
+        return K.v + y
+
+
 # Functions.
 
 
@@ -1362,7 +1583,7 @@ class Written:
             x += 1
             return x + z
 
-        return add(1), y, (lambda: x)(), {k: x + 1 for k in "a"}
+        return add(1), y, (lambda: x)(), {k: x + i for i, k in enumerate("a")}
 
     def generator(self):
         yield from (1, 2)
