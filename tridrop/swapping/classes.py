@@ -17,10 +17,20 @@ from typing import Any
 
 from torch import nn
 
-from . import kinds, lazy, rewrite, source
+from . import emission, kinds, lazy, rewrite, source
 from .flow import Unfollowed, analyse
 from .modules import drop_path_forward
-from .recognise import Classifier, Labels, Method, Tail, calls, label_of, mentions_dropout, resolve
+from .recognise import (
+    Classifier,
+    Labels,
+    Method,
+    Tail,
+    calls,
+    label_of,
+    mentions_dropout,
+    resolve,
+    self_of,
+)
 from .rewrite import Levels, Op, Place, Plan
 
 
@@ -120,7 +130,7 @@ def labels_of(module: nn.Module, base: type, tails: Callable[[nn.Module], Tail |
     labels: Labels = {}
     text = text_of(base, children_of(module, base))
     for method in text.methods.values():
-        for path in calls(method.node, method.node.args.args[0].arg):
+        for path in calls(method.node, self_of(method.node)):
             label = label_of(resolve(module, path), tails)
             if text.caught(base, path):
                 label = "within"
@@ -174,7 +184,7 @@ def tail_of(base: type, recipe: Recipe, name: str = "forward") -> Tail | None:
     shapes = {in_tuple for _, in_tuple in rewrite.returns(method.node)}
     if not ends or len(shapes) != 1:
         return None
-    carries = any(rewrite._carries(made, e.producer, set()) for e in ends)
+    carries = any(rewrite.carries(made, e.producer, set()) for e in ends)
     return Tail(carries, shapes.pop())
 
 
@@ -264,7 +274,7 @@ _NAMES = {"_tridrop": lazy, "_forward": nn.Sequential.forward}
 
 
 def _build(method: Method, made: Plan, first: int) -> FunctionType:
-    return source.build(method.function, rewrite.emit(made, first), _NAMES)
+    return source.build(method.function, emission.emit(made, first), _NAMES)
 
 
 def _swapped(module: nn.Module) -> Any:

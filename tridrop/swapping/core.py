@@ -338,7 +338,7 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
                 reason = interfaces.reason(module)
                 parts = () if reason else ATTENTION_PARTS
             elif place.op.name == "other":
-                reason = "tridrop has no such function"
+                reason = place.op.reason
             elif not parts:
                 reason = "its level is off"
             stream = None if first is None or not parts else first + i

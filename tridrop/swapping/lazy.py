@@ -162,13 +162,19 @@ def activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     return branch
 
 
-def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
-    """A softmax that a dropout follows."""
-    if not fits(x) or dim not in (-1, x.dim() - 1) or x.dim() < 2 or _autocast(x):
-        return torch.nn.functional.softmax(x, dim, dtype=dtype)
+def softmax(x: Tensor, dtype: torch.dtype | None = None) -> Any:
+    """A softmax over the last dimension that a dropout follows."""
+    if not fits(x) or x.dim() < 2:
+        return torch.nn.functional.softmax(x, -1, dtype=dtype)
     branch = Pending(x)
-    branch.softmax = dtype or x.dtype
+    branch.softmax = dtype or (torch.float32 if _autocast(x) else x.dtype)
     return branch
+
+
+def softmax_of(module: nn.Module, x: Tensor) -> Any:
+    """A call of torch.nn.Softmax over the last dimension."""
+    kind = _free(module, "softmax")
+    return module(x) if kind is None or kind.get(module, "dim") != -1 else softmax(x)
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:

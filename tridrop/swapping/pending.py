@@ -92,10 +92,12 @@ def _finish(out: Tensor, b: Pending) -> Tensor:
 
 
 def _softmax(b: Pending) -> Tensor:
-    if b.softmax == b.x.dtype and b.drops():
-        return F.softmax_dropout(b.x, b.p, True, seed=b.seed)
-    wide = None if b.softmax == b.x.dtype else b.softmax
-    return F.dropout(torch.softmax(b.x, -1, dtype=wide), b.p, True, seed=b.seed)
+    """In the wider of the dtypes of scores and result, as torch computes it."""
+    assert b.softmax is not None
+    scores = b.x.to(torch.promote_types(b.x.dtype, b.softmax))
+    if not b.drops():
+        return torch.softmax(scores, -1).to(b.softmax)
+    return F.softmax_dropout(scores, b.p, True, seed=b.seed).to(b.softmax)
 
 
 def drop_samples(x: Tensor, p: float, seed: Tensor | None, scaled: bool = True) -> Tensor:

@@ -63,6 +63,11 @@ def path_of(function: ast.expr, owner: str) -> str | None:
     return ".".join(parts) if isinstance(function, ast.Name) and function.id == owner else None
 
 
+def self_of(node: ast.FunctionDef) -> str:
+    """The name of a method's first argument."""
+    return (node.args.posonlyargs + node.args.args)[0].arg
+
+
 def calls(node: ast.FunctionDef, owner: str) -> list[str]:
     paths = [path_of(n.func, owner) for n in ast.walk(node) if isinstance(n, ast.Call)]
     return [p for p in dict.fromkeys(paths) if p]
@@ -82,6 +87,8 @@ def label_of(found: Any, tails: Callable[[nn.Module], Tail | None]) -> str | Non
     kind = kinds.kind_of(found)
     if kind is not None and kind.get(found, "inplace"):
         return None
+    if kind is not None and kind.name == "softmax" and kind.get(found, "dim") != -1:
+        return None
     if kind is not None and kind.name == "linear" and kind.get(found, "bias") is None:
         return None  # it has nothing to hand on
     if kind is not None:
@@ -94,15 +101,21 @@ class Classifier:
     """Knows the ops among the expressions of a method."""
 
     def __init__(self, method: Method, labels: Labels, tails: dict[str, Tail]) -> None:
-        self.owner = method.node.args.args[0].arg
+        self.owner = self_of(method.node)
+        imports = [n for n in ast.walk(method.node) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        self.imported = {(a.asname or a.name).split(".")[0] for n in imports for a in n.names}
         self.function, self.flow = method.function, method.flow
         self.labels, self.tails = labels, tails
 
     def __call__(self, e: ast.expr) -> Op | None:
         if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add):
             return Op("add", e, (e.left, e.right))
-        if not isinstance(e, ast.Call) or any(isinstance(a, ast.Starred) for a in e.args):
+        if not isinstance(e, ast.Call):
             return None
+        starred = any(isinstance(a, ast.Starred) for a in e.args)
+        if starred or None in {k.arg for k in e.keywords if self.drops_by_name(e.func)}:
+            unread = self.drops_by_name(e.func)
+            return Op("other", e, (), reason="its arguments are computed") if unread else None
         path = path_of(e.func, self.owner)
         if path is not None:
             return self.of_self(e, path)
@@ -127,6 +140,8 @@ class Classifier:
             return Op(name, e, (), carries=drop == "drop")
         if label == "within":
             return Op(label, e, ())
+        if label == "softmax" and len(e.args) == 1 and not e.keywords:
+            return Op("softmax_of", e, (), (e.args[0],))
         if label in _UNARY and len(e.args) == 1 and not e.keywords:
             return Op(label, e, (e.args[0],))
         return None
@@ -134,17 +149,20 @@ class Classifier:
     def of_made(self, e: ast.Call, made: ast.Call) -> Op | None:
         """nn.Softmax(dim=-1)(x)"""
         dim = _argument(made, 0, "dim")
-        if self.global_of(made.func) is not nn.Softmax or dim is None or len(e.args) != 1:
+        if self.global_of(made.func) is not nn.Softmax or not _is_last(dim) or len(e.args) != 1:
             return None
-        return Op("softmax", e, (), (e.args[0], dim))
+        return Op("softmax", e, (), (e.args[0],))
 
     def of_tensor(self, e: ast.Call, function: ast.Attribute) -> Op | None:
+        base = function.value.id if isinstance(function.value, ast.Name) else None
+        if function.attr == "dropout" and base in self.imported:
+            return Op("other", e, (), reason="its module is imported in the method")
         if ast.unparse(function.value) == "super()" and self.drops_above(function.attr):
             return Op("within", e, ())
         if function.attr == "softmax":
             dim = _argument(e, 0, "dim")
-            if dim is not None and len(e.args) + len(e.keywords) == 1:
-                return Op("softmax", e, (), (function.value, dim))
+            if _is_last(dim) and len(e.args) + len(e.keywords) == 1:
+                return Op("softmax", e, (), (function.value,))
         if function.attr == "to" and len(e.args) == 1 and not e.keywords:
             wanted = e.args[0]
             if isinstance(wanted, ast.Attribute) and wanted.attr == "dtype":
@@ -158,29 +176,38 @@ class Classifier:
         function = next((c.__dict__[name] for c in above if name in c.__dict__), None)
         return mentions_dropout(function)
 
-    def of_function(self, e: ast.Call) -> Op | None:
-        called = self.global_of(e.func)
+    def drops_by_name(self, function: ast.expr) -> bool:
+        """Whether a name stands for one of torch's functions that drop."""
+        return self.name_of(self.global_of(function)) in ("rate", "other", "attention")
+
+    @staticmethod
+    def name_of(called: Any) -> str | None:
+        """What a function of torch is, to the rules."""
         try:
-            name = _FUNCTIONS.get(called)
+            return _FUNCTIONS.get(called)
         except TypeError:  # it cannot be hashed
             return None
-        known = {k.arg for k in e.keywords}
-        if None in known:
-            return None
+
+    def of_function(self, e: ast.Call) -> Op | None:
+        called = self.global_of(e.func)
+        name, known = self.name_of(called), {k.arg for k in e.keywords}
         if name == "other":
-            return Op(name, e, ())
+            return Op(name, e, (), reason="tridrop has no such function")
         x = _argument(e, 0, "input")
-        if name == "rate" and x is not None and not _argument(e, 3, "inplace"):
+        if name == "rate" and x is not None:
+            in_place = _argument(e, 3, "inplace")
+            if in_place is not None and not _is_constant(in_place, False):
+                return Op("other", e, (), reason="it works in place")
             p = _argument(e, 1, "p") or ast.copy_location(ast.Constant(0.5), e)
             training = _argument(e, 2, "training") or ast.copy_location(ast.Constant(True), e)
             return Op(name, e, (x,), (p, training))
         if name == "softmax" and x is not None and known <= {"input", "dim", "dtype"}:
             dim, dtype = _argument(e, 1, "dim"), _argument(e, 3, "dtype")
-            if dim is not None and len(e.args) <= 2:
-                return Op(name, e, (), (x, dim, *([dtype] if dtype is not None else [])))
+            if _is_last(dim) and len(e.args) <= 2:
+                return Op(name, e, (), (x, *([dtype] if dtype is not None else [])))
         if name == "attention":
             rate = _argument(e, 4, "dropout_p")
-            never = isinstance(rate, ast.Constant) and not rate.value
+            never = rate is None or (isinstance(rate, ast.Constant) and not rate.value)
             return None if rate is None or never else Op(name, e, (), (rate,))
         if name is None and kinds.is_dropout_add(called) and len(e.args) == 4 and not e.keywords:
             return Op("dropout_add", e, (e.args[0],), tuple(e.args[1:]))
@@ -214,8 +241,17 @@ def mentions_dropout(function: Any) -> bool:
     """Whether a function of Python calls torch's dropout by name, and is not torch's own."""
     function = inspect.unwrap(function) if callable(function) else None
     code = getattr(function, "__code__", None)
-    own = not getattr(function, "__module__", "torch.").startswith("torch.")
+    own = not (getattr(function, "__module__", None) or "").startswith("torch.")
     return own and "dropout" in getattr(code, "co_names", ())
+
+
+def _is_constant(e: ast.expr, value: Any) -> bool:
+    return isinstance(e, ast.Constant) and e.value is value
+
+
+def _is_last(dim: ast.expr | None) -> bool:
+    """Whether a dimension is written as -1, so that attention's masks are those to draw."""
+    return dim is not None and ast.unparse(dim) == "-1"
 
 
 def _argument(e: ast.Call, position: int, name: str) -> ast.expr | None:

@@ -8,8 +8,7 @@ only user is one that can take it up, on a way that has a dropout on it.
 from __future__ import annotations
 
 import ast
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,22 +18,32 @@ from .flow import Flow
 DROPS = ("dropout", "rate", "drop_path", "dropout_add", "within")
 _ADDS = ("add", "dropout_add")
 _ABSORBS: dict[str, tuple[str, ...]] = {
-    "dropout": ("linear", "activation", "norm", "softmax", "cast", "scale", "call", "identity"),
+    "dropout": (
+        "linear",
+        "activation",
+        "norm",
+        "softmax",
+        "softmax_of",
+        "cast",
+        "scale",
+        "call",
+        "identity",
+    ),
     "drop_path": ("linear", "dropout", "rate", "scale", "norm", "call", "identity"),
     "scale": ("linear", "dropout", "rate", "call", "identity"),
     "identity": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
     "activation": ("linear",),
-    "cast": ("softmax",),
+    "cast": ("softmax", "softmax_of"),
     "add": ("dropout", "rate", "scale", "drop_path", "call", "identity"),
     "norm": _ADDS,
     "return": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
 }
 _ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
-_COMPUTED = ("norm", "attention", "within")  # return what is computed
+COMPUTED = ("norm", "attention", "within")  # return what is computed
 _NOTED = ("attention", "interface", "other")  # drop as well, by other means or untouched
 ATTENTION_PARTS = ("softmax", "dropout", "matmul")
 _ACROSS = {"call", "scale", "drop_path", "return", "identity"}
-_ATTENTION = {"softmax", "cast"}
+_ATTENTION = {"softmax", "softmax_of", "cast"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Op:
     rest: tuple[ast.expr, ...] = ()  # arguments that are passed as they are
     carries: bool = False  # of a call: whether a dropout is among what it hands on
     method: str = "forward"  # of a call
+    reason: str = ""  # why it is left
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,18 +223,18 @@ def _allowed(edge: Edge, levels: Levels) -> bool:
 
 
 def _useful(made: Plan, edge: Edge) -> bool:
-    if _carries(made, edge.producer, set()):
+    if carries(made, edge.producer, set()):
         return True
     return edge.producer.name not in _ADDS and _leads(made, edge, set())
 
 
-def _carries(made: Plan, op: Op, seen: set[Op]) -> bool:
+def carries(made: Plan, op: Op, seen: set[Op]) -> bool:
     """Whether there is a dropout in what an op hands on."""
     if op.name in DROPS or op.carries:
         return True
     if op in seen:
         return False
-    return any(_carries(made, e.producer, seen | {op}) for e in made.into(op))
+    return any(carries(made, e.producer, seen | {op}) for e in made.into(op))
 
 
 def _leads(made: Plan, edge: Edge, seen: set[Edge]) -> bool:
@@ -295,95 +305,3 @@ def _parts(made: Plan, op: Op) -> tuple[str, ...]:
         after.append(at.name)
     own = _OWN.get(op.name, (op.name,))
     return tuple(p for p in (*before, *own, *after) if p not in ("cast", "identity"))
-
-
-def emit(made: Plan, first: int) -> ast.FunctionDef:
-    """The method's new tree; its places are numbered from ``first``."""
-    node = copy.deepcopy(made.node)
-    pairs = zip(ast.walk(made.node), ast.walk(node), strict=True)
-    emitter = _Emitter(made, first, {new: old for old, new in pairs})
-    for statement in node.body:
-        emitter.visit(statement)
-    return ast.fix_missing_locations(node)
-
-
-class _Emitter(ast.NodeTransformer):
-    """Works on the copy of a tree, and asks the plan about the nodes that it was copied from."""
-
-    def __init__(self, made: Plan, first: int, old_of: Mapping[ast.AST, ast.AST]) -> None:
-        self.made, self.old_of = made, old_of
-        self.places = {place.op: first + i for i, place in enumerate(made.places)}
-        self.owner = made.node.args.args[0].arg
-
-    def runtime(self, at: ast.expr, name: str, *arguments: ast.expr) -> ast.Call:
-        function = ast.Attribute(ast.Name("_tridrop", ast.Load()), name, ast.Load())
-        new = ast.copy_location(ast.Call(function, list(arguments), []), at)
-        for inner in (function, function.value):
-            ast.copy_location(inner, at)
-        return new
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        old = self.old_of.get(node)
-        if not isinstance(old, ast.expr) or not isinstance(node, ast.expr):
-            return self.generic_visit(node)
-        op = self.made.ops.get(old)
-        if op is not None and op in self.made.emitted:
-            new = self.exchange(op, node)
-            waits = bool(self.made.out_of(op)) or (op.name == "norm" and not self.made.into(op))
-            if op.name.startswith("call") or (op.name in _COMPUTED and not waits):
-                return new
-            return new if waits else self.runtime(node, "value", new)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            return self.use(old, node)
-        return self.generic_visit(node)
-
-    def use(self, old: ast.expr, node: ast.Name) -> ast.expr:
-        """A variable's use: where it may wait, its value, or itself for who takes it as it is."""
-        assert isinstance(old, ast.Name)
-        flow = self.made.flow
-        if not flow.reaching.get(old, set()) & self.made.waiting:
-            return node
-        parent = flow.parents[old]
-        user = self.made.ops.get(parent) if isinstance(parent, ast.expr) else None
-        takes = user is not None and user in self.made.emitted and old in user.operands
-        is_copy = any(flow.definitions[i].value is old for i in self.made.waiting)
-        return node if takes or is_copy else self.runtime(node, "value", node)
-
-    def exchange(self, op: Op, node: Any) -> ast.expr:
-        """The call of lazy.py in the place of an op."""
-        new_of = {self.old_of[n]: n for n in ast.walk(node) if n in self.old_of}
-        operands: list[Any] = [self.visit(new_of[x]) for x in op.operands]
-        rest: list[Any] = [self.visit(new_of[x]) for x in op.rest]
-        name = op.name.partition(":")[0]
-        if name == "add":
-            return self.runtime(node, name, *operands)
-        if name == "call":
-            self.generic_visit(node)
-            module = node.func
-            if op.method != "forward":
-                assert isinstance(module, ast.Attribute)
-                module = module.value
-            new = self.runtime(node, name, module, ast.Constant(op.method), *node.args)
-            new.keywords = node.keywords
-            return new
-        place = [ast.Name(self.owner, ast.Load()), ast.Constant(self.places.get(op, -1))]
-        if name in ("attention", "within"):
-            self.generic_visit(node)
-            function = [node.func] if name == "within" else []
-            new = self.runtime(node, name, *place, *function, *node.args)
-            new.keywords = node.keywords
-            return new
-        if name in ("rate", "dropout_add"):
-            return self.runtime(node, name, *place, *operands, *rest)
-        if name in ("softmax", "cast"):
-            return self.runtime(node, name, *operands, *rest)
-        arguments = [node.func, *operands]
-        if name in DROPS:
-            return self.runtime(node, name, *place, *arguments)
-        if name == "norm":
-            into = self.made.into(op)
-            if not into:
-                return self.runtime(node, "norm_first", *arguments)
-            if not any(e.shared for e in into):
-                arguments.append(ast.Constant(True))
-        return self.runtime(node, name, *arguments)

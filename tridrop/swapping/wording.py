@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from . import classes, rewrite
+from . import classes, emission
 from .classes import Recipe, Work
 from .modules import REPLACEMENTS
 from .recognise import resolve
@@ -162,7 +162,7 @@ class Plans:
 
 
 def _text(made: Plan, first: int, prefix: str) -> str:
-    node = rewrite.emit(made, first)
+    node = emission.emit(made, first)
     node.name = prefix + node.name
     node.decorator_list = []  # the wrappers stay, whatever their text says
     heading = "# For callers that take over what it returns, uncomputed.\n" if prefix else ""
