@@ -1,0 +1,105 @@
+"""A planned method's new tree: its calls exchanged for those of lazy.py."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from .rewrite import COMPUTED, DROPS, Op, Plan
+
+
+def emit(made: Plan, first: int) -> ast.FunctionDef:
+    """The method's new tree; its places are numbered from ``first``."""
+    node = copy.deepcopy(made.node)
+    pairs = zip(ast.walk(made.node), ast.walk(node), strict=True)
+    emitter = _Emitter(made, first, {new: old for old, new in pairs})
+    for statement in node.body:
+        emitter.visit(statement)
+    return ast.fix_missing_locations(node)
+
+
+class _Emitter(ast.NodeTransformer):
+    """Works on the copy of a tree, and asks the plan about the nodes that it was copied from."""
+
+    def __init__(self, made: Plan, first: int, old_of: Mapping[ast.AST, ast.AST]) -> None:
+        self.made, self.old_of = made, old_of
+        self.places = {place.op: first + i for i, place in enumerate(made.places)}
+        self.owner = (made.node.args.posonlyargs + made.node.args.args)[0].arg
+
+    def runtime(self, at: ast.expr, name: str, *arguments: ast.expr) -> ast.Call:
+        function = ast.Attribute(ast.Name("_tridrop", ast.Load()), name, ast.Load())
+        new = ast.copy_location(ast.Call(function, list(arguments), []), at)
+        for inner in (function, function.value):
+            ast.copy_location(inner, at)
+        return new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        old = self.old_of.get(node)
+        if not isinstance(old, ast.expr) or not isinstance(node, ast.expr):
+            return self.generic_visit(node)
+        op = self.made.ops.get(old)
+        if op is not None and op in self.made.emitted:
+            new = self.exchange(op, node)
+            waits = bool(self.made.out_of(op)) or (op.name == "norm" and not self.made.into(op))
+            if op.name.startswith("call") or (op.name in COMPUTED and not waits):
+                return new
+            return new if waits else self.runtime(node, "value", new)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            return self.use(old, node)
+        return self.generic_visit(node)
+
+    def use(self, old: ast.expr, node: ast.Name) -> ast.expr:
+        """A variable's use: where it may wait, its value, or itself for who takes it as it is."""
+        assert isinstance(old, ast.Name)
+        flow = self.made.flow
+        if not flow.reaching.get(old, set()) & self.made.waiting:
+            return node
+        parent = flow.parents[old]
+        user = self.made.ops.get(parent) if isinstance(parent, ast.expr) else None
+        takes = user is not None and user in self.made.emitted and old in user.operands
+        is_copy = any(flow.definitions[i].value is old for i in self.made.waiting)
+        return node if takes or is_copy else self.runtime(node, "value", node)
+
+    def exchange(self, op: Op, node: Any) -> ast.expr:
+        """The call of lazy.py in the place of an op."""
+        new_of = {self.old_of[n]: n for n in ast.walk(node) if n in self.old_of}
+        operands: list[Any] = [self.visit(new_of[x]) for x in op.operands]
+        # What was left out of a call stands for itself.
+        rest: list[Any] = [self.visit(new_of[x]) if x in new_of else x for x in op.rest]
+        name = op.name.partition(":")[0]
+        if name == "add":
+            return self.runtime(node, name, *operands)
+        if name == "call":
+            self.generic_visit(node)
+            module = node.func
+            if op.method != "forward":
+                assert isinstance(module, ast.Attribute)
+                module = module.value
+            new = self.runtime(node, name, module, ast.Constant(op.method), *node.args)
+            new.keywords = node.keywords
+            return new
+        place = [ast.Name(self.owner, ast.Load()), ast.Constant(self.places.get(op, -1))]
+        if name in ("attention", "within"):
+            self.generic_visit(node)
+            function = [node.func] if name == "within" else []
+            new = self.runtime(node, name, *place, *function, *node.args)
+            new.keywords = node.keywords
+            return new
+        if name in ("rate", "dropout_add"):
+            return self.runtime(node, name, *place, *operands, *rest)
+        if name == "softmax_of":
+            return self.runtime(node, name, node.func, *rest)
+        if name in ("softmax", "cast"):
+            return self.runtime(node, name, *operands, *rest)
+        arguments = [node.func, *operands]
+        if name in DROPS:
+            return self.runtime(node, name, *place, *arguments)
+        if name == "norm":
+            into = self.made.into(op)
+            if not into:
+                return self.runtime(node, "norm_first", *arguments)
+            if not any(e.shared for e in into):
+                arguments.append(ast.Constant(True))
+        return self.runtime(node, name, *arguments)
