@@ -64,6 +64,55 @@ def test_masks_are_those_of_the_reported_places(name):
         assert report.counts()["left"], "torch drops where the report says nothing of it"
 
 
+@families
+def test_what_transformers_records_is_that_of_the_original(name):
+    """Hidden states and attentions, in training at p = 0."""
+    model, inputs = make(name), batch(name)
+    twin = copy.deepcopy(model)
+    tridrop.swap(model)
+    for m in (model, twin):
+        set_rates(m, 0.0)
+    for asked in ("output_hidden_states", "output_attentions"):
+        found, expected = (m(**inputs, **{asked: True}) for m in (model, twin))
+        assert list(found) == list(expected)
+        for key, values in expected.items():
+            if isinstance(values, (Tensor, tuple)):  # and no cache
+                torch.testing.assert_close(found[key], values, rtol=1e-4, atol=1e-4)
+
+
+@families
+def test_dtypes_in_bfloat16_are_those_of_the_original(name):
+    twin = make(name).bfloat16()
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch(name).items()}
+    model = copy.deepcopy(twin)
+    tridrop.swap(model)
+    seen = []
+    for m in (model, twin):
+        seen.append(heard := [])
+        for at, module in m.named_modules():
+            module.register_forward_hook(
+                lambda _, given, out, at=at, heard=heard: heard.append(
+                    (at, out.dtype if isinstance(out, Tensor) else None)
+                )
+            )
+        m(**inputs)[0].sum().backward()
+    assert seen[0] == seen[1]
+
+
+@families
+def test_default_generator_is_what_draws_without_a_seed(name):
+    model, inputs = make(name), batch(name)
+    tridrop.swap(model)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(outcome(model, inputs).loss)
+    assert losses[0] == losses[1] != losses[2]
+    state = torch.get_rng_state()
+    model.eval()(**inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "DINOv2"])
 def test_triton_kernels_drop_the_same(name):
     model, inputs = make(name), batch(name)
