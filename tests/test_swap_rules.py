@@ -141,7 +141,7 @@ class Attributes(Parts):
         z = x + self.drop2(y)
         assert z.shape == x.shape
         assert y.dim() == 3
-        return self.norm(z).mean() * z.T.T + len(y) + y.size(-1)
+        return self.norm(z).mean() * z.mT.mT + len(y) + y.size(-1)
 
 
 @case
