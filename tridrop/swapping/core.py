@@ -380,15 +380,16 @@ def unswap(model: nn.Module) -> None:
     Where nothing was swapped it does nothing. Raises RuntimeError where a module was given another
     class after the swap.
     """
-    for module in model.modules():
-        kind = type(module)
-        if classes.is_swapped(module):
-            module.__class__ = kind.__dict__["_tridrop_base"]
-        elif any("_tridrop_base" in c.__dict__ for c in kind.__mro__):
+    for module in model.modules():  # all of them, before anything is changed
+        inherited = any("_tridrop_base" in c.__dict__ for c in type(module).__mro__)
+        if inherited and not classes.is_swapped(module):
             raise RuntimeError(
-                f"a {kind.__name__} was given another class after the swap, by fully_shard for "
-                "instance: unswap before that"
+                f"a {type(module).__name__} was given another class after the swap, by fully_shard "
+                "for instance: unswap before that"
             )
+    for module in model.modules():
+        if classes.is_swapped(module):
+            module.__class__ = type(module).__dict__["_tridrop_base"]
         for name in ("_tridrop_site", "_tridrop_count", "_tridrop_attention_site"):
             module.__dict__.pop(name, None)
         if not hasattr(type(module), "site"):

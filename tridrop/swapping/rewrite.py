@@ -100,6 +100,7 @@ class Plan:
     waiting: set[int] = field(default_factory=set)  # definitions of sums that several use
     places: list[Place] = field(default_factory=list)
     writes: list[int] = field(default_factory=list)  # lines on which something changes in place
+    calls: list[ast.Call] = field(default_factory=list)  # of what may write in place
 
     def context(self, node: ast.AST) -> ast.AST | None:
         """The with statement around an expression."""
@@ -143,6 +144,7 @@ def plan(
     made = Plan(node, flow, ops)
     nodes: list[Any] = list(ast.walk(node))
     made.writes = [n.lineno for n in nodes if _writes(n)]
+    made.calls = [n for n in nodes if isinstance(n, ast.Call) and not _is_pure(n)]
     ends = [Op("return", e, (e,)) for e, _ in returns(node)] if bare else []
     edges = [e for op in (*ops.values(), *ends) for x in op.operands for e in _edges(made, op, x)]
     edges = [e for e in edges if _allowed(e, levels)]
@@ -164,13 +166,21 @@ def plan(
     return made
 
 
+def _is_pure(call: ast.Call) -> bool:
+    """Whether a call is of torch's functions, which say so if they write (add_, out=), or len."""
+    root = call.func
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    return isinstance(root, ast.Name) and root.id in ("torch", "nn", "F", "len", "isinstance")
+
+
 def _writes(n: Any) -> bool:
-    """Whether a node changes an object: x += y, x[i] = y, x.add_(y), f(x, out=y)."""
+    """Whether a node changes an object: x += y, x[i] = y, x.data = y, x.add_(y), f(x, out=y)."""
     if isinstance(n, ast.Call):
         name = n.func.attr if isinstance(n.func, ast.Attribute) else ""
         in_place = name.endswith("_") and not name.endswith("__")
         return in_place or any(k.arg in ("out", "inplace") for k in n.keywords)
-    stored = isinstance(n, ast.Subscript) and isinstance(n.ctx, (ast.Store, ast.Del))
+    stored = isinstance(n, (ast.Subscript, ast.Attribute)) and isinstance(n.ctx, ast.Store)
     return stored or isinstance(n, ast.AugAssign)
 
 
@@ -204,7 +214,8 @@ def _may_wait(made: Plan, op: Op, consumer: Op, x: ast.expr) -> bool:
     """Whether it makes no difference when an op is computed.
 
     It does where a with statement ends in between (autocast, no_grad), where something is written
-    in place, and from one turn of a loop to the next.
+    in place or its operands are given to somebody who may do that, and from one turn of a loop to
+    the next.
     """
     inside = made.context(op.node)
     if inside is not (None if consumer.name == "return" else made.context(consumer.node)):
@@ -212,7 +223,52 @@ def _may_wait(made: Plan, op: Op, consumer: Op, x: ast.expr) -> bool:
     first, last = op.node.lineno, x.end_lineno or x.lineno
     if consumer.name != "return":
         last = consumer.node.end_lineno or last
-    return first <= last and not any(first <= line <= last for line in made.writes)
+    if first > last or any(first <= line <= last for line in made.writes):
+        return False
+    held = _with_copies(made.flow, _held(made, op))
+    inside_op = set(ast.walk(op.node))
+    for call in made.calls:
+        between = first <= call.lineno <= last and call not in inside_op and call not in made.ops
+        if between and any(made.flow.reaching.get(n, set()) & held for n in _names(call)):
+            return False
+    return True
+
+
+def _names(call: ast.Call) -> list[ast.Name]:
+    """The variables in a call's arguments."""
+    values = [*call.args, *(k.value for k in call.keywords)]
+    return [n for value in values for n in ast.walk(value) if isinstance(n, ast.Name)]
+
+
+def _held(made: Plan, op: Op, seen: frozenset[Op] = frozenset()) -> set[int]:
+    """The definitions of the variables whose tensors an op reads when it is computed."""
+    # Linear layers and calls have computed, and hand that on.
+    if op in seen or op.name in ("linear", "call", "call:tuple"):
+        return set()
+    seen |= {op}
+    found: set[int] = set()
+    for x in (*op.operands, *(op.rest[:1] if op.name == "softmax" else ())):
+        if x in made.ops:
+            found |= _held(made, made.ops[x], seen)
+            continue
+        for name in (n for n in ast.walk(x) if isinstance(n, ast.Name)):
+            found |= made.flow.reaching.get(name, set())
+        for inner, _ in _sources(made, x):
+            found |= _held(made, inner, seen)
+    return found
+
+
+def _with_copies(flow: Flow, ids: set[int]) -> set[int]:
+    """The definitions, and those of other names for the same values."""
+    found = set(ids)
+    for i, definition in enumerate(flow.definitions):
+        if isinstance(definition.value, ast.Name) and definition.index is None:
+            origin = flow.reaching.get(definition.value, set())
+            if origin & ids:
+                found.add(i)
+            if i in ids:
+                found |= origin
+    return found
 
 
 def _allowed(edge: Edge, levels: Levels) -> bool:
