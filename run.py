@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up a virtual environment and run one of the project's commands in it.
 
-    python3 run.py demo [options of tridrop demo]     the main job
+    python3 run.py demo [options of tridrop demo]     the main job; --model asks for transformers
     python3 run.py test [options of pytest]           the tests
     python3 run.py oldest [options of pytest]         those of transformers, with its oldest version
 
@@ -82,6 +82,10 @@ def set_up(extras: str, cpu: bool) -> None:
     pip("-e", f".[{extras}]", "-c", "constraints.txt")
     if "test" in extras.split(","):
         pip("--no-deps", *map(pinned, BARE))
+    elif "hf" in extras.split(","):
+        # transformers imports torchvision where it is, and that one only works within the tests.
+        remove = [str(PYTHON), "-m", "pip", "uninstall", "-q", "-y", *BARE]
+        subprocess.run(remove, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
     stamp.write_text(wanted)
 
 
@@ -116,7 +120,10 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     command, *rest = arguments
-    set_up(EXTRAS[command], cpu)
+    extras = EXTRAS[command]
+    if command == "demo" and any(a.partition("=")[0] == "--model" for a in rest):
+        extras += ",hf"
+    set_up(extras, cpu)
     if command == "oldest":
         return run_oldest(rest)
     for step in COMMANDS[command]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tridrop.demo
-from tridrop.demo import model, options, report, text, train
+from tridrop.demo import architectures, model, options, report, text, train
 
 TINY = [
     "--layers=1", "--dim=16", "--heads=2", "--context=8", "--batch=2",
@@ -45,6 +45,10 @@ def results(out: Path) -> dict[str, Any]:
     return json.loads((out / "results.json").read_text())
 
 
+def examples(windows: torch.Tensor, asked: options.Options | None = None) -> torch.Tensor:
+    return architectures.examples(asked or tiny(), windows, torch.Generator().manual_seed(0))
+
+
 def tiny(**changes: Any) -> options.Options:
     return replace(options.resolve(parse(*TINY)), **changes)
 
@@ -65,7 +69,7 @@ def test_twins_agree_at_p_0_in_outputs_and_gradients() -> None:
     windows = torch.randint(256, (3, 9))
     torch.testing.assert_close(fused(windows[:, :-1]), eager(windows[:, :-1]))
     for twin in (eager, fused):
-        model.loss_of(twin, windows).backward()
+        model.loss_of(twin, examples(windows)).backward()
     for (name, a), b in zip(eager.named_parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -98,6 +102,96 @@ def test_no_dropout_is_p_0() -> None:
     assert torch.equal(plain(tokens), plain(tokens))
 
 
+# -------------------------------------------------------------------- architectures of transformers
+
+
+HUB = ["gpt2", "bert"]
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_architectures_of_transformers_learn_and_report_their_swap(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    assert demo(tmp_path, "--model", name, "--layers=2") == 0
+    found = results(tmp_path)
+    assert found["options"]["model"] == name
+    assert found["swap"]["counts"]["left"] == 0
+    assert found["swap"]["counts"]["fused"] >= 6
+    costs = found["swap"]["measurement"]
+    assert costs["after"]["operators"] < costs["before"]["operators"]
+    assert costs["before"]["dropouts"] == costs["after"]["dropouts"] == 1 + 3 * 2
+    runs = found["runs"]
+    assert runs["tridrop"]["saved_bytes"] < runs["eager"]["saved_bytes"]
+    first = torch.tensor([[run["train"][0], run["valid"][0]] for run in runs.values()])
+    torch.testing.assert_close(first, first[:1].expand_as(first))
+    assert first[0, 0] == pytest.approx(math.log(256), rel=0.2)
+    assert len({run["train"][-1] for run in runs.values()}) == len(runs)
+    assert (tmp_path / "demo.png").exists()
+    shown = capsys.readouterr().out
+    assert "tridrop.swap" in shown
+    assert "saved for backward" in shown
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_swapped_twins_have_the_same_function(name: str) -> None:
+    pytest.importorskip("transformers")
+    asked = tiny(model=name, p=0.5, attention_p=0.5)
+    eager, nothing = architectures.build(asked, fused=False)
+    fused, swapped = architectures.build(asked, fused=True)
+    plain, _ = architectures.build(asked, fused=False, drops=False)
+    assert nothing is None
+    assert swapped is not None
+    assert not any(hasattr(type(m), "_tridrop_base") for m in eager.modules())
+    for twin in (fused, plain):
+        twin.load_state_dict(eager.state_dict())
+    tokens = torch.randint(256, (2, 8))
+    assert torch.equal(plain.train()(tokens), plain(tokens))
+    for twin in (eager, fused):
+        assert not torch.equal(twin.train()(tokens), twin(tokens))
+        torch.testing.assert_close(twin.eval()(tokens), plain.eval()(tokens))
+
+
+def test_bert_guesses_what_it_does_not_see_and_others_the_next_byte() -> None:
+    windows = torch.randint(256, (200, 9))
+    inputs, targets = examples(windows).unbind(1)
+    assert torch.equal(inputs, windows[:, :-1])
+    assert torch.equal(targets, windows[:, 1:])
+    inputs, targets = examples(windows, tiny(model="bert")).unbind(1)
+    hidden = inputs == architectures.MASK
+    assert hidden.any(1).all()
+    assert hidden.float().mean() == pytest.approx(0.15 + 0.85**8 / 8, abs=0.04)
+    assert torch.equal(torch.where(hidden, targets, inputs), windows[:, :-1])
+    assert (targets[~hidden] == architectures.IGNORED).all()
+
+
+def test_missing_transformers_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = architectures.importlib.util.find_spec
+    monkeypatch.setattr(
+        architectures.importlib.util,
+        "find_spec",
+        lambda n: None if n == "transformers" else find(n),
+    )
+    assert demo(tmp_path / "out", "--model=bert") == 2
+    assert "pip install 'tridrop[hf]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_transformers_that_cannot_be_imported_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+
+    def broken(name: str) -> None:
+        raise ModuleNotFoundError("Could not import module 'X'.\nMore")
+
+    monkeypatch.setattr(architectures.importlib, "import_module", broken)
+    assert demo(tmp_path, "--model=gpt2") == 2
+    assert "cannot be imported: Could not import module 'X'." in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------- a run's record
 
 
@@ -126,6 +220,8 @@ def test_outputs_and_the_fields_of_the_json(tmp_path: Path) -> None:
         assert run["peak_bytes"] is None
     assert found["runs"]["eager"]["step_time_ratio"]["median"] == 1
     assert found["noise"]["tridrop_to_eager"] > 0
+    assert found["options"]["model"] == "block"
+    assert found["swap"] is None
 
 
 def test_all_runs_start_alike_and_part(tmp_path: Path) -> None:
@@ -186,7 +282,7 @@ def test_tridrop_saves_no_mask_for_backward() -> None:
         runs = train.make_runs(asked, torch.device("cpu"))
         windows = torch.randint(256, (asked.batch, asked.context + 1))
         for run in runs:
-            run.measure(windows)
+            run.measure(examples(windows))
         return {run.name: run.saved_bytes for run in runs}
 
     asked = tiny(p=0.5, attention_p=0.0)
@@ -257,8 +353,8 @@ def test_divergence_is_told_and_keeps_the_results(
 
 @pytest.mark.parametrize(
     "argument",
-    ["--p=1", "--p=-0.1", "--p=nan", "--attention-p=2", "--steps=0", "--lr=0", "--lr=inf",
-     "--seed=-1", "--dim=x", "--backend=cuda", "--eval-every=0"],
+    ["--model=t5", "--p=1", "--p=-0.1", "--p=nan", "--attention-p=2", "--steps=0", "--lr=0",
+     "--lr=inf", "--seed=-1", "--dim=x", "--backend=cuda", "--eval-every=0"],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_the_parser(
     argument: str, capsys: pytest.CaptureFixture[str]

@@ -1,7 +1,7 @@
 """``tridrop demo``: what dropout is for, and that tridrop's does it, on real text.
 
-It trains one small GPT without dropout, with PyTorch's and with tridrop's, from the same start and
-on the same order of the data, and writes a table, results.json, demo.png and demo.svg.
+It trains one small model without dropout, with PyTorch's and with tridrop's, from the same start
+and on the same order of the data, and writes a table, results.json, demo.png and demo.svg.
 docs/demo.md tells how to read them.
 """
 
@@ -17,7 +17,7 @@ from rich.console import Console
 import tridrop
 from tridrop import backends
 
-from . import report, text, train
+from . import architectures, report, text, train
 from .display import Display
 from .options import DemoError, Options, add_arguments, resolve
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         options = resolve(args)
         report.check_plotting()
+        architectures.check(options.model)
         device = _device(options.device)
         options.out.mkdir(parents=True, exist_ok=True)
         source = text.load(options.text)
@@ -78,6 +79,8 @@ def _run(
     where = report.environment(device, backend)
     result = report.summary(runs, record, options, source, where, interrupted=status == INTERRUPTED)
     written = [report.write_json(result, options.out), *report.plot(result, options.out)]
+    for made in (run.swapped for run in runs if run.swapped is not None):
+        console.print(made)
     console.print(report.table(result))
     for note in report.notes(result):
         console.print(note)

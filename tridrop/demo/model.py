@@ -79,10 +79,10 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.tokens.weight)
 
 
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The mean cross-entropy, in nats a byte, of windows [batch, context + 1]."""
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+def loss_of(model: nn.Module, examples: Tensor) -> Tensor:
+    """The mean cross-entropy, in nats a byte, of inputs and targets [batch, 2, context]."""
+    logits = model(examples[:, 0])
+    return F.cross_entropy(logits.flatten(0, 1), examples[:, 1].flatten())
 
 
 def _initialise(module: nn.Module) -> None:

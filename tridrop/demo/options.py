@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "valid_bytes": 16_384,
     "eval_every": 40,
 }
+MODELS = ("block", "gpt2", "bert")
 QUICK: dict[str, Any] = {
     "steps": 240,
     "train_bytes": 2_048,
@@ -41,6 +42,7 @@ class DemoError(Exception):
 class Options:
     """Every option of one run, checked."""
 
+    model: str
     text: Path | None
     device: str
     backend: str
@@ -93,6 +95,7 @@ def resolve(args: argparse.Namespace) -> Options:
     if values["attention_p"] is None:
         values["attention_p"] = values["p"]
     return Options(
+        model=args.model,
         text=args.text,
         device=args.device,
         backend=args.backend,
@@ -137,6 +140,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=kind, metavar="N", help=f"{text} (default {default}{quick})"
         )
 
+    parser.add_argument(
+        "--model",
+        default=MODELS[0],
+        choices=MODELS,
+        help="block: tridrop.nn.TransformerBlock against plain PyTorch; gpt2, bert: transformers' "
+        "architectures, small and random, against themselves after tridrop.swap; needs "
+        "tridrop[hf] (default %(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="a small run, within a minute")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="learn this file (default: Python's own help)"

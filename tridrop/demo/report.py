@@ -18,6 +18,7 @@ from rich.table import Table
 
 import tridrop
 
+from .architectures import TITLES
 from .options import DemoError, Options
 from .train import Record, Run
 
@@ -38,7 +39,7 @@ WIDTHS = {"none": 2.0, "eager": 4.0, "eager_again": 2.5, "tridrop": 1.2}
 def environment(device: torch.device, backend: str) -> dict[str, Any]:
     """What the run ran on: versions, device and backend."""
     versions = {"python": platform.python_version(), "tridrop": tridrop.__version__}
-    for package in ("torch", "triton", "matplotlib"):
+    for package in ("torch", "triton", "transformers", "matplotlib"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -74,11 +75,12 @@ def summary(
             "sha256": hashlib.sha256(text[1]).hexdigest(),
         },
         "parameters": sum(p.numel() for p in eager.model.parameters()),
-        "unit": "nats a byte, in evaluation mode",
+        "unit": f"nats a {'masked ' * (options.model == 'bert')}byte, in evaluation mode",
         "interrupted": interrupted,
         "steps_done": record.steps[-1],
         "steps": record.steps,
         "runs": {run.name: _run_summary(run, eager, record) for run in runs},
+        "swap": next((run.swapped.to_dict() for run in runs if run.swapped is not None), None),
         "noise": _noise(record),
     }
 
@@ -246,8 +248,9 @@ def _draw(result: dict[str, Any]) -> Figure:
             color=COLOURS["none"],
             ha="right",
         )
-    p = result["options"]["p"]
-    axes.set_title(f"The same GPT on the same {result['options']['train_bytes']:,} bytes, p = {p}")
+    asked = result["options"]
+    title = f"The same {TITLES[asked['model']]} on the same {asked['train_bytes']:,} bytes"
+    axes.set_title(f"{title}, p = {asked['p']}")
     axes.set_xlabel("training step")
     axes.set_ylabel("loss in nats a byte, dropout off")
     # The first steps fall from log(256) and would flatten all that follows.

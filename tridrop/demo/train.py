@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .model import GPT, loss_of
+from tridrop.swapping import Report
+
+from . import architectures
+from .model import loss_of
 from .options import Options
 
 WARM_UP = 20  # steps over which the learning rate rises
@@ -37,10 +40,19 @@ class Run:
     With a state of its own a run draws what it would draw alone, whatever is trained beside it.
     """
 
-    def __init__(self, name: str, label: str, model: GPT, options: Options, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        label: str,
+        model: nn.Module,
+        options: Options,
+        seed: int,
+        swapped: Report | None = None,
+    ) -> None:
         self.name = name
         self.label = label
         self.model = model
+        self.swapped = swapped  # what tridrop.swap did to the model
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(
             # No weight decay: dropout is the only regulariser.
@@ -67,7 +79,7 @@ class Run:
             self._generators = _generators(self.device)
 
     def step(self, tokens: Tensor) -> float:
-        """Train on windows [batch, context + 1]; return the loss, with dropout, before the step."""
+        """Train on examples [batch, 2, context]; return the loss, with dropout, before the step."""
         with self._own_generators():
             self.model.train()
             _wait(self.device)
@@ -82,11 +94,11 @@ class Run:
         return float(loss.detach())
 
     @torch.no_grad()
-    def evaluate(self, windows: Tensor, batch: int) -> float:
-        """The mean loss over windows [n, context + 1], without dropout."""
+    def evaluate(self, examples: Tensor, batch: int) -> float:
+        """The mean loss over examples [n, 2, context], without dropout."""
         self.model.eval()
-        total = sum(float(loss_of(self.model, w)) * len(w) for w in windows.split(batch))
-        return total / len(windows)
+        total = sum(float(loss_of(self.model, part)) * len(part) for part in examples.split(batch))
+        return total / len(examples)
 
     def measure(self, tokens: Tensor) -> None:
         """Set ``saved_bytes`` and ``peak_bytes`` from one step's forward and backward.
@@ -98,6 +110,8 @@ class Run:
         with self._own_generators():
             self.model.train()
             self.saved_bytes = saved_for_backward(self.model, tokens)
+            if self.swapped is not None:
+                self.swapped.measure(tokens[:, 0])
         self._generators = generators
         if self.device.type != "cuda":
             return
@@ -110,7 +124,7 @@ class Run:
         self._generators = generators
 
 
-def saved_for_backward(model: GPT, tokens: Tensor) -> int:
+def saved_for_backward(model: nn.Module, tokens: Tensor) -> int:
     """The bytes that one step saves for backward: each storage once, parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: list[Tensor] = []  # alive until counted, so that no two have the same address
@@ -134,7 +148,7 @@ def make_runs(options: Options, device: torch.device) -> list[Run]:
     """
     with _generators_restored(device):
         torch.manual_seed(options.seed)
-        start = GPT(options, fused=False, drops=False)
+        start, _ = architectures.build(options, fused=False, drops=False)
     runs = []
     for i, (name, label, fused) in enumerate(
         (
@@ -144,9 +158,10 @@ def make_runs(options: Options, device: torch.device) -> list[Run]:
             ("tridrop", "tridrop", True),
         )
     ):
-        model = GPT(options, fused=fused, drops=name != "none")
+        with _generators_restored(device):
+            model, swapped = architectures.build(options, fused=fused, drops=name != "none")
         model.load_state_dict(start.state_dict())
-        runs.append(Run(name, label, model.to(device), options, seed=options.seed + i))
+        runs.append(Run(name, label, model.to(device), options, options.seed + i, swapped))
     return runs
 
 
@@ -186,11 +201,12 @@ def windows_of(tokens: Tensor, context: int, limit: int | None = None) -> Tensor
 
 
 def batches(tokens: Tensor, options: Options) -> Iterator[Tensor]:
-    """Windows [batch, context + 1] at random places, for ever; the same for the same seed."""
+    """Examples [batch, 2, context] at random places, for ever; the same for the same seed."""
     generator = torch.Generator().manual_seed(options.seed)
     windows = tokens.unfold(0, options.context + 1, 1)
     while True:
-        yield windows[torch.randint(len(windows), (options.batch,), generator=generator)]
+        chosen = windows[torch.randint(len(windows), (options.batch,), generator=generator)]
+        yield architectures.examples(options, chosen, generator)
 
 
 def train(
@@ -208,8 +224,11 @@ def train(
     Raises Diverged where a loss is no longer finite.
     """
     device = runs[0].device
-    valid = windows_of(valid_tokens, options.context).to(device)
-    seen = windows_of(train_tokens, options.context, limit=len(valid)).to(device)
+    fixed = torch.Generator().manual_seed(options.seed)
+    windows = windows_of(valid_tokens, options.context)
+    valid = architectures.examples(options, windows, fixed).to(device)
+    windows = windows_of(train_tokens, options.context, limit=len(valid))
+    seen = architectures.examples(options, windows, fixed).to(device)
     data = batches(train_tokens, options)
     first = next(data).to(device)
     for run in runs:

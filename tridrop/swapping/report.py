@@ -18,7 +18,7 @@ from .measure import Measurement, changed, cost_of
 from .rewrite import Levels
 from .wording import Plans, is_swapped
 
-_CODE = 44  # columns for the code of a site
+_BESIDES = 76  # columns of the table for all but the code
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,9 @@ class Report:
             for column in ("sites", "in", "code", "p", "became"):
                 justify: Literal["right", "left"] = "right" if column == "sites" else "left"
                 table.add_column(column, justify=justify, no_wrap=column == "code")
+            width = max(16, options.max_width - _BESIDES)
             for site, text, count in self._groups():
-                cells = (str(count), site.kind, _cut(site.code), _rate(site.p), text)
+                cells = (str(count), site.kind, _cut(site.code, width), _rate(site.p), text)
                 style = "yellow" if site.status == "left" else None
                 table.add_row(*(Text(cell) for cell in cells), style=style)
             yield table
@@ -232,10 +233,10 @@ class Report:
         return captured.get()
 
 
-def _cut(code: str) -> str:
+def _cut(code: str, width: int) -> str:
     """Code in one line."""
     line = " ".join(code.split())
-    return line if len(line) <= _CODE else line[: _CODE - 3] + "..."
+    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def _rate(p: float | None) -> str:
