@@ -8,116 +8,52 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from tridrop.backends.triton import elementwise, norm_launch, softmax_launch
+from tridrop.backends.triton.compile import TARGETS, capture
+from tridrop.inspection.machine_code import parse
 from tridrop.spec import NormOptions, Options
 from tridrop.spec_attention import AttentionOptions
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class Driver:
-    """Stands for the driver of a GPU that is not there; nothing is launched."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class Recorder:
-    """Takes a kernel's place in the launcher: compiles what would have been launched."""
-
-    def __init__(self, kernel) -> None:
-        self.kernel = kernel
-        kernel.device_caches.clear()
-
-    def __getitem__(self, grid):
-        def compile_only(*args, **kwargs):
-            self.compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
-            threads = kwargs["num_warps"] * 32
-            self.elements = kwargs["BLOCK_ROWS"] * kwargs["BLOCK_COLS"] / threads
-
-        return compile_only
-
-
-def instructions(cubin: bytes) -> tuple[list[str], int]:
-    """The SASS opcodes of a kernel and the registers it takes."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(CUOBJDUMP), "-sass", "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", text)
-    registers = re.search(r"REG:(\d+)", text)
-    return [op for op in lines if op != "NOP"], int(registers.group(1))
 
 
 def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:
     """The record of one kernel compiled for one target."""
-    driver.set_active(Driver(TARGETS[target]))
     modules = {"norm": norm_launch, "softmax": softmax_launch}
     module = modules.get(kernel.split("_")[0], elementwise)
-    recorder = Recorder(getattr(module, kernel))
-    setattr(module, kernel, recorder)
-    try:
-        getattr(module, launcher)(*args)
-    finally:
-        setattr(module, kernel, recorder.kernel)
-    compiled = recorder.compiled
-    record = {"name": name, "target": target, "shared": compiled.metadata.shared}
-    if "cubin" not in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        # Vector registers spill to memory. Scalar ones go to lanes of vector registers.
-        spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)
-        return record | {"spills": sum(map(int, spills)), "spill_counts": len(spills)}
-    ops, registers = instructions(compiled.asm["cubin"])
-    count = Counter(ops)
+    (compiled,) = capture(target, lambda: getattr(module, launcher)(*args))
+    assert compiled.kernel == kernel
+    code = parse(compiled.text)
+    elements = compiled.tile / compiled.threads
+    record = {"name": name, "target": target, "shared": compiled.shared_bytes}
+    ops = Counter(i.op for i in code.body)
+    # Bytes of the stack, or of vector registers; scalar ones spill to lanes of vector registers.
+    spills = code.spill_bytes + sum(n for op, n in ops.items() if op.startswith(("LDL", "STL")))
+    record |= {"spills": spills, "registers": code.registers}
+    if code.amd:
+        return record
     return record | {
-        "per_element": len(ops) / recorder.elements,
-        "registers": registers,
-        "spills": sum(n for op, n in count.items() if op.startswith(("LDL", "STL"))),
-        "loads": sorted(op for op in count if op.startswith("LDG")),
-        "stores": sorted(op for op in count if op.startswith("STG")),
-        "elements_a_thread": recorder.elements,
-        "philox_products": sum(n for op, n in count.items() if op.startswith("IMAD.WIDE.U32"))
-        + count["IMAD.HI.U32"],
+        "per_element": len(code.body) / elements,
+        "loads": sorted(op for op in ops if op.startswith("LDG")),
+        "stores": sorted(op for op in ops if op.startswith("STG")),
+        "elements_a_thread": elements,
+        "philox_products": sum(n for op, n in ops.items() if op.startswith("IMAD.WIDE.U32"))
+        + ops["IMAD.HI.U32"],
     }
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def cases(dtype: torch.dtype) -> dict[str, tuple]:
     """name -> launcher, kernel and the launcher's arguments."""
     x, vector = empty(8192, 1024, dtype=dtype), empty(1024, dtype=dtype)
     wide, wide_vector = empty(8192, 2048, dtype=dtype), empty(2048, dtype=dtype)
-    seed = torch.zeros(2, dtype=torch.int64)
+    seed = empty(2, dtype=torch.int64)
     drop, plain = {"p": 0.1}, {}
 
     def forward(options, x=x, bias=None, gain=None, residual=None):
@@ -157,11 +93,11 @@ NORM_SIZES = (768, 1000, 1024, 4096, 8192)
 
 def norm_cases(dtype: torch.dtype) -> dict[str, tuple]:
     """The norm family, with every operand, at hidden sizes of real models."""
-    seed = torch.zeros(2, dtype=torch.int64)
+    seed = empty(2, dtype=torch.int64)
     cases: dict[str, tuple] = {}
     for size in NORM_SIZES:
         x, vector = empty(4096, size, dtype=dtype), empty(size, dtype=dtype)
-        stats = torch.empty(4096)
+        stats = empty(4096, dtype=torch.float32)
         for kind in ("layer_norm", "rms_norm"):
             shared = {"p": 0.1, "norm": kind, "stream_dtype": dtype, "out_dtype": dtype}
             before, after = NormOptions(**shared), NormOptions(**shared, after=True)
@@ -235,14 +171,21 @@ SOFTMAX_KEYS = (128, 512, 1001, 1024, 4096, 65536)
 
 def softmax_cases(dtype: torch.dtype) -> dict[str, tuple]:
     """The softmax, by itself and with every operand."""
-    seed = torch.zeros(2, dtype=torch.int64)
+    seed = empty(2, dtype=torch.int64)
 
     def pair(name, keys, options, mask=None, both=False):
         scores = empty(2, 4, 64, keys, dtype=dtype)
         needed = seed if options.p else None
         kernels = [f"softmax_{way}_kernel" for way in ("forward", "backward")]
         forward = (scores, mask, needed, None, options, both)
-        backward = (scores, scores if both else None, scores, mask, torch.empty(2, 4, 64), needed)
+        backward = (
+            scores,
+            scores if both else None,
+            scores,
+            mask,
+            empty(2, 4, 64, dtype=torch.float32),
+            needed,
+        )
         dtypes = (dtype, None if mask is None else mask.dtype)
         return {
             f"softmax {name}": ("softmax_forward", kernels[0], *forward),

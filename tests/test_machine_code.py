@@ -28,7 +28,6 @@ def records():
 def test_nothing_spills(records):
     assert {r["target"] for r in records.values()} == {*CUDA, "gfx942"}
     assert [key for key, r in records.items() if r["spills"]] == []
-    assert all(r["spill_counts"] for key, r in records.items() if key[0] == "gfx942")
 
 
 @pytest.mark.parametrize("target", CUDA)

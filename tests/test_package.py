@@ -14,7 +14,7 @@ PACKAGE = Path(tridrop.__file__).parent
 # A layer may import itself and those after it. What stands on one line shares a layer.
 LAYERS = [
     ["cli", "__main__"],
-    ["check", "demo", "info"],
+    ["check", "demo", "inspection", "info"],
     ["swapping"],
     ["integrations"],
     ["nn", "shims"],

@@ -1,4 +1,4 @@
-"""The command line: ``tridrop check | demo | info``, also ``python -m tridrop``."""
+"""The command line: ``tridrop check | demo | inspect | info``, also ``python -m tridrop``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     from . import demo
     from .check import report
+    from .inspection import report as inspected
 
     top = argparse.ArgumentParser(
         prog="tridrop",
@@ -37,6 +38,18 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(shown)
     shown.set_defaults(run=demo.run)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="compile every kernel without a GPU: instructions an element, registers, limits",
+        description="Compiles the kernels, as they would be launched for a transformer's sizes, "
+        "for GPUs that need not be here, and counts in the machine code: instructions an element, "
+        "registers, spills, shared memory, widths of loads and stores, Philox rounds. Beside each "
+        "the same kernel without dropout, and for dropout and dropout_add one with a Philox call "
+        "an element. docs/performance.md tells how to read the figures.",
+    )
+    inspected.add_arguments(inspect)
+    inspect.set_defaults(run=inspected.main)
 
     info = commands.add_parser("info", help="versions, devices and backends, for a bug report")
     info.add_argument("--json", action="store_true", help="print JSON")

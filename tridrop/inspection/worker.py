@@ -1,0 +1,24 @@
+"""A process that compiles: a task a line in, its records a line out, both JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+
+
+def main() -> None:
+    """Answer tasks ``[row, arch, dtype, method]`` until the input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a compiler prints is no answer
+    from .records import compile_row
+
+    for line in sys.stdin:
+        try:
+            answer: object = compile_row(*json.loads(line))
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
