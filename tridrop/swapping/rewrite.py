@@ -353,7 +353,8 @@ def _parts(made: Plan, op: Op) -> tuple[str, ...]:
     todo = [e.producer for e in made.into(op)]
     while todo:
         producer = todo.pop()
-        before.insert(0, producer.name.partition(":")[0])
+        name = producer.name.partition(":")[0]
+        before.insert(0, "softmax" if name == "softmax_of" else name)
         todo += [e.producer for e in made.into(producer) if producer.name not in _ADDS]
     at = op
     while out := made.out_of(at):
