@@ -17,10 +17,9 @@ from dataclasses import dataclass
 # Issue: four schedulers a multiprocessor, each a warp instruction (32 threads) a clock, from the
 # whitepapers below. A wide product (IMAD.WIDE) counts as one multiplication.
 NVIDIA = {"issue": 128, "multiply": 64, "logic": 64, "special": 16}
-# AMD's CDNA 3 whitepaper: four SIMD units of 16 lanes a compute unit, so that 64 threads execute a
-# vector instruction each clock. AMD publishes no rates of single instructions. LLVM's scheduling
-# model of gfx940 (SISchedule.td) gives 32-bit multiplications the full rate, and exponentials and
-# the like a quarter.
+# AMD's data sheet: 64 stream processors a compute unit, so 64 threads execute a vector instruction
+# each clock. Of the rates of single instructions only LLVM's scheduling model of gfx940 tells
+# (SISchedule.td): 32-bit multiplications at the full rate, exponentials and the like at a quarter.
 AMD = {"issue": 64, "multiply": 64, "special": 16}
 
 
@@ -74,9 +73,9 @@ DEVICES = (
     ),
     Device(
         "B200", "sm_100", 8.0e12, 148, 1.98e9, 2250e12, NVIDIA,
-        "NVIDIA Blackwell Architecture Technical Brief, HGX B200: 8 TB/s, 2.25 PFLOP/s of dense "
-        "bf16. NVIDIA's brief names neither multiprocessors nor clock: 148, and about the H100's "
-        "clock, from Chips and Cheese, Nvidia's B200 (2025)",
+        "NVIDIA Blackwell Architecture Technical Brief: 8 TB/s, 2.25 PFLOP/s of dense bf16; HGX "
+        "B200 data sheet: 75 TFLOP/s of fp32, from which the clock. NVIDIA names no number of "
+        "multiprocessors there: 148 from Chips and Cheese, Nvidia's B200 (2025)",
     ),
     Device(
         "MI300X", "gfx942", 5.3e12, 304, 2.1e9, 1307.4e12, AMD,

@@ -33,6 +33,8 @@ SASS_UNITS = {
 # AMD: all of these are vector instructions, which share one pipeline ("vector").
 AMD_MULTIPLY = ("v_mul_lo_u32", "v_mul_hi_u32", "v_mul_hi_i32", "v_mad_u64_u32", "v_mad_i64_i32")
 AMD_SPECIAL = ("v_exp_", "v_log_", "v_rcp_", "v_rsq_", "v_sqrt_", "v_sin_", "v_cos_")
+# HMMA, HGMMA, UTCHMMA, v_mfma
+MATRIX = ("MMA", "MFMA")
 # What makes nothing: padding, and waiting for memory.
 EMPTY = ("NOP", "s_nop", "s_waitcnt", "s_endpgm", "s_code_end")
 
@@ -64,8 +66,12 @@ class Code:
         """What an element goes through most often: the shortest loop, or else everything.
 
         Where a loop comes twice, with and without comparisons of bounds, it is the one without.
+        Where there are matrix products, it is a loop that has some.
         """
-        return min(self.loops, key=len) if self.loops else self.body
+        loops = [
+            body for body in self.loops if any(m in i.op.upper() for i in body for m in MATRIX)
+        ]
+        return min(loops or self.loops or [self.body], key=len)
 
 
 def parse(text: str) -> Code:
@@ -81,7 +87,10 @@ def _sass(text: str) -> Code:
     for at, (op, rest) in lines:
         to = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if to and int(to[1], 16) < at:
-            loops.append(_solid([i for a, i in lines if int(to[1], 16) <= a <= at]))
+            between = [i for a, i in lines if int(to[1], 16) <= a <= at]
+            # What stands behind the end of the program is out of the way, and jumps back: a wait.
+            if all(i.op != "EXIT" for i in between):
+                loops.append(_solid(between))
     registers = re.search(r"REG:(\d+)", text)
     stack = re.search(r"STACK:(\d+)", text)
     if not lines or registers is None or stack is None:
@@ -103,7 +112,7 @@ def _amd(text: str) -> Code:
         elif found := re.match(r"\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)\s*([^;]*)", line):
             body.append(Instruction(found[1], found[2].strip()))
             to = labels.get(found[2].strip()) if "branch" in found[1] else None
-            if to is not None:
+            if to is not None and all(i.op != "s_endpgm" for i in body[to:]):
                 loops.append(_solid(body[to:]))
     registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
     spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)

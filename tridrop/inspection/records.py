@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import devices
-from .machine_code import Code, count, parse, philox_rounds, units, widths
+from .machine_code import Code, parse, philox_rounds, units, widths
 from .rows import BATCH, FUSED, HEADS, NAIVE, NONE, TABLE, TOKENS, Row
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -24,12 +24,14 @@ def compile_row(name: str, arch: str, dtype: str, method: str) -> list[dict[str,
 
     row = TABLE[name]
     found = compiler.capture(arch, lambda: row.call(triton, DTYPES[dtype], method))
-    # The sums of dout * out know nothing of masks: they come once, without dropout.
-    return [
-        _record(row, kernel, dtype, method)
-        for kernel in found
-        if method == NONE or kernel.kernel != "attention_delta_kernel"
-    ]
+    return [_record(row, kernel, dtype, method) for kernel in found if _is_new(row, kernel, method)]
+
+
+def _is_new(row: Row, kernel: Any, method: str) -> bool:
+    """The sums of dout * out know nothing of masks: they come once, without dropout."""
+    if kernel.kernel != "attention_delta_kernel":
+        return True
+    return method == NONE and row.direction == "backward"
 
 
 def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
@@ -65,7 +67,6 @@ def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
         "elements_per_thread": held,
         "registers": code.registers,
         "spill_bytes": code.spill_bytes,
-        "spill_instructions": count(code.body, "LDL", "STL", "scratch_"),
         "shared_bytes": kernel.shared_bytes,
         "load_bits": widths(code.body, "load", code.amd),
         "store_bits": widths(code.body, "store", code.amd),
@@ -89,4 +90,4 @@ def _turns(row: Row, kernel: Any, code: Code, tile_bytes: float) -> int:
 
 
 def _digits(x: float) -> float:
-    return float(f"{x:.4g}")
+    return float(f"{x:.3g}")

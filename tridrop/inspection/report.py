@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> list[Record]:
 
 def dumps(records: Sequence[Record]) -> str:
     """The records as JSON, one a line."""
-    return "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
+    return "[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in records) + "\n]\n"
 
 
 def group(records: Sequence[Record]) -> dict[tuple[str, str, str], dict[str, Record]]:
