@@ -96,7 +96,10 @@ def test_dtypes_in_bfloat16_are_those_of_the_original(name):
                 )
             )
         m(**inputs)[0].sum().backward()
-    assert seen[0] == seen[1]
+    # The eager attention of transformers 5.0's GPT-2 calls its dropout, which an op takes in.
+    taken_in = {at for at, _ in seen[1]} - {at for at, _ in seen[0]}
+    assert all(at.endswith("attn.attn_dropout") for at in taken_in)
+    assert seen[0] == [(at, dtype) for at, dtype in seen[1] if at not in taken_in]
 
 
 @families
@@ -141,7 +144,9 @@ def test_every_level_drops_in_the_same_places(name, levels):
     assert_same(found, twin_outcome(model, inputs, report, draws))
     streams = {(s.module, s.code, s.line): s.stream for s in full.sites}
     for site in report.sites:
-        assert site.stream in (None, streams[site.module, site.code, site.line])
+        # Without attention, a module that attention may call is a site of its own.
+        known = streams.get((site.module, site.code, site.line), site.stream)
+        assert site.stream in (None, known)
     if not {"dropout", "attention"} & levels.keys():
         assert_same(found, swapped_outcome(whole, inputs)[0])
 

@@ -123,6 +123,8 @@ class Classifier:
             # An attention function that was looked up, in the way of transformers.
             p = next((k.value for k in e.keywords if k.arg == "dropout"), None)
             return None if p is None else Op("interface", e, (), (p,))
+        if isinstance(e.func, ast.Subscript):
+            return self.of_table(e, e.func)
         if isinstance(e.func, ast.Call):
             return self.of_made(e, e.func)
         if isinstance(e.func, ast.Attribute) and not self.is_global(e.func):
@@ -145,6 +147,13 @@ class Classifier:
         if label in _UNARY and len(e.args) == 1 and not e.keywords:
             return Op(label, e, (e.args[0],))
         return None
+
+    def of_table(self, e: ast.Call, function: ast.Subscript) -> Op | None:
+        """FUNCTIONS[name](x)"""
+        table = self.global_of(function.value)
+        if not isinstance(table, dict) or not any(map(mentions_dropout, table.values())):
+            return None
+        return Op("other", e, (), reason="its function is looked up in a table")
 
     def of_made(self, e: ast.Call, made: ast.Call) -> Op | None:
         """nn.Softmax(dim=-1)(x)"""

@@ -13,6 +13,7 @@ from .classes import Recipe, Work
 from .modules import REPLACEMENTS
 from .recognise import resolve
 from .rewrite import Levels, Op, Plan
+from .survey import Survey, base_of
 
 # What a caller does with a value that it takes over.
 _DONE = {
@@ -51,8 +52,6 @@ class Plans:
         self.callers: dict[tuple[nn.Module, str], list[tuple[nn.Module, str, Op]]] = {}
         if model is None:
             return
-        from .core import Survey, base_of  # which imports the report
-
         self.modules = dict(model.named_modules(remove_duplicate=False))
         known = is_swapped(model, levels)
         recipes = recipes_of(model) if known else Survey(model, levels).recipes

@@ -1,0 +1,174 @@
+"""What there is in a model, and what is to become of each of its modules."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import classes, kinds
+from .classes import Recipe
+from .recognise import Tail, resolve
+from .rewrite import ATTENTION_PARTS, Levels, Op
+
+
+def base_of(module: nn.Module) -> type:
+    """A module's class, or the one it had before the swap."""
+    kind = type(module)
+    base: type = kind.__dict__.get("_tridrop_base", kind)
+    return base
+
+
+class Survey:
+    """What there is in a model, and what is to become of it."""
+
+    def __init__(self, model: nn.Module, levels: Levels) -> None:
+        self.levels = levels
+        self.names = {module: name for name, module in model.named_modules()}
+        self.recipes: dict[nn.Module, Recipe] = {}
+        self.tails: dict[nn.Module, Tail | None] = {}
+        self.left: dict[nn.Module, str] = {}  # why nothing was done about a module
+        # The places that call a module, or hand its rate to an attention function.
+        self.places: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
+        kinds.learn(model)
+        for module in self.names:
+            self.recipe(module)
+        for module in self.recipes:
+            for i, (_, place) in enumerate(self.work(module).places):
+                for child in self.dropped_by(module, place.op):
+                    self.places.setdefault(child, []).append((module, i))
+        todo = list(self.recipes)
+        while todo:
+            for child in self.bare_children(todo.pop()):
+                if not self.recipes[child].bare:
+                    self.recipes[child] = replace(self.recipes[child], bare=True)
+                    todo.append(child)
+
+    def recipe(self, module: nn.Module) -> Recipe | None:
+        """The recipe for a module whose forward can be read, without its caller's wishes."""
+        if module in self.recipes or module in self.left:
+            return self.recipes.get(module)
+        base = base_of(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            self.left[module] = "it is compiled by TorchScript"
+        elif "forward" in module.__dict__:
+            self.left[module] = "its forward was replaced on the instance"
+        elif is_torchs(base):
+            self.left[module] = "it is torch's own"
+        if module in self.left:
+            return None
+        labels = classes.labels_of(module, base, self.tail)
+        children = classes.children_of(module, base)
+        self.recipes[module] = Recipe(self.levels, tuple(sorted(labels.items())), children=children)
+        return self.recipes[module]
+
+    def tail(self, module: nn.Module) -> Tail | None:
+        """What a module would hand to its caller."""
+        if module not in self.tails:
+            self.tails[module] = None  # for a module that contains itself
+            recipe = self.recipe(module)
+            if recipe is not None and not _records_first(self.names, base_of(module)):
+                self.tails[module] = classes.tail_of(base_of(module), recipe)
+        return self.tails[module]
+
+    def work(self, module: nn.Module) -> classes.Work:
+        """The plans for a module."""
+        return classes.work_of(base_of(module), self.recipes[module])
+
+    def bare_children(self, module: nn.Module) -> list[nn.Module]:
+        """The modules whose ends a module takes over."""
+        found = []
+        work = self.work(module)
+        for made in (*work.plans.values(), *work.bare.values()):
+            for op in made.emitted:
+                if op.name.startswith("call") and op.method == "forward":
+                    found.append(self.child(module, op))
+        return found
+
+    def dropped_by(self, module: nn.Module, op: Op) -> list[nn.Module]:
+        """The modules of torch whose masks or rates an op uses."""
+        if op.name in ("dropout", "drop_path"):
+            return [self.child(module, op)]
+        if op.name not in ("attention", "interface"):
+            return []
+        paths = [ast.unparse(n.value) for n in ast.walk(op.rest[0]) if isinstance(n, ast.Attribute)]
+        found = [resolve(module, path.partition(".")[2]) for path in paths if "." in path]
+        return [child for child in found if isinstance(child, nn.Dropout)]
+
+    def child(self, module: nn.Module, op: Op) -> Any:
+        """What an op calls on an instance."""
+        assert isinstance(op.node, ast.Call)
+        path = ast.unparse(op.node.func).partition(".")[2]
+        return resolve(module, path)
+
+    def drops(self, module: nn.Module) -> bool:
+        """Whether a module is itself a dropout that tridrop knows."""
+        kind = kinds.kind_of(module)
+        if kind is not None and kind.name in ("dropout", "drop_path"):
+            return True
+        return base_of(module) is nn.MultiheadAttention
+
+    def replaces(self, module: nn.Module) -> bool:
+        """Whether one of torch's own modules becomes tridrop's."""
+        return not self.why_left(module)
+
+    def why_left(self, module: nn.Module) -> str:
+        """Why a module that drops stays what it is; empty where it does not."""
+        if self.left.get(module, "it is torch's own") != "it is torch's own":
+            return self.left[module]
+        if not self.drops(module):
+            return "tridrop has no such module"
+        if base_of(module) is nn.MultiheadAttention:
+            if not module.dropout:
+                return "its dropout is 0"
+            return "" if self.levels.attention else "its level is off"
+        return "" if self.levels.dropout else "its level is off"
+
+    def parts(self, module: nn.Module) -> tuple[str, ...]:
+        """What a module that drops becomes."""
+        kind = kinds.kind_of(module)
+        return ATTENTION_PARTS if kind is None else (kind.name,)
+
+    def rate_of_module(self, module: nn.Module) -> float | None:
+        """The p of a module that drops."""
+        kind = kinds.kind_of(module)
+        p = kind.get(module, "p") if kind is not None else getattr(module, "dropout", None)
+        return float(p) if isinstance(p, (int, float)) else None
+
+    def rate(self, module: nn.Module, op: Op) -> float | None:
+        """The p of an op in a method of ``module``, where that can be told without running it."""
+        if op.name in ("dropout", "drop_path"):
+            return self.rate_of_module(self.child(module, op))
+        where = op.rest[-2 if op.name in ("rate", "dropout_add") else 0] if op.rest else op.node
+        for node in ast.walk(where):
+            if isinstance(node, ast.Attribute) and node.attr != "training":
+                p: Any = module
+                for part in ast.unparse(node).split(".")[1:]:
+                    p = getattr(p, part, None)
+                if isinstance(p, (int, float)):
+                    return float(p)
+        return None
+
+
+def is_torchs(base: type) -> bool:
+    """Whether a class is one of torch.nn's building blocks, which have no sites inside."""
+    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    if base in layers or classes.is_sequence(base):
+        return False
+    return base.__module__.startswith("torch.nn.modules.")
+
+
+def _records_first(names: dict[nn.Module, str], base: type) -> bool:
+    """Whether transformers records the first output of a class's modules, for hidden_states."""
+    for module in names:
+        recorded = getattr(module, "_can_record_outputs", None) or {}
+        for key, targets in recorded.items():
+            for target in targets if isinstance(targets, list) else [targets]:
+                kind = getattr(target, "target_class", target)
+                index = getattr(target, "index", 0 if "hidden_states" in key else 1)
+                if index == 0 and isinstance(kind, type) and issubclass(base, kind):
+                    return True
+    return False
