@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
         description="Compiles the kernels, as they would be launched for a transformer's sizes, "
         "for GPUs that need not be here, and counts in the machine code: instructions an element, "
         "registers, spills, shared memory, widths of loads and stores, Philox rounds. Beside each "
-        "the same kernel without dropout, and for dropout and dropout_add one with a Philox call "
-        "an element. docs/performance.md tells how to read the figures.",
+        "the same kernel without dropout, and for dropout_add one with a Philox call an "
+        "element. docs/performance.md tells how to read the figures.",
     )
     inspected.add_arguments(inspect)
     inspect.set_defaults(run=inspected.main)

@@ -107,7 +107,7 @@ def run(
 
 def provenance() -> dict[str, str | None]:
     """What was compiled, and with what: versions, and the commit where there is a clone."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=8", "HEAD"]
     try:
         git = subprocess.run(command, capture_output=True, text=True)
         commit = git.stdout.strip() or None

@@ -50,8 +50,8 @@ def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
     for device in devices.of(kernel.arch):
         times = device.times(used, bytes_, flops)
         met = max(times, key=lambda name: times[name])
-        shown = {name: _digits(time) for name, time in times.items()}
-        limits.append({"device": device.name, "limit": met, "picoseconds": shown})
+        shown = {name: _digits(time) for name, time in times.items() if time}
+        limits.append({"device": device.name, "limit": met, "ps": shown})
     return {
         "op": row.op,
         "variant": row.variant,
@@ -63,17 +63,16 @@ def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
         "method": method,
         "instructions_per_element": round(len(code.main) / done, 2),
         "counted": "loop" if code.loops else "program",
-        "program_instructions": len(code.body),
-        "elements_per_thread": held,
+        "elements_per_thread": int(held),
         "registers": code.registers,
         "spill_bytes": code.spill_bytes,
         "shared_bytes": kernel.shared_bytes,
         "load_bits": widths(code.body, "load", code.amd),
         "store_bits": widths(code.body, "store", code.amd),
-        "philox_rounds_per_element": round(philox_rounds(code) / done, 3),
+        "philox_rounds": round(philox_rounds(code) / done, 3),
         "philox_rounds_called": ROUNDS * calls,
         "bytes_per_element": _digits(bytes_),
-        "units_per_element": {name: round(n, 2) for name, n in used.items()},
+        "units": {name: round(n, 2) for name, n in used.items() if n},
         "limits": limits,
     }
 

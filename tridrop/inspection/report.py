@@ -145,7 +145,7 @@ def table(records: Sequence[Record]) -> Table:
             str(r["spill_bytes"] or "-"),
             str(r["shared_bytes"] or "-"),
             f"{_widest(r['load_bits'])} / {_widest(r['store_bits'])}",
-            f"{r['philox_rounds_per_element']:.2f}" if r["p_positive"] else "-",
+            f"{r['philox_rounds']:.2f}" if r["p_positive"] else "-",
             "\n".join(_limits(list(methods.values()), i) for i in range(len(r["limits"]))),
         )
     return grid
@@ -157,7 +157,7 @@ def _widest(bits: dict[str, int]) -> str:
 
 def _limits(records: Sequence[Record], device: int) -> str:
     found = [r["limits"][device] for r in records]
-    shown = " / ".join(f"{f['limit']} {f['picoseconds'][f['limit']]:.3g}" for f in found)
+    shown = " / ".join(f"{f['limit']} {f['ps'][f['limit']]:.3g}" for f in found)
     return f"{found[0]['device']}: {shown}"
 
 

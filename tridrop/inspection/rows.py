@@ -94,7 +94,7 @@ def _backward(
 def _elementwise(
     op: str, variant: str, activation: str = "none", bias: bool = False, residual: bool = False
 ) -> list[Row]:
-    naive = (NAIVE,) if activation == "none" and not bias else ()
+    naive = (NAIVE,) if op == "dropout_add" and not bias else ()
     forward = partial(_forward, activation=activation, bias=bias, residual=residual)
     backward = partial(_backward, activation=activation, bias=bias)
     row = Row(op, variant, "forward", forward, (NONE, FUSED, *naive))
