@@ -105,15 +105,16 @@ def run(
     return [record | source for record in records]
 
 
-def provenance() -> dict[str, str | None]:
+def provenance() -> dict[str, str]:
     """What was compiled, and with what: versions, and the commit where there is a clone."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=8", "HEAD"]
     try:
         git = subprocess.run(command, capture_output=True, text=True)
-        commit = git.stdout.strip() or None
+        commit = git.stdout.strip()
     except OSError:
-        commit = None
-    return {"tridrop": __version__, "triton": metadata.version("triton"), "commit": commit}
+        commit = ""
+    version = f"{__version__} ({commit})" if commit else __version__
+    return {"tridrop": version, "triton": metadata.version("triton")}
 
 
 def _start() -> subprocess.Popen[str]:

@@ -59,17 +59,17 @@ class Device:
 
 DEVICES = (
     Device(
-        "A100 SXM 80 GB", "sm_80", 2.039e12, 108, 1.41e9, 312e12, NVIDIA,
+        "A100", "sm_80", 2.039e12, 108, 1.41e9, 312e12, NVIDIA,
         "NVIDIA A100 Tensor Core GPU Architecture (whitepaper); A100 data sheet, 80 GB SXM",
     ),
     Device(
-        "H100 SXM", "sm_90", 3.35e12, 132, 1.98e9, 989.4e12, NVIDIA,
-        "NVIDIA H100 Tensor Core GPU Architecture (whitepaper); H100 data sheet: 3.35 TB/s, and "
+        "H100", "sm_90", 3.35e12, 132, 1.98e9, 989.4e12, NVIDIA,
+        "NVIDIA H100 Tensor Core GPU Architecture (whitepaper); H100 data sheet, SXM: 3.35 TB/s, and "
         "67 TFLOP/s of fp32, from which the clock",
     ),
     Device(
-        "H200 SXM", "sm_90", 4.8e12, 132, 1.98e9, 989.4e12, NVIDIA,
-        "NVIDIA H200 data sheet: 4.8 TB/s; the H100's processors",
+        "H200", "sm_90", 4.8e12, 132, 1.98e9, 989.4e12, NVIDIA,
+        "NVIDIA H200 data sheet, SXM: 4.8 TB/s; the H100's processors",
     ),
     Device(
         "B200", "sm_100", 8.0e12, 148, 1.98e9, 2250e12, NVIDIA,

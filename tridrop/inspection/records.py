@@ -70,9 +70,9 @@ def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
         "load_bits": widths(code.body, "load", code.amd),
         "store_bits": widths(code.body, "store", code.amd),
         "philox_rounds": round(philox_rounds(code) / done, 3),
-        "philox_rounds_called": ROUNDS * calls,
+        "philox_called": ROUNDS * calls,
         "bytes_per_element": _digits(bytes_),
-        "units": {name: round(n, 2) for name, n in used.items() if n},
+        "units": {name: _digits(n) for name, n in used.items() if n},
         "limits": limits,
     }
 
