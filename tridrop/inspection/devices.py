@@ -64,8 +64,8 @@ DEVICES = (
     ),
     Device(
         "H100", "sm_90", 3.35e12, 132, 1.98e9, 989.4e12, NVIDIA,
-        "NVIDIA H100 Tensor Core GPU Architecture (whitepaper); H100 data sheet, SXM: 3.35 TB/s, and "
-        "67 TFLOP/s of fp32, from which the clock",
+        "NVIDIA H100 Tensor Core GPU Architecture (whitepaper); H100 data sheet, SXM: 3.35 TB/s, "
+        "and 67 TFLOP/s of fp32, from which the clock",
     ),
     Device(
         "H200", "sm_90", 4.8e12, 132, 1.98e9, 989.4e12, NVIDIA,

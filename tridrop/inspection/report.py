@@ -144,7 +144,7 @@ def table(records: Sequence[Record]) -> Table:
             str(r["registers"]),
             str(r["spill_bytes"] or "-"),
             str(r["shared_bytes"] or "-"),
-            f"{_widest(r['load_bits'])} / {_widest(r['store_bits'])}",
+            f"{_widest(r['loads'])} / {_widest(r['stores'])}",
             f"{r['philox_rounds']:.2f}" if r["p_positive"] else "-",
             "\n".join(_limits(list(methods.values()), i) for i in range(len(r["limits"]))),
         )
