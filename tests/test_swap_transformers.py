@@ -105,15 +105,19 @@ def test_dtypes_in_bfloat16_are_those_of_the_original(name):
 @families
 def test_default_generator_is_what_draws_without_a_seed(name):
     model, inputs = make(name), batch(name)
+    twin = copy.deepcopy(model)
     tridrop.swap(model)
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         losses.append(outcome(model, inputs).loss)
     assert losses[0] == losses[1] != losses[2]
-    state = torch.get_rng_state()
-    model.eval()(**inputs)
-    assert torch.equal(torch.get_rng_state(), state)
+    states = []
+    for m in (model, twin):  # wav2vec2 of transformers 5.0 draws in evaluation, too
+        torch.manual_seed(3)
+        m.eval()(**inputs)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "DINOv2"])

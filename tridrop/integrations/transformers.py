@@ -238,14 +238,17 @@ def _are_weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def _do_callers_want_weights() -> bool:
     """Whether a function that is being run was given output_attentions.
 
-    The first releases of 5 have no collector, and models in them whose layers take the argument
-    and do not pass it on to the attention.
+    The first releases of 5 have no collector, models whose layers take the argument and do not
+    pass it on to the attention, and others whose wrapper (check_model_inputs) keeps it.
     """
     frame = sys._getframe(3)
     while frame is not None:
         code = frame.f_code
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if "output_attentions" in names and frame.f_locals.get("output_attentions"):
+            return True
+        recorded = frame.f_locals.get("recordable_keys") if code.co_name == "wrapper" else None
+        if isinstance(recorded, dict) and recorded.get("output_attentions"):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
