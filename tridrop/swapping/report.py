@@ -217,6 +217,8 @@ class Report:
             yield table
             counts = self.counts()
             yield ", ".join(f"{n} {status}" for status, n in counts.items())
+            if counts["left"] == len(self.sites):
+                yield "Nothing matched: the model is unchanged."
         if self.measurement is not None:
             footer = Table(box=None, padding=(0, 3, 0, 0))
             for column in ("one training forward", "before", "after", "ratio"):

@@ -346,16 +346,22 @@ _OWN = {
 }
 
 
-def _parts(made: Plan, op: Op) -> tuple[str, ...]:
-    """What is one op with ``op``, in the order of computation."""
-    before: list[str] = []
-    after: list[str] = []
+def taken_up(made: Plan, op: Op) -> list[Op]:
+    """The ops that an op takes up, in the order of computation."""
+    found: list[Op] = []
     todo = [e.producer for e in made.into(op)]
     while todo:
         producer = todo.pop()
-        name = producer.name.partition(":")[0]
-        before.insert(0, "softmax" if name == "softmax_of" else name)
+        found.insert(0, producer)
         todo += [e.producer for e in made.into(producer) if producer.name not in _ADDS]
+    return found
+
+
+def _parts(made: Plan, op: Op) -> tuple[str, ...]:
+    """What is one op with ``op``, in the order of computation."""
+    names = [producer.name.partition(":")[0] for producer in taken_up(made, op)]
+    before = ["softmax" if name == "softmax_of" else name for name in names]
+    after: list[str] = []
     at = op
     while out := made.out_of(at):
         at = out[0].consumer

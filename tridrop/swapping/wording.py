@@ -12,7 +12,7 @@ from . import classes, emission
 from .classes import Recipe, Work
 from .modules import REPLACEMENTS
 from .recognise import resolve
-from .rewrite import Levels, Op, Plan
+from .rewrite import Levels, Op, Plan, taken_up
 from .survey import Survey, base_of
 
 # What a caller does with a value that it takes over.
@@ -89,7 +89,7 @@ class Plans:
             return " + ".join(words) + then
         method, op = found[0]
         if "call" in text:
-            ops = _before(self.plan(module, method), op)
+            ops = taken_up(self.plan(module, method), op)
             calls = iter([self.handed(module, p) for p in ops if p.name.startswith("call")])
             text = [next(calls, part) if part == "call" else part for part in text]
         then = f", {self.taken(module, method)}" if "return" in parts else ""
@@ -104,7 +104,7 @@ class Plans:
         if made is None or not ends:
             return f"({name}'s end)"
         words = []
-        for op in [*_before(made, ends[0]), ends[0]]:
+        for op in [*taken_up(made, ends[0]), ends[0]]:
             if op.name.startswith("call"):
                 words.append(self.handed(called, op))
             elif op.name not in _SILENT:
@@ -166,17 +166,6 @@ def _text(made: Plan, first: int, prefix: str) -> str:
     node.decorator_list = []  # the wrappers stay, whatever their text says
     heading = "# For callers that take over what it returns, uncomputed.\n" if prefix else ""
     return heading + ast.unparse(node)
-
-
-def _before(made: Plan, op: Op) -> list[Op]:
-    """The ops that an op takes up, in the order of computation."""
-    found: list[Op] = []
-    todo = [e.producer for e in made.into(op)]
-    while todo:
-        producer = todo.pop()
-        found.insert(0, producer)
-        todo += [e.producer for e in made.into(producer) if producer.name != "add"]
-    return found
 
 
 def _path(call: Op) -> str:
