@@ -23,6 +23,7 @@ LAYERS = [
     ["ops"],
     ["seeds", "backends.triton", "backends.reference", "backends"],
     ["spec", "spec_attention"],
+    ["fast", "fast_kernels"],
     ["mask"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -76,6 +77,7 @@ def test_imports_point_downwards(path):
         assert LEVEL[own] <= LEVEL[other], f"{own} imports {other}, a layer above"
         if own == "backends.triton" or own == "backends.reference":
             allowed = (own, "spec", "spec_attention", "mask")
+            allowed += ("fast",) if own == "backends.reference" else ()
             assert other in allowed, f"backend {own} imports {other}"
 
 

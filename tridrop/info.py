@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, fast
 
 
 def collect() -> dict[str, Any]:
@@ -31,11 +31,18 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": devices,
         "backends": backends.report(),
+        "masks on cpu": fast.report(),
         "default on cpu": backends.choose(torch.device("cpu")),
         "default on cuda": backends.choose(torch.device("cuda")),
         "environment": {
             name: os.environ[name]
-            for name in (backends.ENVIRONMENT, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+            for name in (
+                backends.ENVIRONMENT,
+                fast.ENVIRONMENT,
+                fast.CACHE_ENVIRONMENT,
+                "TRITON_INTERPRET",
+                "CUDA_VISIBLE_DEVICES",
+            )
             if name in os.environ
         },
     }

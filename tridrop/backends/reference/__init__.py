@@ -1,9 +1,12 @@
-"""The reference backend: plain torch on any device, readable enough to be the specification."""
+"""The reference backend: plain torch on any device, readable enough to be the specification.
+
+On a CPU with numba, masks come from :mod:`tridrop.fast`, and ``fused.py`` takes what it can.
+"""
 
 from .attention import attention_backward, attention_forward
-from .elementwise import backward, forward, keep_mask, why_not
+from .elementwise import keep_mask, why_not
+from .fused import backward, forward, norm_backward, norm_forward
 from .masks import attention_keep_mask
-from .norm import norm_backward, norm_forward
 from .softmax import softmax_backward, softmax_forward
 
 __all__ = [

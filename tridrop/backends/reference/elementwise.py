@@ -13,13 +13,14 @@ backend as well.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import mask
+from ... import fast, mask
 from ...spec import Options, output_shape
 
 SQRT_HALF = 0.5**0.5
@@ -44,7 +45,7 @@ def _silu_grad(u: Tensor) -> Tensor:
 
 
 # name -> (function, derivative), both differentiable
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "none": (lambda u: u, torch.ones_like),
     "relu": (torch.relu, lambda u: (~(u <= 0)).to(u.dtype)),
     "gelu": (F.gelu, _gelu_grad),
@@ -66,6 +67,21 @@ class Multiplier(NamedTuple):
         return torch.where(self.keep, value, torch.zeros((), dtype=value.dtype)) * self.scale
 
 
+class Drop(Protocol):
+    """What applies the random part: a :class:`Multiplier`, or fast.Selection on some rows."""
+
+    def __call__(self, value: Tensor, /) -> Tensor: ...
+
+
+# The gradient of an activation, from the incoming one, its name and its argument.
+Gradient = Callable[[Tensor, str, Tensor], Tensor]
+
+
+def activation_gradient(grad: Tensor, function: str, u: Tensor) -> Tensor:
+    """grad * f'(u)."""
+    return grad * FUNCTIONS[function][1](u)
+
+
 def multiplier(
     shape: tuple[int, ...], seed: Tensor | None, p: Tensor | None, options: Options
 ) -> Multiplier:
@@ -80,11 +96,11 @@ def multiplier(
         threshold, factor = table[0].to(torch.int64), table[1]
     if p is not None or elements > 0:
         assert seed is not None
-        keep = mask.keep_mask(seed, shape, threshold, shared=options.shared, shard=options.shard)
+        keep = fast.keep_mask(seed, shape, threshold, shared=options.shared, shard=options.shard)
         scale = scale * factor
     if path > 0:
         assert seed is not None
-        samples = mask.keep_mask(
+        samples = fast.keep_mask(
             seed, shape, path, shared=range(1, len(shape)), shard=options.shard, domain="drop_path"
         )
         keep = samples if keep is None else keep & samples
@@ -111,7 +127,7 @@ def compose(
     bias: Tensor | None,
     layer_scale: Tensor | None,
     residual: Tensor | None,
-    drop: Multiplier,
+    drop: Drop,
     options: Options,
 ) -> Tensor:
     """The formula at the head of this file, in the dtype of its arguments."""
@@ -127,30 +143,31 @@ def gradients(
     x: Tensor | None,
     bias: Tensor | None,
     layer_scale: Tensor | None,
-    drop: Multiplier,
+    drop: Drop,
     options: Options,
     needs: tuple[bool, bool, bool],
+    gradient: Gradient = activation_gradient,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, bias and layer_scale, in the dtype of the arguments.
 
     ``x`` may be None where the activation is "none" and layer_scale needs no gradient.
     """
     scaled = grad if layer_scale is None else grad * layer_scale
-    dx, dlayer_scale = scaled, None
+    parts: list[Tensor] = [scaled]
+    dlayer_scale: Tensor | None = None
     if x is not None:
         u = x if bias is None else x + bias
         if needs[2]:
             dlayer_scale = sum_rows(drop(grad * activate(u, options)))
         first, second = _halves(u, options)
-        function, derivative = FUNCTIONS[options.function]
+        name, function = options.function, FUNCTIONS[options.function][0]
         if second is None:
-            dx = scaled * derivative(first)
+            parts = [gradient(scaled, name, first)]
         else:
-            dx = torch.cat((scaled * second * derivative(first), scaled * function(first)), -1)
+            parts = [gradient(scaled * second, name, first), scaled * function(first)]
     # The selection comes last: a dropped element's gradient is 0 whatever its input was.
-    if drop.keep is not None and options.gated:
-        drop = Multiplier(torch.cat((drop.keep, drop.keep), -1), drop.scale)
-    dx = drop(dx)
+    dropped = [drop(part) for part in parts]
+    dx = dropped[0] if len(dropped) == 1 else torch.cat(dropped, -1)
     return dx if needs[0] else None, sum_rows(dx) if needs[1] else None, dlayer_scale
 
 
@@ -219,7 +236,7 @@ def keep_mask(
     threshold: int | Tensor = options.thresholds()[0]
     if p is not None:
         threshold = mask.rate_table(p)[0].to(torch.int64)
-    keep = mask.keep_mask(
+    keep = fast.keep_mask(
         seed, shape, threshold, shared=options.shared, shard=options.shard, domain=domain
     )
     return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole groups

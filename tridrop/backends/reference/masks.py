@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import fast
 from ... import mask as contract
 from ...spec_attention import AttentionOptions
 
@@ -16,5 +17,5 @@ def attention_keep_mask(
     threshold: int | Tensor = options.threshold()
     if p is not None:
         threshold = contract.rate_table(p)[0].to(torch.int64)
-    keep = contract.attention_keep_mask(seed, shape, threshold, origin=options.origin)
+    keep = fast.attention_keep_mask(seed, shape, threshold, origin=options.origin)
     return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole tiles

@@ -11,11 +11,13 @@ over the last dimension. RMSNorm (Zhang and Sennrich 2019) has mean 0, and the m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...spec import NormOptions
-from .elementwise import Multiplier, compute, multiplier, own, sum_rows
+from .elementwise import Drop, compute, multiplier, own, sum_rows
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -30,16 +32,72 @@ def statistics(stream: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
     return mean, (variance + options.eps).rsqrt()
 
 
-def _gain(weight: Tensor | None, options: NormOptions) -> Tensor | None:
+def gain_of(weight: Tensor | None, options: NormOptions) -> Tensor | None:
     return weight + 1 if weight is not None and options.zero_centered else weight
 
 
 def _affine(
     normed: Tensor, weight: Tensor | None, norm_bias: Tensor | None, options: NormOptions
 ) -> Tensor:
-    gain = _gain(weight, options)
+    gain = gain_of(weight, options)
     normed = normed if gain is None else normed * gain
     return normed if norm_bias is None else normed + norm_bias
+
+
+def normalise(
+    stream: Tensor, weight: Tensor | None, norm_bias: Tensor | None, options: NormOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(affine(stream), mean, rstd)."""
+    mean, rstd = statistics(stream, options)
+    return _affine((stream - mean) * rstd, weight, norm_bias, options), mean, rstd
+
+
+def normalise_gradients(
+    dout: Tensor,
+    stream: Tensor,
+    weight: Tensor | None,
+    options: NormOptions,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of stream, weight and norm_bias through :func:`normalise`; differentiable."""
+    mean, rstd = statistics(stream, options)
+    normed = (stream - mean) * rstd
+    gain = gain_of(weight, options)
+    dnormed = dout if gain is None else dout * gain
+    total = dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)
+    if options.norm != "rms_norm":
+        total = total - dnormed.mean(-1, keepdim=True)
+    return (
+        total * rstd,
+        sum_rows(dout * normed) if needs[0] else None,
+        sum_rows(dout) if needs[1] else None,
+    )
+
+
+def norm_compose(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    drop: Drop,
+    options: NormOptions,
+    normalise: Callable[..., tuple[Tensor, Tensor, Tensor]] = normalise,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(out, stream, mean, rstd) in the dtype of the arguments, the stream in its own."""
+    stream: Tensor | None = None
+    if options.after:
+        normalised = x
+    else:
+        value = x if bias is None else x + bias
+        value = drop(value if layer_scale is None else value * layer_scale)
+        stream = (value if residual is None else residual + value).to(options.stream_dtype)
+        normalised = stream.to(value.dtype)  # of what is stored, so that backward sees the same
+    out, mean, rstd = normalise(normalised, weight, norm_bias, options)
+    if options.after:
+        out = drop(out) if residual is None else residual + drop(out)
+    return out, stream, mean, rstd
 
 
 def norm_forward(
@@ -55,20 +113,8 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The op; arguments as in ``backends.Backend.norm_forward``."""
     drop = multiplier(tuple(x.shape), seed, p, options)
-    value, b, gain, r, w, nb = compute(x, bias, layer_scale, residual, weight, norm_bias)
-    assert value is not None
-    stream: Tensor | None = None
-    if options.after:
-        normalised = value
-    else:
-        value = value if b is None else value + b
-        value = drop(value if gain is None else value * gain)
-        stream = (value if r is None else r + value).to(options.stream_dtype)
-        normalised = stream.to(value.dtype)  # of what is stored, so that backward sees the same
-    mean, rstd = statistics(normalised, options)
-    out = _affine((normalised - mean) * rstd, w, nb, options)
-    if options.after:
-        out = drop(out) if r is None else r + drop(out)
+    wide = compute(x, bias, layer_scale, residual, weight, norm_bias)
+    out, stream, mean, rstd = norm_compose(*wide, drop, options)  # type: ignore[arg-type, call-arg]
     return (
         out.to(options.out_dtype).contiguous(),
         None if stream is None or not options.keep_stream else own(stream, x),
@@ -85,9 +131,10 @@ def norm_gradients(
     bias: Tensor | None,
     layer_scale: Tensor | None,
     weight: Tensor | None,
-    drop: Multiplier,
+    drop: Drop,
     options: NormOptions,
     needs: tuple[bool, ...],
+    through_norm: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] = normalise_gradients,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, bias, layer_scale, residual, weight and norm_bias; differentiable.
 
@@ -96,14 +143,7 @@ def norm_gradients(
     """
     if options.after:
         dout = drop(dout)
-    mean, rstd = statistics(stream, options)
-    normed = (stream - mean) * rstd
-    gain = _gain(weight, options)
-    dnormed = dout if gain is None else dout * gain
-    total = dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)
-    if options.norm != "rms_norm":
-        total = total - dnormed.mean(-1, keepdim=True)
-    total = total * rstd
+    total, dweight, dnorm_bias = through_norm(dout, stream, weight, options, needs[4:])
     if dstream is not None:
         total = total + dstream
     dx, dlayer_scale = total, None
@@ -117,8 +157,8 @@ def norm_gradients(
         sum_rows(dx) if needs[1] else None,
         dlayer_scale,
         total if needs[3] and not options.after else None,
-        sum_rows(dout * normed) if needs[4] else None,
-        sum_rows(dout) if needs[5] else None,
+        dweight,
+        dnorm_bias,
     )
 
 

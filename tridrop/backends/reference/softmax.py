@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import fast
 from ... import mask as contract
 from ...spec_attention import AttentionOptions, four
 from .elementwise import Multiplier, compute, own
@@ -35,7 +36,7 @@ def attention_multiplier(
     elif threshold == 0:
         return Multiplier(None, 1.0)
     assert seed is not None
-    keep = contract.attention_keep_mask(seed, four(shape), threshold, origin=options.origin)
+    keep = fast.attention_keep_mask(seed, four(shape), threshold, origin=options.origin)
     return Multiplier(keep.reshape(tuple(shape)), factor)
 
 

@@ -1,0 +1,163 @@
+"""Time the ops of a transformer block on a CPU beside eager PyTorch, forward plus backward.
+
+    python benchmarks/cpu.py                   [8192, 1024] and [64, 64], fp32 and bf16 (a minute)
+    python benchmarks/cpu.py --threads 2       with this number of torch's threads
+    python benchmarks/cpu.py --compile         torch.compile of the eager op as well
+    python benchmarks/cpu.py --out DIR         write cpu.csv and cpu.json there
+
+Every provider runs in turn in each round, so that a slow moment of the machine meets all of them.
+Compare the ratios: best over best, and median over median of the rounds. The gradients are taken
+with torch.autograd.grad, as of tensors inside a model: nothing is accumulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tridrop
+from tridrop import fast
+
+P = 0.1
+SIZES = {(8192, 1024): 15, (64, 64): 1000}  # shape -> rounds
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Op = Callable[..., Tensor]
+
+
+def _layer_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(r + F.dropout(x, P), w.shape, w, b)
+
+
+# name -> (eager, tridrop), of x, a residual, and a norm's weight and bias
+OPS: dict[str, tuple[Op, Op]] = {
+    "dropout_add": (
+        lambda x, r, w, b: r + F.dropout(x, P),
+        lambda x, r, w, b: tridrop.dropout_add(x, r, P),
+    ),
+    "activation_dropout (gelu)": (
+        lambda x, r, w, b: F.dropout(F.gelu(x), P),
+        lambda x, r, w, b: tridrop.activation_dropout(x, P, activation="gelu"),
+    ),
+    "dropout_add_layer_norm": (
+        _layer_norm,
+        lambda x, r, w, b: tridrop.dropout_add_layer_norm(x, r, w, b, P),
+    ),
+}
+
+
+def both_ways(op: Op, leaves: list[Tensor], grad: Tensor) -> Any:
+    """Forward and backward."""
+    return torch.autograd.grad(op(*leaves), leaves, grad, allow_unused=True)
+
+
+def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call in every round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def rows(shape: tuple[int, int], rounds: int, compiled: bool) -> list[dict[str, Any]]:
+    """A row for every op, dtype and provider."""
+    found = []
+    for dtype_name, dtype in DTYPES.items():
+        x, r, grad = (torch.randn(shape, dtype=dtype) for _ in range(3))
+        w, b = torch.ones(shape[1], dtype=dtype), torch.zeros(shape[1], dtype=dtype)
+        leaves = [t.requires_grad_() for t in (x, r, w, b)]
+        for name, (eager, ours) in OPS.items():
+            providers = {"eager": eager, "tridrop": ours}
+            if compiled:
+                providers["torch.compile"] = torch.compile(eager)
+            calls = {k: partial(both_ways, op, leaves, grad) for k, op in providers.items()}
+            times = measure(calls, rounds)
+            best = {k: min(v) for k, v in times.items()}
+            median = {k: statistics.median(v) for k, v in times.items()}
+            for provider in times:
+                found.append(
+                    {
+                        "op": name,
+                        "shape": "x".join(map(str, shape)),
+                        "dtype": dtype_name,
+                        "provider": provider,
+                        "best_ms": round(best[provider] * 1e3, 4),
+                        "median_ms": round(median[provider] * 1e3, 4),
+                        "eager_over_best": round(best["eager"] / best[provider], 2),
+                        "eager_over_median": round(median["eager"] / median[provider], 2),
+                    }
+                )
+    return found
+
+
+def circumstances() -> dict[str, Any]:
+    """What the figures are about."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((n.split(": ")[1] for n in lines if n.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "load average at the start": list(os.getloadavg()),
+        "torch": torch.__version__,
+        "numpy": importlib.metadata.version("numpy"),
+        "masks on cpu": fast.report(),
+        "capability of torch": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "tridrop": tridrop.__version__,
+        "commit": commit,
+        "p": P,
+    }
+
+
+def main() -> None:
+    """Print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    about = circumstances()
+    table = [row for shape, n in SIZES.items() for row in rows(shape, n, options.compile)]
+    for row in table:
+        print(*row.values(), sep="\t")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "cpu.json").write_text(
+            json.dumps({"circumstances": about, "rows": table}, indent=1) + "\n"
+        )
+        with (options.out / "cpu.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+"""The masks and blocks of tridrop.fast: the bits of mask.py, the numbers of the reference."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tridrop
+from tridrop import fast, info, mask
+from tridrop.mask import Shard
+
+needs_numba = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
+VECTORS = json.loads((Path(__file__).parent / "data" / "mask_vectors.json").read_text())
+INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
+THRESHOLD = st.integers(0, 1 << 32) | st.sampled_from([0, 1, (1 << 32) - 1, 1 << 32])
+exact = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_choice(monkeypatch):
+    monkeypatch.delenv("TRIDROP_CPU", raising=False)
+
+
+def pair(seed, stream=0):
+    return torch.tensor([seed, stream])
+
+
+# --------------------------------------------------------------------------------------- the bits
+
+
+@needs_numba
+@pytest.mark.parametrize("v", VECTORS["vectors"], ids=lambda v: v["name"])
+def test_golden_vectors(v):
+    domain = ["elements", "drop_path"][v["domain"]]
+    noise = v["noise_shape"] or [None] * len(v["shape"])
+    shared = [d for d, n in enumerate(noise) if n == 1]
+    if domain == "drop_path":
+        shared = list(range(1, len(v["shape"])))
+    shard = Shard(tuple(v["global_shape"]), tuple(v["origin"])) if v["global_shape"] else None
+    keep = fast.keep_mask(
+        pair(v["seed"], v["stream"]), v["shape"], v["threshold"],
+        shared=shared, shard=shard, domain=domain,
+    )  # fmt: skip
+    assert "".join("01"[k] for k in keep.flatten().tolist()) == v["keep"]
+
+
+@st.composite
+def places(draw):
+    """A shape, the dimensions that share, and where it lies in a larger tensor."""
+    shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 11, 17, 40]), min_size=0, max_size=4))
+    shared = [d for d in range(len(shape)) if draw(st.booleans())]
+    if not shape or draw(st.booleans()):
+        return shape, shared, None
+    sizes = [max(1, n) for n in shape]
+    room = ((1 << 63) - 1) // math.prod(sizes)
+    whole, origin = list(sizes), [0] * len(shape)
+    for dim in draw(st.permutations(range(len(shape)))):
+        factor = draw(st.integers(1, min(room, 5)) | st.integers(1, room))
+        room //= factor
+        whole[dim] *= factor
+        origin[dim] = draw(st.integers(0, whole[dim] - shape[dim]))
+    return shape, shared, Shard(tuple(whole), tuple(origin))
+
+
+@needs_numba
+@exact
+@given(places(), INT64, INT64, THRESHOLD)
+def test_masks_are_those_of_the_contract(place, seed, stream, t):
+    shape, shared, shard = place
+    for domain in ("elements", "drop_path"):
+        if domain == "drop_path":
+            shared = sorted({*shared, len(shape) - 1}) if shape else shared
+            if not shape:
+                continue
+        given_ = {"shared": shared, "shard": shard, "domain": domain}
+        quick = fast.keep_mask(pair(seed, stream), shape, t, **given_)
+        plain = mask.keep_mask(pair(seed, stream), shape, t, **given_)
+        assert quick.shape == plain.shape
+        assert quick.is_contiguous()
+        assert torch.equal(quick, plain)
+
+
+@needs_numba
+@exact
+@given(
+    st.tuples(*[st.integers(0, 4)] * 3, st.integers(0, 80)), INT64, THRESHOLD,
+    st.tuples(*(st.sampled_from([0, 1, 7]) | st.integers(0, n - 100) for n in
+                (1 << 32, 1 << 28, 1 << 32, 1 << 35))),
+)  # fmt: skip
+def test_masks_of_attention_are_those_of_the_contract(shape, seed, t, origin):
+    quick = fast.attention_keep_mask(pair(seed), shape, t, origin=origin)
+    plain = mask.attention_keep_mask(pair(seed), shape, t, origin=origin)
+    assert torch.equal(quick, plain)
+
+
+@needs_numba
+@pytest.mark.parametrize("columns", [1, 7, 1024, 1029, 2500])
+@pytest.mark.parametrize("at", [0, 5, (1 << 35) + 3, (1 << 40) + 1])
+def test_long_rows_and_far_columns(columns, at):
+    shard = Shard((1 << 20, 1 << 42), ((1 << 19) + 1, at))
+    t = mask.threshold(0.3)
+    quick = fast.keep_mask(pair(3, 4), (5, columns), t, shard=shard)
+    assert torch.equal(quick, mask.keep_mask(pair(3, 4), (5, columns), t, shard=shard))
+
+
+@needs_numba
+def test_threads_share_rows_without_a_trace():
+    t, before = mask.threshold(0.2), torch.get_num_threads()
+    shape = (1031, 1000)
+    plain = mask.keep_mask(pair(9), shape, t)
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(fast.keep_mask(pair(9), shape, t), plain)
+            scores = fast.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)
+            expected = mask.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)
+            assert torch.equal(scores, expected)
+            assert fast._workers < 5
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_numba
+def test_calls_from_several_threads_at_once():
+    x, r = torch.randn(700, 1000), torch.randn(700, 1000)
+    alone = [tridrop.dropout_add(x, r, 0.1, seed=i) for i in range(6)]
+    found: dict[int, torch.Tensor] = {}
+    before = torch.get_num_threads()
+
+    def call(i):
+        torch.set_num_threads(2)
+        found[i] = tridrop.dropout_add(x, r, 0.1, seed=i)
+
+    try:
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[i], alone[i]) for i in range(6))
+
+
+FORKED = """
+import os, torch, tridrop
+torch.set_num_threads(2)
+x = torch.randn(800, 1000)
+before = tridrop.dropout(x, 0.1, seed=1)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(tridrop.dropout(x, 0.1, seed=1), before) else 1)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+def python(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_draws_the_same():
+    run = python(FORKED)
+    assert run.returncode == 0, run.stderr
+
+
+# ---------------------------------------------------------------------------------------- the ops
+
+
+def both(call, monkeypatch):
+    """The results of ``call`` by numba and by torch."""
+    results = []
+    for name in ("numba", "torch"):
+        monkeypatch.setenv("TRIDROP_CPU", name)
+        results.append(call())
+    return results
+
+
+def tensors(dtype, rows=300, columns=1001):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(rows, columns, generator=generator).to(dtype) for _ in range(3)]
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_dropout_add_is_bitwise_the_same(dtype, layout, monkeypatch):
+    x, r, grad = tensors(dtype, 37, 1001)
+    if layout == "transposed":
+        x, r, grad = (t.t() for t in (x, r, grad))
+    elif layout == "expanded":
+        x, grad = x[:1].expand(37, 1001), grad[:1, :1].expand(37, 1001)
+
+    def call():
+        a, b = x.detach().requires_grad_(), r.detach().requires_grad_()
+        out = tridrop.dropout_add(a, b, 0.3, seed=5)
+        return out.detach(), *torch.autograd.grad(out, (a, b), grad)
+
+    for quick, plain in zip(*both(call, monkeypatch), strict=True):
+        assert quick.dtype == plain.dtype
+        assert torch.equal(quick, plain)
+
+
+OPS = {
+    "gelu": lambda x, r, w, b: tridrop.activation_dropout(x, 0.3, activation="gelu", seed=1),
+    "gelu_tanh": lambda x, r, w, b: tridrop.activation_dropout(
+        x, 0.3, activation="gelu_tanh", bias=b, seed=1
+    ),
+    "relu": lambda x, r, w, b: tridrop.activation_dropout(x, 0.3, activation="relu", seed=1),
+    "silu": lambda x, r, w, b: tridrop.activation_dropout(x, 0.3, activation="silu", seed=1),
+    "swiglu": lambda x, r, w, b: tridrop.activation_dropout(
+        x[:, :1000], 0.3, activation="swiglu", seed=1
+    ),
+    "everything": lambda x, r, w, b: tridrop.dropout_add(
+        x, r, 0.3, bias=b, activation="gelu", layer_scale=w, seed=1
+    ),
+    "drop_path": lambda x, r, w, b: tridrop.dropout_add(x, r, 0.3, drop_path=0.5, seed=1),
+    "shared": lambda x, r, w, b: tridrop.dropout_add(x, r, 0.3, noise_shape=(None, 1), seed=1),
+    "layer_norm": lambda x, r, w, b: tridrop.dropout_add_layer_norm(x, r, w, b, 0.3, seed=1),
+    "layer_norm plain": lambda x, r, w, b: tridrop.dropout_add_layer_norm(
+        x, r, None, None, 0.3, bias=b, layer_scale=w, seed=1
+    ),
+    "layer_norm without residual": lambda x, r, w, b: tridrop.dropout_add_layer_norm(
+        x, None, w, None, 0.3, seed=1
+    ),
+    "rms_norm": lambda x, r, w, b: tridrop.dropout_add_rms_norm(x, r, w, p=0.3, seed=1),
+    "after": lambda x, r, w, b: tridrop.layer_norm_dropout(x, w, b, 0.3, residual=r, seed=1),
+    "softmax": lambda x, r, w, b: tridrop.softmax_dropout(x + r, 0.3, seed=1),
+}
+
+
+@needs_numba
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ops_are_the_same_within_rounding(op, dtype, monkeypatch):
+    x, r, grad = tensors(dtype)  # two blocks
+    w, b = grad[0].abs() + 0.5, grad[1].clone()
+    given_ = (x, r, w, b)
+
+    def call(*given_):
+        leaves = [t.detach().clone().requires_grad_() for t in given_]
+        out = OPS[op](*leaves)
+        g = grad[:, : out.shape[1]].to(out.dtype)
+        return out.detach(), *torch.autograd.grad(out, leaves, g, allow_unused=True)
+
+    exactly = call(*(t.double() for t in given_))
+    quick, plain = both(lambda: call(*given_), monkeypatch)
+    for q, p, e in zip(quick, plain, exactly, strict=True):
+        if q is None:
+            assert p is None
+            continue
+        assert q.dtype == p.dtype
+        # The rule of the harness, with the composition in place of eager torch.
+        wrong, allowed = (q - e).abs().max().item(), (p - e).abs().max().item()
+        assert wrong <= 2 * allowed + 8 * torch.finfo(torch.float32).eps * e.abs().max().item()
+
+
+@needs_numba
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_dropped_elements_are_exactly_zero(value):
+    x = torch.full((40, 64), value, requires_grad=True)
+    keep = tridrop.keep_mask(2, x.shape, 0.4)
+    for activation in ("none", "gelu", "silu"):
+        out = tridrop.dropout_add(x, torch.zeros(40, 64), 0.4, activation=activation, seed=2)
+        assert (out[~keep] == 0).all()
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert (grad[~keep] == 0).all()
+
+
+@needs_numba
+def test_rounding_to_bf16_is_torchs():
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (torch.arange(-(1 << 15), 1 << 15)[:, None] << 16) | low
+    value = bits.to(torch.int32).view(torch.float32)
+    drop = fast.selection(pair(1), value.shape, 1)  # keeps nearly all, with a scale of nearly 1
+    assert drop is not None
+    drop = fast.Selection(drop.kernels, drop.draw, type(drop.scale)(1))
+    out = torch.empty_like(value, dtype=torch.bfloat16)
+    drop.add(value, None, out)
+    torch.testing.assert_close(out, value.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_numba
+def test_second_derivatives_are_those_of_torch(monkeypatch):
+    x, r, _ = tensors(torch.float64, 6, 16)
+
+    def call():
+        leaf = x.float().requires_grad_()
+        out = tridrop.activation_dropout(leaf, 0.3, activation="gelu", seed=4)
+        (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((first * r.float()).sum(), leaf)
+        return first.detach(), second
+
+    for quick, plain in zip(*both(call, monkeypatch), strict=True):
+        torch.testing.assert_close(quick, plain)
+    mine = tridrop.dropout
+    grad = torch.func.grad(lambda t: mine(t, 0.5, seed=1).square().sum())
+    hessian = torch.func.jacrev(grad)(r[0].float())
+    assert torch.equal(hessian.diagonal() != 0, tridrop.keep_mask(1, (16,), 0.5))
+
+
+@needs_numba
+def test_modes_of_torch():
+    x = torch.randn(600, 1000)
+    expected = tridrop.activation_dropout(x, 0.1, activation="gelu", seed=3)
+    with torch.inference_mode():
+        assert torch.equal(tridrop.activation_dropout(x, 0.1, activation="gelu", seed=3), expected)
+    meta = tridrop.dropout(torch.empty(3, 8, device="meta"), 0.1)
+    assert meta.device.type == "meta"
+    assert tridrop.dropout(torch.empty(0, 8), 0.1).shape == (0, 8)
+    assert tridrop.dropout(torch.tensor(1.0), 0.5, seed=1).shape == ()
+
+
+# ------------------------------------------------------------------------------------- the choice
+
+
+def test_an_unknown_choice_raises(monkeypatch):
+    monkeypatch.setenv("TRIDROP_CPU", "numbr")
+    with pytest.raises(ValueError, match="TRIDROP_CPU is 'numbr'; known: numba, torch"):
+        tridrop.dropout(torch.ones(8), 0.5)
+    assert "known: numba, torch" in info.render(info.collect())
+
+
+def test_numba_asked_for_but_absent_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(fast, "_has_numba", False)
+    assert fast.choose() == "torch"
+    assert "numba is not installed" in info.render(info.collect())
+    monkeypatch.setenv("TRIDROP_CPU", "numba")
+    with pytest.raises(ImportError, match="pip install numba"):
+        tridrop.dropout(torch.ones(8), 0.5)
+
+
+def test_a_broken_numba_is_reported(monkeypatch):
+    monkeypatch.setattr(fast, "_has_numba", True)
+    monkeypatch.setattr(fast, "_loaded", None)
+    monkeypatch.setattr(fast, "_broken", None)
+    monkeypatch.setitem(sys.modules, "tridrop.fast_kernels", None)
+    monkeypatch.delattr(tridrop, "fast_kernels", raising=False)
+    with pytest.warns(UserWarning, match="numba cannot be imported"):
+        tridrop.dropout(torch.ones(8), 0.5)
+    assert "numba cannot be imported" in fast.report()
+    monkeypatch.setattr(fast, "_broken", None)
+    monkeypatch.setenv("TRIDROP_CPU", "numba")
+    with pytest.raises(ImportError):
+        tridrop.dropout(torch.ones(8), 0.5)
+
+
+def test_torch_by_choice(monkeypatch):
+    monkeypatch.setenv("TRIDROP_CPU", "torch")
+    assert fast.selection(pair(1), (4, 8), 5) is None
+    assert "torch (TRIDROP_CPU=torch" in info.render(info.collect())
+
+
+LAZY = """
+import sys, torch, tridrop, tridrop.info
+tridrop.info.collect()
+assert "numba" not in sys.modules
+tridrop.dropout(torch.ones(8), 0.5)
+assert "numba" not in sys.modules or {expected}
+"""
+
+
+@pytest.mark.parametrize("choice", ["", "torch"])
+def test_numba_is_imported_when_it_is_used(choice):
+    run = python(LAZY.format(expected=choice != "torch"), TRIDROP_CPU=choice)
+    assert run.returncode == 0, run.stderr
+
+
+CACHED = """
+import torch, tridrop
+tridrop.dropout(torch.ones(8), 0.5, seed=1)
+from tridrop import fast_kernels
+print(fast_kernels.select._cache.__class__.__name__)
+"""
+
+
+@needs_numba
+def test_the_cache_can_be_moved_and_switched_off(tmp_path):
+    moved = python(CACHED, NUMBA_CACHE_DIR=str(tmp_path))
+    assert moved.returncode == 0, moved.stderr
+    assert list(tmp_path.rglob("*.nbi"))
+    off = python(CACHED, NUMBA_CACHE_DIR=str(tmp_path / "none"), TRIDROP_CPU_CACHE="0")
+    assert "NullCache" in off.stdout, off.stderr
+    assert not (tmp_path / "none").exists()
+
+
+NOWHERE = """
+import torch
+from numba.core import caching
+impl = getattr(caching, "CacheImpl", None) or caching._CacheImpl
+impl._locator_classes = []  # as where nothing can be written to
+import tridrop
+print(tridrop.dropout(torch.ones(8), 0.5, seed=1).tolist())
+"""
+
+
+@needs_numba
+def test_without_a_place_for_the_cache_it_runs():
+    run = python(NOWHERE)
+    assert run.stdout.strip() == "[2.0, 0.0, 2.0, 0.0, 2.0, 0.0, 2.0, 2.0]", run.stderr
