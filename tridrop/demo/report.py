@@ -153,8 +153,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     ]
     if result["backend"] == "reference":
         lines.append(
-            "The reference backend of tridrop makes its masks in plain torch operations: this run "
-            "shows that tridrop is correct, not how fast it is. Its kernels are for GPUs."
+            "This run shows that tridrop is correct, not how fast it is: its kernels are for GPUs, "
+            "and on a CPU the reference backend serves."
         )
     if result["interrupted"]:
         lines.append(f"Interrupted: results up to step {result['steps_done']}.")
