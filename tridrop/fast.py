@@ -90,7 +90,8 @@ def _readable(seed: Tensor) -> bool:
     return (
         type(seed) is Tensor
         and seed.device.type == "cpu"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(seed)
+        # Inside torch.func's transformations what torch.empty makes has no storage either.
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
