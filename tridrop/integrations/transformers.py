@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import seeds
 from ..functional import scaled_dot_product_attention, softmax_dropout
+from ..nn.attention import merge_masks
 from . import transformers_masks
 from .transformers_masks import NAME, attention_mask, pattern_of
 
@@ -167,18 +168,18 @@ def attention_forward(
             packed["max_seqlen_q"] = _as_int(kwargs.get("max_length_q"))
             packed["max_seqlen_k"] = _as_int(kwargs.get("max_length_k"))
         else:  # those have the coordinates of the tokens, not of the sequences
-            mask = _both(_same_sequence(query, key, cu_q, cu_k), mask)
+            mask = merge_masks(_same_sequence(query, key, cu_q, cu_k), mask)
     elif pattern is not None and pattern.key_mask is not None:
         mask, key_mask, causal = None, pattern.key_mask, True
     elif mask is not None:
         mask, key_mask = _split_padding(mask, max(query.shape[0], key.shape[0]))
     if position_bias is not None:
-        mask = _both(mask, position_bias)
+        mask = merge_masks(mask, position_bias)
     drops = isinstance(dropout, Tensor) or dropout > 0
     seed = _seed(module, query) if drops else None
     sinks = kwargs.get("sinks")
     if want_weights:
-        mask = _both(None if key_mask is None else key_mask[:, None, None, :], mask)
+        mask = merge_masks(None if key_mask is None else key_mask[:, None, None, :], mask)
         if s_aux is not None:
             sinks = s_aux[:, None, None]
         weights = _weights(query, key, mask, causal, dropout, scaling, softcap, sinks, seed)
@@ -263,19 +264,6 @@ def _split_padding(mask: Tensor, batch: int) -> tuple[Tensor | None, Tensor | No
     return None, mask[:, 0, 0].expand(batch, -1)
 
 
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """One mask for two: what both allow, and the sum of what they add."""
-    if first is None or second is None:
-        return second if first is None else first
-    if first.dtype == second.dtype == torch.bool:
-        return first & second
-    if first.dtype == torch.bool:
-        first, second = second, first
-    if second.dtype == torch.bool:
-        return torch.where(second, first, -math.inf)
-    return first + second
-
-
 def _same_sequence(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
     """Bool [L, S]: whether query and key are of one packed sequence."""
     ids = []
@@ -316,7 +304,7 @@ def _weights(
         return softmax_dropout(scores, p, mask=mask, is_causal=causal, seed=seed)
     # The sink is one more key, the last, that everybody sees: the others keep their coordinates.
     visible = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
-    mask = _both(visible.tril() if causal else visible, mask)
+    mask = merge_masks(visible.tril() if causal else visible, mask)
     assert mask is not None
     seen = True if mask.dtype == torch.bool else 0.0
     mask = nn.functional.pad(mask.expand(*mask.shape[:-1], scores.shape[-1]), (0, 1), value=seen)

@@ -261,13 +261,13 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
         seed = self._seed(q)
         if need_weights:
             if padding is not None:
-                mask = _merge(padding[:, None, None, :], mask)
+                mask = merge_masks(padding[:, None, None, :], mask)
             # Scaled before the product, which keeps within float16.
             scores = q * math.sqrt(1 / self.head_dim) @ k.transpose(-2, -1)
             weights = F.softmax_dropout(scores, self.dropout, self.training, mask=mask, seed=seed)
             return weights, weights @ v
         if padding is not None and padding.dtype != torch.bool:
-            mask, padding = _merge(padding[:, None, None, :], mask), None
+            mask, padding = merge_masks(padding[:, None, None, :], mask), None
         p = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(
             q, k, v, mask, p, hint, key_mask=padding, seed=seed
@@ -343,10 +343,10 @@ def _convert(mask: Tensor, appended: int) -> Tensor:
     return ~mask if mask.dtype == torch.bool else mask
 
 
-def _merge(first: Tensor, second: Tensor | None) -> Tensor:
+def merge_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """One mask for two, in tridrop's meaning; bool only where both are."""
-    if second is None:
-        return first
+    if first is None or second is None:
+        return second if first is None else first
     if first.dtype == second.dtype == torch.bool:
         return first & second
     if first.dtype == torch.bool:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from .recognise import self_of
 from .rewrite import COMPUTED, DROPS, Op, Plan
 
 
@@ -26,7 +27,7 @@ class _Emitter(ast.NodeTransformer):
     def __init__(self, made: Plan, first: int, old_of: Mapping[ast.AST, ast.AST]) -> None:
         self.made, self.old_of = made, old_of
         self.places = {place.op: first + i for i, place in enumerate(made.places)}
-        self.owner = (made.node.args.posonlyargs + made.node.args.args)[0].arg
+        self.owner = self_of(made.node)
 
     def runtime(self, at: ast.expr, name: str, *arguments: ast.expr) -> ast.Call:
         function = ast.Attribute(ast.Name("_tridrop", ast.Load()), name, ast.Load())

@@ -48,8 +48,13 @@ def _seed(owner: nn.Module, place: int, x: Tensor) -> Tensor | None:
     """The seed of a place under tridrop.rng; None leaves it to the op."""
     if not seeds.active():
         return None
+    return seeds.seed_for(x.device, None, _number(owner, place))
+
+
+def _number(owner: nn.Module, place: int) -> int | None:
+    """The number of a place in a method of ``owner``; None where nobody numbered it."""
     first = owner.__dict__.get("_tridrop_site")
-    return seeds.seed_for(x.device, None, None if first is None else first + place)
+    return None if first is None else first + place
 
 
 def _branch(x: Any, *taken: str) -> Pending:
@@ -72,12 +77,12 @@ def dropout(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
 
 def _at(owner: nn.Module, place: int, module: Any, x: Any) -> Any:
     """The module itself, hooks and all, under the number of the place: it may have several."""
-    first = getattr(owner, "_tridrop_site", None)
-    if first is None or not seeds.active() or not hasattr(module, "_tridrop_base"):
+    number = _number(owner, place)
+    if number is None or not seeds.active() or not hasattr(module, "_tridrop_base"):
         return module(value(x))
     name = "site" if hasattr(module, "site") else "_tridrop_site"
     before = getattr(module, name, None)
-    setattr(module, name, first + place)
+    setattr(module, name, number)
     try:
         return module(value(x))
     finally:
@@ -100,8 +105,7 @@ def drop_path(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     """A call of a module that drops samples."""
     if _free(module, "drop_path") is None:
         return _at(owner, place, module, x)
-    first = owner.__dict__.get("_tridrop_site")
-    return samples(module, x, None if first is None else first + place)
+    return samples(module, x, _number(owner, place))
 
 
 def samples(module: nn.Module, x: Any, site: int | None) -> Any:

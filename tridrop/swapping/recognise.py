@@ -81,6 +81,17 @@ def resolve(module: Any, path: str) -> Any:
     return module
 
 
+def called_path(op: Op) -> str:
+    """ "a.b" of an op self.a.b(...)."""
+    assert isinstance(op.node, ast.Call)
+    return ast.unparse(op.node.func).partition(".")[2]
+
+
+def called_by(module: nn.Module, op: Op) -> Any:
+    """What an op calls on an instance."""
+    return resolve(module, called_path(op))
+
+
 def label_of(found: Any, tails: Callable[[nn.Module], Tail | None]) -> str | None:
     if not isinstance(found, nn.Module):
         return "activation" if callable(found) and kinds.activation_name(found) else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import classes, kinds
 from .classes import Recipe
-from .recognise import Tail, resolve
+from .recognise import Tail, called_by, resolve
 from .rewrite import ATTENTION_PARTS, Levels, Op
 
 
@@ -85,24 +85,18 @@ class Survey:
         for made in (*work.plans.values(), *work.bare.values()):
             for op in made.emitted:
                 if op.name.startswith("call") and op.method == "forward":
-                    found.append(self.child(module, op))
+                    found.append(called_by(module, op))
         return found
 
     def dropped_by(self, module: nn.Module, op: Op) -> list[nn.Module]:
         """The modules of torch whose masks or rates an op uses."""
         if op.name in ("dropout", "drop_path"):
-            return [self.child(module, op)]
+            return [called_by(module, op)]
         if op.name not in ("attention", "interface"):
             return []
         paths = [ast.unparse(n.value) for n in ast.walk(op.rest[0]) if isinstance(n, ast.Attribute)]
         found = [resolve(module, path.partition(".")[2]) for path in paths if "." in path]
         return [child for child in found if isinstance(child, nn.Dropout)]
-
-    def child(self, module: nn.Module, op: Op) -> Any:
-        """What an op calls on an instance."""
-        assert isinstance(op.node, ast.Call)
-        path = ast.unparse(op.node.func).partition(".")[2]
-        return resolve(module, path)
 
     def drops(self, module: nn.Module) -> bool:
         """Whether a module is itself a dropout that tridrop knows."""
@@ -141,7 +135,7 @@ class Survey:
     def rate(self, module: nn.Module, op: Op) -> float | None:
         """The p of an op in a method of ``module``, where that can be told without running it."""
         if op.name in ("dropout", "drop_path"):
-            return self.rate_of_module(self.child(module, op))
+            return self.rate_of_module(called_by(module, op))
         where = op.rest[-2 if op.name in ("rate", "dropout_add") else 0] if op.rest else op.node
         for node in ast.walk(where):
             if isinstance(node, ast.Attribute) and node.attr != "training":

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import nn
 
 from . import classes, emission
 from .classes import Recipe, Work
 from .modules import REPLACEMENTS
-from .recognise import resolve
+from .recognise import called_by, called_path
 from .rewrite import Levels, Op, Plan, taken_up
 from .survey import Survey, base_of
 
@@ -62,7 +61,7 @@ class Plans:
             for method in work.plans:
                 for op in self.plan(module, method).emitted:
                     if op.name.startswith("call"):
-                        called = self.child(module, op) if op.method == "forward" else module
+                        called = called_by(module, op) if op.method == "forward" else module
                         callers = self.callers.setdefault((called, op.method), [])
                         callers.append((module, method, op))
 
@@ -70,12 +69,6 @@ class Plans:
         """The plan for a method: for that form whose caller takes over its end, if any."""
         work = self.works[module]
         return work.bare.get(method) or work.plans[method]
-
-    @staticmethod
-    def child(module: nn.Module, op: Op) -> Any:
-        """The module that an op calls."""
-        assert isinstance(op.node, ast.Call)
-        return resolve(module, _path(op))
 
     def became(self, name: str, line: int | None, code: str, parts: Sequence[str]) -> str:
         """What the ops that became one compute, for a reader."""
@@ -97,8 +90,8 @@ class Plans:
 
     def handed(self, module: nn.Module, call: Op) -> str:
         """What a call hands on uncomputed: "(attention's linear)"."""
-        called = self.child(module, call) if call.method == "forward" else module
-        name = _path(call) if call.method == "forward" else call.method
+        called = called_by(module, call) if call.method == "forward" else module
+        name = called_path(call) if call.method == "forward" else call.method
         made = self.works[called].bare.get(call.method) if called in self.works else None
         ends = [e.producer for e in made.edges if e.consumer.name == "return"] if made else []
         if made is None or not ends:
@@ -166,8 +159,3 @@ def _text(made: Plan, first: int, prefix: str) -> str:
     node.decorator_list = []  # the wrappers stay, whatever their text says
     heading = "# For callers that take over what it returns, uncomputed.\n" if prefix else ""
     return heading + ast.unparse(node)
-
-
-def _path(call: Op) -> str:
-    assert isinstance(call.node, ast.Call)
-    return ast.unparse(call.node.func).partition(".")[2]
