@@ -7,17 +7,21 @@ operands of a row; those that need none are made by its functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
 from .cases import Case, Drop, Inputs
 
+Device = str | torch.device
 
-def some_keys(shape: tuple[int, ...], device: str) -> Tensor:
+
+def some_keys(shape: tuple[int, ...], device: Device) -> Tensor:
     """A bool mask of ``shape`` that lets two keys in three take part, and the first one always."""
     generator = torch.Generator().manual_seed(math.prod(shape))
     mask = torch.rand(shape, generator=generator) < 2 / 3
@@ -26,20 +30,34 @@ def some_keys(shape: tuple[int, ...], device: str) -> Tensor:
 
 
 def taking_part(
-    shape: tuple[int, ...], mask: tuple[int, ...] | None, is_causal: bool, device: str
+    shape: tuple[int, ...], mask: tuple[int, ...] | None, is_causal: bool, device: Device
 ) -> Tensor:
-    """Where the scores of ``shape`` take part, ``mask`` being the shape of a bool mask."""
-    part = torch.ones(shape, dtype=torch.bool, device=device)
+    """Where the scores of ``shape`` take part, ``mask`` being the shape of a bool mask.
+
+    It broadcasts to ``shape``.
+    """
+    part = torch.ones(shape[-2:], dtype=torch.bool, device=device)
     if is_causal:
         part = part.tril()
     return part if mask is None else part & some_keys(mask, device)
 
 
-def eager_softmax(scores: Tensor, part: Tensor, mask: Tensor | None) -> Tensor:
+def eager_softmax(scores: Tensor, part: Tensor | None, mask: Tensor | None) -> Tensor:
     """The probabilities as eager PyTorch has them; every row has a key that takes part."""
     if mask is not None:
         scores = scores + mask
-    return torch.softmax(scores.masked_fill(~part, -math.inf), -1)
+    if part is not None:
+        scores = scores.masked_fill(~part, -math.inf)
+    return torch.softmax(scores, -1)
+
+
+def _resizable(row: Case, again: Callable[..., Case]) -> Case:
+    """The row with ``again(shape, p, apart)`` for its way to other shapes."""
+
+    def at(shape: tuple[int, ...], p: float, *, apart: bool = False) -> Case:
+        return _resizable(again(shape, p, apart), again)
+
+    return replace(row, at=at)
 
 
 def _softmax(
@@ -51,6 +69,7 @@ def _softmax(
     float_mask: tuple[int, ...] | None = None,
     is_causal: bool = False,
     return_softmax: bool = False,
+    apart: bool = False,
 ) -> Case:
     """softmax_dropout with a bool mask of that shape, or a float mask of that and its gradient."""
     shapes: dict[str, tuple[int, ...]] = {"scores": shape, "out": shape}
@@ -67,23 +86,27 @@ def _softmax(
             return_softmax=both,
         )  # type: ignore[call-overload]  # fmt: skip
 
-    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
+    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Any:
         result = run(inputs, seed, p, training, return_softmax)
         # Both results are checked at once.
-        return result[0] + result[1] if return_softmax else result
+        return result[0] + result[1] if return_softmax and not apart else result
 
-    def eager(inputs: Inputs, drop: Drop) -> Tensor:
-        scores = inputs["scores"] * (1.0 if scale is None else scale)
-        part = taking_part(shape, bool_mask, is_causal, str(scores.device))
+    def eager(inputs: Inputs, drop: Drop) -> Any:
+        scores = inputs["scores"] if scale is None else inputs["scores"] * scale
+        part = None
+        if bool_mask is not None or is_causal:
+            part = taking_part(shape, bool_mask, is_causal, scores.device)
         probabilities = eager_softmax(scores, part, inputs.get("mask"))
         out = drop("attention", probabilities)
+        if apart and return_softmax:
+            return out, probabilities
         return out + probabilities if return_softmax else out
 
     stages = [f"bool mask {list(bool_mask)}"] if bool_mask is not None else []
     stages += [f"float mask {list(float_mask)}"] if float_mask is not None else []
     stages += [f"scale {scale}"] if scale is not None else []
     stages += [name for name, on in (("causal", is_causal), ("both", return_softmax)) if on]
-    return Case(
+    row = Case(
         name=f"softmax_dropout: {', '.join(stages) or 'plain'} {list(shape)}",
         op="softmax_dropout",
         p=p,
@@ -99,6 +122,15 @@ def _softmax(
         kept=("mask",) if float_mask is not None else (),
         scores_shape=shape,
         visible=lambda device: taking_part(shape, bool_mask, is_causal, device),
+        joins=return_softmax,
+    )
+    if bool_mask is not None or float_mask is not None:
+        return row
+    return _resizable(
+        row,
+        lambda shape, p, apart: _softmax(
+            shape, p=p, scale=scale, is_causal=is_causal, return_softmax=return_softmax, apart=apart
+        ),
     )
 
 
@@ -133,7 +165,10 @@ def _attention(
         shapes["sinks"] = (query_heads,)
     factor = width**-0.5 if scale is None else scale
 
-    def part_of(device: str) -> Tensor:
+    masked = bool_mask is not None or float_mask is not None or key_mask
+    everywhere = bool_mask is None and not key_mask and not is_causal and window is None
+
+    def part_of(device: Device) -> Tensor:
         part = taking_part(scores_shape, bool_mask, is_causal, device)
         if key_mask:
             part = part & some_keys((batch, keys), device)[:, None, None, :]
@@ -174,14 +209,20 @@ def _attention(
         scores = inputs["query"] @ key.transpose(-1, -2) * factor
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        part, mask = part_of(str(scores.device)), inputs.get("mask")
+        part, mask = None if everywhere else part_of(scores.device), inputs.get("mask")
         if sinks:
             # The sink is one more key, whose probability is left out.
             sink = inputs["sinks"][None, :, None, None].expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores if mask is None else scores + mask, sink], -1)
-            mask, part = None, torch.nn.functional.pad(part, (0, 1), value=True)
+            mask, part = None, None if part is None else F.pad(part, (0, 1), value=True)
         probabilities = eager_softmax(scores, part, mask)[..., :keys]
         return drop("attention", probabilities) @ value
+
+    def of_torch(inputs: Inputs, p: float) -> Tensor:
+        return F.scaled_dot_product_attention(
+            inputs["query"], inputs["key"], inputs["value"], None, p, is_causal, scale,
+            enable_gqa=query_heads != key_heads,
+        )  # fmt: skip
 
     stages = [f"bool mask {list(bool_mask)}"] if bool_mask is not None else []
     stages += [f"float mask {list(float_mask)}"] if float_mask is not None else []
@@ -190,7 +231,7 @@ def _attention(
     stages += [f"softcap {softcap}"] if softcap is not None else []
     named = (("causal", is_causal), ("key mask", key_mask), ("sinks", sinks))
     stages += [name for name, on in named if on]
-    return Case(
+    row = Case(
         name=f"scaled_dot_product_attention: {', '.join(stages) or 'plain'} "
         f"{[list(shapes[n]) for n in ('query', 'key', 'value')]}",
         op="scaled_dot_product_attention",
@@ -208,7 +249,20 @@ def _attention(
         scores_shape=scores_shape,
         visible=part_of,
         multiplies=True,
+        of_torch=None if masked or sinks or softcap or window else of_torch,
     )
+    if masked:
+        return row
+
+    def again(shape: tuple[int, ...], p: float, apart: bool) -> Case:
+        # Heads, lengths and widths of query, key and value become equal: [B, H, S, D].
+        batch, heads, length, width = shape
+        return _attention(
+            batch, (heads, heads), (length, length), (width, width), p=p, scale=scale,
+            is_causal=is_causal, window=window, sinks=sinks, softcap=softcap,
+        )  # fmt: skip
+
+    return _resizable(row, again)
 
 
 CASES: Sequence[Case] = (

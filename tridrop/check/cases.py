@@ -9,10 +9,11 @@ exported masks it is what the op must equal, given the identity it is the op's e
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,13 @@ EAGER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class At(Protocol):
+    """A row again at another shape, the result's, and another p."""
+
+    def __call__(self, shape: tuple[int, ...], p: float, *, apart: bool = False) -> Case:
+        """``apart``: both results of a row that ``joins`` them, as a tuple."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A row: ``call`` is held to ``eager`` under the masks that ``masks`` exports."""
@@ -46,9 +54,9 @@ class Case:
     op: str
     p: float
     shapes: dict[str, tuple[int, ...]]
-    call: Callable[[Inputs, Any, float, bool], Tensor]
+    call: Callable[[Inputs, Any, float, bool], Any]
     """(inputs, seed, p, training) -> result"""
-    eager: Callable[[Inputs, Drop], Tensor]
+    eager: Callable[[Inputs, Drop], Any]
     rates: dict[str, float] = field(default_factory=dict)
     """domain -> probability of dropping"""
     noise_shape: tuple[int | None, ...] | None = None
@@ -74,6 +82,14 @@ class Case:
     """(device) -> where a result shows the mask, if not everywhere; it is zero elsewhere"""
     multiplies: bool = False
     """whether the kernels multiply matrices, which the interpreter cannot in bf16"""
+    joins: bool = False
+    """whether the op returns two results, of which the row is the sum"""
+    at: At | None = None
+    """the row at another shape, for the benchmarks; None where its options name a shape"""
+    by_hand: Callable[[Inputs, Drop], Any] | None = None
+    """eager, as models write it that do not use torch's function"""
+    of_torch: Callable[[Inputs, float], Tensor] | None = None
+    """(inputs, p) -> result of torch's own fused function, where it has one"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,18 +111,20 @@ class Case:
                 tensors[name] = drawn.to(device, wanted or dtype)
         return tensors
 
+    def drawn_shape(self, domain: str) -> list[int]:
+        """The shape of the random numbers of a domain: 1 where they are shared."""
+        if domain == "attention":
+            return list(self.mask_shape)
+        if domain == "drop_path":
+            return [self.shape[0], *(1 for _ in self.shape[1:])]
+        noise = self.noise_shape or (None,) * len(self.shape)
+        return [s if n is None else n for n, s in zip(noise, self.shape, strict=True)]
+
     def eager_dropout(self, generator: torch.Generator) -> Drop:
         """The random part as eager PyTorch draws it, from a generator."""
 
         def drop(domain: str, value: Tensor) -> Tensor:
-            if domain == "attention":
-                shape = list(self.mask_shape)
-            elif domain == "drop_path":
-                shape = [self.shape[0], *(1 for _ in self.shape[1:])]
-            else:
-                noise = self.noise_shape or (None,) * len(self.shape)
-                shape = [s if n is None else n for n, s in zip(noise, self.shape, strict=True)]
-            rate = self.rates[domain]
+            shape, rate = self.drawn_shape(domain), self.rates[domain]
             keep = torch.rand(shape, generator=generator, dtype=torch.float64) >= rate
             return value * (keep / (1 - rate)).to(value.device, value.dtype)
 
@@ -131,6 +149,25 @@ class Case:
         )
 
 
+def _resizable(builder: Callable[..., Case]) -> Callable[..., Case]:
+    """A builder of rows (op, shape, options) whose rows can be had at other shapes."""
+
+    @functools.wraps(builder)
+    def build(op: str, shape: tuple[int, ...], **options: Any) -> Case:
+        row = builder(op, shape, **options)
+        if any(n is not None and n != 1 for n in options.get("noise_shape") or ()):
+            return row
+
+        def at(shape: tuple[int, ...], p: float, *, apart: bool = False) -> Case:
+            both = {"apart": True} if apart and row.joins else {}
+            return build(op, shape, **options | {"p": p} | both)
+
+        return replace(row, at=at)
+
+    return build
+
+
+@_resizable
 def _elementwise(
     op: str,
     shape: tuple[int, ...],
@@ -196,6 +233,14 @@ def _elementwise(
     )
 
 
+def rms_norm_by_hand(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm out of elementary operations, as in transformers' LlamaRMSNorm."""
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) if weight is None else weight * wide.to(x.dtype)
+
+
+@_resizable
 def _norm(
     op: str,
     shape: tuple[int, ...],
@@ -210,6 +255,7 @@ def _norm(
     zero_centered: bool = False,
     noise_shape: tuple[int | None, ...] | None = None,
     residual_dtype: torch.dtype | None = None,
+    apart: bool = False,
 ) -> Case:
     rms, after = "rms" in op, op.endswith("norm_dropout")
     shapes: dict[str, tuple[int, ...]] = {"x": shape, "out": shape}
@@ -221,7 +267,7 @@ def _norm(
     function = getattr(functional, op)
     eps = 1e-5
 
-    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
+    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Any:
         options: dict[str, Any] = {"seed": seed, "noise_shape": noise_shape, "eps": eps}
         options |= {"zero_centered_weight": zero_centered, "drop_path": drop_path if p else 0.0}
         weight, norm_bias = inputs.get("weight"), inputs.get("norm_bias")
@@ -235,7 +281,8 @@ def _norm(
             prenorm=prenorm, **options,
         )  # fmt: skip
         # Both results of the pre-norm form are checked at once.
-        return result[0] + result[1].to(result[0].dtype) if prenorm else result
+        joined = prenorm and not apart
+        return result[0] + result[1].to(result[0].dtype) if joined else result
 
     def stream_of(inputs: Inputs, seed: Any) -> Tensor:
         result = function(
@@ -245,7 +292,7 @@ def _norm(
         )  # fmt: skip
         return result[1]
 
-    def normalise(stream: Tensor, inputs: Inputs) -> Tensor:
+    def normalise(stream: Tensor, inputs: Inputs, rms_norm: Callable[..., Tensor]) -> Tensor:
         weight = inputs.get("weight")
         if zero_centered and weight is not None:
             weight = weight + 1
@@ -253,13 +300,13 @@ def _norm(
             None if t is None else t.to(stream.dtype) for t in (weight, inputs.get("norm_bias"))
         ]
         if rms:
-            return F.rms_norm(stream, stream.shape[-1:], cast[0], eps)
+            return rms_norm(stream, stream.shape[-1:], cast[0], eps)
         return F.layer_norm(stream, stream.shape[-1:], cast[0], cast[1], eps)
 
-    def eager(inputs: Inputs, drop: Drop) -> Tensor:
+    def eager(inputs: Inputs, drop: Drop, rms_norm: Callable[..., Tensor] = F.rms_norm) -> Any:
         value = inputs["x"]
         if after:
-            value = normalise(value, inputs)
+            value = normalise(value, inputs, rms_norm)
         if bias:
             value = value + inputs["bias"]
         value = drop("elements", value)
@@ -270,7 +317,9 @@ def _norm(
         stream = inputs["residual"] + value if residual else value
         if after:
             return stream
-        out = normalise(stream, inputs).to(inputs["x"].dtype)
+        out = normalise(stream, inputs, rms_norm).to(inputs["x"].dtype)
+        if apart and prenorm:
+            return out, stream
         return out + stream.to(out.dtype) if prenorm else out
 
     stages = [name for name, on in vectors.items() if on]
@@ -295,6 +344,8 @@ def _norm(
         backward_shows_mask=not after,
         saved_extra=8 * math.prod(shape[:-1]),
         out_like="residual" if after and residual else "x",
+        joins=prenorm,
+        by_hand=functools.partial(eager, rms_norm=rms_norm_by_hand) if rms else None,
     )
 
 
