@@ -6,8 +6,9 @@ plain torch operations, so it can be differentiated any number of times.
 """
 
 from .attention import Attention
+from .common import apply
 from .elementwise import Fused
 from .norm import FusedNorm
 from .softmax import SoftmaxDropout
 
-__all__ = ["Attention", "Fused", "FusedNorm", "SoftmaxDropout"]
+__all__ = ["Attention", "Fused", "FusedNorm", "SoftmaxDropout", "apply"]

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import attention
+from ..ops.attention import attention_backward, attention_forward
 from ..spec_attention import AttentionInputs
-from .common import differentiate, each_sample, wanted
+from .common import apply_in_backward, differentiate, each_sample, wanted
 
-_forward = torch.ops.tridrop.attention_forward.default
-_backward = torch.ops.tridrop.attention_backward.default
 _WIDTH = len(AttentionInputs._fields)
 # Of the inputs: query, key, value, mask and sinks.
 _DIFFERENTIABLE = (0, 1, 2, 3, 5)
@@ -45,7 +44,7 @@ class Attention(torch.autograd.Function):
         p: Tensor | None,
         packed: ops.PackedAttention,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(
+        out, lse = attention_forward(
             query, key, value, mask, key_mask, sinks, cu_query, cu_key, seed, p, *packed
         )
         return out, lse
@@ -64,10 +63,8 @@ class Attention(torch.autograd.Function):
             return (None,) * (_WIDTH + 1)
         if dout is None:
             dout = torch.zeros_like(out)
-        # As in Fused: Dynamo cannot trace one autograd function inside the backward of another.
-        compiling = torch.compiler.is_compiling()
-        call: Any = AttentionBackward.forward if compiling else AttentionBackward.apply
-        found = call(dout, dlse, out, lse, *tensors, ctx.packed, ctx.needs)
+        given = (dout, dlse, out, lse, *tensors, ctx.packed, ctx.needs)
+        found = apply_in_backward(AttentionBackward, *given)
         return *_spread(found, _WIDTH), None
 
     @staticmethod
@@ -82,7 +79,7 @@ class AttentionBackward(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
         *tensors, packed, needs = inputs
         dtypes = tuple(torch.float32 if need else None for need in needs)
-        return wanted(_backward(*tensors, *packed, list(needs)), dtypes)
+        return wanted(attention_backward(*tensors, *packed, list(needs)), dtypes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

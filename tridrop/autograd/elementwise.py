@@ -10,10 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import elementwise
-from .common import differentiate, each_sample, wanted
-
-_forward = torch.ops.tridrop.forward.default
-_backward = torch.ops.tridrop.backward.default
+from ..ops.elementwise import backward, forward
+from .common import apply_in_backward, differentiate, each_sample, wanted
 
 
 class Fused(torch.autograd.Function):
@@ -29,7 +27,7 @@ class Fused(torch.autograd.Function):
         p: Tensor | None,
         packed: ops.Packed,
     ) -> Tensor:
-        out: Tensor = _forward(x, bias, layer_scale, residual, seed, p, *packed)
+        out: Tensor = forward(x, bias, layer_scale, residual, seed, p, *packed)
         return out
 
     @staticmethod
@@ -50,11 +48,9 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dx = dbias = dlayer_scale = None
         if any(dtype is not None for dtype in ctx.dtypes):
-            # Dynamo cannot trace one autograd function inside the backward of another, and what it
-            # compiles has no second derivative anyway.
-            compiling = torch.compiler.is_compiling()
-            call: Any = FusedBackward.forward if compiling else FusedBackward.apply
-            dx, dbias, dlayer_scale = call(grad, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
+            dx, dbias, dlayer_scale = apply_in_backward(
+                FusedBackward, grad, *ctx.saved_tensors, ctx.packed, ctx.dtypes
+            )
         # The residual is added as it is, so its gradient is the incoming one, unread.
         dresidual = grad if ctx.needs_input_grad[3] else None
         return dx, dbias, dlayer_scale, dresidual, None, None, None
@@ -78,7 +74,7 @@ class FusedBackward(torch.autograd.Function):
         packed: ops.Packed,
         dtypes: tuple[torch.dtype | None, ...],
     ) -> tuple[Tensor | None, ...]:
-        results = _backward(grad, x, bias, layer_scale, seed, p, *packed, *dtypes)
+        results = backward(grad, x, bias, layer_scale, seed, p, *packed, *dtypes)
         return wanted(results, dtypes)
 
     @staticmethod

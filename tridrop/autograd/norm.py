@@ -10,10 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import elementwise, norm
-from .common import differentiate, each_sample, wanted
-
-_norm_forward = torch.ops.tridrop.norm_forward.default
-_norm_backward = torch.ops.tridrop.norm_backward.default
+from ..ops.norm import norm_backward, norm_forward
+from .common import apply_in_backward, differentiate, each_sample, wanted
 
 
 class FusedNorm(torch.autograd.Function):
@@ -31,7 +29,7 @@ class FusedNorm(torch.autograd.Function):
         p: Tensor | None,
         packed: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = _norm_forward(
+        results: tuple[Tensor, ...] = norm_forward(
             x, bias, layer_scale, residual, weight, norm_bias, seed, p, *packed
         )
         return results
@@ -73,9 +71,8 @@ class FusedNorm(torch.autograd.Function):
         if dout is None and dstream is None:
             return (None,) * 9
         incoming = torch.zeros_like(saved[0]) if dout is None else dout
-        compiling = torch.compiler.is_compiling()  # as in Fused
-        call: Any = FusedNormBackward.forward if compiling else FusedNormBackward.apply
-        found = list(call(incoming, dstream, *saved, ctx.packed, ctx.dtypes))
+        given = (incoming, dstream, *saved, ctx.packed, ctx.dtypes)
+        found = list(apply_in_backward(FusedNormBackward, *given))
         if ctx.after and ctx.needs_input_grad[3]:
             found[3] = dout
         return *found, None, None, None
@@ -91,7 +88,7 @@ class FusedNormBackward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
         *tensors, packed, dtypes = inputs
-        return wanted(_norm_backward(*tensors, *packed, *dtypes), dtypes)
+        return wanted(norm_backward(*tensors, *packed, *dtypes), dtypes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

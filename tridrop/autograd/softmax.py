@@ -11,10 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import softmax as reference
-from .common import differentiate, each_sample, wanted
-
-_forward = torch.ops.tridrop.softmax_forward.default
-_backward = torch.ops.tridrop.softmax_backward.default
+from ..ops.softmax import softmax_backward, softmax_forward
+from .common import apply_in_backward, differentiate, each_sample, wanted
 
 
 class SoftmaxDropout(torch.autograd.Function):
@@ -29,7 +27,9 @@ class SoftmaxDropout(torch.autograd.Function):
         packed: ops.PackedAttention,
         return_softmax: bool,
     ) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = _forward(scores, mask, seed, p, *packed, return_softmax)
+        results: tuple[Tensor, ...] = softmax_forward(
+            scores, mask, seed, p, *packed, return_softmax
+        )
         return results
 
     @staticmethod
@@ -50,10 +50,8 @@ class SoftmaxDropout(torch.autograd.Function):
             dsoftmax = None  # compiled code makes a gradient for the empty result
         if dout is None and dsoftmax is None:
             return (None,) * 6
-        # As in Fused: Dynamo cannot trace one autograd function inside the backward of another.
-        compiling = torch.compiler.is_compiling()
-        call: Any = SoftmaxBackward.forward if compiling else SoftmaxBackward.apply
-        found = call(dout, dsoftmax, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
+        given = (dout, dsoftmax, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
+        found = apply_in_backward(SoftmaxBackward, *given)
         return *found, None, None, None, None
 
     @staticmethod
@@ -67,7 +65,7 @@ class SoftmaxBackward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
         *tensors, packed, dtypes = inputs
-        return wanted(_backward(*tensors, *packed, *dtypes), dtypes)
+        return wanted(softmax_backward(*tensors, *packed, *dtypes), dtypes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -216,6 +217,11 @@ def load(name: str) -> Backend:
             "the Triton backend was asked for but triton is not installed: pip install triton, "
             "or use tridrop.backend('reference')"
         )
+    return _module(name)
+
+
+@cache
+def _module(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 

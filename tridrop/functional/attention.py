@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops, spec, spec_attention
-from ..autograd import Attention
+from ..autograd import Attention, apply
 from ..spec_attention import AttentionOptions, Window
 from .elementwise import ShardLike, distinct
 from .softmax import as_four, settle_attention
@@ -184,6 +184,6 @@ def scaled_dot_product_attention(
     tensors = (q, k, v, as_four(mask, leading), key_mask, sinks, cu_seqlens_q, cu_seqlens_k)
     inputs = (*distinct(*tensors), drawn, p_tensor)
     packed = ops.pack_attention(options, backends.choose(query.device))
-    results: tuple[Tensor, Tensor] = Attention.apply(*inputs, packed)
+    results: tuple[Tensor, Tensor] = apply(Attention, *inputs, packed)
     out, lse = (t.reshape(*outer, *t.shape[2:]) for t in results)
     return (out, lse) if return_lse else out

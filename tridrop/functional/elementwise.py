@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from .. import backends, ops, spec
-from ..autograd import Fused
+from ..autograd import Fused, apply
 from ..mask import Shard
 from ..seeds import seed_for
 from ..spec import Options
@@ -35,6 +36,8 @@ def settle(
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors, a repeated one as a view: Dynamo takes no tensor twice in one call."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
     found: list[Tensor | None] = []
     for t in tensors:
         repeated = t is not None and any(t is other for other in found)
@@ -57,7 +60,7 @@ def _fused(
     options, p_tensor, drawn = settle(x, p, training, seed, options)
     packed = ops.pack(options, backends.choose(x.device))
     operands = distinct(x, bias, layer_scale, residual)
-    out: Tensor = Fused.apply(*operands, drawn, p_tensor, packed)
+    out: Tensor = apply(Fused, *operands, drawn, p_tensor, packed)
     return out
 
 

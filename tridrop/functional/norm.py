@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops, spec
-from ..autograd import FusedNorm
+from ..autograd import FusedNorm, apply
 from ..spec import NormOptions
 from .elementwise import ShardLike, distinct, settle
 
@@ -77,7 +77,7 @@ def _fused_norm(
     options, p_tensor, drawn = settle(x, p, training, seed, options)
     packed = ops.pack_norm(options, backends.choose(x.device))
     operands = distinct(x, bias, layer_scale, residual, weight, norm_bias)
-    results: tuple[Tensor, ...] = FusedNorm.apply(*operands, drawn, p_tensor, packed)
+    results: tuple[Tensor, ...] = apply(FusedNorm, *operands, drawn, p_tensor, packed)
     return results[0], results[1]
 
 

@@ -9,7 +9,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from .. import backends, ops, spec, spec_attention
-from ..autograd import SoftmaxDropout
+from ..autograd import SoftmaxDropout, apply
 from ..seeds import seed_for
 from ..spec_attention import AttentionOptions
 from .elementwise import ShardLike, distinct
@@ -158,5 +158,5 @@ def softmax_dropout(
     options, p_tensor, drawn = settle_attention(scores, p, training, seed, options)
     packed = ops.pack_attention(options, backends.choose(scores.device))
     given = distinct(scores, mask)
-    out, softmax, _ = SoftmaxDropout.apply(*given, drawn, p_tensor, packed, return_softmax)
+    out, softmax, _ = apply(SoftmaxDropout, *given, drawn, p_tensor, packed, return_softmax)
     return (out, softmax) if return_softmax else out

@@ -85,13 +85,13 @@ def _backward_fake(
     )
 
 
-define(
+attention_forward = define(
     f"attention_forward({_INPUTS}, {OPTIONS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 # Gradients of query, key, value, mask and sinks; empty tensors for those that are not wanted.
-define(
+attention_backward = define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
     f"{_INPUTS}, {OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,

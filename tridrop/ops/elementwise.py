@@ -116,14 +116,14 @@ def _backward_fake(
     return a, b, c
 
 
-define(
+forward = define(
     "forward(Tensor x, Tensor? bias, Tensor? layer_scale, Tensor? residual, Tensor? seed, "
     f"Tensor? p_tensor, {OPTIONS}) -> Tensor",
     _forward,
     _forward_fake,
 )
 # Absent gradients come back as empty tensors.
-define(
+backward = define(
     "backward(Tensor grad, Tensor? x, Tensor? bias, Tensor? layer_scale, Tensor? seed, "
     f"Tensor? p_tensor, {OPTIONS}, ScalarType? x_dtype, ScalarType? bias_dtype, "
     "ScalarType? layer_scale_dtype) -> (Tensor, Tensor, Tensor)",

@@ -8,16 +8,43 @@ everywhere. The derivative lives above, in autograd.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad, profiler
 
 from ..spec import check_probability
 
 _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def unobserved(arguments: Iterable[Any]) -> bool:
+    """Whether nothing but the backend has to see a call of these arguments.
+
+    Not so under torch.compile, tracing, a dispatch mode, torch.func, forward-mode derivatives or a
+    profiler, or with tensors that are meta, wrapped or of a subclass. Where it is so, torch's
+    dispatcher and the bookkeeping of autograd functions change nothing in a result: they only cost
+    time, on a CPU as much as a small op itself.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for a in arguments:
+        if isinstance(a, Tensor) and (
+            type(a) not in _PLAIN or a.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(a)
+        ):
+            return False
+    return True
 
 
 def define(
@@ -25,12 +52,21 @@ def define(
     function: Callable[..., Any],
     fake: Callable[..., Any],
     tags: Sequence[torch.Tag] = (),
-) -> None:
-    """Define an operator: its schema, what it does on any device, and the shapes it returns."""
+) -> Callable[..., Any]:
+    """Define an operator: its schema, what it does on any device, and the shapes it returns.
+
+    The result calls it, on the shortest way: the function itself where nobody watches.
+    """
     name = schema.split("(")[0]
     _library.define(schema, tags=tuple(tags))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tridrop::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.tridrop, name).default
+
+    def call(*arguments: Any) -> Any:
+        return (function if unobserved(arguments) else operator)(*arguments)
+
+    return call
 
 
 def read_rate(p_tensor: Tensor | None, options: _O) -> tuple[Tensor | None, _O]:

@@ -71,14 +71,14 @@ def _norm_backward_fake(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-define(
+norm_forward = define(
     "norm_forward(Tensor x, Tensor? bias, Tensor? layer_scale, Tensor? residual, Tensor? weight, "
     f"Tensor? norm_bias, Tensor? seed, Tensor? p_tensor, {_NORM}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _norm_forward,
     _norm_forward_fake,
 )
-define(
+norm_backward = define(
     "norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor mean, Tensor rstd, "
     "Tensor? x, Tensor? bias, Tensor? layer_scale, Tensor? weight, Tensor? seed, "
     f"Tensor? p_tensor, {_NORM}, ScalarType? x_dtype, ScalarType? bias_dtype, "

@@ -61,13 +61,13 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 # Without return_softmax the second result is empty, as are absent gradients.
-define(
+softmax_forward = define(
     "softmax_forward(Tensor scores, Tensor? mask, Tensor? seed, Tensor? p_tensor, "
     f"{OPTIONS}, bool return_softmax) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-define(
+softmax_backward = define(
     "softmax_backward(Tensor? dout, Tensor? dsoftmax, Tensor scores, Tensor? mask, Tensor lse, "
     f"Tensor? seed, Tensor? p_tensor, {OPTIONS}, ScalarType? scores_dtype, "
     "ScalarType? mask_dtype) -> (Tensor, Tensor)",

@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime import driver
 
@@ -195,7 +194,7 @@ class Call:
 
     def query_blocks(self, tile: Tile) -> int:
         """The blocks of queries of all heads, a program each."""
-        return triton.cdiv(self.queries, tile.queries) * self.heads * self.batch
+        return launch.cdiv(self.queries, tile.queries) * self.heads * self.batch
 
     def tile(self, choose: Any) -> Tile:
         size = torch.finfo(self.dtype).bits // 8
@@ -205,7 +204,7 @@ class Call:
 
 
 def _padded(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return max(16, launch.next_power_of_2(n))
 
 
 def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -248,7 +247,7 @@ def attention_backward(
     if lse.numel():
         rows = 64
         with launch.on(call.device):
-            attention_delta_kernel[(triton.cdiv(lse.shape[2], rows) * lse.shape[0] * call.heads,)](
+            attention_delta_kernel[(launch.cdiv(lse.shape[2], rows) * lse.shape[0] * call.heads,)](
                 delta,
                 out,
                 dout,
@@ -275,7 +274,7 @@ def attention_backward(
             dquery.neg_()
     if dkey is not None or dvalue is not None:
         tile = call.tile(dkey_tile)
-        blocks = triton.cdiv(call.keys + call.origin.shift, tile.keys)
+        blocks = launch.cdiv(call.keys + call.origin.shift, tile.keys)
         programs = blocks * call.shared_heads * call.batch
         # One kernel makes both; where only one is wanted the other is made and dropped.
         pair = (
@@ -292,8 +291,8 @@ def attention_backward(
 def _mask_gradient(call: Call, incoming: Incoming, dmask: Tensor) -> None:
     """A program a tile of the mask: it goes through the scores that share it."""
     tile = call.tile(dquery_tile)
-    query_blocks = triton.cdiv(call.queries, tile.queries)
-    key_blocks = triton.cdiv(call.keys + call.origin.shift, tile.keys)
+    query_blocks = launch.cdiv(call.queries, tile.queries)
+    key_blocks = launch.cdiv(call.keys + call.origin.shift, tile.keys)
     sizes = (call.batch, call.heads, query_blocks, key_blocks)
     own = tuple(1 if n == 1 else size for n, size in zip(dmask.shape, sizes, strict=True))
     shared = tuple(size // n for n, size in zip(own, sizes, strict=True))

@@ -19,7 +19,6 @@ from torch import Tensor
 from ...spec import Options, output_shape
 from . import launch, mask
 from .activations import FUNCTIONS
-from .launch import Plan
 from .mask import ELEMENTS, NO_MASK, keep_elements, keep_rows, load_key, load_rate, row_coordinates
 from .tiles import (
     Operands,
@@ -204,10 +203,10 @@ def forward(
     shape = output_shape(x, options.activation)
     dtype = x.dtype if residual is None else residual.dtype
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    plan = Plan(shape, options)
+    plan = launch.plan(shape, options, launch.tile)
     if plan.empty:
         return out
-    rule = launch.rule(plan, options, p)
+    rule = launch.rule(plan, p)
     x = launch.matrix(x, plan.where.cols * (2 if options.gated else 1))
     other = None if residual is None else launch.matrix(residual, plan.where.cols)
     launch.run(
@@ -240,9 +239,8 @@ def backward(
     """Launch the backward kernel; arguments as in ``backends.Backend.backward``."""
     reduces = any(dtype is not None for dtype in dtypes[1:])
     choose = launch.gated_reduction_tile if options.gated else launch.reduction_tile
-    plan = Plan(tuple(grad.shape), options, choose if reduces else None)
-    if reduces:
-        plan.strip = launch.strip(plan.row_blocks, plan.col_blocks)
+    settings = (choose, launch.strip) if reduces else (launch.tile, None)
+    plan = launch.plan(tuple(grad.shape), options, *settings)
     width = plan.where.cols * (2 if options.gated else 1)
     dx = None
     if dtypes[0] is not None:
@@ -256,7 +254,7 @@ def backward(
     )
     if plan.empty:
         return dx, launch.total(partial[0], dtypes[1]), launch.total(partial[1], dtypes[2])
-    rule = launch.rule(plan, options, p)
+    rule = launch.rule(plan, p)
     grad = launch.matrix(grad, plan.where.cols)
     matrix = None if x is None else launch.matrix(x, width)
     launch.run(
@@ -283,7 +281,7 @@ def keep_mask(
 ) -> Tensor:
     """Launch the mask kernel; arguments as in ``backends.Backend.keep_mask``."""
     out = torch.empty(shape, dtype=torch.bool, device=seed.device)
-    plan = Plan(shape, options)
+    plan = launch.plan(shape, options, launch.tile)
     if plan.empty:
         return out
     launch.run(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import triton
 from torch import Tensor
 
 from ...mask import LANES, Coordinates, coordinates, rate_table
@@ -49,17 +49,31 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+# Triton's own two functions of these names can be called in kernels too, which makes a call on the
+# host cost as much as a small tensor: 2 microseconds.
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of ``size`` make up ``n``."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``, a positive number."""
+    return 1 << (n - 1).bit_length()
+
+
 def tile(rows: int, cols: int, elements: int = TILE) -> Tile:
     """The tile for a matrix: wide where the row length allows it, without idle columns."""
-    widest = min(elements, max(LANES, triton.next_power_of_2(cols)))
+    widest = min(elements, max(LANES, next_power_of_2(max(1, cols))))
     narrowest = min(widest, 256)
     best = widest
     width = widest
     while width > narrowest:
         width //= 2
-        if triton.cdiv(cols, width) * width < triton.cdiv(cols, best) * best:
+        if cdiv(cols, width) * width < cdiv(cols, best) * best:
             best = width
-    return Tile(min(elements // best, triton.next_power_of_2(max(1, rows))), best, NUM_WARPS)
+    return Tile(min(elements // best, next_power_of_2(max(1, rows))), best, NUM_WARPS)
 
 
 def reduction_tile(rows: int, cols: int) -> Tile:
@@ -74,56 +88,62 @@ def gated_reduction_tile(rows: int, cols: int) -> Tile:
 
 def strip(row_blocks: int, col_blocks: int) -> int:
     """Row blocks that one program of a reduction goes through: a power of two."""
-    return triton.next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
+    return next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
 
 
 class Plan:
-    """What the launchers share: sizes, coordinates, tile and grid of one call.
+    """What the launchers share: sizes, coordinates, tile and grid of calls with these arguments.
 
-    Blocks of columns are programs of their own, or, with ``whole_rows``, chunks that the program of
-    a row goes through.
+    ``strips`` gives, of the blocks of rows and the blocks or the number of columns, the row blocks
+    that one program goes through. Blocks of columns are programs of their own, or, with
+    ``whole_rows``, chunks that the program of a row goes through.
     """
 
     def __init__(
         self,
         shape: tuple[int, ...],
         options: Options,
-        choose: Callable[[int, int], Tile] | None = None,
-        whole_rows: bool = False,
+        choose: Callable[[int, int], Tile],
+        strips: Callable[[int, int], int] | None,
+        whole_rows: bool,
     ) -> None:
         self.where: Coordinates = coordinates(shape, options.shared, options.shard)
         rows, cols = self.where.rows, self.where.cols
         self.empty = rows * cols == 0
-        self.tile = (choose or tile)(rows, cols)
+        self.tile = choose(rows, cols)
         self.whole_rows = whole_rows
         self.shift = 0 if self.where.col_shared else self.where.col_origin % LANES
-        self.row_blocks = triton.cdiv(rows, self.tile.rows)
-        self.col_blocks = triton.cdiv(cols + self.shift, self.tile.cols)
+        self.row_blocks = cdiv(rows, self.tile.rows)
+        self.col_blocks = cdiv(cols + self.shift, self.tile.cols)
         self.strip = 1
+        if strips is not None and not self.empty:
+            self.strip = strips(self.row_blocks, cols if whole_rows else self.col_blocks)
         path: tuple[tuple[int, int, int], ...] = ()
         if options.drop_path:
             path = coordinates(shape, tuple(range(1, len(shape))), options.shard).leading
         self.origin = Origin(self.where.leading, path, self.where.col_origin // LANES, self.shift)
         self.element_mask = int(mask.ROWS if self.where.col_shared else mask.ELEMENTS)
+        (elements, drop_path), (scale, path_scale) = options.thresholds(), options.scales()
+        self.rates = (elements, scale, drop_path, path_scale)
 
-    @property
+    @cached_property
     def strips(self) -> int:
-        return triton.cdiv(self.row_blocks, self.strip)
+        return cdiv(self.row_blocks, self.strip)
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int, int]:
         if self.whole_rows:
             return self.strips, 1, 1
         return (
             self.strips,
             min(self.col_blocks, MAX_GRID_Y),
-            triton.cdiv(self.col_blocks, MAX_GRID_Y),
+            cdiv(self.col_blocks, MAX_GRID_Y),
         )
 
     def sizes(self, x_stride: int, other_stride: int) -> Shape:
         return Shape(self.where.rows, self.where.cols, x_stride, other_stride)
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether the blocks divide the matrix, so that nothing needs a bounds check."""
         rows, cols = self.where.rows, self.where.cols
@@ -134,10 +154,25 @@ class Plan:
         )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
+def plan(
+    shape: tuple[int, ...],
+    options: Options,
+    choose: Callable[[int, int], Tile],
+    strips: Callable[[int, int], int] | None = None,
+    whole_rows: bool = False,
+) -> Plan:
+    """The :class:`Plan` of a call, kept: a model makes the same calls in every step.
+
+    The settings are arguments, since tests and tuning put others in their place.
+    """
+    return Plan(shape, options, choose, strips, whole_rows)
+
+
 def row_tile(rows: int, cols: int) -> Tile:
     """The tile of whole rows: 16 elements a thread."""
-    width = triton.next_power_of_2(max(LANES, cols))
-    height = min(max(1, REDUCTION_TILE // width), triton.next_power_of_2(max(1, rows)))
+    width = next_power_of_2(max(LANES, cols))
+    height = min(max(1, REDUCTION_TILE // width), next_power_of_2(max(1, rows)))
     return Tile(height, width, min(16, max(1, width * height // 512)))
 
 
@@ -154,7 +189,7 @@ def norm_backward_tile(rows: int, cols: int) -> Tile:
     """
     if cols <= ROW_BACKWARD:
         return row_tile(rows, cols)
-    return Tile(min(8, triton.next_power_of_2(max(1, rows))), ROW_CHUNK // 8, 8)
+    return Tile(min(8, next_power_of_2(max(1, rows))), ROW_CHUNK // 8, 8)
 
 
 def row_strip(row_blocks: int, cols: int) -> int:
@@ -163,7 +198,7 @@ def row_strip(row_blocks: int, cols: int) -> int:
     At most REDUCTION_PROGRAMS programs, and at most ROW_SUMS partial sums for each gradient.
     """
     programs = max(1, min(REDUCTION_PROGRAMS, ROW_SUMS // cols))
-    return triton.next_power_of_2(triton.cdiv(row_blocks, programs))
+    return next_power_of_2(cdiv(row_blocks, programs))
 
 
 def partial_sums(
@@ -251,10 +286,10 @@ class Rule(NamedTuple):
     rate: Tensor | None
 
 
-def rule(plan: Plan, options: Options, p: Tensor | None) -> Rule:
-    (elements, path), (scale, path_scale) = options.thresholds(), options.scales()
+def rule(plan: Plan, p: Tensor | None) -> Rule:
+    elements, _, path, _ = plan.rates
     use = plan.element_mask if p is not None or elements > 0 else int(mask.NO_MASK)
-    return Rule((elements, scale, path, path_scale), (use, path > 0), rate(p))
+    return Rule(plan.rates, (use, path > 0), rate(p))
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:

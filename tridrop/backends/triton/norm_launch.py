@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...spec import NormOptions
 from . import launch
-from .launch import Plan
 from .norm import Affine, Gradients, Incoming, Kept, norm_backward_kernel, norm_forward_kernel
 from .tiles import Operands
 
@@ -31,7 +30,7 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Launch the forward kernel; arguments as in ``backends.Backend.norm_forward``."""
     shape = tuple(x.shape)
-    plan = Plan(shape, options, launch.norm_forward_tile, whole_rows=True)
+    plan = launch.plan(shape, options, launch.norm_forward_tile, whole_rows=True)
     rows, cols = plan.where.rows, plan.where.cols
     out = torch.empty(shape, dtype=options.out_dtype, device=x.device)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -42,7 +41,7 @@ def norm_forward(
         stream = torch.empty(shape, dtype=options.stream_dtype, device=x.device)
     if plan.empty:
         return out, stream if options.keep_stream else None, mean, rstd
-    rule = launch.rule(plan, options, p)
+    rule = launch.rule(plan, p)
     matrix = launch.matrix(x, cols)
     other = None if residual is None else launch.matrix(residual, cols)
     launch.run(
@@ -81,22 +80,21 @@ def norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward kernel; arguments as in ``backends.Backend.norm_backward``."""
     shape = tuple(dout.shape)
-    plan = Plan(shape, options, launch.norm_backward_tile, whole_rows=True)
-    cols = plan.where.cols
     dx_dtype, bias_dtype, scale_dtype, residual_dtype, weight_dtype, norm_bias_dtype = dtypes
+    sums = (weight_dtype, norm_bias_dtype, bias_dtype, scale_dtype)
+    strips = launch.row_strip if any(dtype is not None for dtype in sums) else None
+    plan = launch.plan(shape, options, launch.norm_backward_tile, strips, whole_rows=True)
+    cols = plan.where.cols
 
     def like(dtype: torch.dtype | None) -> Tensor | None:
         return None if dtype is None else torch.empty(shape, dtype=dtype, device=dout.device)
 
     dx = like(dx_dtype)
     dresidual = None if options.after else like(residual_dtype)
-    sums = (weight_dtype, norm_bias_dtype, bias_dtype, scale_dtype)
-    if any(dtype is not None for dtype in sums) and not plan.empty:
-        plan.strip = launch.row_strip(plan.row_blocks, cols)
     widths = (None if dtype is None else cols for dtype in sums)
     partial = launch.partial_sums(plan, dout.device, *widths)
     if not plan.empty:
-        rule = launch.rule(plan, options, p)
+        rule = launch.rule(plan, p)
         matrix = launch.matrix(dout, cols)
         x = None if x is None else launch.matrix(x, cols)
         source = launch.matrix(stream, cols)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from ...mask import TILE
@@ -39,26 +39,31 @@ def tile(queries: int, keys: int) -> Tile:
     """The tile of both kernels; of a chunk of the row beyond ROW_KEYS keys."""
     if keys > ROW_KEYS:
         return Tile(1, CHUNK_KEYS, CHUNK_KEYS // WARP_TILE)
-    width = max(TILE, triton.next_power_of_2(keys))
-    height = min(max(1, WARP_TILE // width), triton.next_power_of_2(max(1, queries)))
+    width = max(TILE, launch.next_power_of_2(keys))
+    height = min(max(1, WARP_TILE // width), launch.next_power_of_2(max(1, queries)))
     return Tile(height, width, max(1, width // WARP_TILE))
 
 
 class Rows:
-    """Sizes, coordinates, tile and grid of one call: a program has queries of one head."""
+    """Sizes, coordinates, tile and grid of such calls: a program has queries of one head."""
 
-    def __init__(self, shape: Sequence[int], options: AttentionOptions) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        options: AttentionOptions,
+        choose: Callable[[int, int], Tile],
+    ) -> None:
         batch, self.heads, self.queries, self.keys = four(shape)
         self.shape, self.options = tuple(shape), options
         at = options.origin
         self.origin = Origin(at[0], at[1], at[2], at[3] // TILE, at[3] % TILE)
         self.empty = math.prod(shape) == 0
-        self.tile = tile(self.queries, self.keys + self.origin.shift)
-        self.chunks = triton.cdiv(self.keys + self.origin.shift, self.tile.cols)
-        blocks = triton.cdiv(self.queries, self.tile.rows)
+        self.tile = choose(self.queries, self.keys + self.origin.shift)
+        self.chunks = launch.cdiv(self.keys + self.origin.shift, self.tile.cols)
+        blocks = launch.cdiv(self.queries, self.tile.rows)
         # Neighbouring programs have the same queries of different heads: a mask that heads share
         # is read while it is in the cache.
-        self.grid = (batch * self.heads, min(blocks, MAX_GRID_Y), triton.cdiv(blocks, MAX_GRID_Y))
+        self.grid = (batch * self.heads, min(blocks, MAX_GRID_Y), launch.cdiv(blocks, MAX_GRID_Y))
 
         # Blocks that divide the matrix need no bounds check.
         self.whole = (
@@ -85,6 +90,9 @@ class Rows:
         )
 
 
+rows = lru_cache(maxsize=4096)(Rows)  # a model makes the same calls in every step
+
+
 def softmax_forward(
     scores: Tensor,
     mask: Tensor | None,
@@ -94,7 +102,7 @@ def softmax_forward(
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Launch the forward kernel; arguments as in ``backends.Backend.softmax_forward``."""
-    plan = Rows(scores.shape, options)
+    plan = rows(scores.shape, options, tile)
     out = torch.empty(plan.shape, dtype=scores.dtype, device=scores.device)
     softmax = torch.empty_like(out) if return_softmax else None
     lse = torch.empty(plan.shape[:-1], dtype=torch.float32, device=scores.device)
@@ -134,7 +142,7 @@ def softmax_backward(
     dtypes: tuple[torch.dtype | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward kernel; arguments as in ``backends.Backend.softmax_backward``."""
-    plan = Rows(scores.shape, options)
+    plan = rows(scores.shape, options, tile)
     dscores_dtype, dmask_dtype = dtypes
 
     def like(dtype: torch.dtype | None) -> Tensor | None:

@@ -43,7 +43,7 @@ def naive_kernel(
 
 def naive(x: Tensor, residual: Tensor | None, seed: Tensor, options: Options) -> Tensor:
     """Launch the yardstick, for a contiguous matrix that whole blocks divide."""
-    plan = launch.Plan(tuple(x.shape), options)
+    plan = launch.plan(tuple(x.shape), options, launch.tile)
     if not plan.whole:
         raise ValueError(f"the yardstick takes whole blocks of {plan.tile}, not {tuple(x.shape)}")
     out = torch.empty_like(x)

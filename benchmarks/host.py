@@ -1,0 +1,191 @@
+"""Time the host's part of a call: everything but the device's work.
+
+    python benchmarks/host.py                    CPU tensors, and Triton launches without a GPU
+    python benchmarks/host.py --out DIR          write host.csv and host.json there
+
+Two tables, for tensors of [64, 64] in fp32, where the host is all that takes time:
+
+- *cpu*: calls on CPU tensors beside eager PyTorch's, their arithmetic included.
+- *launch*: calls of the Triton backend with a driver that compiles for sm_90 and launches nothing:
+  what the host does before the kernel starts, but for cuLaunchKernel itself. On a machine with a
+  GPU the real driver is used, with CUDA tensors.
+
+Providers run in turn in each round, so that a slow moment meets all of them; a figure is the median
+over the rounds of the mean time of a call, and eager's is of the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+import tridrop
+from tridrop import backends
+from tridrop.backends.triton import launch
+
+P = 0.1
+ROUNDS, CALLS = 25, 100
+Op = Callable[..., Tensor]
+
+# name -> (eager, tridrop), of x, a residual, and a norm's weight and bias
+OPS: dict[str, tuple[Op, Op]] = {
+    "dropout": (
+        lambda x, r, w, b: F.dropout(x, P),
+        lambda x, r, w, b: tridrop.dropout(x, P),
+    ),
+    "dropout_add": (
+        lambda x, r, w, b: r + F.dropout(x, P),
+        lambda x, r, w, b: tridrop.dropout_add(x, r, P),
+    ),
+    "activation_dropout": (
+        lambda x, r, w, b: F.dropout(F.gelu(x + b), P),
+        lambda x, r, w, b: tridrop.activation_dropout(x, P, activation="gelu", bias=b),
+    ),
+    "dropout_add_layer_norm": (
+        lambda x, r, w, b: F.layer_norm(r + F.dropout(x, P), w.shape, w, b),
+        lambda x, r, w, b: tridrop.dropout_add_layer_norm(x, r, w, b, P),
+    ),
+    "softmax_dropout": (
+        lambda x, r, w, b: F.dropout(torch.softmax(x, -1), P),
+        lambda x, r, w, b: tridrop.softmax_dropout(x[None, None], P)[0, 0],
+    ),
+    "scaled_dot_product_attention": (
+        lambda x, r, w, b: F.scaled_dot_product_attention(*(t[None, None] for t in (x, r, x)), None, P)[0, 0],
+        lambda x, r, w, b: tridrop.scaled_dot_product_attention(*(t[None, None] for t in (x, r, x)), None, P)[0, 0],
+    ),
+}
+
+
+class _NoLauncher:
+    """Takes what a launcher takes, and launches nothing."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any) -> None:
+        pass
+
+
+class NoDriver:
+    """A driver of Triton's for an sm_90 that is not there."""
+
+    launcher_cls = _NoLauncher
+
+    class utils:
+        """What Triton asks of the device."""
+
+        @staticmethod
+        def get_device_properties(device: int) -> dict[str, int]:
+            return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+        @staticmethod
+        def load_binary(*_: Any) -> tuple[int, int, int, int, int]:
+            return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    @staticmethod
+    def get_current_device() -> int:
+        return 0
+
+    @staticmethod
+    def get_current_stream(device: int) -> int:
+        return 0
+
+    @staticmethod
+    def get_current_target() -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def launching() -> Iterator[str]:
+    """Calls go to Triton inside; the device of their tensors."""
+    with ExitStack() as stack:
+        stack.enter_context(tridrop.backend("triton"))
+        if torch.cuda.is_available():
+            yield "cuda"
+            return
+        triton.runtime.driver.set_active(NoDriver())
+        stack.callback(triton.runtime.driver.reset_active)
+        module = backends.load("triton")
+        stack.enter_context(mock.patch.object(module, "why_not", lambda *_: None))
+        yield "cpu"
+
+
+def measure(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Microseconds a call: medians over the rounds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def rows(device: str, table: str) -> Iterator[dict[str, Any]]:
+    """A row an op and direction."""
+    x, r, grad = (torch.randn(64, 64, device=device) for _ in range(3))
+    w, b = torch.ones(64, device=device), torch.zeros(64, device=device)
+    leaves = [t.clone().requires_grad_() for t in (x, r, w, b)]
+    for name, pair in OPS.items():
+        calls: dict[str, Callable[[], Any]] = {}
+        for provider, op in zip(("eager", "tridrop"), pair, strict=True):
+            calls[f"{provider} forward"] = lambda op=op: op(x, r, w, b)
+            calls[f"{provider} both"] = lambda op=op: torch.autograd.grad(
+                op(*leaves), leaves, grad, allow_unused=True
+            )
+        found = measure(calls)
+        for mode in ("forward", "both"):
+            eager, ours = found[f"eager {mode}"], found[f"tridrop {mode}"]
+            yield {
+                "table": table,
+                "op": name,
+                "mode": mode,
+                "eager_us": round(eager, 1),
+                "tridrop_us": round(ours, 1),
+                "tridrop_over_eager": round(ours / eager, 2),
+            }
+
+
+def main() -> None:
+    """Print the tables, and write them where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", choices=("cpu", "launch"), action="append")
+    options = parser.parse_args()
+    found = []
+    for table in options.table or ("cpu", "launch"):
+        with launching() if table == "launch" else ExitStack() as device:
+            for row in rows(device if table == "launch" else "cpu", table):
+                print(*row.values(), sep="\t", flush=True)
+                found.append(row)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with (options.out / "host.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]))
+            writer.writeheader()
+            writer.writerows(found)
+        (options.out / "host.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
