@@ -16,8 +16,9 @@ With --static every candidate is compiled for GPUs that need not be here, as `tr
 it, at that command's sizes. Those that spill, or take more shared memory than there is, are
 rejected. Which of the others is fastest only a GPU can tell.
 
-Rows are written to tune-DEVICE-DATE.json and .csv in --out after each size, so that a cut leaves
-what is done. Nothing is changed in the package: what its functions would have to say is printed.
+Rows are written to tune-DEVICE-FAMILY-DATE.json and .csv in --out after each size, so that a cut
+leaves what is done. Nothing is changed in the package: what its functions would have to say is
+printed.
 """
 
 from __future__ import annotations
@@ -304,13 +305,14 @@ def main() -> None:
         sys.exit("tune.py: needs a CUDA device to time anything; without one use --static")
     today = datetime.date.today().isoformat()
     about: Row = dict(inspection.provenance()) | {"torch": torch.__version__}
+    names = "" if options.family == list(FAMILIES) else "-" + "-".join(options.family)
     if options.static:
         groups = (
             group
             for dtype in options.dtype
             for group in static(options.family, options.size, options.arch, dtype, options.jobs)
         )
-        report(groups, options.out / f"tune-static-{today}", about)
+        report(groups, options.out / f"tune-static{names}-{today}", about)
         return
     device = torch.cuda.get_device_name()
     groups = (
@@ -321,7 +323,6 @@ def main() -> None:
         if not options.size or size in options.size
     )
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    names = "" if options.family == list(FAMILIES) else "-" + "-".join(options.family)
     report(groups, options.out / f"tune-{slug}{names}-{today}", about | {"device": device})
 
 
