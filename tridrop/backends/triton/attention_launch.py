@@ -58,6 +58,12 @@ def generation() -> int:
 # The tiles are read off the machine code (docs/design.md has the figures): for bf16 at head
 # dimensions 64 and 128 the largest that spill no register, or next to none in backward, and
 # beyond that what fits the shared memory: 227 KiB, or the 99 KiB of the smallest GPU.
+#
+# Two of them spill at 128, with dropout: on sm_90 the gradients of keys where attention is causal,
+# 112 bytes a thread, six reloads among the 742 instructions of the loop without bounds; on sm_100
+# the forward, 368 bytes, none of it in that loop. One stage in the place of two ends both (24.0
+# instructions a score instead of 23.2, and 15.1 instead of 15.2), but then no load is asynchronous.
+# Only a GPU can tell what that costs (benchmarks/tune.py).
 
 
 def forward_tile(width: int, element_size: int, gpu: int) -> Tile:
