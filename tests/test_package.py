@@ -14,6 +14,7 @@ PACKAGE = Path(tridrop.__file__).parent
 # A layer may import itself and those after it. What stands on one line shares a layer.
 LAYERS = [
     ["cli", "__main__"],
+    ["bench"],
     ["check", "demo", "inspection", "info"],
     ["swapping"],
     ["integrations"],
@@ -23,7 +24,9 @@ LAYERS = [
     ["ops"],
     ["seeds", "backends.triton", "backends.reference", "backends"],
     ["spec", "spec_attention"],
-    ["fast", "fast_kernels"],
+    ["fast"],
+    ["fast_elementwise", "fast_norm"],
+    ["fast_kernels", "fast_math", "fast_storage", "fast_vectors"],
     ["mask"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

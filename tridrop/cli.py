@@ -1,4 +1,4 @@
-"""The command line: ``tridrop check | demo | inspect | info``, also ``python -m tridrop``."""
+"""The command line, also ``python -m tridrop``: check, bench, demo, inspect and info."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from . import __version__
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     from . import demo
+    from .bench import report as timed
     from .check import report
     from .inspection import report as inspected
 
@@ -31,6 +32,18 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_arguments(check)
     check.set_defaults(run=report.main)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time every op beside eager PyTorch and torch.compile, once its check has passed",
+        description="Times the rows of tridrop check at a transformer's sizes, in rounds in which "
+        "eager PyTorch, torch.compile, torch's attentions and tridrop take turns, beside a device "
+        "copy: time, bandwidth, memory, host time, launches, and what dropout costs. Exit status 1 "
+        "where a check fails; no speed-up is given there. docs/performance.md tells how to read "
+        "the figures.",
+    )
+    timed.add_arguments(bench)
+    bench.set_defaults(run=timed.main)
 
     shown = commands.add_parser(
         "demo",

@@ -220,7 +220,7 @@ def _attention(
 
     def of_torch(inputs: Inputs, p: float) -> Tensor:
         return F.scaled_dot_product_attention(
-            inputs["query"], inputs["key"], inputs["value"], None, p, is_causal, scale,
+            inputs["query"], inputs["key"], inputs["value"], None, p, is_causal, scale=scale,
             enable_gqa=query_heads != key_heads,
         )  # fmt: skip
 

@@ -1,0 +1,15 @@
+"""Timings beside eager PyTorch and torch.compile, behind ``tridrop bench``.
+
+>>> from tridrop import bench
+>>> bench.run(bench.Options.of("cpu", ops=["softmax"]))
+Traceback (most recent call last):
+    ...
+ValueError: op 'softmax' is not known; known: dropout, activation_dropout, dropout_add, ...
+"""
+
+from __future__ import annotations
+
+from .options import Options
+from .run import run
+
+__all__ = ["Options", "run"]

@@ -1,0 +1,137 @@
+"""What is to be timed, and what stands for it where nothing is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..inspection import DTYPES, choose
+from .providers import PROVIDERS
+from .rows import OPS, Attention, Row, parse_size, table
+from .timing import MODES
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Sizes of a device: the largest are well past its caches."""
+
+    dtypes: tuple[str, ...]
+    sizes: tuple[str, ...]
+    tokens: int
+    width: int
+    lengths: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    rounds: int
+    seconds: float
+
+
+# (device, quick)
+DEFAULTS = {
+    ("cuda", False): Defaults(
+        ("bf16",), ("64x64", "1024x1024", "4096x4096", "8192x4096", "16384x4096"),
+        16384, 2048, (512, 1024, 2048, 4096, 8192, 16384), (64, 128), 30, 10.0,
+    ),
+    ("cuda", True): Defaults(
+        ("bf16",), ("1024x1024", "8192x4096"), 16384, 2048, (512, 4096), (64,), 10, 5.0
+    ),
+    ("cpu", False): Defaults(
+        ("fp32", "bf16"), ("64x64", "1024x1024", "8192x1024"), 1024, 256, (256, 1024), (64,), 15,
+        30.0,
+    ),
+    ("cpu", True): Defaults(("fp32",), ("1024x1024",), 512, 128, (256,), (64,), 5, 5.0),
+}  # fmt: skip
+
+
+# What --quick times where no op is named: those of a transformer block.
+QUICK_OPS = (
+    "activation_dropout",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "scaled_dot_product_attention",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is timed; :meth:`of` fills in and looks at what is given."""
+
+    device: str
+    dtypes: Sequence[str]
+    modes: Sequence[str]
+    providers: Sequence[str]
+    rows: Sequence[Row]
+    p: float
+    rounds: int
+    seconds: float
+    packed: bool
+    """whether packed sequences are timed against padded ones"""
+
+    @staticmethod
+    def of(
+        device: str,
+        *,
+        ops: Sequence[str] | None = None,
+        dtypes: Sequence[str] | None = None,
+        sizes: Sequence[str] | None = None,
+        lengths: Sequence[int] | None = None,
+        head_dims: Sequence[int] | None = None,
+        modes: Sequence[str] | None = None,
+        providers: Sequence[str] | None = None,
+        p: float = 0.1,
+        rounds: int | None = None,
+        quick: bool = False,
+        all_rows: bool = False,
+    ) -> Options:
+        """The options of a device; None stands for its defaults.
+
+        Args:
+            device: "cuda" or "cpu".
+            ops: names of public functions; ["all"] for all, which is also what None stands for
+                unless ``quick``.
+            dtypes: of bf16, fp16 and fp32.
+            sizes: ROWSxCOLS, of all ops but attention.
+            lengths: of attention, for the same number of tokens in all.
+            head_dims: of attention, for the same number of features in all.
+            modes: of forward, backward, both.
+            providers: None for all.
+            p: the probability of dropping, beside which 0 is timed.
+            rounds: how many.
+            quick: fewer ops and sizes, and one row an op.
+            all_rows: every row of the table of cases that exists at other sizes.
+
+        Raises:
+            ValueError: what is not known or not allowed.
+        """
+        if device not in ("cuda", "cpu"):
+            raise ValueError(f"device {device!r} is not known; known: cuda, cpu")
+        default = DEFAULTS[device, quick]
+        if not 0 < p < 1:
+            raise ValueError(f"p = {p}: give one between 0 and 1; p = 0 is timed beside it")
+        rounds = default.rounds if rounds is None else rounds
+        if rounds < 1:
+            raise ValueError(f"rounds = {rounds}: give 1 or more")
+        if ops is None and quick:
+            ops = QUICK_OPS
+        wanted = choose("op", None if list(ops or ()) == ["all"] else ops, OPS)
+        named = choose("provider", providers, PROVIDERS)
+        attention = Attention(
+            default.tokens, default.width, lengths or default.lengths,
+            head_dims or default.head_dims,
+        )  # fmt: skip
+        return Options(
+            device=device,
+            dtypes=choose("dtype", dtypes or default.dtypes, tuple(DTYPES)),
+            modes=choose("mode", modes, MODES),
+            providers=named,
+            rows=table(
+                wanted,
+                [parse_size(text) for text in sizes or default.sizes],
+                attention,
+                every=all_rows,
+                first=quick and not all_rows,
+            ),
+            p=p,
+            rounds=rounds,
+            seconds=default.seconds,
+            packed="scaled_dot_product_attention" in wanted and not quick,
+        )

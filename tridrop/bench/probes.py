@@ -1,0 +1,100 @@
+"""What is measured of a provider once: whether it runs, memory, bytes, host time, launches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check.cases import Inputs
+from ..check.measure import saved_bytes
+from .gate import first_line
+from .machine import Machine
+from .records import Probe
+from .timing import BACKWARD, BOTH, FORWARD, Operands, Subject, results
+
+WARM_UP = 3
+HOST_CALLS = 20
+HOST_SECONDS = 0.2
+
+
+def warm(machine: Machine, subject: Subject) -> tuple[str, float]:
+    """Warm a provider up, compiling whatever it compiles.
+
+    Returns (the reason where it cannot run, else "", seconds of the last forward and backward).
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with subject.context():
+                for _ in range(WARM_UP):
+                    machine.synchronize()
+                    start = time.perf_counter()
+                    subject.step(subject.rotation.sets[0])
+                    machine.synchronize()
+            return "", time.perf_counter() - start
+        except Exception as error:  # of a compiler or a kernel: anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
+    if machine.cuda:
+        torch.cuda.empty_cache()
+    # torch says in warnings why one of its attentions cannot run.
+    said = dict.fromkeys(str(w.message).split(" (Triggered")[0].strip() for w in caught)
+    return " ".join([reason, *said])[:300], 0.0
+
+
+def moved_bytes(call: Callable[[Inputs], Any], operands: Operands) -> dict[str, int]:
+    """The bytes that a row has to move, by mode: the least, whoever computes it.
+
+    Forward: inputs, results, and what tridrop keeps for backward, each once. Backward: incoming
+    gradients, what was kept, and gradients, each once; one that is an incoming one costs nothing.
+    """
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t.detach())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outs = results(call(operands.leaves))
+    forward = _storages([*operands.leaves.values(), *outs, *kept])
+    found = [g for g in operands.backward(outs) if g is not None]
+    backward = _storages([*operands.grads(outs), *kept, *found])
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
+
+def _storages(tensors: Sequence[Tensor]) -> int:
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+def probe(
+    machine: Machine, subject: Subject, main: str, modes: Sequence[str], host: Subject
+) -> Probe:
+    """Measure a provider that runs.
+
+    ``host`` is the subject whose calls tell the host time: a tiny one on a CPU, where it cannot be
+    told from the device's.
+    """
+    operands = subject.rotation.sets[0]
+    with subject.context():
+        return Probe(
+            saved_bytes(subject.call, operands.leaves, main),
+            machine.peak_bytes(lambda: subject.step(operands)),
+            {mode: _host(machine, host, mode) for mode in modes},
+            {mode: machine.launches(subject.thunks(mode)[0]) for mode in modes},
+        )
+
+
+def _host(machine: Machine, subject: Subject, mode: str) -> float:
+    with subject.context():
+        for thunk in subject.thunks(mode)[:1]:
+            thunk()  # warm: it may compile
+        times: list[float] = []
+        while len(times) < HOST_CALLS and sum(times) < HOST_SECONDS:
+            times.append(machine.host_seconds(subject.thunks(mode)[0]))
+    return statistics.median(times)

@@ -1,0 +1,161 @@
+"""What is timed: rows of the table of cases, at the sizes of a transformer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..check import CASES, Case
+
+SOFTMAX, ATTENTION = "softmax_dropout", "scaled_dot_product_attention"
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+# The combinations that models have. --all-rows takes every row that exists at other sizes.
+USUAL = (
+    "dropout: plain",
+    "activation_dropout: gelu",
+    "activation_dropout: swiglu, bias",
+    "dropout_add: plain",
+    "dropout_add: bias",
+    "dropout_add: bias, layer_scale, drop_path",
+    "dropout_add_layer_norm: weight, norm_bias, bias",
+    "dropout_add_layer_norm: weight, norm_bias, prenorm, float32 stream",
+    "dropout_add_rms_norm: weight, bias",
+    "dropout_add_rms_norm: weight, prenorm, float32 stream",
+    "layer_norm_dropout: weight, norm_bias, no residual",
+    "rms_norm_dropout: weight, no residual",
+    "softmax_dropout: plain",
+    "softmax_dropout: causal",
+    "scaled_dot_product_attention: plain",
+    "scaled_dot_product_attention: causal",
+)
+# A comparison in fp64 of more scores than this is made for one head of one sequence.
+MOST_SCORES = 2**24
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The sizes of attention: every length and head width, of as many tokens and features."""
+
+    tokens: int
+    width: int
+    lengths: Sequence[int]
+    head_dims: Sequence[int]
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """[B, H, S, D] of each."""
+        for name, given, whole in (
+            ("length", self.lengths, self.tokens),
+            ("head dimension", self.head_dims, self.width),
+        ):
+            for n in given:
+                if not 1 <= n <= whole:
+                    raise ValueError(f"{name} {n}: give one from 1 to {whole}")
+        return [
+            (self.tokens // length, self.width // dim, length, dim)
+            for dim in self.head_dims
+            for length in self.lengths
+        ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table at a size. ``shape`` is that of the result."""
+
+    case: Case
+    shape: tuple[int, ...]
+
+    @property
+    def op(self) -> str:
+        """The public function."""
+        return self.case.op
+
+    @property
+    def label(self) -> str:
+        """The row's name without its shape."""
+        return label(self.case)
+
+    def sized(self, p: float) -> Case:
+        """The case that is timed."""
+        return self._at(self.shape, p, apart=True)
+
+    def checked(self, p: float) -> Case:
+        """The case whose values are compared: one head where all would not fit in fp64."""
+        shape, case = self.shape, self._at(self.shape, p)
+        if case.scores_shape is not None and math.prod(case.mask_shape) > MOST_SCORES:
+            shape = (*(1 for _ in shape[:-2]), *shape[-2:])
+        return self._at(shape, p)
+
+    def tiny(self, p: float) -> Case:
+        """The case at [8, 64], where only the way through Python costs anything."""
+        return self._at((1, 1, 8, 64) if self.op == ATTENTION else (1, 8, 64), p, apart=True)
+
+    def _at(self, shape: tuple[int, ...], p: float, apart: bool = False) -> Case:
+        assert self.case.at is not None
+        return self.case.at(shape, p, apart=apart)
+
+    @property
+    def flops(self) -> float:
+        """Of attention's forward, 4 B H S^2 D, half of it where causal; 0 of other ops."""
+        if self.op != ATTENTION:
+            return 0.0
+        batch, heads, length, width = self.shape
+        return 4.0 * batch * heads * length**2 * width * (0.5 if "causal" in self.label else 1.0)
+
+
+def label(case: Case) -> str:
+    """The name of a case without its shape."""
+    return case.name.split(" [")[0]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ROWSxCOLS as two numbers; ValueError where it is something else."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"size {text!r}: give ROWSxCOLS, such as 8192x4096")
+    return int(parts[0]), int(parts[1])
+
+
+def shape_of(op: str, size: tuple[int, int]) -> tuple[int, ...]:
+    """The three-dimensional shape of a size: [samples, tokens, columns]; of scores square parts."""
+    rows, columns = size
+    if op == SOFTMAX:
+        queries = columns if rows % columns == 0 else rows
+        return rows // queries, queries, columns
+    samples = math.gcd(rows, 8)
+    return samples, rows // samples, columns
+
+
+def table(
+    ops: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    attention: Attention,
+    *,
+    every: bool = False,
+    first: bool = False,
+) -> list[Row]:
+    """The rows of the ops at the sizes.
+
+    Args:
+        ops: names of public functions.
+        sizes: (rows, columns) of all ops but attention.
+        attention: the sizes of attention.
+        every: all rows of the table, not just the usual ones.
+        first: one row an op.
+    """
+    found: dict[str, Case] = {}
+    for case in CASES:
+        name = label(case)
+        if case.op in ops and case.at is not None and (every or name in USUAL):
+            found.setdefault(name, case)
+    if first:
+        found = {label(case): case for case in {c.op: c for c in reversed(found.values())}.values()}
+    return [
+        Row(case, shape)
+        for op in ops
+        for case in found.values()
+        if case.op == op
+        for shape in (
+            attention.shapes() if op == ATTENTION else [shape_of(op, size) for size in sizes]
+        )
+    ]
