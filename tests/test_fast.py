@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tridrop
 from tridrop import fast, info, mask
+from tridrop.backends.reference.fused import _FUNCTIONS as FUNCTIONS_OF_FUSED
+from tridrop.check.measure import error, tolerance
 from tridrop.mask import Shard
+from tridrop.spec import ACTIVATIONS
 
 needs_numba = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
 VECTORS = json.loads((Path(__file__).parent / "data" / "mask_vectors.json").read_text())
@@ -242,13 +246,8 @@ OPS = {
 }
 
 
-@needs_numba
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ops_are_the_same_within_rounding(op, dtype, monkeypatch):
-    x, r, grad = tensors(dtype)  # two blocks
-    w, b = grad[0].abs() + 0.5, grad[1].clone()
-    given_ = (x, r, w, b)
+def compare(op, given_, grad, monkeypatch):
+    """Values and gradients by numba: at most twice as far from fp64 as those by torch."""
 
     def call(*given_):
         leaves = [t.detach().clone().requires_grad_() for t in given_]
@@ -264,8 +263,16 @@ def test_ops_are_the_same_within_rounding(op, dtype, monkeypatch):
             continue
         assert q.dtype == p.dtype
         # The rule of the harness, with the composition in place of eager torch.
-        wrong, allowed = (q - e).abs().max().item(), (p - e).abs().max().item()
-        assert wrong <= 2 * allowed + 8 * torch.finfo(torch.float32).eps * e.abs().max().item()
+        assert error(q, e) <= tolerance(p, e)
+
+
+@needs_numba
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ops_are_the_same_within_rounding(op, dtype, monkeypatch):
+    x, r, grad = tensors(dtype)  # two parts
+    w, b = grad[0].abs() + 0.5, grad[1].clone()
+    compare(op, (x, r, w, b), grad, monkeypatch)
 
 
 @needs_numba
@@ -280,17 +287,216 @@ def test_dropped_elements_are_exactly_zero(value):
         assert (grad[~keep] == 0).all()
 
 
-@needs_numba
-def test_rounding_to_bf16_is_torchs():
-    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    bits = (torch.arange(-(1 << 15), 1 << 15)[:, None] << 16) | low
-    value = bits.to(torch.int32).view(torch.float32)
-    drop = fast.selection(pair(1), value.shape, 1)  # keeps nearly all, with a scale of nearly 1
+def unscaled(name, shape, *arguments, **widths):
+    """Call a kernel that keeps everything, as far as a mask can, with a scale of 1."""
+    drop = fast.selection(pair(1), shape, 1)
     assert drop is not None
-    drop = fast.Selection(drop.kernels, drop.draw, type(drop.scale)(1))
-    out = torch.empty_like(value, dtype=torch.bfloat16)
-    drop.add(value, None, out)
-    torch.testing.assert_close(out, value.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+    return fast.Selection(drop.kernels, drop.draw, 1.0).call(name, *shape, *arguments, **widths)
+
+
+def convert(value, dtype):
+    out = torch.empty_like(value, dtype=dtype)
+    unscaled("forward", value.shape, fast.matrix(out), fast.matrix(value), 0, 0, (0, 0), (0, False))
+    return out
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversions_are_torchs(dtype):
+    stored = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).view(64, -1)
+    equal = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(convert(stored, torch.float32), stored.float(), **equal)
+    # Around every number of the dtype and every middle between two: its neighbours in fp32.
+    exact = stored.double().flatten()
+    exact = exact[exact.isfinite()].sort().values
+    middles = (exact[1:] + exact[:-1]) / 2
+    where = torch.cat([exact, middles]).float().view(torch.int32)
+    ends = torch.tensor([math.inf, math.nan, 65504, 65519.996, 65520, 3e38, 1e-45]).view(
+        torch.int32
+    )
+    bits = torch.cat([where - 1, where, where + 1, ends, ends | -(1 << 31)])
+    value = bits.view(torch.float32)[None]
+    torch.testing.assert_close(convert(value, dtype), value.to(dtype), **equal)
+
+
+@needs_numba
+def test_numbers_of_kinds_and_functions_are_the_kernels():
+    from tridrop import fast_math, fast_storage
+
+    for name, dtype in (("FP32", "float32"), ("BF16", "bfloat16"), ("FP16", "float16")):
+        assert getattr(fast_storage, name) == fast.KINDS[getattr(torch, dtype)]
+    assert set(FUNCTIONS_OF_FUSED) == {function for function, _ in ACTIVATIONS.values()}
+    for name, number in FUNCTIONS_OF_FUSED.items():
+        assert getattr(fast_math, name.upper()) == number
+
+
+# -------------------------------------------------------------------------------------- functions
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def on_a_grid(name, x):
+    """f(x) and f'(x) by the kernels, for fp32 x of any shape."""
+    number = FUNCTIONS_OF_FUSED[name]
+    u = x.reshape(1, -1)
+    value, slope, ones = torch.empty_like(u), torch.empty_like(u), torch.ones_like(u)
+    m = fast.matrix
+    unscaled("forward", u.shape, m(value), m(u), 0, 0, (0, 0), (number, False))
+    last = (m(slope), (number, False))
+    unscaled("backward", u.shape, m(ones), m(u), 0, 0, *last, widths=(0, 0))
+    return value.view_as(x), slope.view_as(x)
+
+
+def in_fp64(name, x):
+    """The same in fp64, with tails that do not cancel."""
+    x = x.double()
+    if name == "gelu":
+        cdf = torch.erfc(-x * math.sqrt(0.5)) / 2
+        return x * cdf, cdf + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    y, dy = x, torch.ones_like(x)
+    if name == "gelu_tanh":
+        c = 2 * math.sqrt(2 / math.pi)
+        y, dy = c * (x + 0.044715 * x**3), c * (1 + 3 * 0.044715 * x**2)
+    s = torch.sigmoid(y)
+    return x * s, s + x * s * torch.sigmoid(-y) * dy
+
+
+# Units in the last place: for x > -1, and for the tail below it down to -12. gelu_tanh's tail has
+# the error of y there, up to 180, times exp's condition.
+BOUNDS = {"gelu": (3, 6), "gelu_tanh": (4, 256), "silu": (3, 4)}
+
+
+@needs_numba
+@pytest.mark.parametrize("name", BOUNDS)
+def test_functions_are_accurate(name):
+    x = torch.cat([torch.linspace(-12, 12, 1_500_001), torch.linspace(-1.2, 1.2, 500_001)])
+    value, slope = on_a_grid(name, x)
+    wanted, wanted_slope = in_fp64(name, x)
+    eps = torch.finfo(torch.float32).eps
+    tiny = torch.finfo(torch.float32).tiny
+    ulp = torch.exp2(wanted.abs().clamp(min=tiny).log2().floor()) * eps
+    units = (value.double() - wanted).abs() / ulp
+    body, tail = BOUNDS[name]
+    assert units[x > -1].max() < body
+    assert units.max() < tail
+    # The slope has a zero; its largest value is about 1.1.
+    assert (slope.double() - wanted_slope).abs().max() < 2 * eps
+    leaf = x.clone().requires_grad_()
+    eager = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "silu": F.silu,
+    }[name](leaf)
+    (eager_slope,) = torch.autograd.grad(eager.sum(), leaf)
+    assert (value - wanted).abs().max() <= 2 * (eager.detach() - wanted).abs().max()
+    assert (slope - wanted_slope).abs().max() <= 2 * (eager_slope - wanted_slope).abs().max()
+
+
+@needs_numba
+@pytest.mark.parametrize("name", ["relu", *BOUNDS])
+def test_functions_at_special_values(name):
+    x = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38, 1e5, 1e20, LARGEST, math.inf])
+    value, slope = on_a_grid(name, x)
+    assert torch.equal(value[5:], x[5:])
+    small = x[:5].double()
+    small = small.relu() if name == "relu" else small / 2
+    torch.testing.assert_close(value[:5].double(), small, rtol=1e-6, atol=2e-45)
+    assert (slope[5:8] == 1).all()
+    value, slope = on_a_grid(name, -x[5:8])
+    assert (value == 0).all()
+    assert (slope == 0).all()
+    value, slope = on_a_grid(name, torch.tensor([math.nan]))
+    assert value.isnan().all()
+    assert name == "relu" or slope.isnan().all()
+    value, _ = on_a_grid(name, torch.tensor([-math.inf]))
+    assert value.isnan().all() if name != "relu" else value == 0  # -inf * 0, as in torch
+
+
+# ------------------------------------------------------------------------------------- the kernels
+
+MIXTURES = {  # x, residual, vectors
+    "x bf16": (torch.bfloat16, torch.float32, torch.float32),
+    "residual bf16": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "x fp16": (torch.float16, torch.float32, torch.float16),
+    "fp16": (torch.float16, torch.float16, torch.float32),
+}
+
+
+@needs_numba
+@pytest.mark.parametrize("op", ["everything", "layer_norm", "rms_norm", "after"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("columns", [1, 7, 1025])
+def test_mixed_dtypes_and_odd_widths(op, mixture, columns, monkeypatch):
+    dtypes = MIXTURES[mixture]
+    x, r, grad = tensors(torch.float32, 33, columns)
+    w, b = grad[0].abs() + 0.5, grad[1].clone()
+    given_ = [t.to(d) for t, d in zip((x, r, w, b), (*dtypes, dtypes[2]), strict=True)]
+    compare(op, given_, grad, monkeypatch)
+
+
+@needs_numba
+@pytest.mark.parametrize("op", ["everything", "swiglu"])
+@pytest.mark.parametrize("origin", [1, 4, 1003])
+def test_shards_that_begin_inside_a_group(op, origin):
+    x, r, grad = tensors(torch.float32, 9, 2100)
+    w, b = grad[0].abs() + 0.5, grad[1].clone()
+    cut = slice(origin, origin + 1051)
+
+    def call(part, shard):
+        leaves = [t[..., part].clone().requires_grad_() for t in (x, r, w, b)]
+        if op == "swiglu":
+            u = torch.cat([leaves[0], leaves[1]], -1)
+            out = tridrop.activation_dropout(u, 0.3, activation="swiglu", seed=1, shard=shard)
+        else:
+            u, s, gain, shift = leaves
+            out = tridrop.dropout_add(
+                u, s, 0.3, bias=shift, activation="gelu", layer_scale=gain, seed=1, shard=shard
+            )
+        found = torch.autograd.grad(out, leaves, grad[:, part], allow_unused=True)
+        return [t for t in (out.detach(), *found) if t is not None]
+
+    whole = call(slice(0, 2100), None)
+    part = call(cut, Shard((9, 2100), (0, origin)))
+    for a, b_ in zip(whole, part, strict=True):
+        torch.testing.assert_close(b_, a[..., cut], rtol=1e-6, atol=1e-6)
+        assert torch.equal(b_ == 0, a[..., cut] == 0)
+
+
+@needs_numba
+@pytest.mark.parametrize("op", ["everything", "swiglu", "layer_norm", "layer_norm plain", "after"])
+def test_results_do_not_depend_on_the_number_of_threads(op):
+    x, r, grad = tensors(torch.float32, 1031, 1000)
+    w, b = grad[0].abs() + 0.5, grad[1].clone()
+    before, results = torch.get_num_threads(), []
+
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.detach().clone().requires_grad_() for t in (x, r, w, b)]
+            out = OPS[op](*leaves)
+            g = grad[:, : out.shape[1]]
+            results.append([out, *torch.autograd.grad(out, leaves, g, allow_unused=True)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b_ in zip(results[0], other, strict=True):
+            assert (a is None and b_ is None) or torch.equal(a, b_)
+
+
+@needs_numba
+def test_norms_of_rows_with_a_large_mean(monkeypatch):
+    x = torch.randn(40, 1000) + 1000
+    r, w, b = torch.zeros(40, 1000), torch.ones(1000), torch.zeros(1000)
+    compare("after", (x, r, w, b), torch.randn(40, 1000), monkeypatch)
+    out = tridrop.layer_norm_dropout(torch.full((4, 64), 3.25), w[:64], b[:64], 0.3, seed=1)
+    assert (out == 0).all()
+
+
+@needs_numba
+def test_large_results_are_whole():
+    n = fast._MAPPED_ANEW // 4
+    value = fast.empty((n // 1024 + 1, 1024), torch.float32).fill_(1)
+    assert value.sum(dtype=torch.float64) == value.numel()
 
 
 @needs_numba
@@ -382,8 +588,8 @@ def test_numba_is_imported_when_it_is_used(choice):
 CACHED = """
 import torch, tridrop
 tridrop.dropout(torch.ones(8), 0.5, seed=1)
-from tridrop import fast_kernels
-print(fast_kernels.select._cache.__class__.__name__)
+from tridrop import fast_elementwise
+print(fast_elementwise.forward._cache.__class__.__name__)
 """
 
 

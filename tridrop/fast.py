@@ -1,20 +1,25 @@
 """The mask contract on a CPU, fast: the functions of :mod:`tridrop.mask` with compiled loops.
 
 The decisions are those of mask.py, bit for bit, from kernels that numba compiles
-(``fast_kernels.py``). numba is optional. ``TRIDROP_CPU`` in the environment says what serves CPU
+(``fast_kernels.py``); so are the elementwise and norm families (``fast_elementwise.py``,
+``fast_norm.py``). numba is optional. ``TRIDROP_CPU`` in the environment says what serves CPU
 tensors: "numba", "torch" (mask.py itself), or, where it is not set, numba if it can be imported.
 ``tridrop info`` reports the choice.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import mmap
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +33,7 @@ ENVIRONMENT, CACHE_ENVIRONMENT = "TRIDROP_CPU", "TRIDROP_CPU_CACHE"
 NAMES = ("numba", "torch")
 
 _has_numba = importlib.util.find_spec("numba") is not None
-_loaded: Any = None  # the kernels' module
+_loaded: Any = None  # the kernels by name
 _broken: str | None = None  # why numba, though installed, could not be imported
 
 # ------------------------------------------------------------------------------------- the choice
@@ -66,13 +71,13 @@ def report() -> str:
 
 
 def _kernels() -> Any:
-    """The kernels' module where the choice is numba, or None."""
+    """The kernels where the choice is numba, or None."""
     global _loaded, _broken
     if choose() != "numba":
         return None
     if _loaded is None:
         try:
-            from . import fast_kernels
+            from . import fast_elementwise, fast_kernels, fast_norm
         except ImportError as error:  # numba refuses a NumPy that is too new for it
             if os.environ.get(ENVIRONMENT):
                 raise
@@ -81,7 +86,14 @@ def _kernels() -> Any:
                 f"tridrop makes the masks of CPU tensors in torch: {_broken}", stacklevel=2
             )
             return None
-        _loaded = fast_kernels
+        _loaded = SimpleNamespace(
+            keep_rows=fast_kernels.keep_rows,
+            keep_scores=fast_kernels.keep_scores,
+            forward=fast_elementwise.forward,
+            backward=fast_elementwise.backward,
+            norm_forward=fast_norm.forward,
+            norm_backward=fast_norm.backward,
+        )
     return _loaded
 
 
@@ -100,6 +112,8 @@ def _readable(seed: Tensor) -> bool:
 # Elements below which a thread more costs more than it saves: 0.05 to 0.1 ms of work, where
 # handing over takes 0.02 to 0.05.
 _PART = 1 << 17
+# Each part has sums of its own: a bound on their memory, and one on the rows of a sum in fp32.
+_MOST_PARTS, _LONGEST_PART = 256, 1024
 
 _pool: ThreadPoolExecutor | None = None
 _workers = 0
@@ -115,30 +129,38 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _share_rows(rows: int, columns: int, call: Callable[[int, int], None]) -> None:
-    """``call(start, stop)`` for ranges that make up ``rows``, on at most torch's number of threads.
+def parts_of(rows: int, columns: int) -> list[tuple[int, int]]:
+    """The ranges of rows that are worked on at a time. Sizes alone decide, so that sums over the
+    parts do not depend on the number of threads."""
+    parts = min(rows, rows * columns // _PART, _MOST_PARTS)
+    step = min(-(-rows // max(1, parts)), _LONGEST_PART)
+    return [(start, min(rows, start + step)) for start in range(0, rows, step or 1)]
+
+
+def _share(rows: int, columns: int, call: Callable[[int, int, int], object]) -> None:
+    """``call(number, start, stop)`` for all of parts_of, on at most torch's number of threads.
 
     ``call`` runs a kernel and nothing of torch, whose modes and threads are those of a thread. The
     threads are tridrop's own: numba's either forbid two calls at a time or do not survive a
     fork, depending on the machine. The calling thread does its part, and all of it if need be.
     """
     global _pool, _workers
-    parts = min(rows, rows * columns // _PART)
-    threads = min(torch.get_num_threads(), parts)
-    if threads < 2:
-        call(0, rows)
-        return
-    step = -(-rows // parts)
-    starts = list(range(0, rows, step))
+    parts = parts_of(rows, columns)
+    worthwhile = min(len(parts), rows * columns // _PART)
+    threads = min(torch.get_num_threads(), worthwhile) if worthwhile > 1 else 1
+    numbers = list(range(len(parts)))
 
     def work() -> None:
         while True:
             try:
-                start = starts.pop()  # atomic
+                number = numbers.pop()  # atomic
             except IndexError:
                 return
-            call(start, min(rows, start + step))
+            call(number, *parts[number])
 
+    if threads < 2:
+        work()
+        return
     if _pool is None or _workers < threads - 1:
         _pool, _workers = ThreadPoolExecutor(threads - 1, "tridrop"), threads - 1
     helpers: list[Future[None]] = []
@@ -153,11 +175,26 @@ def _share_rows(rows: int, columns: int, call: Callable[[int, int], None]) -> No
 # ------------------------------------------------------------------------------------------ masks
 
 
-def _key(seed: Tensor) -> tuple[np.uint32, np.uint32]:
+def _key(seed: Tensor) -> tuple[int, int]:
     """:func:`mask.key_of` on the host."""
     first, stream = seed.tolist()
     key = (first + stream * mask.STREAM_MULTIPLIER) % (1 << 64)
-    return np.uint32(key % mask.ONE), np.uint32(key // mask.ONE)
+    return key % mask.ONE, key // mask.ONE
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What the kernels are told of the decisions of rows; see ``fast_kernels.next_strip``."""
+
+    arguments: tuple[int, ...]
+    rows: Tensor | None  # what the first argument is the address of
+
+    @classmethod
+    def of(cls, where: mask.Coordinates, seed: Tensor, domain: str, t: int) -> _Draw:
+        rows = mask.row_coordinates(where, "cpu") if where.leading else None
+        group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
+        address = 0 if rows is None else rows.data_ptr()
+        return cls((address, lane, group, *_key(seed), mask.DOMAINS[domain] << 28, t - 1), rows)
 
 
 def keep_mask(
@@ -181,14 +218,13 @@ def keep_mask(
         raise ValueError("the masks of drop_path are shared along the last dimension")
     columns = min(1, where.cols) if where.col_shared else where.cols
     keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
-    draw = _Rows.of(where, seed, mask.DOMAINS[domain], t)
-    out = keep.numpy()
+    draw = _Draw.of(where, seed, domain, t)
+    out = keep.data_ptr()
 
-    def call(start: int, stop: int) -> None:
-        rows, others = draw.part(start, stop)
-        kernels.keep_rows(out[start:stop], rows, *others)
+    def call(_: int, start: int, stop: int) -> None:
+        kernels.keep_rows(start, stop, columns, draw.arguments, out)
 
-    _share_rows(where.rows, columns, call)
+    _share(where.rows, columns, call)
     return keep.expand(where.rows, where.cols).reshape(tuple(shape)).contiguous()
 
 
@@ -207,85 +243,79 @@ def attention_keep_mask(
     batch, heads, queries, keys = shape
     rows = batch * heads * queries
     keep = torch.empty((rows, keys), dtype=torch.bool, device="cpu")
-    out, key = keep.numpy(), _key(seed)
+    out, key = keep.numpy(), (np.uint32(word) for word in _key(seed))
     sizes = (np.uint64(heads), np.uint64(queries), np.array(origin, np.uint64))
     domain, last = np.uint32(mask.DOMAINS["attention"] << 28), np.uint32(t - 1)
+    others = (*sizes, *key, domain, last)
 
-    def call(start: int, stop: int) -> None:
-        kernels.keep_scores(out[start:stop], np.uint64(start), *sizes, *key, domain, last)
+    def call(_: int, start: int, stop: int) -> None:
+        kernels.keep_scores(out[start:stop], np.uint64(start), *others)
 
-    _share_rows(rows, keys, call)
+    _share(rows, keys, call)
     return keep.view(tuple(shape))
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What the kernels are told of the decisions of rows."""
+# ---------------------------------------------------------------------------------------- the ops
 
-    rows: np.ndarray[Any, Any]
-    others: tuple[Any, ...]
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in fast_storage.py
+# glibc maps what is larger than this anew for every allocation: DEFAULT_MMAP_THRESHOLD_MAX, see
+# mallopt(3).
+_MAPPED_ANEW = 32 << 20
+_MADV_HUGEPAGE = 14
 
-    @classmethod
-    def of(cls, where: mask.Coordinates, seed: Tensor, domain: int, t: int) -> _Rows:
-        rows = mask.row_coordinates(where, "cpu").numpy()
-        group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
-        high, last = np.uint32(domain << 28), np.uint32(t - 1)
-        return cls(rows, (lane, *_key(seed), high, np.uint64(group), last))
-
-    def part(self, start: int, stop: int) -> tuple[np.ndarray[Any, Any], tuple[Any, ...]]:
-        return self.rows[start:stop], self.others
+_madvise: Any = None
+if sys.platform == "linux":
+    _madvise = ctypes.CDLL(None).madvise
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-# --------------------------------------------------------------------------------------- selection
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A result. A large one asks the kernel for large pages: it is new memory, and 4 KiB at a
+    time its page faults take longer than the op. See madvise(2); a refusal changes nothing."""
+    result = torch.empty(shape, dtype=dtype, device="cpu")
+    if _madvise is not None and result.nbytes >= _MAPPED_ANEW:
+        page = mmap.PAGESIZE
+        start = -(-result.data_ptr() // page) * page
+        _madvise(start, (result.data_ptr() + result.nbytes - start) // page * page, _MADV_HUGEPAGE)
+    return result
 
-_WORDS = (torch.float32, torch.bfloat16)  # what the kernels read and write
+
+def matrix(t: Tensor | None) -> tuple[int, int]:
+    """A contiguous tensor as the kernels take it: (address, kind), (0, 0) where there is none."""
+    return (0, 0) if t is None else (t.data_ptr(), KINDS[t.dtype])
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The random part of rows of a call, without a mask in memory; see :func:`selection`.
-
-    Results have no derivative.
-    """
+    """The random part of the rows of a call, without a mask in memory; see :func:`selection`."""
 
     kernels: Any
-    draw: _Rows
-    scale: np.float32
+    draw: _Draw
+    scale: float
 
-    def part(self, start: int, stop: int) -> Selection:
-        """Of the rows from ``start`` to ``stop``."""
-        return Selection(self.kernels, _Rows(*self.draw.part(start, stop)), self.scale)
+    def call(
+        self, name: str, rows: int, columns: int, *arguments: Any, widths: Sequence[int] = ()
+    ) -> list[Tensor | None]:
+        """Call a kernel for all rows, by several threads; the sums over the rows that it makes.
 
-    def __call__(self, value: Tensor) -> Tensor:
-        """value * scale where kept, exactly 0 elsewhere: fp32, [rows, columns]."""
-        out = torch.empty_like(value, memory_format=torch.contiguous_format)
-        self._select(_array(out), _array(value.contiguous()), None, 0, len(out))
-        return out
-
-    def add(self, value: Tensor, residual: Tensor | None, out: Tensor) -> None:
-        """``out`` = residual + value * scale where kept, rounded once; by several threads.
-
-        Matrices, each of fp32 or bf16.
+        ``arguments`` are those between ``scale`` and ``options``, and ``options``; whoever calls
+        keeps alive what they point to. ``widths`` are those of the sums, 0 for one not wanted.
+        They are made in fp32 within a part of the rows, then in fp64 in the order of the parts.
         """
-        o, v = _array(out), _array(value)
-        r = None if residual is None else _array(residual)
-        rows, columns = out.shape
-        _share_rows(rows, columns, lambda start, stop: self._select(o, v, r, start, stop))
+        kernel, parts = getattr(self.kernels, name), len(parts_of(rows, columns))
+        *matrices, options = arguments
+        partial = [np.empty((parts, width), np.float32) for width in widths]
+        begin = [sums.ctypes.data if sums.size else 0 for sums in partial]
 
-    def _select(self, out: Any, value: Any, residual: Any, start: int, stop: int) -> None:
-        rows = slice(start, stop)
-        r = None if residual is None else residual[rows]
-        draw = self.draw.part(start, stop)
-        self.kernels.select(out[rows], value[rows], r, self.scale, draw[0], *draw[1])
+        def call(number: int, start: int, stop: int) -> None:
+            own = [a and a + 4 * number * w for a, w in zip(begin, widths, strict=True)]
+            given = (tuple(own), options) if own else (options,)
+            kernel(start, stop, columns, self.draw.arguments, self.scale, *matrices, *given)
 
-
-def _array(t: Tensor) -> np.ndarray[Any, Any]:
-    return t.numpy() if t.dtype == torch.float32 else t.view(torch.uint16).numpy()
-
-
-def can_store(*tensors: Tensor | None) -> bool:
-    """Whether :meth:`Selection.add` takes these."""
-    return all(t is None or t.dtype in _WORDS for t in tensors)
+        _share(rows, columns, call)
+        return [
+            torch.from_numpy(sums.sum(0, np.float64)) if sums.size else None for sums in partial
+        ]
 
 
 def selection(
@@ -303,8 +333,10 @@ def selection(
     if seed is None or drop_threshold == 0 or not _readable(seed):
         return None
     kernels = _kernels()
-    where = mask.coordinates(shape, shared, shard)
-    if kernels is None or where.col_shared:
+    if kernels is None:
         return None
-    draw = _Rows.of(where, seed, mask.DOMAINS["elements"], drop_threshold)
-    return Selection(kernels, draw, np.float32(mask.scale(drop_threshold)))
+    where = mask.coordinates(shape, shared, shard)
+    if where.col_shared:
+        return None
+    draw = _Draw.of(where, seed, "elements", drop_threshold)
+    return Selection(kernels, draw, mask.scale(drop_threshold))

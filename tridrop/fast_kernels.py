@@ -5,8 +5,7 @@ they become one vector instruction for four or eight calls. So a kernel makes th
 of a row first, one array a word, then spreads them over the columns, then decides; the strip stays
 in the first-level cache, and no mask is in memory unless the mask is the result.
 
-Kernels are serial and hold no lock: the caller shares rows among threads. bf16 is handled as its
-bits, which numba has no type for.
+Kernels are serial and hold no lock: the caller shares rows among threads.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from __future__ import annotations
 import os
 
 import numpy as np
-from numba import float32, njit, uint16, uint32, uint64
-from numba.extending import overload
+from numba import carray, njit, types, uint32, uint64
+from numba.extending import intrinsic
 
 from .mask import LANES, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1, TILE
 
@@ -28,13 +27,43 @@ CACHE = os.environ.get("TRIDROP_CPU_CACHE") != "0"
 
 
 def kernel(function):
-    """The function compiled at its first call, from the cache on disk where there is one."""
+    """What Python calls: compiled at its first call, from the cache on disk where there is one."""
     if CACHE:
         try:
-            return njit(nogil=True, cache=True)(function)
+            return njit(nogil=True, cache=True, error_model="numpy")(function)
         except RuntimeError:  # no place that can be written to
             pass
-    return njit(nogil=True)(function)
+    return njit(nogil=True, error_model="numpy")(function)
+
+
+def part(fastmath):
+    """What kernels call: a loop of its own, compiled with the first kernel that needs it.
+
+    The only liberties taken with floating-point numbers are those named: "contract", a product and
+    a sum in one instruction; "reassoc", a sum in any order.
+    """
+    return njit(error_model="numpy", fastmath=fastmath, no_cpython_wrapper=True)
+
+
+def inline(fastmath):
+    """What is compiled into the loops that call it."""
+    return njit(error_model="numpy", fastmath=fastmath, forceinline=True, no_cpython_wrapper=True)
+
+
+@intrinsic
+def _pointer(context, address):
+    """An address as a pointer."""
+
+    def build(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), build
+
+
+@inline(set())
+def vector(address, size, dtype):
+    """The numbers at an address as an array. Whoever calls a kernel keeps their memory alive."""
+    return carray(_pointer(address), (size,), dtype)
 
 
 @njit(inline="always")
@@ -54,9 +83,9 @@ def rotate(word):
     return uint32(word << HALF) | uint32(word >> HALF)
 
 
-@kernel
+@part(set())
 def strip_bits(bits, words, k0, k1, high, row, group, count):
-    """The 32 bits of the eight columns of each of ``count`` groups: [STRIP, 8]."""
+    """The 32 bits of the eight columns of each of ``count`` groups."""
     low, upper = uint32(row), uint32(row >> WORD)
     for g in range(count):
         at = group + uint64(g)
@@ -65,30 +94,44 @@ def strip_bits(bits, words, k0, k1, high, row, group, count):
         )
     for g in range(count):
         for i in range(4):
-            bits[g, 2 * i] = words[i, g]
-            bits[g, 2 * i + 1] = rotate(words[i, g])
+            bits[LANES * g + 2 * i] = words[i, g]
+            bits[LANES * g + 2 * i + 1] = rotate(words[i, g])
+
+
+@part(set())
+def next_strip(bits, words, mask, row, done, columns):
+    """Make the bits of the columns of a row from ``done`` on, in ``bits``: (from where, how many).
+
+    ``row`` is a local one. ``mask`` is what decides: the address of the row coordinates, 0 where
+    they are the local ones; the lane and the group of column 0; the words of the key; the domain;
+    and ``last``: an element is dropped iff its bits are at most that.
+    """
+    rows, skip, first, k0, k1, high, _ = mask
+    place = skip + done
+    group, lane = place // LANES, place % LANES
+    count = min(STRIP, (columns - done + lane + LANES - 1) // LANES)
+    at = row if rows == 0 else vector(rows, row + 1, np.int64)[row]
+    start = uint64(first) + uint64(group)
+    strip_bits(bits, words, uint32(k0), uint32(k1), uint32(high), uint64(at), start, count)
+    return lane, min(columns - done, LANES * count - lane)
 
 
 @kernel
-def keep_rows(out, rows, skip, k0, k1, high, group, last):
-    """Decisions of columns from lane ``skip`` of ``group`` on: bool, [rows, columns].
+def keep_rows(start, stop, columns, mask, out):
+    """Decisions of the rows from ``start`` to ``stop``: bool, at the address ``out``.
 
-    ``rows`` holds the row coordinates; an element is dropped iff its bits are at most ``last``.
+    ``mask`` is as in :func:`next_strip`.
     """
-    bits = np.empty((STRIP, LANES), np.uint32)
-    words = np.empty((4, STRIP), np.uint32)
-    flat = bits.reshape(-1)
-    columns = out.shape[1]
-    for r in range(out.shape[0]):
-        done, lane, at = 0, skip, group
+    bits, words = np.empty(STRIP * LANES, np.uint32), np.empty((4, STRIP), np.uint32)
+    last = uint32(mask[6])
+    for r in range(start, stop):
+        done = 0
         while done < columns:
-            count = min(STRIP, (columns - done + lane + LANES - 1) // LANES)
-            strip_bits(bits, words, k0, k1, high, uint64(rows[r]), at, count)
-            size = min(columns - done, LANES * count - lane)
-            b, o = flat[lane : lane + size], out[r, done : done + size]
+            lane, size = next_strip(bits, words, mask, r, done, columns)
+            o = vector(out + r * columns + done, size, np.bool_)
             for j in range(size):
-                o[j] = b[j] > last
-            done, lane, at = done + size, 0, at + uint64(count)
+                o[j] = bits[lane + j] > last
+            done += size
 
 
 @kernel
@@ -125,64 +168,3 @@ def keep_scores(out, first, heads, queries, origin, k0, k1, domain, last):
             for j in range(size):
                 o[j] = b[j] > last
             done, skip, group = done + size, 0, uint32(group + uint32(4 * tiles))
-
-
-def widen(value):
-    """A stored value as fp32."""
-
-
-def narrow(value, like):
-    """fp32 as what ``like`` is stored as: bf16 to the nearest, ties to even."""
-
-
-@overload(widen, inline="always")
-def _widen(value):
-    if value == float32:
-        return lambda value: value
-    return lambda value: np.uint32(uint32(value) << HALF).view(np.float32)
-
-
-@overload(narrow, inline="always")
-def _narrow(value, like):
-    if like == float32:
-        return lambda value, like: value
-    return lambda value, like: nearest(value)
-
-
-@njit
-def nearest(value):
-    word = np.float32(value).view(np.uint32)
-    odd = (word >> HALF) & np.uint32(1)
-    rounded = uint16(uint32(word + np.uint32(0x7FFF) + odd) >> HALF)
-    return rounded if value == value else np.uint16(0x7FC0)
-
-
-@kernel
-def select(out, value, residual, scale, rows, skip, k0, k1, high, group, last):
-    """residual + where(keep, value, 0) * scale, of matrices: fp32, or bf16 as uint16.
-
-    ``residual`` may be None; ``out`` may be ``value``. The other arguments are keep_rows'.
-    """
-    bits = np.empty((STRIP, LANES), np.uint32)
-    words = np.empty((4, STRIP), np.uint32)
-    flat = bits.reshape(-1)
-    columns = out.shape[1]
-    zero = np.float32(0)
-    for r in range(out.shape[0]):
-        done, lane, at = 0, skip, group
-        while done < columns:
-            count = min(STRIP, (columns - done + lane + LANES - 1) // LANES)
-            strip_bits(bits, words, k0, k1, high, uint64(rows[r]), at, count)
-            size = min(columns - done, LANES * count - lane)
-            b, o = flat[lane : lane + size], out[r, done : done + size]
-            v = value[r, done : done + size]
-            if residual is None:
-                for j in range(size):
-                    kept = widen(v[j]) if b[j] > last else zero
-                    o[j] = narrow(kept * scale, o[j])
-            else:
-                s = residual[r, done : done + size]
-                for j in range(size):
-                    kept = widen(v[j]) if b[j] > last else zero
-                    o[j] = narrow(widen(s[j]) + kept * scale, o[j])
-            done, lane, at = done + size, 0, at + uint64(count)
