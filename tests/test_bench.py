@@ -5,14 +5,28 @@ import functools
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 import tridrop
 from tridrop import bench, check, cli
-from tridrop.bench import gate, machine, options, probes, providers, records, report, rows, timing
+from tridrop.bench import (
+    gate,
+    machine,
+    models,
+    op_report,
+    options,
+    probes,
+    providers,
+    records,
+    report,
+    rows,
+    step_report,
+    steps,
+    timing,
+)
 from tridrop.bench.timing import BACKWARD, BOTH, COPY, FORWARD
 
 SMALL = {"sizes": ["16x24"], "rounds": 3, "modes": ["both"], "dtypes": ["fp32"]}
@@ -263,7 +277,8 @@ def test_a_provider_that_cannot_run_leaves_its_reason():
     found = [r for r in made() if r.why_not]
     assert [(r.provider, r.mode) for r in found] == [("sdpa-flash", m) for m in timing.MODES]
     assert all(r.median_ms is None for r in found)
-    assert any("sdpa-flash" in line and "no kernel" in line for line in report.notes(found))
+    assert op_report.reasons(found) == ["sdpa-flash, dropout_add, p = 0.1: no kernel"]
+    assert op_report.failures(found) == []
 
 
 def test_a_failed_check_takes_tridrops_speedups_alone():
@@ -273,7 +288,7 @@ def test_a_failed_check_takes_tridrops_speedups_alone():
             assert r.speedup_over_eager is r.speedup_over_compile is None
             assert r.check == "failed value: 3 > 2"
     assert pick(found, "torch.compile").speedup_over_eager == pytest.approx(4 / 3, rel=1e-4)
-    (failure,) = report.failures(found)
+    (failure,) = op_report.failures(found)
     assert "its check failed value: 3 > 2" in failure
 
 
@@ -282,6 +297,14 @@ def test_attentions_work_is_counted_as_in_the_papers():
     plain, causal = rows.table(["scaled_dot_product_attention"], [], sizes)
     assert plain.shape == causal.shape == (4, 4, 16, 8)
     assert plain.flops == 4 * 4 * 4 * 16 * 16 * 8 == 2 * causal.flops
+
+
+def test_lists_of_names_add_up(tmp_path):
+    args = cli.parser().parse_args(
+        ["bench", "--op", "dropout", "--op", "dropout_add,softmax_dropout", "--length", "8,16"]
+    )
+    assert args.op == ["dropout", "dropout_add", "softmax_dropout"]
+    assert args.length == [8, 16]
 
 
 def test_large_scores_are_checked_for_one_head(monkeypatch):
@@ -338,7 +361,7 @@ def test_the_command_writes_records_a_table_and_plots(tmp_path, capsys, compiled
     with written[1].open() as file:
         assert len(list(csv.DictReader(file))) == len(content["records"])
     for r in content["records"]:
-        assert tuple(r) == report.COLUMNS
+        assert tuple(r) == tuple(f.name for f in fields(records.Record))
         if r["why_not"]:
             assert r["provider"] == "sdpa-flash"
             assert r["p"] == 0.1  # without dropout it runs on a CPU
@@ -451,3 +474,134 @@ def test_every_device_has_defaults():
     assert {row.op for row in bench.Options.of("cpu", ops=["all"], quick=True).rows} == set(
         rows.OPS
     )
+
+
+# ------------------------------------------------------------------------------ whole models
+
+
+STEPS = ["bench", "--device", "cpu", "--quick", "--rounds", "2"]
+
+
+def test_every_architecture_is_trained_and_swapped(monkeypatch):
+    """The stopwatch says 3 s where something is dropped and 2 s where not: dropout costs half."""
+    monkeypatch.setattr(
+        machine.Machine, "wall_seconds",
+        lambda self, calls: (calls[0](), 3.0 if calls[0].__self__.p else 2.0)[1],
+    )  # fmt: skip
+    chosen = steps.StepOptions.of("cpu", rounds=2, quick=True, providers=["eager", "tridrop"])
+    found = bench.run_steps(chosen)
+    assert [(r.model, r.provider, r.p) for r in found] == [
+        (model, provider, p)
+        for model in ("gpt2", "bert", "vit")
+        for provider in ("eager", "tridrop")
+        for p in (0.0, 0.1)
+    ]
+    for r in found:
+        assert r.check == gate.PASSED
+        assert r.why_not == ""
+        assert (r.rounds, r.median_ms) == (2, 3000.0 if r.p else 2000.0)
+        assert r.dropout_cost == (0.5 if r.p else None)
+        assert r.speedup_over_eager == (1.0 if r.provider == "tridrop" else None)
+        assert r.parameters > 100_000
+        assert r.peak_bytes is None
+    kept = {(r.model, r.provider, r.p): r.saved_bytes for r in found}
+    for model in chosen.names:
+        # Without dropout as much as eager; with it less, and only the seeds more than without.
+        assert kept[model, "tridrop", 0.0] == kept[model, "eager", 0.0]
+        assert kept[model, "tridrop", 0.1] < kept[model, "eager", 0.1]
+        assert 0 < kept[model, "tridrop", 0.1] - kept[model, "tridrop", 0.0] < 1000
+    assert step_report.failures(found) == []
+    assert len(step_report.headlines(found)) == 3
+    assert "eager +50.0%, tridrop +50.0%" in step_report.headlines(found)[0]
+
+
+def test_the_command_times_steps(tmp_path, capsys):
+    arguments = [*STEPS, "--steps", "bert", "--provider", "eager,tridrop", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    assert "BERT, price of dropout: eager" in capsys.readouterr().out
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name[:16] + name[26:] for name in names] == [
+        f"bench-steps-cpu-.{kind}" for kind in ("csv", "json", "png")
+    ]
+    content = json.loads((tmp_path / names[1]).read_text())
+    for r in content["records"]:
+        assert tuple(r) == tuple(f.name for f in fields(steps.StepRecord))
+        assert 0 < r["q20_ms"] <= r["median_ms"] <= r["q80_ms"]
+
+
+def test_a_model_that_computes_something_else_fails(monkeypatch, tmp_path, capsys):
+    right = steps.Trainee.loss
+
+    def shifted(self, batch):
+        return right(self, batch) * (1.1 if self.sites else 1.0)
+
+    monkeypatch.setattr(steps.Trainee, "loss", shifted)
+    arguments = [*STEPS, "--steps", "vit", "--provider", "eager,tridrop", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 1
+    assert "failed: loss at p = 0 is" in capsys.readouterr().out
+    content = json.loads(next(tmp_path.glob("*.json")).read_text())
+    for r in content["records"]:
+        assert r["speedup_over_eager"] is None
+
+
+def test_a_swap_that_finds_nothing_fails(monkeypatch):
+    class Nothing:
+        def counts(self):
+            return {"fused": 0, "swapped": 0, "left": 9}
+
+    monkeypatch.setattr(steps.tridrop, "swap", lambda model: Nothing())
+    chosen = steps.StepOptions.of("cpu", ["vit"], rounds=1, quick=True, providers=["tridrop"])
+    found = bench.run_steps(chosen)
+    assert {r.check for r in found} == {"failed: tridrop.swap fused nothing"}
+
+
+def test_a_compiler_that_fails_leaves_its_reason(monkeypatch):
+    def failing(model, **options):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(steps.torch, "compile", failing)
+    chosen = steps.StepOptions.of("cpu", ["vit"], rounds=1, quick=True)
+    found = bench.run_steps(chosen)
+    reasons = {r.provider: r.why_not for r in found if r.why_not}
+    assert reasons == dict.fromkeys([steps.COMPILED, steps.BOTH], "RuntimeError: no compiler")
+    assert step_report.failures(found) == []
+    assert len(step_report.reasons(found)) == 4
+
+
+def test_without_transformers_steps_say_what_to_install(monkeypatch, capsys, tmp_path):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(models.importlib, "import_module", missing)
+    assert cli.main([*STEPS, "--steps", "vit", "--out", str(tmp_path)]) == 2
+    assert "pip install 'tridrop[hf]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "llama"], "model 'llama' is not known; known: gpt2, bert, vit"),
+        (["--steps", "vit", "--provider", "sdpa-math"], "known: eager, torch.compile, tridrop"),
+        (["--steps", "vit", "--dtype", "bf16,fp32"], "one at a time"),
+        (["--steps", "vit", "--model-size", "huge"], "known: full, tiny"),
+        (["--steps", "vit", "--batch", "0"], "give 1 or more"),
+        (["--steps", "vit", "--p", "1"], "give one between 0 and 1"),
+        (["--steps", "vit", "--op", "dropout"], "give one of the two"),
+        (["--op", "dropout", "--batch", "3"], "--batch is of --steps"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused(capsys, tmp_path, arguments, message):
+    assert cli.main(["bench", "--device", "cpu", *arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_full_sizes_are_the_published_ones():
+    chosen = steps.StepOptions.of("cuda", ["gpt2"])
+    assert chosen.sizes["gpt2"] == models.ARCHITECTURES["gpt2"].full
+    assert (chosen.dtype, steps.StepOptions.of("cpu").dtype) == ("bf16", "fp32")
+    with torch.device("meta"):
+        counts = {
+            name: sum(t.numel() for t in a.build(a.full, 0.1).parameters()) / 1e6
+            for name, a in models.ARCHITECTURES.items()
+        }
+    assert counts == pytest.approx({"gpt2": 124.4, "bert": 109.5, "vit": 86.6}, rel=0.01)

@@ -11,5 +11,7 @@ from __future__ import annotations
 
 from .options import Options
 from .run import run
+from .steps import StepOptions
+from .steps import run as run_steps
 
-__all__ = ["Options", "run"]
+__all__ = ["Options", "StepOptions", "run", "run_steps"]

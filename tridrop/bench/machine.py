@@ -65,10 +65,7 @@ class Machine:
         what the host costs is measured by itself.
         """
         if not self.cuda:
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            return (time.perf_counter() - start) / len(calls)
+            return self.wall_seconds(calls)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda._sleep(int((1.5 * host * len(calls) + 1e-4) * _CYCLES))
@@ -78,6 +75,15 @@ class Machine:
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / len(calls)
+
+    def wall_seconds(self, calls: Sequence[Thunk]) -> float:
+        """Seconds a call from the first's start to the last's end, host and device together."""
+        self.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        self.synchronize()
+        return (time.perf_counter() - start) / len(calls)
 
     def host_seconds(self, call: Thunk) -> float:
         """Seconds until a call returns, the device having nothing else to do."""

@@ -13,7 +13,7 @@ from .timing import MODES
 
 @dataclass(frozen=True)
 class Defaults:
-    """Sizes of a device: the largest are well past its caches."""
+    """Sizes of a device, those that matter most first; the largest are well past its caches."""
 
     dtypes: tuple[str, ...]
     sizes: tuple[str, ...]
@@ -28,14 +28,14 @@ class Defaults:
 # (device, quick)
 DEFAULTS = {
     ("cuda", False): Defaults(
-        ("bf16",), ("64x64", "1024x1024", "4096x4096", "8192x4096", "16384x4096"),
-        16384, 2048, (512, 1024, 2048, 4096, 8192, 16384), (64, 128), 30, 10.0,
+        ("bf16",), ("8192x4096", "16384x4096", "1024x1024", "4096x4096", "64x64"),
+        16384, 2048, (4096, 1024, 16384, 512, 2048, 8192), (64, 128), 30, 5.0,
     ),
     ("cuda", True): Defaults(
-        ("bf16",), ("1024x1024", "8192x4096"), 16384, 2048, (512, 4096), (64,), 10, 5.0
+        ("bf16",), ("8192x4096", "1024x1024"), 16384, 2048, (4096, 512), (64,), 10, 3.0
     ),
     ("cpu", False): Defaults(
-        ("fp32", "bf16"), ("64x64", "1024x1024", "8192x1024"), 1024, 256, (256, 1024), (64,), 15,
+        ("fp32", "bf16"), ("8192x1024", "1024x1024", "64x64"), 1024, 256, (256, 1024), (64,), 15,
         30.0,
     ),
     ("cpu", True): Defaults(("fp32",), ("1024x1024",), 512, 128, (256,), (64,), 5, 5.0),

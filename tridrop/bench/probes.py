@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,21 +53,28 @@ def moved_bytes(call: Callable[[Inputs], Any], operands: Operands) -> dict[str, 
     Forward: inputs, results, and what tridrop keeps for backward, each once. Backward: incoming
     gradients, what was kept, and gradients, each once; one that is an incoming one costs nothing.
     """
-    kept: list[Tensor] = []
+    found, kept = kept_by(lambda: call(operands.leaves))
+    outs = results(found)
+    forward = storage_bytes([*operands.leaves.values(), *outs, *kept])
+    grads = [g for g in operands.backward(outs) if g is not None]
+    backward = storage_bytes([*operands.grads(outs), *kept, *grads])
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
+
+def kept_by(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    """What a function returns, and the tensors that autograd keeps for its backward."""
+    kept: list[Tensor] = []  # alive until counted, so that no two have the same address
 
     def pack(t: Tensor) -> Tensor:
         kept.append(t.detach())
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outs = results(call(operands.leaves))
-    forward = _storages([*operands.leaves.values(), *outs, *kept])
-    found = [g for g in operands.backward(outs) if g is not None]
-    backward = _storages([*operands.grads(outs), *kept, *found])
-    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+        return function(), kept
 
 
-def _storages(tensors: Sequence[Tensor]) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, each once."""
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(found.values())
 

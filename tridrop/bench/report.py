@@ -7,27 +7,24 @@ import csv
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from ..inspection import DTYPES
-from . import plots
-from .gate import PASSED
+from . import models, op_report, plots, step_report, steps
 from .machine import Machine
 from .options import Options
 from .providers import PROVIDERS
-from .records import Record
 from .rows import OPS
 from .run import run
-from .timing import COPY, MODES
+from .timing import MODES
 
 CLONE = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -49,20 +46,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("op", ("all", *OPS), "all"),
         ("dtype", tuple(DTYPES), "bf16 on cuda, fp32 and bf16 on a cpu"),
         ("mode", MODES, "all"),
-        ("provider", PROVIDERS, "all"),
+        ("provider", (*PROVIDERS, steps.BOTH), "all"),
     ):
         parser.add_argument(
             f"--{option}",
             type=_names,
+            action="extend",
             metavar="NAME,...",
             help=f"of {', '.join(known)} (default: {default})",
         )
     parser.add_argument("--device", help='"cuda" or "cpu" (default: cuda where there is one)')
     parser.add_argument(
-        "--size", type=_names, metavar="ROWSxCOLS,...", help="of all ops but attention"
-    )
-    parser.add_argument("--length", type=_numbers, metavar="N,...", help="lengths of attention")
-    parser.add_argument("--head-dim", type=_numbers, metavar="N,...", help="widths of its heads")
+        "--size", type=_names, action="extend", metavar="ROWSxCOLS,...",
+        help="of all ops but attention",
+    )  # fmt: skip
+    for option, text in (("length", "lengths of attention"), ("head-dim", "widths of its heads")):
+        parser.add_argument(
+            f"--{option}", type=_numbers, action="extend", metavar="N,...", help=text
+        )
     parser.add_argument("--p", type=float, default=0.1, help="beside 0 (default %(default)s)")
     parser.add_argument("--rounds", type=int, help="default: 30 on cuda, 15 on a cpu")
     parser.add_argument("--threads", type=int, help="of torch, on a cpu (default: torch's)")
@@ -72,6 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-rows", action="store_true", help="every row of tridrop check that has other sizes"
     )
+    parser.add_argument(
+        "--steps",
+        type=_names,
+        action="extend",
+        metavar="NAME,...",
+        help=f"time training steps instead of ops: of {', '.join(models.ARCHITECTURES)}",
+    )
+    parser.add_argument(
+        "--model-size", help='of --steps: "full" or "tiny" (default: full on cuda without --quick)'
+    )
+    parser.add_argument("--batch", type=int, help="of --steps: sequences or images in a step")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: benchmarks/results of a clone)"
     )
@@ -99,6 +111,21 @@ def _main(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the plot needs matplotlib: pip install 'tridrop[demo]'")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console(highlight=False)
+    if not sys.stdout.isatty():
+        # Into a file or a pipe goes the whole table, whatever a terminal's width.
+        console = Console(width=200, highlight=False)
+    times = _time_steps if args.steps else _time_ops
+    return times(args, device, lambda kind: Files(Machine(device), out, args.label, kind), console)
+
+
+Open = Callable[[str], "Files"]
+
+
+def _time_ops(args: argparse.Namespace, device: str, files: Open, console: Console) -> int:
+    for name in ("model_size", "batch"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is of --steps: give both or neither")
     options = Options.of(
         device,
         ops=args.op,
@@ -113,20 +140,55 @@ def _main(args: argparse.Namespace) -> int:
         quick=args.quick,
         all_rows=args.all_rows,
     )
-    machine = Machine(device)
-    records = _run(options)
-    paths = write([asdict(r) for r in records], machine, out, args.label)
-    paths += plots.draw(records, paths[0].with_suffix(""))
-    # Into a file or a pipe goes the whole table, whatever a terminal's width.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table(records))
-    for line in notes(records):
-        console.print(line, highlight=False)
-    console.print("Written: " + ", ".join(map(str, paths)), soft_wrap=True, highlight=False)
-    return 1 if failures(records) else 0
+    written = files("bench")
+    records = _with_progress(run, options, written)
+    console.print(op_report.table(records))
+    return _conclude(
+        console, op_report.failures(records), op_report.reasons(records),
+        written.paths + plots.draw(records, written.stem),
+    )  # fmt: skip
 
 
-def _run(options: Options) -> list[Record]:
+def _time_steps(args: argparse.Namespace, device: str, files: Open, console: Console) -> int:
+    for name in ("op", "size", "length", "head_dim", "mode", "all_rows"):
+        if getattr(args, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is of ops, --steps of models: give one of the two")
+    options = steps.StepOptions.of(
+        device,
+        args.steps,
+        dtypes=args.dtype,
+        providers=args.provider,
+        size=args.model_size,
+        batch=args.batch,
+        p=args.p,
+        rounds=args.rounds,
+        quick=args.quick,
+    )
+    written = files("bench-steps")
+    records = _with_progress(steps.run, options, written)
+    console.print(step_report.table(records))
+    for line in step_report.headlines(records):
+        console.print(line)
+    return _conclude(
+        console, step_report.failures(records), step_report.reasons(records),
+        written.paths + step_report.draw(records, written.stem),
+    )  # fmt: skip
+
+
+def _conclude(
+    console: Console, failures: Sequence[str], reasons: Sequence[str], paths: Sequence[Path]
+) -> int:
+    """Say what failed, who could not run and what was written; return the exit status."""
+    for text in failures:
+        console.print(f"[bold red]FAIL[/] {escape(text)}")
+    for text in reasons:
+        console.print(f"[yellow]not run:[/] {escape(text)}")
+    console.print("Written: " + ", ".join(map(str, paths)), soft_wrap=True)
+    return 1 if failures else 0
+
+
+def _with_progress(time: Callable[..., list[Any]], options: Any, files: Files) -> list[Any]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -136,11 +198,14 @@ def _run(options: Options) -> list[Record]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("timing", total=None)
         done = iter((0,))
-
-        def on_row(what: str) -> None:
-            progress.update(task, advance=next(done, 1), description=what.replace("[", r"\["))
-
-        return run(options, lambda total: progress.update(task, total=total), on_row)
+        return time(
+            options,
+            on_start=lambda total: progress.update(task, total=total),
+            on_row=lambda what: progress.update(
+                task, advance=next(done, 1), description=escape(what)
+            ),
+            on_records=lambda records: files.write([asdict(r) for r in records]),
+        )
 
 
 def folder(given: Path | None) -> Path:
@@ -152,88 +217,24 @@ def folder(given: Path | None) -> Path:
     return found
 
 
-def write(records: Sequence[dict[str, Any]], machine: Machine, out: Path, label: str) -> list[Path]:
-    """Write bench-DEVICE-DATE[-LABEL].json and .csv; return their paths."""
-    about = machine.about()
-    stem = "-".join(filter(None, ("bench", machine.slug, about["date"], label)))
-    lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
-    (out / f"{stem}.json").write_text(
-        f'{{"about":{json.dumps(about)},\n"records":[\n{lines}\n]}}\n'
-    )
-    with (out / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    return [out / f"{stem}.json", out / f"{stem}.csv"]
+class Files:
+    """KIND-DEVICE-DATE[-LABEL].json and .csv: written anew as records come, so that what was
+    timed is there should the rest be cut short."""
 
+    def __init__(self, machine: Machine, out: Path, label: str, kind: str) -> None:
+        self._about = machine.about()
+        parts = (kind, machine.slug, self._about["date"], label)
+        self.stem = out / "-".join(filter(None, parts))
+        # The stem may have dots, which with_suffix would take for one.
+        self.paths = [Path(f"{self.stem}.json"), Path(f"{self.stem}.csv")]
 
-def failures(records: Sequence[Record]) -> list[str]:
-    """What makes the run a failure: checks that failed, and rows that tridrop could not compute."""
-    found = []
-    for r in records:
-        what = f"{r.case} {r.shape} {r.dtype}"
-        if r.check and r.check != PASSED:
-            found.append(f"{what}: no speed-up is given, since its check {r.check}")
-        elif r.check and r.why_not:
-            found.append(f"{what}: {r.provider} cannot run: {r.why_not}")
-    return list(dict.fromkeys(found))
-
-
-def table(records: Sequence[Record]) -> Table:
-    """A line for every provider, row, dtype and mode; p = 0 shows in the cost of dropout."""
-    grid = Table(
-        title="Time, and what follows from it",
-        caption="of copy: the bytes that the row must move, over the time, as a share of a device "
-        "copy's speed; host: time of the call; x: times as fast as",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("case", "shape", "dtype", "mode", "provider"):
-        grid.add_column(heading)
-    for heading in (
-        "ms", "20 - 80 %", "of copy", "TFLOP/s", "saved\nMiB", "peak\nMiB", "host\nus", "launches",
-        "x eager", "x compile", "cost of\ndropout",
-    ):  # fmt: skip
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for r in records:
-        if r.why_not or (r.p == 0 and r.provider != COPY):
-            continue
-        failed = r.check not in ("", PASSED)
-        grid.add_row(
-            r.case, r.shape, r.dtype, r.mode, r.provider,
-            _shown(r.median_ms), f"{_shown(r.q20_ms)} - {_shown(r.q80_ms)}",
-            _shown(r.copy_fraction), _shown(r.tflops), _mib(r.saved_bytes), _mib(r.peak_bytes),
-            _shown(r.host_us), _shown(r.launches),
-            "[bold red]FAIL[/]" if failed else _shown(r.speedup_over_eager),
-            "[bold red]FAIL[/]" if failed else _shown(r.speedup_over_compile),
-            "-" if r.dropout_cost is None else f"{r.dropout_cost:+.1%}",
-        )  # fmt: skip
-    return grid
-
-
-def _shown(x: float | None) -> str:
-    return "-" if x is None else f"{x:.3g}" if x < 1000 else f"{x:.0f}"
-
-
-def _mib(x: int | None) -> str:
-    return "-" if x is None else f"{x / 2**20:.2f}"
-
-
-def notes(records: Sequence[Record]) -> list[str]:
-    """What failed, and who could not run and why."""
-    lines = [f"[bold red]FAIL[/] {_plain(text)}" for text in failures(records)]
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for r in records:
-        if r.why_not:
-            reasons.setdefault((r.provider, r.op, r.why_not), []).append(f"{r.p:g}")
-    for (provider, op, why), rates in reasons.items():
-        at = " and ".join(dict.fromkeys(rates))
-        lines.append(f"[yellow]not run:[/] {provider}, {op}, p = {at}: {_plain(why)}")
-    return lines
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-COLUMNS = tuple(f.name for f in fields(Record))
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the records, one or more."""
+        lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
+        self.paths[0].write_text(
+            f'{{"about":{json.dumps(self._about)},\n"records":[\n{lines}\n]}}\n'
+        )
+        with self.paths[1].open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)

@@ -53,8 +53,8 @@ class Attention:
                     raise ValueError(f"{name} {n}: give one from 1 to {whole}")
         return [
             (self.tokens // length, self.width // dim, length, dim)
-            for dim in self.head_dims
             for length in self.lengths
+            for dim in self.head_dims
         ]
 
 
@@ -134,7 +134,7 @@ def table(
     every: bool = False,
     first: bool = False,
 ) -> list[Row]:
-    """The rows of the ops at the sizes.
+    """The rows of the ops at the sizes, all at the first before any at the second.
 
     Args:
         ops: names of public functions.
@@ -150,12 +150,13 @@ def table(
             found.setdefault(name, case)
     if first:
         found = {label(case): case for case in {c.op: c for c in reversed(found.values())}.values()}
-    return [
-        Row(case, shape)
+    placed = [
+        (at, Row(case, shape))
         for op in ops
         for case in found.values()
         if case.op == op
-        for shape in (
+        for at, shape in enumerate(
             attention.shapes() if op == ATTENTION else [shape_of(op, size) for size in sizes]
         )
     ]
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ def run(
     options: Options,
     on_start: Callable[[int], None] | None = None,
     on_row: Callable[[str], None] | None = None,
+    on_records: Callable[[Sequence[Record]], None] | None = None,
 ) -> list[Record]:
     """Time every row in every dtype.
 
@@ -31,6 +32,7 @@ def run(
         options: of :meth:`Options.of`.
         on_start: called with the number of rows times dtypes.
         on_row: called before each of them with what it is.
+        on_records: called after each of them with all records until then.
 
     Raises:
         RuntimeError: there is no such device, or its backend is one for tests.
@@ -40,11 +42,13 @@ def run(
     found: list[Record] = []
     if on_start is not None:
         on_start(len(options.rows) * len(options.dtypes))
-    for row in options.rows:
-        for dtype in options.dtypes:
+    for dtype in options.dtypes:
+        for row in options.rows:
             if on_row is not None:
                 on_row(f"{row.label} {list(row.shape)} {dtype}")
             found.extend(_RowRun(machine, row, dtype, options).records(gate))
+            if on_records is not None:
+                on_records(found)
             torch._dynamo.reset()
             if machine.cuda:
                 torch.cuda.empty_cache()

@@ -1,0 +1,69 @@
+"""What ``tridrop bench`` prints of the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from .gate import PASSED
+from .records import Record
+from .step_report import cost, mib, shown
+from .timing import COPY
+
+
+def failures(records: Sequence[Record]) -> list[str]:
+    """What makes the run a failure: checks that failed, and rows that tridrop could not compute."""
+    found = []
+    for r in records:
+        what = f"{r.case} {r.shape} {r.dtype}"
+        if r.check and r.check != PASSED:
+            found.append(f"{what}: no speed-up is given, since its check {r.check}")
+        elif r.check and r.why_not:
+            found.append(f"{what}: {r.provider} cannot run: {r.why_not}")
+    return list(dict.fromkeys(found))
+
+
+def table(records: Sequence[Record]) -> Table:
+    """A line for every provider, row, dtype and mode; p = 0 shows in the cost of dropout."""
+    grid = Table(
+        title="Time, and what follows from it",
+        caption="of copy: the bytes that the row must move, over the time, as a share of a device "
+        "copy's speed; host: time of the call; x: times as fast as",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("case", "shape", "dtype", "mode", "provider"):
+        grid.add_column(heading)
+    for heading in (
+        "ms", "20 - 80 %", "of copy", "TFLOP/s", "saved\nMiB", "peak\nMiB", "host\nus", "launches",
+        "x eager", "x compile", "cost of\ndropout",
+    ):  # fmt: skip
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for r in records:
+        if r.why_not or (r.p == 0 and r.provider != COPY):
+            continue
+        failed = r.check not in ("", PASSED)
+        grid.add_row(
+            r.case, r.shape, r.dtype, r.mode, r.provider,
+            shown(r.median_ms), f"{shown(r.q20_ms)} - {shown(r.q80_ms)}",
+            shown(r.copy_fraction), shown(r.tflops), mib(r.saved_bytes), mib(r.peak_bytes),
+            shown(r.host_us), shown(r.launches),
+            "[bold red]FAIL[/]" if failed else shown(r.speedup_over_eager),
+            "[bold red]FAIL[/]" if failed else shown(r.speedup_over_compile),
+            cost(r.dropout_cost),
+        )  # fmt: skip
+    return grid
+
+
+def reasons(records: Sequence[Record]) -> list[str]:
+    """Who could not run, and why."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for r in records:
+        if r.why_not:
+            found.setdefault((r.provider, r.op, r.why_not), []).append(f"{r.p:g}")
+    return [
+        f"{provider}, {op}, p = {' and '.join(dict.fromkeys(rates))}: {why}"
+        for (provider, op, why), rates in found.items()
+    ]
