@@ -1,6 +1,6 @@
 """Time the ops of a transformer block on a CPU beside eager PyTorch, forward plus backward.
 
-    python benchmarks/cpu.py                   [8192, 1024] and [64, 64], fp32 and bf16 (a minute)
+    python benchmarks/cpu.py                   [8192, 1024] and [64, 64], fp32 and bf16 (minutes)
     python benchmarks/cpu.py --threads 2       with this number of torch's threads
     python benchmarks/cpu.py --compile         torch.compile of the eager op as well
     python benchmarks/cpu.py --out DIR         write cpu.csv and cpu.json there
@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import time
@@ -33,7 +34,7 @@ from torch import Tensor
 import tridrop
 from tridrop import fast
 
-P = 0.1
+P, EPS = 0.1, 1e-6
 SIZES = {(8192, 1024): 15, (64, 64): 1000}  # shape -> rounds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Op = Callable[..., Tensor]
@@ -43,40 +44,68 @@ def _layer_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(r + F.dropout(x, P), w.shape, w, b)
 
 
+def _swiglu(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return F.dropout(F.silu(first) * second, P)
+
+
+def _activation(name: str, eager: Op) -> tuple[Op, Op]:
+    return (
+        lambda x, r, w, b: F.dropout(eager(x), P),
+        lambda x, r, w, b: tridrop.activation_dropout(x, P, activation=name),
+    )
+
+
 # name -> (eager, tridrop), of x, a residual, and a norm's weight and bias
 OPS: dict[str, tuple[Op, Op]] = {
     "dropout_add": (
         lambda x, r, w, b: r + F.dropout(x, P),
         lambda x, r, w, b: tridrop.dropout_add(x, r, P),
     ),
-    "activation_dropout (gelu)": (
-        lambda x, r, w, b: F.dropout(F.gelu(x), P),
-        lambda x, r, w, b: tridrop.activation_dropout(x, P, activation="gelu"),
-    ),
+    "activation_dropout (gelu)": _activation("gelu", F.gelu),
     "dropout_add_layer_norm": (
         _layer_norm,
         lambda x, r, w, b: tridrop.dropout_add_layer_norm(x, r, w, b, P),
+    ),
+    "activation_dropout (gelu_tanh)": _activation("gelu_tanh", partial(F.gelu, approximate="tanh")),
+    "activation_dropout (relu)": _activation("relu", F.relu),
+    "activation_dropout (silu)": _activation("silu", F.silu),
+    "activation_dropout (swiglu)": (  # of half as many rows, twice as wide
+        lambda x, r, w, b: _swiglu(x.view(-1, 2 * x.shape[1])),
+        lambda x, r, w, b: tridrop.activation_dropout(
+            x.view(-1, 2 * x.shape[1]), P, activation="swiglu"
+        ),
+    ),
+    "dropout_add_rms_norm": (
+        lambda x, r, w, b: F.rms_norm(r + F.dropout(x, P), w.shape, w, EPS),
+        lambda x, r, w, b: tridrop.dropout_add_rms_norm(x, r, w, p=P, eps=EPS),
     ),
 }
 
 
 def both_ways(op: Op, leaves: list[Tensor], grad: Tensor) -> Any:
     """Forward and backward."""
-    return torch.autograd.grad(op(*leaves), leaves, grad, allow_unused=True)
+    out = op(*leaves)
+    return torch.autograd.grad(out, leaves, grad[: len(out)], allow_unused=True)
 
 
-def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round."""
+def measure(
+    calls: dict[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Seconds, and page faults of the process, of every call in every round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    faults: dict[str, list[int]] = {name: [] for name in calls}
     for call in calls.values():
         call()
         call()
     for _ in range(rounds):
         for name, call in calls.items():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
-    return times
+            faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return times, faults
 
 
 def rows(shape: tuple[int, int], rounds: int, compiled: bool) -> list[dict[str, Any]]:
@@ -91,7 +120,7 @@ def rows(shape: tuple[int, int], rounds: int, compiled: bool) -> list[dict[str, 
             if compiled:
                 providers["torch.compile"] = torch.compile(eager)
             calls = {k: partial(both_ways, op, leaves, grad) for k, op in providers.items()}
-            times = measure(calls, rounds)
+            times, faults = measure(calls, rounds)
             best = {k: min(v) for k, v in times.items()}
             median = {k: statistics.median(v) for k, v in times.items()}
             for provider in times:
@@ -105,6 +134,7 @@ def rows(shape: tuple[int, int], rounds: int, compiled: bool) -> list[dict[str, 
                         "median_ms": round(median[provider] * 1e3, 4),
                         "eager_over_best": round(best["eager"] / best[provider], 2),
                         "eager_over_median": round(median["eager"] / median[provider], 2),
+                        "page_faults": int(statistics.median(faults[provider])),
                     }
                 )
     return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,21 +67,6 @@ class Multiplier(NamedTuple):
         return torch.where(self.keep, value, torch.zeros((), dtype=value.dtype)) * self.scale
 
 
-class Drop(Protocol):
-    """What applies the random part: a :class:`Multiplier`, or fast.Selection on some rows."""
-
-    def __call__(self, value: Tensor, /) -> Tensor: ...
-
-
-# The gradient of an activation, from the incoming one, its name and its argument.
-Gradient = Callable[[Tensor, str, Tensor], Tensor]
-
-
-def activation_gradient(grad: Tensor, function: str, u: Tensor) -> Tensor:
-    """grad * f'(u)."""
-    return grad * FUNCTIONS[function][1](u)
-
-
 def multiplier(
     shape: tuple[int, ...], seed: Tensor | None, p: Tensor | None, options: Options
 ) -> Multiplier:
@@ -127,7 +112,7 @@ def compose(
     bias: Tensor | None,
     layer_scale: Tensor | None,
     residual: Tensor | None,
-    drop: Drop,
+    drop: Multiplier,
     options: Options,
 ) -> Tensor:
     """The formula at the head of this file, in the dtype of its arguments."""
@@ -143,10 +128,9 @@ def gradients(
     x: Tensor | None,
     bias: Tensor | None,
     layer_scale: Tensor | None,
-    drop: Drop,
+    drop: Multiplier,
     options: Options,
     needs: tuple[bool, bool, bool],
-    gradient: Gradient = activation_gradient,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, bias and layer_scale, in the dtype of the arguments.
 
@@ -160,11 +144,11 @@ def gradients(
         if needs[2]:
             dlayer_scale = sum_rows(drop(grad * activate(u, options)))
         first, second = _halves(u, options)
-        name, function = options.function, FUNCTIONS[options.function][0]
+        function, derivative = FUNCTIONS[options.function]
         if second is None:
-            parts = [gradient(scaled, name, first)]
+            parts = [scaled * derivative(first)]
         else:
-            parts = [gradient(scaled * second, name, first), scaled * function(first)]
+            parts = [scaled * second * derivative(first), scaled * function(first)]
     # The selection comes last: a dropped element's gradient is 0 whatever its input was.
     dropped = [drop(part) for part in parts]
     dx = dropped[0] if len(dropped) == 1 else torch.cat(dropped, -1)

@@ -162,7 +162,7 @@ def norm_forward(
         fast.matrix(r),
         (mean.data_ptr(), rstd.data_ptr()),
         (_address(b), _address(g), _address(w), _address(nb)),
-        (options.norm == "rms_norm", options.after, options.eps),
+        (options.norm == "rms_norm", options.after, float(options.eps)),
     )
     return out, stream, mean, rstd
 

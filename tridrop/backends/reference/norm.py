@@ -11,13 +11,11 @@ over the last dimension. RMSNorm (Zhang and Sennrich 2019) has mean 0, and the m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...spec import NormOptions
-from .elementwise import Drop, compute, multiplier, own, sum_rows
+from .elementwise import Multiplier, compute, multiplier, own, sum_rows
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -81,9 +79,8 @@ def norm_compose(
     residual: Tensor | None,
     weight: Tensor | None,
     norm_bias: Tensor | None,
-    drop: Drop,
+    drop: Multiplier,
     options: NormOptions,
-    normalise: Callable[..., tuple[Tensor, Tensor, Tensor]] = normalise,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(out, stream, mean, rstd) in the dtype of the arguments, the stream in its own."""
     stream: Tensor | None = None
@@ -131,10 +128,9 @@ def norm_gradients(
     bias: Tensor | None,
     layer_scale: Tensor | None,
     weight: Tensor | None,
-    drop: Drop,
+    drop: Multiplier,
     options: NormOptions,
     needs: tuple[bool, ...],
-    through_norm: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] = normalise_gradients,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, bias, layer_scale, residual, weight and norm_bias; differentiable.
 
@@ -143,7 +139,9 @@ def norm_gradients(
     """
     if options.after:
         dout = drop(dout)
-    total, dweight, dnorm_bias = through_norm(dout, stream, weight, options, needs[4:])
+    total, dweight, dnorm_bias = normalise_gradients(
+        dout, stream, weight, options, (needs[4], needs[5])
+    )
     if dstream is not None:
         total = total + dstream
     dx, dlayer_scale = total, None
