@@ -18,6 +18,7 @@ from tridrop.bench import (
     models,
     op_report,
     options,
+    packed,
     probes,
     providers,
     records,
@@ -474,6 +475,50 @@ def test_every_device_has_defaults():
     assert {row.op for row in bench.Options.of("cpu", ops=["all"], quick=True).rows} == set(
         rows.OPS
     )
+
+
+def test_packed_sequences_are_timed_beside_padded_ones(monkeypatch):
+    monkeypatch.setattr(machine.Machine, "seconds", lambda self, calls, host: 0.002)
+    chosen = bench.Options.of(
+        "cpu", ops=["scaled_dot_product_attention"], dtypes=["fp32"], modes=["both"], rounds=1,
+        head_dims=[64], providers=[providers.PACKED, providers.PADDED],
+    )  # fmt: skip
+    found = bench.run(replace(chosen, rows=[], packed=[(24, 2, 8)]))
+    assert {(r.provider, r.p) for r in found} == {
+        (providers.PACKED, 0.1), (providers.PACKED, 0.0), (providers.PADDED, 0.1),
+        (providers.PADDED, 0.0), (COPY, 0.0),
+    }  # fmt: skip
+    for r in found:
+        assert r.check == ("" if r.provider == COPY else gate.PASSED)
+        assert r.case.endswith("16 packed sequences")
+        assert r.median_ms == 2.0
+
+
+def test_packed_sequences_with_another_mask_fail(monkeypatch):
+    sequences = packed.Sequences.of(24, 2, 8, False, "cpu")
+    inputs = sequences.packed_inputs(torch.float32)
+    assert packed.verdict(sequences, inputs, 0.3) == gate.PASSED
+    right = packed.Sequences.calls
+
+    def reseeded(self):
+        calls = right(self)
+        return calls | {providers.PACKED: lambda i, seed, p: right(self)[providers.PACKED](i, 7, p)}
+
+    monkeypatch.setattr(packed.Sequences, "calls", reseeded)
+    assert packed.verdict(sequences, inputs, 0.3).startswith("failed value")
+
+
+def test_an_op_that_cannot_run_leaves_the_others_times(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(tridrop.functional, "dropout", broken)
+    found = run(ops=["dropout"], providers=["eager", "tridrop"])
+    assert {r.provider: r.why_not for r in found} == {
+        "eager": "", "tridrop": "RuntimeError: out of luck",
+    }  # fmt: skip
+    assert all(r.bytes is None for r in found)
+    assert "raised RuntimeError: out of luck" in op_report.failures(found)[0]
 
 
 # ------------------------------------------------------------------------------ whole models

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..inspection import DTYPES, choose
 from .providers import PROVIDERS
-from .rows import OPS, Attention, Row, parse_size, table
+from .rows import ATTENTION, OPS, Attention, Row, parse_size, table
 from .timing import MODES
 
 
@@ -63,8 +63,8 @@ class Options:
     p: float
     rounds: int
     seconds: float
-    packed: bool
-    """whether packed sequences are timed against padded ones"""
+    packed: Sequence[tuple[int, int, int]]
+    """(longest, heads, width of a head) of packed sequences, timed beside padded ones"""
 
     @staticmethod
     def of(
@@ -133,5 +133,11 @@ class Options:
             p=p,
             rounds=rounds,
             seconds=default.seconds,
-            packed="scaled_dot_product_attention" in wanted and not quick,
+            packed=_packed(attention) if ATTENTION in wanted and not quick else [],
         )
+
+
+def _packed(attention: Attention) -> list[tuple[int, int, int]]:
+    """Sequences up to a quarter of the tokens long, of every head width."""
+    longest = max(1, attention.tokens // 4)
+    return [(longest, attention.width // dim, dim) for dim in attention.head_dims]

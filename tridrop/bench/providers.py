@@ -70,7 +70,8 @@ def _sdpa(case: Case) -> Callable[[Inputs], Any]:
     return lambda inputs: of_torch(inputs, case.p)
 
 
-def _tridrop(case: Case) -> Callable[[Inputs], Any]:
+def tridrop_call(case: Case) -> Callable[[Inputs], Any]:
+    """The op itself, its seed drawn in every call."""
     return lambda inputs: case.call(inputs, None, case.p, True)
 
 
@@ -86,4 +87,4 @@ def of(case: Case) -> list[Provider]:
     found.append(Provider(COMPILED, _compiled))
     if case.of_torch is not None:
         found += [Provider(name, _sdpa, _only(backend)) for name, backend in SDPA.items()]
-    return [*found, Provider(TRIDROP, _tridrop)]
+    return [*found, Provider(TRIDROP, tridrop_call)]

@@ -113,7 +113,7 @@ def _record(
 ) -> Record:
     provider, p, mode = key
     median, low, high = quantiles(samples)
-    moved = about.moved[mode]
+    moved = about.moved.get(mode)
     copy = medians.get((COPY, 0.0, mode))
     free = medians.get((provider, 0.0, mode))
     trusted = provider not in about.ours or about.check == "passed"
@@ -132,8 +132,8 @@ def _record(
         q20_ms=digits(low * 1e3),
         q80_ms=digits(high * 1e3),
         bytes=moved,
-        gb_per_s=digits(moved / median / 1e9),
-        copy_gb_per_s=digits(moved / copy / 1e9) if copy else None,
+        gb_per_s=digits(moved / median / 1e9) if moved else None,
+        copy_gb_per_s=digits(moved / copy / 1e9) if moved and copy else None,
         copy_fraction=digits(copy / median) if copy else None,
         tflops=digits(WORK[mode] * about.flops / median / 1e12)
         if _multiplies(about, key)

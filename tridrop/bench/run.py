@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from ..check.cases import Case
 from ..inspection import DTYPES
-from . import probes, records
+from . import packed, records
 from .gate import Gate
 from .machine import Machine
 from .options import Options
-from .providers import TRIDROP, Provider, of
-from .records import About, Probe, Record
+from .providers import PACKED, PADDED, TRIDROP, Provider, of, tridrop_call
+from .records import About, Record
 from .rows import Row
-from .timing import Copy, Rotation, Subject, Timed, rounds
+from .timing import Rotation, Subject
+from .turns import measure
 
 SEED = 0
 
@@ -30,7 +32,7 @@ def run(
 
     Args:
         options: of :meth:`Options.of`.
-        on_start: called with the number of rows times dtypes.
+        on_start: called with the number of rows, in all dtypes.
         on_row: called before each of them with what it is.
         on_records: called after each of them with all records until then.
 
@@ -40,19 +42,36 @@ def run(
     machine = Machine(options.device)
     gate = Gate(machine)
     found: list[Record] = []
+    jobs = [job for dtype in options.dtypes for job in _jobs(machine, gate, options, dtype)]
     if on_start is not None:
-        on_start(len(options.rows) * len(options.dtypes))
-    for dtype in options.dtypes:
-        for row in options.rows:
-            if on_row is not None:
-                on_row(f"{row.label} {list(row.shape)} {dtype}")
-            found.extend(_RowRun(machine, row, dtype, options).records(gate))
-            if on_records is not None:
-                on_records(found)
-            torch._dynamo.reset()
-            if machine.cuda:
-                torch.cuda.empty_cache()
+        on_start(len(jobs))
+    for what, job in jobs:
+        if on_row is not None:
+            on_row(what)
+        found.extend(job())
+        if on_records is not None:
+            on_records(found)
+        torch._dynamo.reset()
+        if machine.cuda:
+            torch.cuda.empty_cache()
     return found
+
+
+def _jobs(
+    machine: Machine, gate: Gate, options: Options, dtype: str
+) -> Iterator[tuple[str, Callable[[], list[Record]]]]:
+    """What is to be timed in a dtype, each with what it is."""
+    for row in options.rows:
+        run_row = _RowRun(machine, row, dtype, options)
+        yield f"{row.label} {list(row.shape)} {dtype}", partial(run_row.records, gate)
+    if not {PACKED, PADDED} <= set(options.providers):
+        return
+    kind, limits = (dtype, DTYPES[dtype]), (options.rounds, options.seconds)
+    for longest, heads, width in options.packed:
+        for causal in (False, True):
+            sequences = packed.Sequences.of(longest, heads, width, causal, machine.device)
+            job = partial(packed.run, machine, sequences, kind, options.modes, options.p, limits)
+            yield f"{sequences.label} {dtype}", job
 
 
 class _RowRun:
@@ -60,9 +79,6 @@ class _RowRun:
 
     def __init__(self, machine: Machine, row: Row, dtype: str, options: Options) -> None:
         self.machine, self.row, self.dtype, self.options = machine, row, dtype, options
-        first = self._inputs(row.sized(options.p))
-        self.rotation = Rotation(first, machine.cache_bytes)
-        self.small = Rotation(self._inputs(row.tiny(options.p)), 0)
         # Nothing is left of dropout itself at p = 0.
         self.rates = (options.p,) if row.op == "dropout" else (options.p, 0.0)
 
@@ -70,57 +86,43 @@ class _RowRun:
         generator = torch.Generator().manual_seed(SEED)
         return case.inputs(DTYPES[self.dtype], self.machine.device, generator)
 
-    def _subject(self, provider: Provider, p: float, tiny: bool = False) -> Subject:
+    def _subject(
+        self, provider: Provider, p: float, rotation: Rotation, tiny: bool = False
+    ) -> Subject:
         case = self.row.tiny(p) if tiny else self.row.sized(p)
-        rotation = self.small if tiny else self.rotation
         return Subject(provider.name, p, provider.make(case), rotation, provider.context)
 
     def records(self, gate: Gate) -> list[Record]:
-        """Check, warm up, measure once, then time in rounds."""
-        options, machine = self.options, self.machine
+        """Check the row, then time it."""
+        options = self.options
         check = gate.verdict(self.row, DTYPES[self.dtype], options.p)
-        subjects: list[Timed] = []
-        measured: dict[tuple[str, float], Probe] = {}
-        reasons: dict[tuple[str, float], str] = {}
-        chosen = [p for p in of(self.row.sized(options.p)) if p.name in options.providers]
-        for provider in chosen:
-            for p in self.rates:
-                subject = self._subject(provider, p)
-                reason, seconds = probes.warm(machine, subject)
-                if reason:
-                    reasons[provider.name, p] = reason
-                    continue
-                host = subject if machine.cuda else self._subject(provider, p, tiny=True)
-                main = self.row.case.main
-                measured[provider.name, p] = probes.probe(
-                    machine, subject, main, options.modes, host
-                )
-                subjects.append(subject.lasting(seconds))
-        moved = self._moved()
-        subjects.append(Copy(moved, machine.device, machine.cache_bytes))
-        samples = rounds(
-            machine, subjects, options.modes, options.rounds, _host(measured), options.seconds
+        sized = Rotation(self._inputs(self.row.sized(options.p)), self.machine.cache_bytes)
+        tiny = Rotation(self._inputs(self.row.tiny(options.p)), 0)
+        found = measure(
+            self.machine,
+            self._subjects(sized, tiny),
+            self._subject(Provider(TRIDROP, tridrop_call), options.p, sized),
+            self.row.case.main,
+            options.modes,
+            (options.rounds, options.seconds),
         )
-        return records.make(self._about(moved, check), options.modes, samples, measured, reasons)
+        about = self._about(found.moved, check)
+        return records.make(about, options.modes, found.samples, found.probes, found.reasons)
 
-    def _moved(self) -> dict[str, int]:
-        case = self.row.sized(self.options.p)
-        return probes.moved_bytes(
-            lambda inputs: case.call(inputs, None, case.p, True), self.rotation.sets[0]
-        )
+    def _subjects(self, sized: Rotation, tiny: Rotation) -> Iterator[tuple[Subject, Subject]]:
+        """The chosen providers at both rates, each with the one that tells its host time."""
+        for provider in of(self.row.sized(self.options.p)):
+            if provider.name in self.options.providers:
+                for p in self.rates:
+                    host = subject = self._subject(provider, p, sized)
+                    if not self.machine.cuda:
+                        # There it can be told from the device's at a tiny size alone.
+                        host = self._subject(provider, p, tiny, tiny=True)
+                    yield subject, host
 
-    def _about(self, moved: dict[str, int], check: str) -> About:
+    def _about(self, moved: Mapping[str, int], check: str) -> About:
         row = self.row
         return About(
             row.op, row.label, row.shape, self.dtype, self.machine.name, moved, row.flops, check,
             frozenset({TRIDROP}),
         )  # fmt: skip
-
-
-def _host(measured: dict[tuple[str, float], Probe]) -> dict[tuple[str, float, str], float]:
-    found = {
-        (*who, mode): seconds
-        for who, probe in measured.items()
-        for mode, seconds in probe.host.items()
-    }
-    return found
