@@ -16,6 +16,8 @@ LAYERS = [
     ["cli", "__main__"],
     ["bench"],
     ["check", "demo", "inspection", "info"],
+    ["monte_carlo"],
+    ["dropping"],
     ["swapping"],
     ["integrations"],
     ["nn", "shims"],

@@ -21,12 +21,14 @@ from .functional import (
     softmax_dropout,
 )
 from .mask import Shard, fold_in, new_seed
+from .monte_carlo import Prediction, mc_dropout, mc_predict
 from .seeds import rng
 from .swapping import swap, unswap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Prediction",
     "Shard",
     "activation_dropout",
     "attention_keep_mask",
@@ -38,6 +40,8 @@ __all__ = [
     "fold_in",
     "keep_mask",
     "layer_norm_dropout",
+    "mc_dropout",
+    "mc_predict",
     "new_seed",
     "nn",
     "rms_norm_dropout",

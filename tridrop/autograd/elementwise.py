@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import elementwise
 from ..ops.elementwise import backward, forward
+from .batching import all_samples
 from .common import apply_in_backward, differentiate, each_sample, wanted
 
 
@@ -57,7 +58,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(Fused.apply, info, in_dims, args)
+        return all_samples(Fused.apply, info, in_dims, args)
 
 
 class FusedBackward(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import elementwise, norm
 from ..ops.norm import norm_backward, norm_forward
+from .batching import all_samples
 from .common import apply_in_backward, differentiate, each_sample, wanted
 
 
@@ -79,7 +80,7 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(FusedNorm.apply, info, in_dims, args)
+        return all_samples(FusedNorm.apply, info, in_dims, args)
 
 
 class FusedNormBackward(torch.autograd.Function):

@@ -1,0 +1,379 @@
+"""Monte Carlo dropout: a trained network with dropout as an ensemble of its sub-networks.
+
+Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in deep
+learning", ICML 2016.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import seeds
+from .dropping import find
+from .mask import as_seed, fold_in, key_of
+
+_OUTPUTS = ("values", "logits", "probabilities")
+
+
+@contextmanager
+def mc_dropout(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Inside the block the dropouts of ``model`` are on, and everything else is in eval mode.
+
+    In training mode are, by themselves and without their children: torch's dropouts and attention,
+    the modules of tridrop.nn that drop, drop paths of libraries, torch's recurrent layers with a
+    rate, torch's transformer layers (whose inference path has no dropout), and modules that read
+    ``self.training`` for a dropout of their own, rewritten by :func:`tridrop.swap` or not. Batch
+    norms use their running statistics and leave them alone. Afterwards every module has the mode
+    that it had.
+
+    ``with`` gives the names of the modules that were turned on. To leave dropout on, enter the
+    block and do not leave it: ``contextlib.ExitStack().enter_context(tridrop.mc_dropout(model))``.
+
+    It warns where a module that is turned on reads ``self.training`` for something else as well,
+    which then runs as in training; where a forward with a dropout in it cannot be read (it is
+    turned on); and of modules compiled by TorchScript (which are not).
+
+    Raises:
+        ValueError: nothing in the model drops.
+        TypeError: ``model`` is not a module.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
+    >>> with mc_dropout(model) as names:
+    ...     names, model[1].training, model[2].training
+    (('2',), False, True)
+    >>> model[2].training
+    False
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    found, unknown = find(model)
+    if not any(d.drops for d in found):
+        raise ValueError(
+            f"nothing in this {type(model).__name__} drops: its forwards have no dropout that "
+            "training mode would turn on. "
+            + ("Not looked into: " + "; ".join(unknown) if unknown else "Give it one and train it")
+        )
+    others = [place for d in found for place in d.others]
+    if others:
+        warnings.warn(
+            "modules that drop by self.training also read it for something else, which runs as "
+            "in training: " + "; ".join(others),
+            stacklevel=3,
+        )
+    if unknown:
+        warnings.warn("could not be read: " + "; ".join(unknown), stacklevel=3)
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        for d in found:
+            d.module.training = True
+        yield tuple(d.name for d in found)
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an ensemble says of N inputs.
+
+    Attributes:
+        mean: over the members, [N, ...]; of probabilities where the output is one of classes.
+        spread: the standard deviation over the members (n - 1 below the line), of mean's shape; NaN
+            for a single member.
+        entropy: of the mean, in nats, without the class dimension; None for ``output="values"``.
+            The whole uncertainty of a prediction.
+        mutual_information: between the class and the member, in nats, of entropy's shape: the
+            entropy less the mean entropy of the members. The part of the uncertainty on which the
+            members disagree, so that more data could lower it (Houlsby et al., "Bayesian active
+            learning for classification and preference learning", 2011: BALD).
+        members: the numbers of the members, in order.
+        seed: by which the same members come again.
+        samples: what each member said, [members, N, ...], where it was asked for.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    entropy: Tensor | None
+    mutual_information: Tensor | None
+    members: tuple[int, ...]
+    seed: int
+    samples: Tensor | None = None
+
+
+def mc_predict(
+    model: nn.Module,
+    x: Tensor | tuple[Tensor, ...],
+    *,
+    samples: int = 50,
+    seed: int | None = None,
+    members: Sequence[int] | None = None,
+    output: str = "values",
+    dim: int = -1,
+    call: Callable[..., Tensor] | None = None,
+    chunk: int = 256,
+    vectorize: bool = True,
+    keep_samples: bool = False,
+    progress: bool = False,
+) -> Prediction:
+    """The mean and the spread of a model's predictions over sub-networks that dropout makes.
+
+        mean = 1/S sum_s f_s(x),    f_s = the model under the s-th masks
+
+    Member s is one network: every input meets the same masks, those of a batch of one under
+    ``tridrop.rng(tridrop.fold_in(seed, s))`` (dropouts that are not tridrop's draw from torch's
+    generator, seeded from the same pair). So what member s says of an input depends on neither
+    the batch around it, nor ``chunk``, nor which other members there are, but for the rounding of
+    matrix products, whose order may follow their size. :func:`mc_dropout` says what is on.
+
+    Args:
+        model: called as ``model(x)`` (or ``model(*x)``) on a batch, without gradients.
+        x: N inputs along the first dimension of a tensor, or of each of several.
+        samples: S, how many members.
+        seed: an int that fixes the members; None draws one from torch's generator.
+        members: their numbers, by default ``range(samples)``; ``[3]`` is the fourth alone.
+        output: "values"; "logits", which a softmax makes into probabilities; or "probabilities".
+        dim: the class dimension of a batch of outputs. Used for logits and probabilities.
+        call: called in the place of the model, and returning the output as a tensor, [N, ...]; for
+            instance ``lambda ids: model(input_ids=ids).logits``.
+        chunk: how many pairs of a member and an input are computed at a time, at least one.
+        vectorize: run these together by torch.vmap. False takes one at a time: for models with
+            control flow that depends on data, and for torch's recurrent layers, which torch.vmap
+            does not take. Members whose dropouts draw from torch's generator go one at a time, with
+            all inputs of a chunk together.
+        keep_samples: return what each member said as well.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: nothing in the model drops; no inputs or no members; an unknown output; outputs
+            that are no probabilities.
+        TypeError: arguments or outputs of another type.
+        RuntimeError: torch.vmap does not take the model.
+
+    >>> import tridrop
+    >>> model = nn.Sequential(nn.Linear(4, 8), tridrop.nn.Dropout(0.5), nn.Linear(8, 3))
+    >>> p = mc_predict(model, torch.randn(5, 4), samples=20, seed=1, output="logits")
+    >>> p.mean.shape, p.entropy.shape, bool((p.mutual_information <= p.entropy).all())
+    (torch.Size([5, 3]), torch.Size([5]), True)
+    """
+    inputs = _checked_inputs(x)
+    chosen = _checked_members(samples, members)
+    if output not in _OUTPUTS:
+        raise ValueError(f"output = {output!r}; known: {', '.join(_OUTPUTS)}")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk = {chunk!r}; give how many pairs to compute at a time, 1 or more")
+    if seed is None:
+        seed = int(torch.randint(1 << 62, ()))
+    as_seed(seed)  # raises for what is not a seed
+    ensemble = _Ensemble(call or model, seed, inputs[0].device, vectorize)
+    parts = [tuple(t[i : i + chunk] for t in inputs) for i in range(0, len(inputs[0]), chunk)]
+    with torch.no_grad(), mc_dropout(model), _bar(progress, len(parts) * len(chosen)) as advance:
+        parts_said = []
+        for part in parts:
+            moments = _Moments(output, dim, keep_samples)
+            for said in ensemble.say(chosen, part, max(1, chunk // len(part[0]))):
+                moments.add(said)
+                advance()
+            parts_said.append(moments)
+    classes = output != "values"
+    return Prediction(
+        mean=torch.cat([m.mean for m in parts_said]),
+        spread=torch.cat([m.spread() for m in parts_said]),
+        entropy=torch.cat([m.entropy() for m in parts_said]) if classes else None,
+        mutual_information=torch.cat([m.information() for m in parts_said]) if classes else None,
+        members=chosen,
+        seed=seed,
+        samples=torch.cat([torch.stack(m.kept) for m in parts_said], 1) if keep_samples else None,
+    )
+
+
+def _checked_inputs(x: Any) -> tuple[Tensor, ...]:
+    inputs = (x,) if isinstance(x, Tensor) else tuple(x) if isinstance(x, (tuple, list)) else ()
+    if not inputs or not all(isinstance(t, Tensor) for t in inputs):
+        raise TypeError(
+            f"x is a {type(x).__name__}; give a tensor or a tuple of tensors, and anything else "
+            "that the model takes by call=lambda x: model(x, ...)"
+        )
+    sizes = [tuple(t.shape) for t in inputs]
+    if any(len(s) == 0 for s in sizes) or len({s[0] for s in sizes}) != 1 or sizes[0][0] == 0:
+        raise ValueError(f"x has shapes {sizes}; the first dimension holds the inputs, one or more")
+    return inputs
+
+
+def _checked_members(samples: int, members: Sequence[int] | None) -> tuple[int, ...]:
+    if members is None:
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples = {samples!r}; give the number of members, 1 or more")
+        return tuple(range(samples))
+    found = tuple(members)
+    if not found or any(isinstance(m, bool) or not isinstance(m, int) or m < 0 for m in found):
+        raise ValueError(f"members = {found}; give their numbers, 0 or more, at least one")
+    return found
+
+
+class _Ensemble:
+    """The sub-networks of a model, by number."""
+
+    def __init__(
+        self, call: Callable[..., Tensor], seed: int, device: torch.device, vectorize: bool
+    ) -> None:
+        self.call, self.seed, self.device, self.vectorize = call, seed, device, vectorize
+
+    def say(
+        self, members: tuple[int, ...], x: tuple[Tensor, ...], together: int
+    ) -> Iterator[Tensor]:
+        """What each member says of the inputs, one after the other."""
+        # The first runs alone: whether torch's generator moved tells whether anything draws from
+        # it. If so members cannot be drawn together, as each has a generator of its own.
+        first, drew = self._one(members[0], x)
+        yield first
+        if drew or not self.vectorize:
+            for member in members[1:]:
+                yield self._one(member, x)[0]
+            return
+        for i in range(1, len(members), together):
+            seeds_ = torch.stack([self._seed(m) for m in members[i : i + together]])
+            yield from self._vmap(lambda s: self._under(s, x), (seeds_,), "error").unbind()
+
+    def _seed(self, member: int) -> Tensor:
+        return fold_in(as_seed(self.seed, self.device), member)
+
+    def _one(self, member: int, x: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
+        """What a member says, and whether torch's generator was drawn from for it."""
+        seed = self._seed(member)
+        low, high = (int(word) for word in key_of(seed))
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(high << 32 | low)
+            before = self._generator()
+            if self.vectorize:
+                said = self._under(seed, x)
+            else:
+                said = torch.stack([self._alone(seed, before, row) for row in zip(*x, strict=True)])
+            moved = zip(before, self._generator(), strict=True)
+            return said, any(not torch.equal(a, b) for a, b in moved)
+
+    def _generator(self) -> list[Tensor]:
+        """The states of torch's generators: the CPU's, and that of the inputs' GPU."""
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+    def _under(self, seed: Tensor, x: tuple[Tensor, ...]) -> Tensor:
+        """The outputs of all inputs under one seed, each as in a batch of its own."""
+        with seeds.rng(seed):
+            # "same": what torch draws by itself is the same for all inputs, too.
+            return self._vmap(self._single, x, "same")
+
+    def _alone(self, seed: Tensor, states: list[Tensor], row: tuple[Tensor, ...]) -> Tensor:
+        """The output of one input under a seed, with torch's generators in given states."""
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self.device)
+        with seeds.rng(seed):
+            return self._single(*row)
+
+    def _single(self, *row: Tensor) -> Tensor:
+        out = self.call(*(t[None] for t in row))
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            what = f"dtype {out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise TypeError(
+                f"the model returned {what}; give call=lambda x: ..., which returns its output as "
+                "a floating-point tensor"
+            )
+        if out.dim() == 0 or out.shape[0] != 1:
+            raise ValueError(
+                f"for a batch of one the model returned shape {tuple(out.shape)}; the first "
+                "dimension of its output must be that of the inputs"
+            )
+        return out[0]
+
+    def _vmap(self, function: Callable[..., Tensor], x: Any, randomness: str) -> Tensor:
+        try:
+            return torch.vmap(function, randomness=randomness)(*x)
+        except RuntimeError as error:
+            if "vectorize=False" in str(error):
+                raise
+            raise RuntimeError(
+                "the model failed under torch.vmap, which runs members and inputs together: "
+                f"{error}. If it works by itself, pass vectorize=False"
+            ) from error
+
+
+@dataclass
+class _Moments:
+    """Mean and variance by Welford's updates, which lose nothing where the spread is small."""
+
+    output: str
+    dim: int
+    keep: bool
+    count: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
+    entropies: Tensor = field(default_factory=lambda: torch.zeros(()))
+    kept: list[Tensor] = field(default_factory=list)
+
+    def add(self, said: Tensor) -> None:
+        """Count in what one member says, [N, ...]."""
+        eps = torch.finfo(said.dtype).eps
+        said = said.to(torch.promote_types(said.dtype, torch.float32))
+        if self.output != "values":
+            said = self._probabilities(said, eps)
+            self.entropies = self.entropies + torch.special.entr(said).sum(self.dim)
+        self.count += 1
+        difference = said - self.mean
+        self.mean = self.mean + difference / self.count
+        self.squares = self.squares + difference * (said - self.mean)
+        if self.keep:
+            self.kept.append(said)
+
+    def _probabilities(self, said: Tensor, eps: float) -> Tensor:
+        if said.dim() < 2 or not -said.dim() <= self.dim < said.dim() or self.dim % said.dim() == 0:
+            raise ValueError(
+                f"outputs of shape {tuple(said.shape)} have no class dimension {self.dim} behind "
+                "that of the inputs: give dim"
+            )
+        if self.output == "logits":
+            return said.softmax(self.dim)
+        # n probabilities, each rounded by at most eps / 2; twice that for the softmax's own sum.
+        slack = said.shape[self.dim] * eps
+        if bool((said < 0).any()) or bool(((said.sum(self.dim) - 1).abs() > slack).any()):
+            raise ValueError(
+                'output = "probabilities", but they are not: values below 0, or a sum other than 1 '
+                f'along dim = {self.dim}. Give output="logits", or apply the softmax'
+            )
+        return said
+
+    def spread(self) -> Tensor:
+        """The standard deviation; NaN of a single member, 0 / 0."""
+        return (self.squares / (self.count - 1 or torch.nan)).sqrt()
+
+    def entropy(self) -> Tensor:
+        """That of the mean."""
+        return torch.special.entr(self.mean).sum(self.dim)
+
+    def information(self) -> Tensor:
+        """The entropy of the mean less the mean of the entropies."""
+        return (self.entropy() - self.entropies / self.count).clamp(min=0)
+
+
+@contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar of members; what is given moves it on by one."""
+    if not show:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task("members", total=total)
+        yield lambda: bar.advance(task)
