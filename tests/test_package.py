@@ -29,6 +29,7 @@ LAYERS = [
     ["fast"],
     ["fast_elementwise", "fast_norm"],
     ["fast_kernels", "fast_math", "fast_storage", "fast_vectors"],
+    ["noise"],
     ["mask"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -81,7 +82,7 @@ def test_imports_point_downwards(path):
         other = layer_of(name.removeprefix("tridrop."))
         assert LEVEL[own] <= LEVEL[other], f"{own} imports {other}, a layer above"
         if own == "backends.triton" or own == "backends.reference":
-            allowed = (own, "spec", "spec_attention", "mask")
+            allowed = (own, "spec", "spec_attention", "noise", "mask")
             allowed += ("fast",) if own == "backends.reference" else ()
             assert other in allowed, f"backend {own} imports {other}"
 

@@ -30,7 +30,7 @@ STREAM_MULTIPLIER = 0x9E3779B97F4A7C15
 FOLD_MULTIPLIER = 0xD1342543DE82EF95
 
 # Which family of masks a counter belongs to: the top four bits of its last word.
-DOMAINS = {"elements": 0, "drop_path": 1, "attention": 2}
+DOMAINS = {"elements": 0, "drop_path": 1, "attention": 2, "normal": 3}
 
 LANES = 8  # decisions a Philox call: for eight consecutive columns, or eight keys of one query
 TILE = 32  # attention: four calls decide on 32 consecutive keys

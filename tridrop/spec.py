@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import noise
 from .mask import Shard, scale, threshold
 
 # name -> (the function of one argument, whether the input holds two halves: f(first) * second)
@@ -38,7 +39,7 @@ class Options:
     """The options of one call of the elementwise family, after validation.
 
     ``shared`` lists the dimensions along which the mask of the elements is shared; ``p`` and
-    ``drop_path`` are drop probabilities in [0, 1].
+    ``drop_path`` are drop probabilities in [0, 1]; ``noise`` is one of ``noise.KINDS``.
     """
 
     activation: str = "none"
@@ -46,6 +47,7 @@ class Options:
     drop_path: float = 0.0
     shared: tuple[int, ...] = ()
     shard: Shard | None = None
+    noise: str = "mask"
 
     @property
     def function(self) -> str:
@@ -62,9 +64,9 @@ class Options:
         return threshold(self.p), threshold(self.drop_path)
 
     def scales(self) -> tuple[float, float]:
-        """What the kept elements and the kept samples are multiplied by."""
+        """What the kept elements and the kept samples are multiplied by; see ``noise.scale``."""
         elements, path = self.thresholds()
-        return scale(elements), scale(path)
+        return noise.scale(self.noise, elements), scale(path)
 
 
 @dataclass(frozen=True)
@@ -244,12 +246,12 @@ def resolve_noise_shape(
             f"shape {tuple(shape)}: give 1 (shared) or the size (or None) for each dimension"
         )
     shared = []
-    for dim, (noise, size) in enumerate(zip(noise_shape, shape, strict=True)):
-        if noise is None or (noise == size and size != 1):
+    for dim, (entry, size) in enumerate(zip(noise_shape, shape, strict=True)):
+        if entry is None or (entry == size and size != 1):
             continue
-        if isinstance(noise, bool) or noise != 1:
+        if isinstance(entry, bool) or entry != 1:
             raise ValueError(
-                f"noise_shape[{dim}] = {noise}, but the tensor has shape {tuple(shape)}: each "
+                f"noise_shape[{dim}] = {entry}, but the tensor has shape {tuple(shape)}: each "
                 "entry is 1 (one draw shared along the dimension), the size, or None for the size"
             )
         shared.append(dim)

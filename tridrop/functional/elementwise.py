@@ -45,7 +45,7 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     return found
 
 
-def _fused(
+def fused(
     x: Tensor,
     bias: Tensor | None,
     layer_scale: Tensor | None,
@@ -116,7 +116,7 @@ def dropout(
     where = spec.resolve_shard(shard, x.shape)
     if not training or (not isinstance(p, Tensor) and p == 0):
         return x
-    return _fused(x, None, None, None, p, True, seed, Options(shared=shared, shard=where))
+    return fused(x, None, None, None, p, True, seed, Options(shared=shared, shard=where))
 
 
 def activation_dropout(
@@ -168,7 +168,7 @@ def activation_dropout(
     shared = spec.resolve_noise_shape(noise_shape, shape)
     where = spec.resolve_shard(shard, shape)
     options = Options(name, shared=shared, shard=where)
-    return _fused(x, bias, None, None, p, training, seed, options)
+    return fused(x, bias, None, None, p, training, seed, options)
 
 
 def dropout_add(
@@ -226,4 +226,4 @@ def dropout_add(
     shared = spec.resolve_noise_shape(noise_shape, shape)
     where = spec.resolve_shard(shard, shape)
     options = Options(name, drop_path=float(drop_path), shared=shared, shard=where)
-    return _fused(x, bias, layer_scale, residual, p, training, seed, options)
+    return fused(x, bias, layer_scale, residual, p, training, seed, options)

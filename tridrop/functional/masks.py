@@ -13,7 +13,7 @@ from ..spec import Options
 from .elementwise import ShardLike
 
 
-def _seed(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
+def seed_on(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
     """The seed tensor, on whose device the mask is made: an int's on the CPU by default."""
     return as_seed(seed, device if isinstance(seed, Tensor) or device is not None else "cpu")
 
@@ -52,7 +52,7 @@ def keep_mask(
     tensor([ True, False,  True, False,  True, False,  True,  True])
     """
     rate, p_tensor = _rate(p)
-    seed = _seed(seed, device)
+    seed = seed_on(seed, device)
     shape = spec.check_shape(shape)
     shared = spec.resolve_noise_shape(noise_shape, shape)
     if domain == "drop_path":
@@ -65,7 +65,7 @@ def keep_mask(
     elif domain != "elements":
         raise ValueError(f"domain = {domain!r}; known: 'elements', 'drop_path'")
     where = spec.resolve_shard(shard, shape)
-    _, _, _, _, whole, origin, name = ops.pack(
+    *_, whole, origin, _, name = ops.pack(
         Options(shared=shared, shard=where), backends.choose(seed.device)
     )
     mask: Tensor = torch.ops.tridrop.keep_mask(
@@ -119,7 +119,7 @@ def attention_keep_mask(
     tensor([[[[ True, False,  True,  True]]]])
     """
     rate, p_tensor = _rate(p)
-    seed = _seed(seed, device)
+    seed = seed_on(seed, device)
     shape = spec.check_shape(shape)
     spec.check_attention_coordinates(shape)
     where = spec.resolve_shard(shard, shape, flattened=False)

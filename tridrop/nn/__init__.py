@@ -2,6 +2,17 @@
 
 from ..seeds import number_sites
 from .attention import MultiheadAttention
+from .family import (
+    AlphaDropout,
+    Dropout1d,
+    Dropout2d,
+    Dropout3d,
+    FeatureAlphaDropout,
+    GaussianDropout,
+    SpatialDropout1D,
+    SpatialDropout2D,
+    SpatialDropout3D,
+)
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .norm import DropoutAddLayerNorm, DropoutAddRMSNorm
@@ -9,12 +20,21 @@ from .transformer import TransformerBlock
 
 __all__ = [
     "ActivationDropout",
+    "AlphaDropout",
     "DropPath",
     "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "DropoutAdd",
     "DropoutAddLayerNorm",
     "DropoutAddRMSNorm",
+    "FeatureAlphaDropout",
+    "GaussianDropout",
     "MultiheadAttention",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
     "TransformerBlock",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",

@@ -16,9 +16,9 @@ class _Site(nn.Module):
 
     site: int | None = None
 
-    def _seed(self, x: Tensor) -> Tensor | None:
+    def _seed(self, x: Tensor, training: bool | None = None) -> Tensor | None:
         """This site's seed under an active tridrop.rng; None leaves the choice to the call."""
-        if not self.training or not seeds.active():
+        if not (self.training if training is None else training) or not seeds.active():
             return None
         return seeds.seed_for(x.device, None, self.site)
 

@@ -16,10 +16,10 @@ from .library import define, filled, read_rate
 # global_shape means the tensor is whole.
 OPTIONS = (
     "str activation, float p, float drop_path, int[] shared, "
-    "SymInt[] global_shape, SymInt[] origin, str backend"
+    "SymInt[] global_shape, SymInt[] origin, str noise, str backend"
 )
 
-Packed = tuple[str, float, float, list[int], list[int], list[int], str]
+Packed = tuple[str, float, float, list[int], list[int], list[int], str, str]
 
 
 def pack(options: Options, backend: str) -> Packed:
@@ -32,6 +32,7 @@ def pack(options: Options, backend: str) -> Packed:
         list(options.shared),
         [] if shard is None else list(shard.global_shape),
         [] if shard is None else list(shard.origin),
+        options.noise,
         backend,
     )
 
@@ -43,10 +44,11 @@ def unpack(
     shared: Sequence[int],
     global_shape: Sequence[int],
     origin: Sequence[int],
+    noise: str = "mask",
 ) -> Options:
     """The inverse of :func:`pack`."""
     shard = Shard(tuple(global_shape), tuple(origin)) if len(global_shape) else None
-    return Options(activation, p, drop_path, tuple(shared), shard)
+    return Options(activation, p, drop_path, tuple(shared), shard, noise)
 
 
 def _forward(

@@ -42,11 +42,15 @@ class Kind:
 
 _LAYER_NORM = Kind("layer_norm", {"weight": "weight", "bias": "bias", "eps": "eps"})
 _DROPOUT = Kind("dropout", {"p": "p", "inplace": "inplace"})
+OTHERS = ("feature dropout", "alpha dropout")  # nothing is fused with these
+_FEATURE, _ALPHA = (Kind(name, {"p": "p"}) for name in OTHERS)
 
 # Exact types: a subclass may do anything else.
 _TYPES: dict[type, Kind] = {
     nn.Dropout: _DROPOUT,
     Dropout: _DROPOUT,
+    **dict.fromkeys((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _FEATURE),
+    **dict.fromkeys((nn.AlphaDropout, nn.FeatureAlphaDropout), _ALPHA),
     nn.LayerNorm: _LAYER_NORM,
     nn.RMSNorm: Kind("rms_norm", {"weight": "weight", "eps": "eps"}),
     nn.Linear: Kind("linear", {"weight": "weight", "bias": "bias"}),

@@ -21,12 +21,31 @@ class MultiheadAttention(tridrop_nn.MultiheadAttention):
     _tridrop_base = nn.MultiheadAttention
 
 
-kinds.KNOWN[Dropout] = kinds.KNOWN[nn.Dropout]
+def _stand_in(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of tridrop.nn's class of that name, which swap can tell from a user's."""
+    name = base.__name__
+    ours = getattr(tridrop_nn, name)
+    body = {"_tridrop_base": base, "__module__": __name__, "__doc__": f"A torch.nn.{name}."}
+    return type(name, (ours,), body)
+
+
+Dropout1d, Dropout2d, Dropout3d = map(_stand_in, (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d))
+AlphaDropout, FeatureAlphaDropout = map(_stand_in, (nn.AlphaDropout, nn.FeatureAlphaDropout))
+
 
 REPLACEMENTS: dict[type, type[nn.Module]] = {
     nn.Dropout: Dropout,
+    nn.Dropout1d: Dropout1d,
+    nn.Dropout2d: Dropout2d,
+    nn.Dropout3d: Dropout3d,
+    nn.AlphaDropout: AlphaDropout,
+    nn.FeatureAlphaDropout: FeatureAlphaDropout,
     nn.MultiheadAttention: MultiheadAttention,
 }
+
+for base, ours in REPLACEMENTS.items():
+    if base in kinds.KNOWN:
+        kinds.KNOWN[ours] = kinds.KNOWN[base]
 
 
 def drop_path_forward(self: nn.Module, x: Tensor) -> Tensor:

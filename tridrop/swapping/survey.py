@@ -101,7 +101,7 @@ class Survey:
     def drops(self, module: nn.Module) -> bool:
         """Whether a module is itself a dropout that tridrop knows."""
         kind = kinds.kind_of(module)
-        if kind is not None and kind.name in ("dropout", "drop_path"):
+        if kind is not None and kind.name in ("dropout", "drop_path", *kinds.OTHERS):
             return True
         return base_of(module) is nn.MultiheadAttention
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import fast, mask
+from ... import fast, mask, noise
 from ...spec import Options, output_shape
 
 SQRT_HALF = 0.5**0.5
@@ -55,15 +55,20 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
 
 
 class Multiplier(NamedTuple):
-    """The random part of a call: where it keeps (None: everywhere) and its scale there."""
+    """The random part of a call: where it keeps (None: everywhere) and its scale there.
+
+    A scale that is a tensor of its own accord is Gaussian noise. ``offset`` is what alpha dropout
+    adds.
+    """
 
     keep: Tensor | None
     scale: float | Tensor
+    offset: float | Tensor = 0.0
 
     def __call__(self, value: Tensor) -> Tensor:
         """value * scale where kept, exactly 0 elsewhere, whatever the value is."""
         if self.keep is None:
-            return value
+            return value * self.scale if isinstance(self.scale, Tensor) else value
         return torch.where(self.keep, value, torch.zeros((), dtype=value.dtype)) * self.scale
 
 
@@ -77,9 +82,13 @@ def multiplier(
     threshold: int | Tensor = elements
     factor: float | Tensor = element_scale
     if p is not None:
-        table = mask.rate_table(p)
+        table = noise.rate_table(options.noise, p)
         threshold, factor = table[0].to(torch.int64), table[1]
-    if p is not None or elements > 0:
+    if options.noise == "gaussian":
+        if p is not None or elements > 0:
+            assert seed is not None
+            scale = 1 + noise.normals(seed, shape, options.shared, options.shard) * factor
+    elif p is not None or elements > 0:
         assert seed is not None
         keep = fast.keep_mask(seed, shape, threshold, shared=options.shared, shard=options.shard)
         scale = scale * factor
@@ -90,6 +99,8 @@ def multiplier(
         )
         keep = samples if keep is None else keep & samples
         scale = scale * path_scale
+    if options.noise == "alpha":
+        return Multiplier(keep, scale, noise.ALPHA * scale * (1 - threshold / mask.ONE))
     return Multiplier(keep, scale)
 
 
@@ -119,8 +130,16 @@ def compose(
     value = activate(x if bias is None else x + bias, options)
     if layer_scale is not None:
         value = value * layer_scale
+    if options.noise == "alpha":
+        return _alpha(value, drop)
     value = drop(value)
     return value if residual is None else residual + value
+
+
+def _alpha(value: Tensor, drop: Drop) -> Tensor:
+    """a * (value where kept, ALPHA elsewhere) + b, with b = -a * p * ALPHA."""
+    assert isinstance(drop, Multiplier)
+    return value if drop.keep is None else drop(value - noise.ALPHA) + drop.offset
 
 
 def gradients(

@@ -28,6 +28,8 @@ def _selection(
     *tensors: Tensor | None,
 ) -> fast.Selection | None:
     """The random part where it is one mask of elements, computed in fp32, and numba serves."""
+    if options.noise != "mask":
+        return None
     if seed is None or p is not None or options.drop_path > 0 or 0 in shape:
         return None
     for t in tensors:

@@ -20,6 +20,7 @@ from ...spec import Options, output_shape
 from . import launch, mask
 from .activations import FUNCTIONS
 from .mask import ELEMENTS, NO_MASK, keep_elements, keep_rows, load_key, load_rate, row_coordinates
+from .noise import ALPHA, FILL, GAUSSIAN, alpha_shift, gaussian
 from .tiles import (
     Operands,
     columns,
@@ -61,6 +62,7 @@ def forward_kernel(
     GATED: tl.constexpr = FUNCTIONS[2]
     MASK: tl.constexpr = MASKS[0]
     PATH: tl.constexpr = MASKS[1]
+    NOISE: tl.constexpr = MASKS[2]
     cols = known(shape.cols, VECTOR)
     x_stride = known(shape.x_stride, VECTOR)
     other_stride = known(shape.other_stride, VECTOR)
@@ -74,14 +76,19 @@ def forward_kernel(
         value = value * gate
     if operands.layer_scale is not None:
         value = value * load_vector(operands.layer_scale, col, cols)
-    if MASK != NO_MASK or PATH:
+    if NOISE == GAUSSIAN and MASK != NO_MASK:
+        rule = load_rule(operands, threshold, scale, path_scale, MASK, PATH)
+        value = value * gaussian(row_coordinates(row, origin.leading), group, rule, MASK)
+    elif MASK != NO_MASK or PATH:
         rule = load_rule(operands, threshold, scale, path_scale, MASK, PATH)
         table: tl.constexpr = operands.rate is not None
         keep = keep_tile(row, group, origin, rule, path_threshold, table, MASK, PATH)
         # Selected first, scaled after: dropped is exactly 0 even for NaN, and the product is one
         # instruction with the sum. Said as fma, since Triton 3.10 no longer fuses by itself.
-        value = tl.where(keep, value, 0.0)
-        if operands.residual is not None:
+        value = tl.where(keep, value, FILL if NOISE == ALPHA else 0.0)
+        if NOISE == ALPHA:
+            value = value * rule[2] + alpha_shift(rule[1], rule[2])
+        elif operands.residual is not None:
             stream = load_matrix(operands.residual, other_stride, row, col, inside)
             value = tl.fma(value, tl.zeros_like(value) + rule[2], stream)
         else:
@@ -110,6 +117,7 @@ def backward_kernel(
     GATED: tl.constexpr = FUNCTIONS[2]
     MASK: tl.constexpr = MASKS[0]
     PATH: tl.constexpr = MASKS[1]
+    NOISE: tl.constexpr = MASKS[2]
     cols = known(shape.cols, VECTOR)
     x_stride = known(shape.x_stride, VECTOR)
     other_stride = known(shape.other_stride, VECTOR)
@@ -127,7 +135,7 @@ def backward_kernel(
         dvalue = load_matrix(grad, other_stride, row, col, inside)
         keep = tl.full([BLOCK_ROWS, 1], 1, tl.int1)
         factor = 1.0
-        if MASK != NO_MASK or PATH:
+        if NOISE != GAUSSIAN and (MASK != NO_MASK or PATH):
             table: tl.constexpr = operands.rate is not None
             keep = keep_tile(row, group, origin, rule, path_threshold, table, MASK, PATH)
             factor = rule[2]
@@ -155,7 +163,10 @@ def backward_kernel(
                     at = gradients.x + offsets + cols
                     tl.store(at, dgate.to(gradients.x.dtype.element_ty), mask=inside)
                 gate_sum += tl.where(inside, dgate, 0.0)
-        dx = tl.where(keep, dx, 0.0) * factor
+        if NOISE == GAUSSIAN and MASK != NO_MASK:
+            dx = dx * gaussian(row_coordinates(row, origin.leading), group, rule, MASK)
+        else:
+            dx = tl.where(keep, dx, 0.0) * factor
         if gradients.x is not None:
             at = gradients.x + offsets
             tl.store(at, dx.to(gradients.x.dtype.element_ty), mask=inside)

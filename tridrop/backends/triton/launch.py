@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...mask import LANES, Coordinates, coordinates, rate_table
+from ...mask import LANES, Coordinates, coordinates
+from ...noise import KINDS, rate_table
 from ...spec import Options
 from . import mask
 from .tiles import Origin, Shape
@@ -125,6 +126,7 @@ class Plan:
         self.element_mask = int(mask.ROWS if self.where.col_shared else mask.ELEMENTS)
         (elements, drop_path), (scale, path_scale) = options.thresholds(), options.scales()
         self.rates = (elements, scale, drop_path, path_scale)
+        self.noise = options.noise
 
     @cached_property
     def strips(self) -> int:
@@ -273,23 +275,24 @@ def run(kernel: Any, plan: Programs, device: torch.device, *args: Any, **constan
         )
 
 
-def rate(p: Tensor | None) -> Tensor | None:
+def rate(p: Tensor | None, noise: str = "mask") -> Tensor | None:
     """The (threshold, scale) pair on the device of a p that only the device knows."""
-    return None if p is None else rate_table(p)
+    return None if p is None else rate_table(noise, p)
 
 
 class Rule(NamedTuple):
     """What the kernels are told about the masks."""
 
     arguments: tuple[int, float, int, float]  # threshold, scale, path_threshold, path_scale
-    MASKS: tuple[int, bool]
+    MASKS: tuple[int, bool, int]  # of the elements, of samples, kind of noise
     rate: Tensor | None
 
 
 def rule(plan: Plan, p: Tensor | None) -> Rule:
     elements, _, path, _ = plan.rates
     use = plan.element_mask if p is not None or elements > 0 else int(mask.NO_MASK)
-    return Rule(plan.rates, (use, path > 0), rate(p))
+    kind = KINDS.index(plan.noise)
+    return Rule(plan.rates, (use, path > 0, kind), rate(p, plan.noise))
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:

@@ -25,6 +25,7 @@ ROWS = tl.constexpr(2)  # a decision a row: the mask is shared along the columns
 DOMAIN_ELEMENTS = tl.constexpr(0)
 DOMAIN_DROP_PATH = tl.constexpr(1)
 DOMAIN_ATTENTION = tl.constexpr(2)
+DOMAIN_NORMAL = tl.constexpr(3)
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def row_coordinates(row, leading):
 
 
 @triton.jit
-def _words(row, group, key, DOMAIN: tl.constexpr):
+def words_of(row, group, key, DOMAIN: tl.constexpr):
     """The four Philox words of each (row coordinate, column group): row [R, 1], group [1, G]."""
     # Words that do not change along a row stand in c1 and c2: ptxas then shares the first two
     # rounds' products with them among all the groups of a thread.
@@ -91,7 +92,7 @@ def _words(row, group, key, DOMAIN: tl.constexpr):
 @triton.jit
 def keep_elements(row, group, key, threshold, MAYBE_ZERO: tl.constexpr, DOMAIN: tl.constexpr):
     """The decisions of rows [R] and column groups [G]: bool, [R, G * 8]."""
-    w0, w1, w2, w3 = _words(row[:, None], group[None, :], key, DOMAIN)
+    w0, w1, w2, w3 = words_of(row[:, None], group[None, :], key, DOMAIN)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [R, G, 2, 2]: words in order
     words = tl.reshape(words, [row.shape[0], group.shape[0], 4])
     bits = tl.join(words, (words << 16) | (words >> 16))  # [R, G, 4, 2]
@@ -102,7 +103,7 @@ def keep_elements(row, group, key, threshold, MAYBE_ZERO: tl.constexpr, DOMAIN: 
 @triton.jit
 def keep_rows(row, key, threshold, MAYBE_ZERO: tl.constexpr, DOMAIN: tl.constexpr):
     """The decision of each row [R] at column coordinate 0: bool, [R]."""
-    w0, _, _, _ = _words(row, tl.zeros_like(row), key, DOMAIN)
+    w0, _, _, _ = words_of(row, tl.zeros_like(row), key, DOMAIN)
     return _decide(w0, threshold, MAYBE_ZERO)
 
 

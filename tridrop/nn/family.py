@@ -1,0 +1,226 @@
+"""torch.nn's other dropouts and Keras', as modules: each forward is one functional call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..mask import as_seed, fold_in
+from ..spec import check_probability
+from .modules import _Site
+
+Function = Callable[..., Tensor]
+
+
+class _OneTensor(_Site):
+    """A module whose forward is ``function(input, p, training, seed=...)``."""
+
+    p: float
+    inplace: bool = False
+
+    def _call(self, function: Function, input: Tensor, training: bool | None = None) -> Tensor:
+        training = self.training if training is None else training
+        out = function(input, self.p, training, seed=self._seed(input, training))
+        return input.copy_(out) if self.inplace and out is not input else out
+
+
+class _Torch(_OneTensor):
+    """One that stands in for a module of torch's, and is an instance of it."""
+
+    function: Function
+
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+        check_probability(p)
+        super().__init__(p, inplace)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._call(type(self).function, input)
+
+
+class Dropout1d(_Torch, nn.Dropout1d):
+    """:func:`tridrop.dropout1d` as a module; a drop-in for torch.nn.Dropout1d.
+
+    ``inplace=True`` writes the result into the input and returns it, here and below.
+
+    >>> import torch, tridrop
+    >>> tridrop.nn.Dropout1d(0.5).eval()(torch.ones(1, 1, 2))
+    tensor([[[1., 1.]]])
+    """
+
+    function = staticmethod(F.dropout1d)
+
+
+class Dropout2d(_Torch, nn.Dropout2d):
+    """:func:`tridrop.dropout2d` as a module; a drop-in for torch.nn.Dropout2d.
+
+    >>> import torch, tridrop
+    >>> tridrop.nn.Dropout2d(0.5).eval()(torch.ones(1, 1, 1, 2))
+    tensor([[[[1., 1.]]]])
+    """
+
+    function = staticmethod(F.dropout2d)
+
+
+class Dropout3d(_Torch, nn.Dropout3d):
+    """:func:`tridrop.dropout3d` as a module; a drop-in for torch.nn.Dropout3d.
+
+    >>> import torch, tridrop
+    >>> tridrop.nn.Dropout3d(0.5).eval()(torch.ones(1, 1, 1, 2))
+    tensor([[[[1., 1.]]]])
+    """
+
+    function = staticmethod(F.dropout3d)
+
+
+class AlphaDropout(_Torch, nn.AlphaDropout):
+    """:func:`tridrop.alpha_dropout` as a module; a drop-in for torch.nn.AlphaDropout.
+
+    torch's module ignores ``inplace``; here it is meant.
+
+    >>> import torch, tridrop
+    >>> tridrop.nn.AlphaDropout(0.5).eval()(torch.ones(2))
+    tensor([1., 1.])
+    """
+
+    function = staticmethod(F.alpha_dropout)
+
+
+class FeatureAlphaDropout(_Torch, nn.FeatureAlphaDropout):
+    """:func:`tridrop.feature_alpha_dropout` as a module; for torch.nn.FeatureAlphaDropout.
+
+    >>> import torch, tridrop
+    >>> tridrop.nn.FeatureAlphaDropout(0.5).eval()(torch.ones(1, 2))
+    tensor([[1., 1.]])
+    """
+
+    function = staticmethod(F.feature_alpha_dropout)
+
+
+class _Keras(_OneTensor):
+    """What Keras' layers have: ``rate``, ``seed``, and ``training`` as an argument of the call.
+
+    With a ``seed`` the n-th call that drops takes ``fold_in(seed, n)``, so that two modules of the
+    same seed draw the same sequence. Such a call cannot be recomputed in backward, and raises
+    there; :func:`tridrop.rng` goes before the seed.
+    """
+
+    def __init__(self, rate: float, seed: int | None = None) -> None:
+        super().__init__()
+        check_probability(rate, "rate")
+        self.p = float(rate)
+        self.base = seed
+        if seed is not None:
+            as_seed(seed)  # raises for what is not a seed
+        self.calls = 0
+
+    def _seed(self, x: Tensor, training: bool | None = None) -> Tensor | None:
+        found = super()._seed(x, training)
+        drops = self.training if training is None else training
+        if found is not None or self.base is None or not drops:
+            return found
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a layer with a seed of its own is being recomputed in backward, where it would "
+                "draw the next mask of its sequence: leave seed out and use tridrop.rng(seed)"
+            )
+        self.calls += 1
+        return fold_in(as_seed(self.base, x.device), self.calls - 1)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.p}" + ("" if self.base is None else f", seed={self.base}")
+
+
+class GaussianDropout(_Keras):
+    """:func:`tridrop.gaussian_dropout` as a module, with the arguments of Keras' GaussianDropout.
+
+    Args:
+        rate: the p of :func:`tridrop.gaussian_dropout`, in [0, 1).
+        seed: None, or an int that fixes the sequence of masks; see the class above.
+
+    >>> import torch, tridrop
+    >>> layer = tridrop.nn.GaussianDropout(0.5, seed=1).eval()
+    >>> layer(torch.ones(2)), layer(torch.ones(2), training=True).std() > 0
+    (tensor([1., 1.]), tensor(True))
+    """
+
+    def forward(self, input: Tensor, training: bool | None = None) -> Tensor:
+        return self._call(F.gaussian_dropout, input, training)
+
+
+class _Spatial(_Keras):
+    """Dropout of whole feature maps, channels last or first."""
+
+    dimensions = 0  # spatial ones
+
+    def __init__(
+        self, rate: float, data_format: str = "channels_last", seed: int | None = None
+    ) -> None:
+        super().__init__(rate, seed)
+        if data_format not in ("channels_last", "channels_first"):
+            raise ValueError(
+                f"data_format = {data_format!r}; known: 'channels_last', 'channels_first'"
+            )
+        self.data_format = data_format
+
+    def forward(self, input: Tensor, training: bool | None = None) -> Tensor:
+        if input.dim() != self.dimensions + 2:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.dimensions + 2} dimensions, the batch, "
+                f"{self.dimensions} of space and the channels; given shape {tuple(input.shape)}"
+            )
+        space = (1,) * self.dimensions
+        last = self.data_format == "channels_last"
+        shape = (None, *space, None) if last else (None, None, *space)
+
+        def drop(x: Tensor, p: float, training: bool, seed: Tensor | None) -> Tensor:
+            return F.dropout(x, p, training, noise_shape=shape, seed=seed)
+
+        return self._call(drop, input, training)
+
+
+class SpatialDropout1D(_Spatial):
+    """Whole feature maps of ``[N, steps, C]``, as Keras' SpatialDropout1D (Tompson et al. 2015).
+
+    The same as :func:`tridrop.dropout` with ``noise_shape=(None, 1, None)``: for a sequence model
+    also one mask for all time steps (Gal and Ghahramani 2016).
+
+    Args:
+        rate: the probability of dropping a feature map.
+        data_format: "channels_last" (the default, ``[N, ..., C]``) or "channels_first".
+        seed: None, or an int that fixes the sequence of masks.
+
+    Called with ``training=True`` or False it drops, or not, whatever its mode.
+
+    >>> import torch, tridrop
+    >>> layer = tridrop.nn.SpatialDropout1D(0.5, seed=1).eval()
+    >>> out = layer(torch.ones(4, 3, 8), training=True)
+    >>> bool((out == out[:, :1]).all())
+    True
+    """
+
+    dimensions = 1
+
+
+class SpatialDropout2D(_Spatial):
+    """Whole feature maps of ``[N, H, W, C]``; see :class:`SpatialDropout1D`.
+
+    >>> import torch, tridrop
+    >>> tridrop.nn.SpatialDropout2D(0.5).eval()(torch.ones(1, 1, 1, 2))
+    tensor([[[[1., 1.]]]])
+    """
+
+    dimensions = 2
+
+
+class SpatialDropout3D(_Spatial):
+    """Whole feature maps of ``[N, D, H, W, C]``; see :class:`SpatialDropout1D`.
+
+    >>> import torch, tridrop
+    >>> tridrop.nn.SpatialDropout3D(0.5).eval()(torch.ones(1, 1, 1, 1, 2))
+    tensor([[[[[1., 1.]]]]])
+    """
+
+    dimensions = 3
