@@ -136,9 +136,8 @@ def compose(
     return value if residual is None else residual + value
 
 
-def _alpha(value: Tensor, drop: Drop) -> Tensor:
+def _alpha(value: Tensor, drop: Multiplier) -> Tensor:
     """a * (value where kept, ALPHA elsewhere) + b, with b = -a * p * ALPHA."""
-    assert isinstance(drop, Multiplier)
     return value if drop.keep is None else drop(value - noise.ALPHA) + drop.offset
 
 
