@@ -217,7 +217,7 @@ def all_pieces(out: Path) -> list[Piece]:
         *tests,
         *(
             Piece(f"bench-{name}", [*bench, "--out", str(out / f"bench-{name}"),
-                                    *(part for op in ops for part in ("--op", op))])
+                                    "--op", ",".join(ops)])
             for name, ops in BENCH.items()
         ),
         *(

@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 
-from tridrop import inspection  # noqa: E402
+from tridrop import cli, inspection  # noqa: E402
 
 
 def python(name, program, **about):
@@ -158,8 +158,14 @@ def test_the_pieces_name_what_there_is():
         )  # fmt: skip
     ops = [op for ops in gpu.BENCH.values() for op in ops]
     assert set(ops) | {"keep_mask", "attention_keep_mask"} == set(inspection.OPS)
-    names = [piece.name for piece in gpu.all_pieces(Path("out"))]
-    assert len(names) == len(set(names))
+    pieces = gpu.all_pieces(Path("out"))
+    assert len({piece.name for piece in pieces}) == len(pieces)
+    for piece in pieces:
+        kind, _, name = piece.name.partition("-")
+        if kind in ("bench", "steps"):
+            asked = cli.parser().parse_args(piece.command[piece.command.index("bench") :])
+            given = tuple(asked.op) if kind == "bench" else asked.steps
+            assert given == (gpu.BENCH[name] if kind == "bench" else [name])
 
 
 def test_pieces_are_chosen_by_beginnings_and_unknown_ones_refused(capsys):
