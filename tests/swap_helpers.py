@@ -93,6 +93,7 @@ def swapped_outcome(
     """A step of a swapped model under a seed tensor, and what dropped in it."""
     draws: Draws = []
     seed_for = seeds.seed_for
+    device = next(model.parameters(), torch.empty(0)).device
 
     def record(device, given=None, site=None):
         taken = seed_for(device, given, site)
@@ -110,7 +111,7 @@ def swapped_outcome(
             lambda x, p: dropped_by_torch(x, p, count_left()),
             lambda shape: uniform_of_torch(shape, count_left()),
         ),
-        tridrop.rng(tridrop.fold_in(seed, 0)),
+        tridrop.rng(tridrop.fold_in(seed, 0).to(device)),
     ):
         return outcome(model, inputs), draws
 

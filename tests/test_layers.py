@@ -19,6 +19,7 @@ import tridrop
 
 N, T, S, E, H, W = 3, 4, 5, 8, 2, 12
 DOUBLE = torch.float64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH = [True, False]
 KINDS = {
     "encoder": (nn.TransformerEncoderLayer, tridrop.nn.TransformerEncoderLayer),
@@ -65,7 +66,7 @@ def outcome(layer: nn.Module, tensors: list[Tensor], **arguments) -> dict[str, T
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = layer(*leaves, **arguments)
     targets = {f"input {i}": t for i, t in enumerate(leaves)} | dict(layer.named_parameters())
-    loss = (out * draw(*out.shape, seed=7)).sum()
+    loss = (out * draw(*out.shape, seed=7).to(out.device)).sum()
     gradients = torch.autograd.grad(loss, [*targets.values()])
     return {"out": out, **dict(zip(targets, gradients, strict=True))}
 
@@ -381,8 +382,8 @@ def test_checkpointed_gradients_are_the_same(kind, use_reentrant, seed):
 @kinds
 def test_the_same_on_both_backends(kind):
     pytest.importorskip("triton")
-    ours = numbered(kind, norm_first=kind == "decoder", activation="gelu")[1].float()
-    tensors, found = [t.float() for t in inputs(kind)], []
+    ours = numbered(kind, norm_first=kind == "decoder", activation="gelu")[1].float().to(DEVICE)
+    tensors, found = [t.float().to(DEVICE) for t in inputs(kind)], []
     for backend in ("reference", "triton"):
         with tridrop.backend(backend), tridrop.rng(SEED):
             found.append(outcome(ours, tensors))

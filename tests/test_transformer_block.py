@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import tridrop
 
 N, L, E, H = 3, 5, 12, 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def draw() -> Tensor:
@@ -75,10 +76,10 @@ def test_block_recomputes_its_attention():
 
 def test_block_is_the_same_on_both_backends():
     pytest.importorskip("triton")
-    block = numbered_block(attention_p=0.4).float()
+    block = numbered_block(attention_p=0.4).float().to(DEVICE)
     found = []
     for backend in ("reference", "triton"):
-        x = draw().float().requires_grad_()
+        x = draw().float().to(DEVICE).requires_grad_()
         with tridrop.backend(backend), tridrop.rng(5):
             out = block(x)
             found.append((out, torch.autograd.grad(out.square().sum(), x)[0]))
@@ -89,10 +90,10 @@ def test_block_is_the_same_on_both_backends():
 def test_multihead_attention_runs_on_both_backends(need_weights):
     """With padding, a causal mask and dropout: the same result, weights and gradients."""
     torch.manual_seed(0)
-    layer = tridrop.nn.MultiheadAttention(16, 2, dropout=0.3, batch_first=True)
-    x = torch.randn(2, 9, 16)
-    padding = torch.arange(9)[None] >= torch.tensor([[9], [6]])
-    causal = nn.Transformer.generate_square_subsequent_mask(9).isinf()
+    layer = tridrop.nn.MultiheadAttention(16, 2, dropout=0.3, batch_first=True).to(DEVICE)
+    x = torch.randn(2, 9, 16).to(DEVICE)
+    padding = (torch.arange(9)[None] >= torch.tensor([[9], [6]])).to(DEVICE)
+    causal = nn.Transformer.generate_square_subsequent_mask(9).isinf().to(DEVICE)
     found = []
     for backend in ("reference", "triton"):
         layer.zero_grad()

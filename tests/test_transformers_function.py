@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers  # noqa: F401  # with it masks can be made
+import transformers.modeling_utils  # noqa: F401  # with it masks can be made
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
 import tridrop
 from tridrop.integrations.transformers import attention_forward, attention_mask
 from tridrop.integrations.transformers_masks import pattern_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def by_hand(q, k, v, visible=None, bias=None, scale=None, softcap=None, sinks=None, keep=None):
@@ -97,9 +100,11 @@ CALLS = {
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("case", CALLS)
 def test_function_equals_the_formula(case, backend):
-    mask, options, formula = CALLS[case]
-    inputs = tensors()
-    keep = tridrop.attention_keep_mask(tridrop.fold_in(5, 3), (2, 4, 6, 6), 0.25)
+    device = DEVICE if backend == "triton" else "cpu"
+    mask, options, formula, inputs = tree_map_only(
+        torch.Tensor, lambda t: t.to(device), (*CALLS[case], tensors())
+    )
+    keep = tridrop.attention_keep_mask(tridrop.fold_in(5, 3), (2, 4, 6, 6), 0.25).to(device)
     expected, probabilities = by_hand(*inputs, **formula, keep=keep)
     module = caller(_tridrop_attention_site=3)
     for wanted in (False, True):
