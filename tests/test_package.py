@@ -16,7 +16,7 @@ LAYERS = [
     ["cli", "__main__"],
     ["bench"],
     ["check", "demo", "inspection", "info"],
-    ["monte_carlo"],
+    ["monte_carlo", "schedules"],
     ["dropping"],
     ["swapping"],
     ["integrations"],

@@ -5,7 +5,7 @@ No mask is ever stored: backward regenerates it from a seed, and the mask is a p
 """
 
 from . import integrations as _integrations  # noqa: F401  (other libraries' plugs)
-from . import nn, shims
+from . import nn, schedules, shims
 from .backends import backend
 from .functional import (
     activation_dropout,
@@ -29,12 +29,14 @@ from .functional import (
 )
 from .mask import Shard, fold_in, new_seed
 from .monte_carlo import Prediction, mc_dropout, mc_predict
+from .schedules import DropoutSchedule
 from .seeds import rng
 from .swapping import swap, unswap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DropoutSchedule",
     "Prediction",
     "Shard",
     "activation_dropout",
@@ -61,6 +63,7 @@ __all__ = [
     "rms_norm_dropout",
     "rng",
     "scaled_dot_product_attention",
+    "schedules",
     "shims",
     "softmax_dropout",
     "swap",
