@@ -35,11 +35,16 @@ from triton.backends.compiler import GPUTarget
 
 import tridrop
 from tridrop import backends
-from tridrop.backends.triton import launch
 
 P = 0.1
 ROUNDS, CALLS = 25, 100
 Op = Callable[..., Tensor]
+
+
+def _attend(attention: Op, x: Tensor, r: Tensor) -> Tensor:
+    query, key = x[None, None], r[None, None]
+    return attention(query, key, query, None, P)[0, 0]
+
 
 # name -> (eager, tridrop), of x, a residual, and a norm's weight and bias
 OPS: dict[str, tuple[Op, Op]] = {
@@ -64,8 +69,8 @@ OPS: dict[str, tuple[Op, Op]] = {
         lambda x, r, w, b: tridrop.softmax_dropout(x[None, None], P)[0, 0],
     ),
     "scaled_dot_product_attention": (
-        lambda x, r, w, b: F.scaled_dot_product_attention(*(t[None, None] for t in (x, r, x)), None, P)[0, 0],
-        lambda x, r, w, b: tridrop.scaled_dot_product_attention(*(t[None, None] for t in (x, r, x)), None, P)[0, 0],
+        lambda x, r, w, b: _attend(F.scaled_dot_product_attention, x, r),
+        lambda x, r, w, b: _attend(tridrop.scaled_dot_product_attention, x, r),
     ),
 }
 
@@ -117,10 +122,9 @@ def launching() -> Iterator[str]:
         if torch.cuda.is_available():
             yield "cuda"
             return
-        triton.runtime.driver.set_active(NoDriver())
-        stack.callback(triton.runtime.driver.reset_active)
+        triton.runtime.driver.set_active(NoDriver())  # for good: there is none to go back to
         module = backends.load("triton")
-        stack.enter_context(mock.patch.object(module, "why_not", lambda *_: None))
+        stack.enter_context(mock.patch.object(module, "why_not", return_value=None))
         yield "cpu"
 
 
