@@ -156,6 +156,7 @@ import sys, torch, tridrop
 tridrop.dropout(torch.ones(8), 0.5)
 names = {name.split(".")[0] for name in sys.modules}
 found = names & {"transformers", "accelerate", "peft", "timm", "torchvision", "liger_kernel"}
+found |= names & {"sklearn", "matplotlib"}
 assert not found, f"import tridrop imports {found}"
 """
 

@@ -2,24 +2,22 @@
 
 It trains one small model without dropout, with PyTorch's and with tridrop's, from the same start
 and on the same order of the data, and writes a table, results.json, demo.png and demo.svg.
-docs/demo.md tells how to read them.
+docs/demo.md tells how to read them. ``--experiment`` runs one of the experiments of
+docs/experiments.md in its place.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from rich.console import Console
 
-import tridrop
-from tridrop import backends
-
-from . import architectures, report, text, train
+from . import architectures, experiments, report, text, train
 from .display import Display
 from .options import DemoError, Options, add_arguments, resolve
+from .place import backend_of, check_backend, device_of
 
 __all__ = ["add_arguments", "run"]
 
@@ -34,15 +32,17 @@ def run(args: argparse.Namespace) -> int:
     """
     console = Console(highlight=False)
     try:
+        if args.experiment is not None:
+            return experiments.run(console, args)
         options = resolve(args)
         report.check_plotting()
         architectures.check(options.model)
-        device = _device(options.device)
+        device = device_of(options.device)
         options.out.mkdir(parents=True, exist_ok=True)
         source = text.load(options.text)
         slices = text.split(source[1], options.train_bytes, options.valid_bytes)
-        with _backend(options.backend):
-            backend = _check_backend(device)
+        with backend_of(options.backend):
+            backend = check_backend(device)
             return _run(console, options, device, backend, source, slices)
     except (DemoError, OSError) as error:
         print(f"tridrop demo: error: {error}", file=sys.stderr)
@@ -86,28 +86,3 @@ def _run(
         console.print(note)
     console.print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True)
     return status
-
-
-def _device(name: str) -> torch.device:
-    """The device ``name``, with "auto" resolved; DemoError where nothing can be computed on it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise DemoError(f"--device {name} cannot be used: {reason}") from error
-
-
-def _backend(name: str) -> AbstractContextManager[None]:
-    return nullcontext() if name == "auto" else tridrop.backend(name)
-
-
-def _check_backend(device: torch.device) -> str:
-    """The name of the backend that serves ``device``; DemoError where it cannot."""
-    try:
-        name = backends.choose(device)
-        backends.serving(name, torch.empty(1, device=device))
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise DemoError(str(error)) from error
-    return name

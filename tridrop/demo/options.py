@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_every": 40,
 }
 MODELS = ("block", "gpt2", "bert")
+EXPERIMENTS = ("overfit", "uncertainty", "masks")
 QUICK: dict[str, Any] = {
     "steps": 240,
     "train_bytes": 2_048,
@@ -147,6 +148,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="block: tridrop.nn.TransformerBlock against plain PyTorch; gpt2, bert: transformers' "
         "architectures, small and random, against themselves after tridrop.swap; needs "
         "tridrop[hf] (default %(default)s)",
+    )
+    parser.add_argument(
+        "--experiment",
+        choices=EXPERIMENTS,
+        help="in the place of the training on text: overfit and uncertainty train small CNNs on "
+        "scikit-learn's handwritten digits, masks draws which activations fall; of the other "
+        "options they take --quick, --out, --device, --backend, --seed, --steps and --p, with "
+        "defaults of their own (docs/experiments.md)",
     )
     parser.add_argument("--quick", action="store_true", help="a small run, within a minute")
     parser.add_argument(

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +36,10 @@ DASHES: Any = (0, (9, 5))
 WIDTHS = {"none": 2.0, "eager": 4.0, "eager_again": 2.5, "tridrop": 1.2}
 
 
-def environment(device: torch.device, backend: str) -> dict[str, Any]:
-    """What the run ran on: versions, device and backend."""
+def environment(device: torch.device, backend: str, *packages: str) -> dict[str, Any]:
+    """What the run ran on: versions, of ``packages`` as well, device and backend."""
     versions = {"python": platform.python_version(), "tridrop": tridrop.__version__}
-    for package in ("torch", "triton", "transformers", "matplotlib"):
+    for package in ("torch", "triton", "transformers", "matplotlib", *packages):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -193,9 +193,9 @@ def _memory(size: int, ratio: float) -> str:
     return f"{size / 2**20:.1f} ({ratio:.2f})"
 
 
-def write_json(result: dict[str, Any], folder: Path) -> Path:
-    """Write results.json into ``folder`` and return its path."""
-    path = folder / "results.json"
+def write_json(result: dict[str, Any], folder: Path, name: str = "results") -> Path:
+    """Write ``name``.json into ``folder`` and return its path."""
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
 
@@ -208,9 +208,14 @@ def check_plotting() -> None:
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     """Draw the curves into demo.png and demo.svg in ``folder`` and return their paths."""
+    return save(lambda: _draw(result), folder, "demo")
+
+
+def save(draw: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
+    """Write what ``draw`` makes as ``name``.png and .svg into ``folder``; return their paths."""
     import matplotlib
 
-    paths = [folder / "demo.png", folder / "demo.svg"]
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     # Without a date and with a fixed salt, the same curves give the same file.
     settings: dict[Any, Any] = {
         "svg.hashsalt": "tridrop",
@@ -218,7 +223,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         "lines.scale_dashes": False,
     }
     with matplotlib.rc_context(settings):
-        figure = _draw(result)
+        figure = draw()
         figure.savefig(paths[0], dpi=120)
         figure.savefig(paths[1], metadata={"Date": None})
     return paths

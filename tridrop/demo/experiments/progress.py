@@ -1,0 +1,47 @@
+"""Progress of an experiment: a bar in a terminal, a line a network elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Bar:
+    """What is told of the progress."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=total)
+
+    def tick(self) -> None:
+        """One step more is done."""
+        self._progress.advance(self._task)
+
+    def begin(self, text: str) -> None:
+        """Say what is being done."""
+        self._progress.update(self._task, description=text)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, soft_wrap=True)
+
+
+@contextmanager
+def bar(console: Console, total: int) -> Iterator[Bar]:
+    """A bar of ``total`` steps; drawn only where there is a terminal."""
+    made = Bar(console, total)
+    if not console.is_terminal:
+        yield made
+        return
+    with made._progress:
+        yield made

@@ -1,0 +1,341 @@
+"""Does a network know when it does not know? One pass without dropout against Monte Carlo dropout.
+
+Networks trained with dropout on nine of the ten digits are shown test images of these, the same
+images turned, and the tenth digit. Gal and Ghahramani, "Dropout as a Bayesian approximation:
+representing model uncertainty in deep learning", ICML 2016.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tridrop
+
+from . import digits
+from .measures import BINS, calibration_error, judge, paired, reliability, spread
+from .progress import Bar
+from .settings import Settings
+from .training import logits_of, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WAYS = {"single": "one pass, dropout off", "ensemble": "Monte Carlo dropout, averaged"}
+COLOURS = {"single": "#D55E00", "ensemble": "#0072B2", "information": "#009E73"}
+ANGLES = range(0, 181, 30)
+_CHUNK = 1024  # pairs of a member and an image that are computed together
+
+
+def ticks(settings: Settings) -> int:
+    """One a training step, and one a set of images that a network is shown."""
+    return settings.repeats * (settings.steps + 2 + len(ANGLES))
+
+
+def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str, Any]:
+    """Train the networks, each without one digit, and show them what they know and do not know."""
+    data = digits.load(device)
+    networks: list[dict[str, Any]] = []
+    judged: list[tuple[dict[str, Tensor], Tensor]] = []
+    for i in range(settings.repeats):
+        seed, left_out = settings.seed + i, i % digits.CLASSES
+        progress.begin(f"seed {seed}, without the {left_out}")
+        known = data.take(data.y != left_out)
+        parts = digits.split(known, seed, settings.train, settings.valid)
+        model = digits.network(settings.p, seed, device)
+        train(
+            model, parts[0], parts[1],
+            seed=seed, steps=settings.steps, every=settings.steps, tick=progress.tick,
+        )  # fmt: skip
+        shown = _Shown(model, settings.samples, seed, progress)
+        test, strange = shown(parts[2].x), shown(data.take(data.y == left_out).x)
+        judged.append((test, parts[2].y))
+        networks.append(
+            {
+                "seed": seed,
+                "left_out": left_out,
+                "images": {"test": len(parts[2].y), "left_out": len(strange["information"])},
+                "test": {way: _quality(test[way], parts[2].y) for way in WAYS},
+                "known": _entropies(test),
+                "unknown": _entropies(strange),
+                "separation": _separation(test, strange),
+                "rotated": _rotated(shown, parts[2].take(torch.arange(settings.rotated))),
+            }
+        )
+        one, many = (100 * networks[-1]["test"][way]["accuracy"] for way in WAYS)
+        progress.say(
+            f"seed {seed}, without the {left_out}, test accuracy: one pass {one:.1f} %, "
+            f"ensemble {many:.1f} %"
+        )
+    return {
+        "bins": BINS,
+        "angles": list(ANGLES),
+        "networks": networks,
+        "reliability": _pooled(judged),
+        "summary": _summary(networks),
+    }
+
+
+class _Shown:
+    """What a network says of images, by one pass and as an ensemble."""
+
+    def __init__(self, model: nn.Module, samples: int, seed: int, progress: Bar) -> None:
+        self.model, self.samples, self.seed, self.progress = model, samples, seed, progress
+
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        """Probabilities [n, classes] by each of WAYS, and the mutual information [n]."""
+        said = tridrop.mc_predict(
+            self.model, x, samples=self.samples, seed=self.seed, output="logits", chunk=_CHUNK
+        )
+        assert said.mutual_information is not None  # it is None for values alone
+        self.progress.tick()
+        return {
+            "single": logits_of(self.model, x).softmax(1),
+            "ensemble": said.mean,
+            "information": said.mutual_information,
+        }
+
+
+def _quality(probabilities: Tensor, y: Tensor) -> dict[str, float]:
+    """Accuracy, negative log-likelihood in nats and expected calibration error."""
+    confidence, guess = probabilities.max(1)
+    return {
+        "accuracy": float((guess == y).double().mean()),
+        "loss": float(F.nll_loss(probabilities.log(), y)),
+        "calibration_error": calibration_error(reliability(confidence, guess == y)),
+    }
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(1)
+
+
+def _doubts(said: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How unsure of each image: entropies of both ways, and the members' disagreement."""
+    return {
+        **{way: _entropy(said[way]) for way in WAYS},
+        "information": said["information"],
+    }
+
+
+def _entropies(said: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(doubt.mean()) for name, doubt in _doubts(said).items()}
+
+
+def _separation(known: dict[str, Tensor], unknown: dict[str, Tensor]) -> dict[str, float]:
+    """The area under the ROC curve: how often an image of the unknown digit is the more doubtful
+    one of a pair with a known; 0.5 is chance."""
+    area = importlib.import_module("sklearn.metrics").roc_auc_score
+    strange = torch.tensor([0] * len(known["information"]) + [1] * len(unknown["information"]))
+    return {
+        name: float(area(strange.numpy(), torch.cat((doubt, _doubts(unknown)[name])).cpu().numpy()))
+        for name, doubt in _doubts(known).items()
+    }
+
+
+def _rotated(shown: _Shown, images: digits.Images) -> list[dict[str, Any]]:
+    """Accuracies and doubts of images turned by ANGLES."""
+    found = []
+    for angle in ANGLES:
+        said = shown(rotate(images.x, angle))
+        right = {way: (said[way].argmax(1) == images.y).double().mean() for way in WAYS}
+        found.append(
+            {
+                "angle": angle,
+                "accuracy": {way: float(share) for way, share in right.items()},
+                "doubt": _entropies(said),
+            }
+        )
+    return found
+
+
+def rotate(x: Tensor, degrees: float) -> Tensor:
+    """Images [n, 1, height, width] turned counter-clockwise about their centres.
+
+    Bilinear; 0 from outside.
+
+    >>> x = torch.arange(4.0).view(1, 1, 2, 2)
+    >>> rotate(x, 90).round().view(2, 2)
+    tensor([[1., 3.],
+            [0., 2.]])
+    """
+    turn = math.radians(degrees)
+    cos, sin = math.cos(turn), math.sin(turn)
+    matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], device=x.device)
+    grid = F.affine_grid(matrix.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def _pooled(judged: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Any]:
+    """The intervals of confidence of all networks' test images together."""
+    found = {}
+    for way in WAYS:
+        confidence, guess = torch.cat([said[way] for said, _ in judged]).max(1)
+        found[way] = reliability(confidence, guess == torch.cat([y for _, y in judged]))
+    return found
+
+
+def _summary(networks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means and spreads over the networks, and the differences of the two ways."""
+    found: dict[str, Any] = {}
+    for name in ("accuracy", "loss", "calibration_error"):
+        values = {way: [one["test"][way][name] for one in networks] for way in WAYS}
+        found[name] = _both(values)
+    for name in ("known", "unknown", "separation"):
+        values = {key: [one[name][key] for one in networks] for key in COLOURS}
+        found[name] = _both(values) | {"information": spread(values["information"])}
+    found["rotated"] = [
+        {key: spread([one["rotated"][i]["doubt"][key] for one in networks]) for key in COLOURS}
+        | {
+            "angle": angle,
+            "accuracy": _both(
+                {way: [one["rotated"][i]["accuracy"][way] for one in networks] for way in WAYS}
+            ),
+        }
+        for i, angle in enumerate(ANGLES)
+    ]
+    return found
+
+
+def _both(values: dict[str, list[float]]) -> dict[str, Any]:
+    return {way: spread(values[way]) for way in WAYS} | {
+        "difference": paired(values["single"], values["ensemble"])
+    }
+
+
+# --------------------------------------------------------------------------------------- sentences
+
+
+def findings(result: dict[str, Any]) -> list[str]:
+    """What was found, in sentences whose numbers and words follow from the results."""
+    found, asked = result["summary"], result["options"]
+    turned = found["rotated"][result["angles"].index(90)]
+    right = [f"{100 * turned['accuracy'][way]['mean']:.0f} %" for way in WAYS]
+    return [
+        f"{asked['repeats']} networks, each trained without one digit (p = {asked['p']}); "
+        f"{asked['samples']} members of each; mean ± standard deviation over the networks; entropy "
+        "and loss in nats.",
+        _judge("Averaging the members {} the test accuracy", found["accuracy"], 100, " %"),
+        _judge("Averaging the members {} the test loss", found["loss"], 1, ""),
+        _judge(
+            "Averaging the members {} the expected calibration error "
+            f"({result['bins']} bins, each network by itself)",
+            found["calibration_error"],
+            100,
+            " %",
+        ),
+        f"Mean entropy on known test digits: {_both_plain(found['known'])}; on the digit that was "
+        f"left out: {_both_plain(found['unknown'])}.",
+        f"On known digits turned by 90 degrees: {_both_plain(turned)}, where {right[0]} and "
+        f"{right[1]} are right.",
+        _judge(
+            "Averaging the members {} how well entropy tells the left-out digit from known ones "
+            "(area under the ROC curve; 0.5 is chance)",
+            found["separation"],
+            1,
+            "",
+        ),
+        "The mutual information of the members tells them apart with an area of "
+        f"{_plain(found['separation']['information'])}.",
+    ]
+
+
+def _judge(claim: str, found: dict[str, Any], factor: float, unit: str) -> str:
+    return judge(claim, (found["single"], found["ensemble"], found["difference"]), factor, unit)
+
+
+def _both_plain(found: dict[str, Any]) -> str:
+    return f"one pass {_plain(found['single'])}, ensemble {_plain(found['ensemble'])}"
+
+
+def _plain(one: dict[str, float]) -> str:
+    return f"{one['mean']:.3f} ± {one['sd']:.3f}"
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Doubt and accuracy against the angle, and the doubt of known and left-out digits."""
+    from matplotlib.figure import Figure
+
+    found = result["summary"]
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    doubt, right, classes = figure.subplots(1, 3)
+    for key, label in _LABELS.items():
+        means = [one[key]["mean"] for one in found["rotated"]]
+        spreads = [one[key]["sd"] for one in found["rotated"]]
+        doubt.errorbar(result["angles"], means, spreads, color=COLOURS[key], label=label, capsize=3)
+        ends = [found[name][key] for name in ("known", "unknown")]
+        classes.errorbar(
+            [0, 1],
+            [e["mean"] for e in ends],
+            [e["sd"] for e in ends],
+            color=COLOURS[key],
+            capsize=3,
+        )
+    for way in WAYS:
+        points = [one["accuracy"][way] for one in found["rotated"]]
+        right.errorbar(
+            result["angles"], [p["mean"] for p in points], [p["sd"] for p in points],
+            color=COLOURS[way], capsize=3,
+        )  # fmt: skip
+    doubt.set_title("known digits, turned: doubt in nats")
+    right.set_title("accuracy on these")
+    classes.set_title("doubt in nats, by class")
+    classes.set_xticks([0, 1], ["known", "left out"])
+    classes.set_xlim(-0.4, 1.4)
+    for axes in (doubt, right):
+        axes.set_xlabel("angle in degrees")
+        axes.set_xticks(result["angles"])
+    for axes in (doubt, right, classes):
+        axes.set_ylim(0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(ncols=3, frameon=False, loc="outside lower center")
+    return figure
+
+
+_LABELS = {
+    "single": "entropy of one pass",
+    "ensemble": "entropy of the averaged ensemble",
+    "information": "mutual information of the members",
+}
+
+
+def draw_reliability(result: dict[str, Any]) -> Figure:
+    """Accuracy against confidence, and how many test images each confidence has."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+    for i, way in enumerate(WAYS):
+        error = calibration_error(result["reliability"][way])
+        _reliability(panels[:, i], result["reliability"][way], COLOURS[way])
+        panels[0, i].set_title(f"{WAYS[way]}\nall networks: ECE {100 * error:.2f} %", fontsize=10)
+        panels[1, i].set_xlabel("confidence")
+    panels[0, 0].set_ylabel("accuracy")
+    panels[1, 0].set_ylabel("images")
+    panels[1, 0].set_yscale("log")
+    return figure
+
+
+def _reliability(panels: Any, found: list[dict[str, Any]], colour: str) -> None:
+    """Bars of accuracy, and a mark at (confidence, accuracy) that should lie on the diagonal."""
+    top, bottom = panels
+    full = [one for one in found if one["count"]]
+    width = 1 / len(found)
+    left = [one["low"] for one in full]
+    heights = [one["accuracy"] for one in full]
+    top.bar(left, heights, width, align="edge", color=colour, alpha=0.35, edgecolor="white")
+    top.plot([one["confidence"] for one in full], heights, "o", color=colour, markersize=4)
+    top.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    bottom.bar(left, [one["count"] for one in full], width, align="edge", color=colour, alpha=0.6)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
