@@ -13,15 +13,18 @@ from tridrop.backends.triton import elementwise as kernels
 from tridrop.backends.triton import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROWS = [
-    pytest.param(case, dtype, backend, id=f"{backend}-{name}-{case.name}")
-    for backend in ("reference", "triton")
-    for name, dtype in check.DTYPES.items()
-    for case in check.CASES
-]
 
 
-@pytest.mark.parametrize(("case", "dtype", "backend"), ROWS)
+def everywhere(table):
+    return [
+        pytest.param(row, dtype, backend, id=f"{backend}-{name}-{row.name}")
+        for backend in ("reference", "triton")
+        for name, dtype in check.DTYPES.items()
+        for row in table
+    ]
+
+
+@pytest.mark.parametrize(("case", "dtype", "backend"), everywhere(check.CASES))
 def test_every_case_holds(case, dtype, backend):
     results = check.check_case(case, dtype, backend, DEVICE, seeds=24)
     assert [r for r in results if r.passed is False] == []
@@ -32,6 +35,14 @@ def test_every_case_holds(case, dtype, backend):
     if backend == "reference" or dtype != torch.bfloat16 or DEVICE == "cuda":
         operands = {f"grad {name}" for name in case.shapes if name != "out"}
         assert ran == {"value", "p = 0", "masks", "saved", "expectation |z|"} | operands
+
+
+@pytest.mark.parametrize(("row", "dtype", "backend"), everywhere(check.INVARIANTS))
+def test_every_invariant_holds(row, dtype, backend):
+    results = check.check_invariant(row, dtype, backend, DEVICE, seeds=24)
+    assert [r for r in results if r.passed is False] == []
+    blind = backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu"
+    assert all(r.passed is None for r in results) if blind else len(results) >= 2
 
 
 # ------------------------------------------------------------------- what is broken is found
@@ -65,6 +76,31 @@ def test_a_large_error_of_the_scale_shows_in_the_expectation(monkeypatch):
     monkeypatch.setattr(tridrop.ops.elementwise, "unpack", lambda *a: Unscaled(**vars(plain(*a))))
     for backend in ("reference", "triton"):
         assert "expectation |z|" in failures(backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_wrong_moments_fail(monkeypatch, backend):
+    """Alpha dropout with dropout's scale, Gaussian noise of a tenth more."""
+    right = tridrop.noise.scale
+
+    def wrong(kind, threshold):
+        return right("mask" if kind == "alpha" else kind, threshold) * (
+            1.1 if kind == "gaussian" else 1
+        )
+
+    monkeypatch.setattr(tridrop.noise, "scale", wrong)
+    monkeypatch.setattr(launch, "plan", launch.plan.__wrapped__)  # plans keep their scales
+    assert "invariant variance |z|" in failures(backend, "alpha_dropout")
+    assert "invariant variance |z|" in failures(backend, "gaussian_dropout")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_maps_that_are_not_dropped_whole_fail(monkeypatch, backend):
+    plain = tridrop.functional.family._feature_shape
+    monkeypatch.setattr(
+        tridrop.functional.family, "_feature_shape", lambda x: (*plain(x)[:-1], None)
+    )
+    assert {"invariant shared", "masks"} <= failures(backend, "dropout2d")
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

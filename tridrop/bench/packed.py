@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..check.cases import Inputs
+from ..check.case import Inputs
 from ..check.measure import error, tolerance
 from . import records
 from .gate import PASSED, first_line

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check.cases import Inputs
+from ..check.case import Inputs
 from ..check.measure import saved_bytes
 from .gate import first_line
 from .machine import Machine

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..check.cases import Case, Drop, Inputs
-from ..check.measure import unmasked
+from ..check.case import Case, Drop, Inputs, unmasked
 
 EAGER, BY_HAND, COMPILED, TRIDROP = "eager", "by-hand", "torch.compile", "tridrop"
 PACKED, PADDED = "tridrop-packed", "tridrop-padded"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..check import CASES, Case
 
 SOFTMAX, ATTENTION = "softmax_dropout", "scaled_dot_product_attention"
-OPS = tuple(dict.fromkeys(case.op for case in CASES))
+OPS = tuple(dict.fromkeys(case.op for case in CASES if case.at is not None))
 # The combinations that models have. --all-rows takes every row that exists at other sizes.
 USUAL = (
     "dropout: plain",
@@ -82,7 +82,7 @@ class Row:
     def checked(self, p: float) -> Case:
         """The case whose values are compared: one head where all would not fit in fp64."""
         shape, case = self.shape, self._at(self.shape, p)
-        if case.scores_shape is not None and math.prod(case.mask_shape) > MOST_SCORES:
+        if case.mask_over is not None and math.prod(case.mask_shape) > MOST_SCORES:
             shape = (*(1 for _ in shape[:-2]), *shape[-2:])
         return self._at(shape, p)
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ..check.cases import Case
+from ..check.case import Case
 from ..inspection import DTYPES
 from . import packed, records
 from .gate import Gate

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check.cases import Inputs
+from ..check.case import Inputs
 from .machine import Machine, Thunk
 
 FORWARD, BACKWARD, BOTH = MODES = ("forward", "backward", "both")

@@ -13,16 +13,32 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import backends as _backends
-from . import attention_cases, cases
-from .cases import Case
-from .measure import Result, check_case
+from . import attention_cases, cases, family_cases
+from .case import Case
+from .invariants import Invariant
+from .measure import Result, check_case, check_invariant
 
 # fp64 is what these are measured against; torch.autograd.gradcheck serves the ops in it.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-CASES: Sequence[Case] = (*cases.CASES, *attention_cases.CASES)
+CASES: Sequence[Case] = (*cases.CASES, *attention_cases.CASES, *family_cases.CASES)
+INVARIANTS: Sequence[Invariant] = family_cases.INVARIANTS
+_ROWS: Sequence[Case | Invariant] = (*CASES, *INVARIANTS)
+OPS = tuple(sorted({row.op for row in _ROWS}))
 
-__all__ = ["CASES", "DTYPES", "Case", "Result", "available", "check_case", "run"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "INVARIANTS",
+    "OPS",
+    "Case",
+    "Invariant",
+    "Result",
+    "available",
+    "check_case",
+    "check_invariant",
+    "run",
+]
 
 
 def available(device: str) -> dict[str, str | None]:
@@ -45,9 +61,9 @@ def run(
     device: str | None = None,
     seeds: int = 64,
     on_start: Callable[[int], None] | None = None,
-    on_case: Callable[[Case, torch.dtype, str], None] | None = None,
+    on_case: Callable[[Case | Invariant, torch.dtype, str], None] | None = None,
 ) -> list[Result]:
-    """Check every case of the table and return a :class:`Result` for each check.
+    """Check every row of the tables and return a :class:`Result` for each check.
 
     Args:
         ops: names of public functions; None for all.
@@ -55,7 +71,7 @@ def run(
         backends: None for all that can serve the device. A named one that cannot raises.
         device: None for "cuda" where there is one, else "cpu".
         seeds: how many seeds the expected value is taken over.
-        on_start: called with the number of (case, dtype, backend) triples.
+        on_start: called with the number of (row, dtype, backend) triples.
         on_case: called before each of them.
 
     Raises:
@@ -63,27 +79,29 @@ def run(
             that was named but cannot serve the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    known = sorted({case.op for case in CASES})
     for op in ops or ():
-        if op not in known:
-            raise ValueError(f"op {op!r} has no cases; known: {', '.join(known)}")
+        if op not in OPS:
+            raise ValueError(f"op {op!r} has no cases; known: {', '.join(OPS)}")
     names = list(backends) if backends else [n for n, why in available(device).items() if not why]
     for name in names:
         reason = _backends.load(name).why_not(torch.device(device), [torch.float32])
         if reason is not None:
             raise RuntimeError(reason)
     triples = [
-        (case, dtype, name)
+        (row, dtype, name)
         for name in names
         for dtype in dtypes or DTYPES.values()
-        for case in CASES
-        if not ops or case.op in ops
+        for row in _ROWS
+        if not ops or row.op in ops
     ]
     if on_start is not None:
         on_start(len(triples))
     results: list[Result] = []
-    for case, dtype, name in triples:
+    for row, dtype, name in triples:
         if on_case is not None:
-            on_case(case, dtype, name)
-        results.extend(check_case(case, dtype, name, device, seeds))
+            on_case(row, dtype, name)
+        if isinstance(row, Invariant):
+            results.extend(check_invariant(row, dtype, name, device, seeds))
+        else:
+            results.extend(check_case(row, dtype, name, device, seeds))
     return results

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from .cases import Case, Drop, Inputs
+from .case import Case, Drop, Inputs
 
 Device = str | torch.device
 
@@ -120,7 +120,7 @@ def _softmax(
         saved_extra=4 * math.prod(shape[:-1]),
         main="scores",
         kept=("mask",) if float_mask is not None else (),
-        scores_shape=shape,
+        mask_over=shape,
         visible=lambda device: taking_part(shape, bool_mask, is_causal, device),
         joins=return_softmax,
     )
@@ -246,7 +246,7 @@ def _attention(
         saved_extra=math.prod(scores_shape[:-1]) * (4 + 8 * value_width),
         main="query",
         kept=("mask",) if float_mask is not None else (),
-        scores_shape=scores_shape,
+        mask_over=scores_shape,
         visible=part_of,
         multiplies=True,
         of_torch=None if masked or sinks or softcap or window else of_torch,

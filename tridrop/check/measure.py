@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..mask import scale, threshold
-from .cases import Case, Drop, Inputs
+from .case import Case, Inputs, unmasked
+from .invariants import MAX_Z, Invariant, Trial
 
 SEED_BYTES = 16
-# Six standard errors: a correct op exceeds them once in 5 * 10^8 checks.
-MAX_Z = 6.0
 
 
 @dataclass(frozen=True)
@@ -54,21 +52,6 @@ def tolerance(eager: Tensor, expected: Tensor) -> float:
     rounding = torch.finfo(eager.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps / 2
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     return 2 * error(eager, expected) + rounding * largest
-
-
-def masked(masks: dict[str, Tensor], rates: dict[str, float]) -> Drop:
-    """The random part of the eager composition, from exported masks."""
-
-    def drop(domain: str, value: Tensor) -> Tensor:
-        kept = value * scale(threshold(rates[domain]))
-        return torch.where(masks[domain], kept, torch.zeros_like(kept))
-
-    return drop
-
-
-def unmasked(domain: str, value: Tensor) -> Tensor:
-    """The random part replaced by its expected value."""
-    return value
 
 
 def run_with_gradients(
@@ -153,7 +136,7 @@ class Check:
 
     def accuracy(self) -> Iterator[Result]:
         """The value, and the gradient of every operand, by the rule of accuracy."""
-        drop = masked(self._masks(), self.case.rates)
+        drop = self.case.drop_with(self._masks())
         grad = torch.randn(self.case.shape, dtype=torch.float64, generator=self.generator)
         grad = grad.to(self.device, self._output_dtype())
 
@@ -180,13 +163,16 @@ class Check:
         found = self._fused(self.inputs, training=False)
         with backends.backend(self.backend):
             zero = self.case.call(self.inputs, None, 0.0, True)
-        expected = self.case.eager(self._wide(), unmasked)
-        plain = self.case.eager(self.inputs, unmasked).to(found.dtype)
+        expected = self.case.without_dropout(self._wide())
+        plain = self.case.without_dropout(self.inputs).to(found.dtype)
         value = error(found, expected) if torch.equal(found, zero) else math.inf
         yield self._result("p = 0", value, tolerance(plain, expected))
 
     def masks_agree(self) -> Iterator[Result]:
         """Elements that forward, backward and the exported mask do not all treat alike."""
+        if self.case.gaussian:
+            yield self._result("masks", float(self._noise_differs()), 0.0)
+            return
         # Positive operands keep every derivative and activation away from zero, so that a zero
         # means a drop; a constant gradient sees the mask of backward alone.
         inputs = {name: t.abs() + 0.5 for name, t in self.inputs.items()}
@@ -204,6 +190,12 @@ class Check:
             for part in grad.split(keep.shape[-1], -1) if keep.dim() else (grad,):
                 wrong += int(((part != 0) != keep).sum())  # both halves of a gated input
         yield self._result("masks", float(wrong), 0.0)
+
+    def _noise_differs(self) -> int:
+        """Elements whose noise is not the same in forward and backward: of ones, bit for bit."""
+        ones = {name: torch.ones_like(t) for name, t in self.inputs.items()}
+        out, grads = run_with_gradients(self._fused, ones, None)
+        return int((out != grads[self.case.main]).sum())
 
     def _probe(self, inputs: Inputs) -> Tensor:
         if self.case.probe is None:
@@ -272,6 +264,24 @@ def check_case(
         else:
             results.extend(method())
     return results
+
+
+def check_invariant(
+    row: Invariant, dtype: torch.dtype, backend: str, device: str, seeds: int = 64
+) -> list[Result]:
+    """Measure what a row states."""
+    label = str(dtype).removeprefix("torch.")
+    reason = why_values_cannot_be_compared(dtype, backend)
+    if reason is not None:
+        return [Result(row.name, row.op, label, backend, "invariant", None, 0.0, 0.0, reason)]
+    with backends.backend(backend):
+        return [
+            Result(
+                row.name, row.op, label, backend, f"invariant {f.check}",
+                f.value <= f.limit, f.value, f.limit, f.detail,
+            )
+            for f in row.measure(Trial(dtype, device, seeds))
+        ]  # fmt: skip
 
 
 def why_values_cannot_be_compared(dtype: torch.dtype, backend: str) -> str | None:

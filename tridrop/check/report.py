@@ -14,14 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..backends import NAMES
-from . import CASES, DTYPES, Result, available, run
+from . import DTYPES, OPS, Result, available, run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tridrop check``."""
-    parser.add_argument(
-        "--op", action="append", choices=sorted({c.op for c in CASES}), help="only this op"
-    )
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype")
     parser.add_argument(
         "--backend",
@@ -97,7 +95,16 @@ def table(results: Sequence[Result]) -> Table:
     grid = Table(title="tridrop check", caption="figures are shares of what is allowed: 1 fails")
     for heading in ("case", "dtype", "backend"):
         grid.add_column(heading)
-    for heading in ("value", "gradients", "p = 0", "masks", "saved", "expectation", "result"):
+    for heading in (
+        "value",
+        "gradients",
+        "p = 0",
+        "masks",
+        "saved",
+        "expectation",
+        "invariants",
+        "result",
+    ):
         grid.add_column(heading, justify="right")
     for (case, dtype, backend), line in lines.items():
         ok = all(r.passed is not False for r in line)
@@ -111,6 +118,7 @@ def table(results: Sequence[Result]) -> Table:
             _share(line, "masks"),
             _share(line, "saved"),
             _share(line, "expectation"),
+            _share(line, "invariant"),
             "[green]ok[/]" if ok else "[bold red]FAIL[/]",
         )
     return grid
