@@ -25,7 +25,7 @@ LAYERS = [
     ["autograd"],
     ["ops"],
     ["seeds", "backends.triton", "backends.reference", "backends"],
-    ["spec", "spec_attention"],
+    ["spec", "spec_attention", "spec_product"],
     ["fast"],
     ["fast_elementwise", "fast_norm"],
     ["fast_kernels", "fast_math", "fast_storage", "fast_vectors"],

@@ -9,6 +9,7 @@ from .attention import Attention
 from .common import apply
 from .elementwise import Fused
 from .norm import FusedNorm
+from .product import Product
 from .softmax import SoftmaxDropout
 
-__all__ = ["Attention", "Fused", "FusedNorm", "SoftmaxDropout", "apply"]
+__all__ = ["Attention", "Fused", "FusedNorm", "Product", "SoftmaxDropout", "apply"]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..spec import NormOptions, Options
 from ..spec_attention import AttentionInputs, AttentionOptions
+from ..spec_product import ProductOptions
 
 NAMES = ("triton", "reference")
 ENVIRONMENT = "TRIDROP_BACKEND"
@@ -144,6 +145,32 @@ class Backend(Protocol):
         dtypes: tuple[torch.dtype | None, ...],
     ) -> tuple[Tensor | None, ...]:
         """Gradients of scores and mask in these dtypes; None for those not wanted."""
+
+    def product_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        seeds: Tensor | None,
+        p: Tensor | None,
+        options: ProductOptions,
+    ) -> Tensor:
+        """gain * drop_i(x) @ weight_i^T, side by side, in the weight's dtype.
+
+        The weight_i, of ``options.ranks`` rows, lie one below the other in ``weight``; ``seeds`` is
+        [masks, 2].
+        """
+
+    def product_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        seeds: Tensor | None,
+        p: Tensor | None,
+        options: ProductOptions,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of x and weight in their dtypes; None for those not wanted."""
 
     def keep_mask(
         self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import backends as _backends
-from . import attention_cases, cases, family_cases
+from . import attention_cases, cases, family_cases, product_cases
 from .case import Case
 from .invariants import Invariant
 from .measure import Result, check_case, check_invariant
@@ -21,7 +21,12 @@ from .measure import Result, check_case, check_invariant
 # fp64 is what these are measured against; torch.autograd.gradcheck serves the ops in it.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-CASES: Sequence[Case] = (*cases.CASES, *attention_cases.CASES, *family_cases.CASES)
+CASES: Sequence[Case] = (
+    *cases.CASES,
+    *attention_cases.CASES,
+    *family_cases.CASES,
+    *product_cases.CASES,
+)
 INVARIANTS: Sequence[Invariant] = family_cases.INVARIANTS
 _ROWS: Sequence[Case | Invariant] = (*CASES, *INVARIANTS)
 OPS = tuple(sorted({row.op for row in _ROWS}))

@@ -11,6 +11,7 @@ from .family import (
     gaussian_dropout,
     normal_noise,
 )
+from .lora import lora_delta, lora_deltas, lora_linear
 from .masks import attention_keep_mask, keep_mask
 from .norm import (
     dropout_add_layer_norm,
@@ -35,6 +36,9 @@ __all__ = [
     "gaussian_dropout",
     "keep_mask",
     "layer_norm_dropout",
+    "lora_delta",
+    "lora_deltas",
+    "lora_linear",
     "normal_noise",
     "rms_norm_dropout",
     "scaled_dot_product_attention",

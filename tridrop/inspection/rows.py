@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..spec import NormOptions, Options
 from ..spec_attention import AttentionInputs, AttentionOptions
+from ..spec_product import ProductOptions
 
 ROWS, COLS = 8192, 4096
 BATCH, HEADS, TOKENS = 4, 16, 4096
@@ -208,6 +209,34 @@ def _attentions() -> list[Row]:
     return rows
 
 
+# Products with a dropped matrix.
+
+
+def _lora(
+    backend: Any, dtype: torch.dtype, method: str, *, ranks: tuple[int, ...], forward: bool
+) -> object:
+    options = ProductOptions(p=_rate(method), ranks=ranks)
+    x, weight = _empty(ROWS, COLS, dtype=dtype), _empty(sum(ranks), COLS, dtype=dtype)
+    seeds = None if method == NONE else _empty(len(ranks), 2, dtype=torch.int64)
+    if forward:
+        return backend.product_forward(x, weight, seeds, None, options)
+    grad = _empty(ROWS, sum(ranks), dtype=dtype)
+    return backend.product_backward(grad, x, weight, seeds, None, options, (True, True))
+
+
+def _loras(variant: str, ranks: tuple[int, ...]) -> list[Row]:
+    calls = len(ranks) / 8
+    flops = {"product_kernel": 2.0 * sum(ranks), "product_backward_kernel": 4.0 * sum(ranks)}
+    return [
+        Row(
+            "lora_delta" if len(ranks) == 1 else "lora_deltas", variant, way,
+            partial(_lora, ranks=ranks, forward=way == "forward"),
+            written=0 if way == "forward" else 1, flops=flops, calls=calls,
+        )
+        for way in ("forward", "backward")
+    ]  # fmt: skip
+
+
 def _attention_keep_mask(backend: Any, dtype: torch.dtype, method: str) -> object:
     shape = (BATCH, HEADS, TOKENS, TOKENS)
     return backend.attention_keep_mask(_seed(method), shape, None, AttentionOptions(p=P))
@@ -229,6 +258,9 @@ def _all() -> list[Row]:
         Row("softmax_dropout", "", "forward", _softmax, elements=scores),
         Row("softmax_dropout", "", "backward", _softmax_backward, elements=scores),
         *_attentions(),
+        *_loras("r=16", (16,)),
+        *_loras("r=64", (64,)),
+        *_loras("3 adapters, r=16", (16, 16, 16)),
         Row("keep_mask", "", "forward", _keep_mask, only),
         Row("attention_keep_mask", "", "forward", _attention_keep_mask, only, scores),
     ]

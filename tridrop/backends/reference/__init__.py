@@ -7,6 +7,7 @@ from .attention import attention_backward, attention_forward
 from .elementwise import keep_mask, why_not
 from .fused import backward, forward, norm_backward, norm_forward
 from .masks import attention_keep_mask
+from .product import product_backward, product_forward
 from .softmax import softmax_backward, softmax_forward
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "keep_mask",
     "norm_backward",
     "norm_forward",
+    "product_backward",
+    "product_forward",
     "softmax_backward",
     "softmax_forward",
     "why_not",

@@ -5,6 +5,7 @@ from .elementwise import backward, forward, keep_mask
 from .launch import interpreting, target, why_not
 from .masks import attention_keep_mask
 from .norm_launch import norm_backward, norm_forward
+from .product_launch import product_backward, product_forward
 from .softmax_launch import softmax_backward, softmax_forward
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "keep_mask",
     "norm_backward",
     "norm_forward",
+    "product_backward",
+    "product_forward",
     "softmax_backward",
     "softmax_forward",
     "target",

@@ -25,6 +25,7 @@ from . import (
     launch,
     masks,
     norm_launch,
+    product_launch,
     softmax_launch,
     yardstick,
 )
@@ -35,7 +36,15 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-LAUNCHERS = (attention_launch, elementwise, masks, norm_launch, softmax_launch, yardstick)
+LAUNCHERS = (
+    attention_launch,
+    elementwise,
+    masks,
+    norm_launch,
+    product_launch,
+    softmax_launch,
+    yardstick,
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

@@ -1,0 +1,74 @@
+"""Products with a dropped matrix, in torch.
+
+    out_i = gain * drop_i(x) @ weight_i^T,   the weight_i one below the other in ``weight``
+
+The dropped matrix is a temporary: forward and backward each make it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...spec_product import ProductOptions
+from .elementwise import Multiplier, compute, multiplier, own
+
+
+def _drops(
+    x: Tensor, seeds: Tensor | None, p: Tensor | None, options: ProductOptions
+) -> list[Multiplier]:
+    """The random part of each product; with one mask, the same one."""
+    masks = [
+        multiplier(tuple(x.shape), None if seeds is None else seeds[i], p, options)
+        for i in range(options.masks)
+    ]
+    return masks * len(options.ranks) if options.one_mask else masks
+
+
+def product_forward(
+    x: Tensor,
+    weight: Tensor,
+    seeds: Tensor | None,
+    p: Tensor | None,
+    options: ProductOptions,
+) -> Tensor:
+    """The products, side by side; arguments as in ``backends.Backend.product_forward``."""
+    wide, w = compute(x, weight)
+    assert wide is not None
+    assert w is not None
+    parts = [
+        drop(wide) @ part.T
+        for drop, part in zip(_drops(x, seeds, p, options), w.split(options.ranks), strict=True)
+    ]
+    return own((torch.cat(parts, -1) * options.gain).to(weight.dtype), x)
+
+
+def product_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    seeds: Tensor | None,
+    p: Tensor | None,
+    options: ProductOptions,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight; arguments as in ``backends.Backend.product_backward``."""
+    g, wide, w = compute(grad, x, weight)
+    assert g is not None
+    assert wide is not None
+    assert w is not None
+    g = g * options.gain
+    dx, parts = torch.zeros_like(wide), []
+    each = zip(
+        _drops(x, seeds, p, options), g.split(options.ranks, -1), w.split(options.ranks),
+        strict=True,
+    )  # fmt: skip
+    for drop, dout, part in each:
+        if needs[0]:
+            dx += drop(dout @ part)
+        if needs[1]:
+            parts.append(dout.flatten(0, -2).T @ drop(wide).flatten(0, -2))
+    return (
+        own(dx.to(x.dtype), grad) if needs[0] else None,
+        torch.cat(parts).to(weight.dtype) if needs[1] else None,
+    )

@@ -1,0 +1,161 @@
+"""Launching the products with a dropped matrix."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...spec_product import ProductOptions
+from . import launch
+from .launch import Tile
+from .product import product_backward_kernel, product_kernel
+
+# x is [rows, cols]; `rate` is the (threshold, scale) pair on the device, where p is a tensor.
+Matrices = namedtuple("Matrices", "x weight seeds rate")
+MatrixGradients = namedtuple("MatrixGradients", "x weight")
+
+# Programs of a forward: two for each of 132 processors. Fewer rows than that take splits of the
+# columns, whose sums are added afterwards in a fixed order.
+PROGRAMS = 264
+MIN_CHUNK = 512  # columns of a split, at least
+
+
+class _Programs(NamedTuple):
+    tile: Tile
+    grid: tuple[int, int, int]
+
+
+def padded(ranks: tuple[int, ...]) -> int:
+    """The rows that a tensor core takes for each product: 16 at least."""
+    return max(16, launch.next_power_of_2(max(ranks)))
+
+
+@lru_cache(maxsize=256)
+def forward_tile(width: int, masks: int) -> Callable[[int, int], Tile]:
+    """The tile of x where all sums of a row are ``width`` numbers, padding included.
+
+    Several masks are drawn one beside the other: 64 elements a thread then spill registers.
+    """
+
+    def choose(rows: int, cols: int) -> Tile:
+        return Tile(64, 128 if width <= 64 and masks == 1 else 64, 4 if width <= 128 else 8)
+
+    return choose
+
+
+@lru_cache(maxsize=256)
+def backward_tile(width: int, masks: int) -> Callable[[int, int], Tile]:
+    """The same for backward, whose sums are ``width`` numbers a column."""
+
+    def choose(rows: int, cols: int) -> Tile:
+        return Tile(64, 64, 4 if width <= 128 and masks == 1 else 8)
+
+    return choose
+
+
+def chunk(row_blocks: int, col_blocks: int, block_cols: int) -> int:
+    """Column blocks that a program of a forward goes through: a power of two, or all of them."""
+    wanted = launch.cdiv(PROGRAMS, max(1, row_blocks))
+    size = launch.next_power_of_2(launch.cdiv(col_blocks, wanted))
+    return min(col_blocks, max(size, MIN_CHUNK // block_cols))
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How fp32 operands are multiplied: as torch's own products are, by its setting."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def product_forward(
+    x: Tensor,
+    weight: Tensor,
+    seeds: Tensor | None,
+    p: Tensor | None,
+    options: ProductOptions,
+) -> Tensor:
+    """Launch the forward kernel; arguments as in ``backends.Backend.product_forward``."""
+    rank = padded(options.ranks)
+    plan = launch.plan(
+        tuple(x.shape), options, forward_tile(rank * len(options.ranks), options.masks)
+    )
+    out_shape = (*x.shape[:-1], weight.shape[0])
+    if plan.empty:
+        return torch.zeros(out_shape, dtype=weight.dtype, device=x.device)
+    size = chunk(plan.row_blocks, plan.col_blocks, plan.tile.cols)
+    splits = launch.cdiv(plan.col_blocks, size)
+    dtype = weight.dtype if splits == 1 else torch.float32
+    out = torch.empty((splits, plan.where.rows, weight.shape[0]), dtype=dtype, device=x.device)
+    x = launch.matrix(x, plan.where.cols)
+    weight = weight.contiguous()
+    drops = p is not None or plan.rates[0] > 0
+    launch.run(
+        product_kernel,
+        _Programs(plan.tile, (plan.row_blocks, splits, 1)),
+        out.device,
+        out,
+        Matrices(x, weight, seeds, launch.rate(p)),
+        plan.sizes(x.stride(0), 0),
+        plan.origin,
+        options.ranks,
+        plan.rates[0],
+        options.gain * (plan.rates[1] if drops and p is None else 1.0),
+        MASKS=options.masks if drops else 0,
+        WHOLE=plan.whole and plan.col_blocks % size == 0,
+        VECTOR=launch.vector_width(plan, x),
+        PRECISION=precision(weight.dtype, x.device),
+        RANK=rank,
+        CHUNK=size,
+    )
+    whole = out[0] if splits == 1 else out.sum(0).to(weight.dtype)
+    return whole.view(out_shape)
+
+
+def product_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    seeds: Tensor | None,
+    p: Tensor | None,
+    options: ProductOptions,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch the backward kernel; arguments as in ``backends.Backend.product_backward``."""
+    rank = padded(options.ranks)
+    choose = backward_tile(rank * len(options.ranks), options.masks)
+    plan = launch.plan(tuple(x.shape), options, choose, launch.strip if needs[1] else None)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    if plan.empty:
+        return dx, torch.zeros_like(weight) if needs[1] else None
+    partial = None
+    if needs[1]:
+        shape = (plan.strips, *weight.shape)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    grad = grad.reshape(-1, weight.shape[0]).contiguous()
+    x = launch.matrix(x, plan.where.cols)
+    weight = weight.contiguous()
+    drops = p is not None or plan.rates[0] > 0
+    launch.run(
+        product_backward_kernel,
+        plan,
+        x.device,
+        grad,
+        MatrixGradients(dx, partial),
+        Matrices(x, weight, seeds, launch.rate(p)),
+        plan.sizes(x.stride(0), 0),
+        plan.origin,
+        options.ranks,
+        plan.rates[0],
+        options.gain * (plan.rates[1] if drops and p is None else 1.0),
+        MASKS=options.masks if drops else 0,
+        WHOLE=plan.whole,
+        VECTOR=launch.vector_width(plan, x),
+        PRECISION=precision(weight.dtype, x.device),
+        RANK=rank,
+        STRIP=plan.strip,
+    )
+    return dx, launch.total(partial, weight.dtype)

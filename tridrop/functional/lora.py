@@ -1,0 +1,232 @@
+"""LoRA's branch: dropout, the way down and the way up, without a dropped copy of the input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import spec
+from ..mask import fold_in
+from ..seeds import seed_for
+from ..spec_product import check_matrix, check_rank, check_same_dtype
+from .elementwise import ShardLike
+from .product import dropped_product
+
+
+def lora_delta(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    p: float | Tensor = 0.0,
+    training: bool = True,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    shard: ShardLike | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """What a low-rank adapter adds to a linear layer.
+
+        delta = scaling * (dropout(x) @ A^T @ B^T + bias)
+
+    (Hu et al., "LoRA: low-rank adaptation of large language models", arXiv 2106.09685; dropout as
+    in PEFT.) The mask is applied while x is loaded for the product, and drawn again in backward:
+    what is saved is x, ``dropout(x) @ A^T``, and 16 bytes. Adapters of one x save it once.
+
+    Args:
+        x: [..., in], any strides; float16, bfloat16, float32, or float64 (reference backend).
+        A: [r, in], with r from 1 to 256. The products are computed in A's dtype, to which x is
+            converted as it is loaded, not in memory; under autocast, in autocast's dtype.
+        B: [out, r], of A's dtype.
+        p: the probability of dropping an element of x, as in :func:`tridrop.dropout`.
+        training: False is p = 0.
+        scaling: a number: alpha / r, or alpha / sqrt(r).
+        bias: [out], where the adapter has one.
+        shard, seed: as in :func:`tridrop.dropout`, for x. The mask is
+            ``tridrop.keep_mask(seed, x.shape, p)``.
+
+    Returns:
+        [..., out] in the dtype of the products.
+
+    Raises:
+        ValueError, TypeError: as :func:`tridrop.dropout`; A, B or bias that do not fit, or of two
+            dtypes; a scaling that is no finite number.
+
+    >>> import torch
+    >>> x, A, B = torch.ones(2, 4), torch.ones(1, 4), torch.ones(3, 1)
+    >>> lora_delta(x, A, B, 0.5, scaling=0.5, seed=1)
+    tensor([[2., 2., 2.],
+            [3., 3., 3.]])
+    """
+    return lora_deltas(
+        x, (A,), (B,), p, training,
+        scaling=scaling, biases=None if bias is None else (bias,), shard=shard, seed=[seed],
+    )[0]  # fmt: skip
+
+
+def lora_linear(
+    x: Tensor,
+    base_out: Tensor,
+    A: Tensor,
+    B: Tensor,
+    p: float | Tensor = 0.0,
+    training: bool = True,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    shard: ShardLike | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """``base_out`` + :func:`lora_delta`, the sum made by the second product where dtypes allow it.
+
+    Args:
+        base_out: [..., out], what the base layer made of x, in any floating-point dtype.
+        x, A, B, p, training, scaling, bias, shard, seed: as in :func:`lora_delta`.
+
+    Returns:
+        [..., out] in the dtype of base_out.
+
+    Raises:
+        ValueError, TypeError: as :func:`lora_delta`; a base_out of another shape or device.
+
+    >>> import torch
+    >>> x, A, B = torch.ones(2, 4), torch.ones(1, 4), torch.ones(3, 1)
+    >>> lora_linear(x, torch.ones(2, 3), A, B, 0.5, seed=1)
+    tensor([[5., 5., 5.],
+            [7., 7., 7.]])
+    """
+    _check_adapters(x, (A,), (B,), None if bias is None else (bias,))
+    spec.check_residual(base_out, (*x.shape[:-1], B.shape[0]), x, "base_out")
+    down = _way_down(x, (A,), p, training, [scaling], shard, [seed], False)
+    if bias is None and down.dtype == B.dtype == base_out.dtype:
+        rows = base_out.reshape(-1, B.shape[0])
+        return torch.addmm(rows, down.reshape(-1, B.shape[1]), B.T).view(base_out.shape)
+    return (base_out + _way_up(down, B, bias, scaling)).to(base_out.dtype)
+
+
+def lora_deltas(
+    x: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    p: float | Tensor = 0.0,
+    training: bool = True,
+    *,
+    scaling: float | Sequence[float] = 1.0,
+    biases: Sequence[Tensor | None] | None = None,
+    shared_mask: bool = False,
+    shard: ShardLike | None = None,
+    seed: int | Tensor | Sequence[int | Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`lora_delta` of several adapters on one x, which is read once for all of them.
+
+    Args:
+        x, p, training, shard: as in :func:`lora_delta`.
+        As, Bs, biases: those of each adapter. The As have one dtype.
+        scaling: a number for all, or one for each.
+        shared_mask: False gives every adapter a mask of its own, as separate layers have in PEFT;
+            True one mask for all, which costs one draw an element and not one for each adapter.
+        seed: adapter i has the mask of ``tridrop.fold_in(seed, i)``; with ``shared_mask`` all have
+            that of ``seed``. A list gives each mask a seed of its own.
+
+    Returns:
+        A tuple of [..., out_i].
+
+    Raises:
+        ValueError, TypeError: as :func:`lora_delta`; lists of different lengths.
+
+    >>> import torch
+    >>> x, A, B = torch.ones(2, 4), torch.ones(1, 4), torch.ones(1, 1)
+    >>> lora_deltas(x, (A, A), (B, B), 0.5, scaling=0.5, seed=1)
+    (tensor([[2.],
+            [3.]]), tensor([[1.],
+            [3.]]))
+    """
+    biases = [None] * len(Bs) if biases is None else biases
+    count = len(As)
+    gains = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
+    for name, given in (("Bs", Bs), ("biases", biases), ("scaling", gains)):
+        if len(given) != count:
+            raise ValueError(f"{name} has {len(given)} entries for {count} adapters: give one each")
+    if not count:
+        raise ValueError("As is empty: give the matrices of one adapter or more")
+    _check_adapters(x, As, Bs, biases)
+    seeds = _seeds(x, seed, 1 if shared_mask else count, p, training)
+    down = _way_down(x, As, p, training, gains, shard, seeds, shared_mask)
+    parts = down.split([A.shape[0] for A in As], -1)
+    return tuple(map(_way_up, parts, Bs, biases, gains))
+
+
+def _check_adapters(
+    x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> None:
+    spec.check_input(x)
+    if x.dim() == 0:
+        raise ValueError("x is a scalar; LoRA takes [..., in]")
+    for A, B, bias in zip(As, Bs, biases or [None] * len(As), strict=True):
+        check_matrix(A, "A", None, x.shape[-1], x, f"x has {x.shape[-1]} features")
+        check_rank((A.shape[0],), "A")
+        check_same_dtype(As[0], A, ("the first A", "another"))
+        check_matrix(B, "B", None, A.shape[0], x, f"A has rank {A.shape[0]}")
+        check_same_dtype(A, B, ("A", "B"))
+        spec.check_vector(bias, "bias", B.shape[0], x)
+
+
+def _check_scaling(scaling: float) -> float:
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling is {scaling!r} of type {type(scaling).__name__}; give a number")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling = {scaling}; give a finite number, such as alpha / r")
+    return float(scaling)
+
+
+def _seeds(
+    x: Tensor,
+    seed: int | Tensor | Sequence[int | Tensor | None] | None,
+    count: int,
+    p: float | Tensor,
+    training: bool,
+) -> Sequence[int | Tensor | None]:
+    """A seed for each mask."""
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != count:
+            raise ValueError(f"seed has {len(seed)} entries for {count} masks: give one each")
+        return seed
+    drops = training and (isinstance(p, Tensor) or p > 0)
+    if count == 1 or not drops:
+        return [seed] * count  # type: ignore[list-item]
+    base = seed_for(x.device, seed)  # type: ignore[arg-type]
+    return [fold_in(base, i) for i in range(count)]
+
+
+def _way_down(
+    x: Tensor,
+    As: Sequence[Tensor],
+    p: float | Tensor,
+    training: bool,
+    gains: Sequence[float],
+    shard: ShardLike | None,
+    seeds: Sequence[int | Tensor | None],
+    one_mask: bool,
+) -> Tensor:
+    """scaling_i * dropout_i(x) @ A_i^T, side by side."""
+    spec.check_probability(p, tensor_allowed=True)
+    checked = [_check_scaling(gain) for gain in gains]
+    equal = all(gain == checked[0] for gain in checked)
+    down = dropped_product(
+        x, As, p, training,
+        gain=checked[0] if equal else 1.0, one_mask=one_mask, shard=shard, seeds=seeds,
+    )  # fmt: skip
+    if equal:
+        return down
+    parts = down.split([A.shape[0] for A in As], -1)
+    return torch.cat([part * gain for part, gain in zip(parts, checked, strict=True)], -1)
+
+
+def _way_up(down: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """down @ B^T + scaling * bias"""
+    shift = None if bias is None else (bias * scaling).to(B.dtype)
+    return F.linear(down, B.to(down.dtype), None if shift is None else shift.to(down.dtype))
