@@ -29,7 +29,7 @@ LAYERS = [
     ["fast"],
     ["fast_elementwise", "fast_norm"],
     ["fast_kernels", "fast_math", "fast_storage", "fast_vectors"],
-    ["noise"],
+    ["choice", "noise"],
     ["mask"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -12,7 +12,7 @@ tensors whose values lie in [0, 2^32).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -308,6 +308,19 @@ def row_coordinates(where: Coordinates, device: torch.device | str | None) -> Te
 _BLOCK = 1 << 16
 
 
+def lanes(words: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The 32 bits of each of the eight decisions of a Philox call: every word, and it rotated."""
+    for word in words:
+        yield word
+        yield ((word << 16) & _WORD) | (word >> 16)
+
+
+def counter_of(domain: int, rows: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The counter words of every row coordinate and column group: [rows or 1, groups or 1]."""
+    row, group = rows[:, None], groups[None, :]
+    return group & _WORD, row & _WORD, (row >> 32) & _WORD, (group >> 32) | (domain << 28)
+
+
 def _decisions(
     counter: Sequence[Tensor], rows: int, groups: int, key: tuple[Tensor, Tensor], t: int | Tensor
 ) -> Tensor:
@@ -318,19 +331,9 @@ def _decisions(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         words = philox([w[part] if w.shape[0] > 1 else w for w in counter], key)
-        for i, word in enumerate(words):
-            keep[part, :, 2 * i] = word >= t
-            keep[part, :, 2 * i + 1] = (((word << 16) & _WORD) | (word >> 16)) >= t
+        for i, bits in enumerate(lanes(words)):
+            keep[part, :, i] = bits >= t
     return keep
-
-
-def keep_rows(
-    key: tuple[Tensor, Tensor], domain: int, rows: Tensor, groups: Tensor, t: int | Tensor
-) -> Tensor:
-    """The decisions of every row coordinate and column group: bool, [rows, groups * 8]."""
-    row, group = rows[:, None], groups[None, :]
-    counter = (group & _WORD, row & _WORD, (row >> 32) & _WORD, (group >> 32) | (domain << 28))
-    return _decisions(counter, len(rows), len(groups), key, t).flatten(1)
 
 
 def keep_mask(
@@ -358,14 +361,14 @@ def keep_mask(
     where = coordinates(shape, shared, shard)
     if domain == "drop_path" and not where.col_shared:
         raise ValueError("the masks of drop_path are shared along the last dimension")
-    key = key_of(seed)
     rows = row_coordinates(where, seed.device)
     first = 0 if where.col_shared else where.col_origin
     cols = min(1, where.cols) if where.col_shared else where.cols
     groups = torch.arange(
         first // LANES, -(-(first + cols) // LANES), dtype=torch.int64, device=seed.device
     )
-    keep = keep_rows(key, DOMAINS[domain], rows, groups, drop_threshold)
+    counter = counter_of(DOMAINS[domain], rows, groups)
+    keep = _decisions(counter, len(rows), len(groups), key_of(seed), drop_threshold).flatten(1)
     keep = keep[:, first % LANES : first % LANES + cols]
     return keep.expand(where.rows, where.cols).reshape(tuple(shape)).contiguous()
 

@@ -15,6 +15,7 @@ from .dropping import find
 from .nn.attention import MultiheadAttention, ScaledDotProductAttention
 from .nn.modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .nn.norm import DropoutAddLayerNorm, DropoutAddRMSNorm
+from .nn.structured import PatchDropout
 from .spec import check_probability
 from .swapping.kinds import kind_of
 
@@ -175,7 +176,7 @@ def _rate(name: str, module: nn.Module) -> _Rate | None:
         attribute = kind.names.get("p")
     elif tensor is None:
         known = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
-        attribute = "dropout" if known else "p"
+        attribute = "dropout" if known else "prob" if isinstance(module, PatchDropout) else "p"
     value = getattr(module, attribute or "", None)
     if isinstance(value, Tensor):
         raise ValueError(

@@ -131,6 +131,19 @@ def seed_for(device: torch.device, seed: int | Tensor | None, site: int | None =
     return context.take(context.calls - 1, False, device)
 
 
+def host_seed(seed: int | Tensor | None, site: int | None = None) -> Tensor:
+    """The seed of a decision that the host takes: on the CPU, drawn from the CPU's generator.
+
+    It waits for an accelerator only where the seed that is given, or that of the active rng, is a
+    tensor there.
+    """
+    given = seed
+    if given is None and _state.active is not None:
+        given = _state.active.seed
+    device = given.device if isinstance(given, Tensor) else torch.device("cpu")
+    return seed_for(device, seed, site).cpu()
+
+
 def _note_use(context: _Context, site: int) -> None:
     if site in context.sites:
         warnings.warn(

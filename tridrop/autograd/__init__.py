@@ -8,8 +8,9 @@ plain torch operations, so it can be differentiated any number of times.
 from .attention import Attention
 from .common import apply
 from .elementwise import Fused
+from .masked import Masked
 from .norm import FusedNorm
 from .product import Product
 from .softmax import SoftmaxDropout
 
-__all__ = ["Attention", "Fused", "FusedNorm", "Product", "SoftmaxDropout", "apply"]
+__all__ = ["Attention", "Fused", "FusedNorm", "Masked", "Product", "SoftmaxDropout", "apply"]

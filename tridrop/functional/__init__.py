@@ -1,6 +1,8 @@
 """The public functions: validate, draw the seed, call autograd."""
 
 from .attention import scaled_dot_product_attention
+from .depth import drop_path_subset, layer_drop, stochastic_depth
+from .drop_block import drop_block2d, drop_block3d
 from .elementwise import activation_dropout, dropout, dropout_add
 from .family import (
     alpha_dropout,
@@ -12,7 +14,7 @@ from .family import (
     normal_noise,
 )
 from .lora import lora_delta, lora_deltas, lora_linear
-from .masks import attention_keep_mask, keep_mask
+from .masks import attention_keep_mask, keep_mask, kept_indices
 from .norm import (
     dropout_add_layer_norm,
     dropout_add_rms_norm,
@@ -20,11 +22,15 @@ from .norm import (
     rms_norm_dropout,
 )
 from .softmax import softmax_dropout
+from .structured import head_dropout, patch_dropout
 
 __all__ = [
     "activation_dropout",
     "alpha_dropout",
     "attention_keep_mask",
+    "drop_block2d",
+    "drop_block3d",
+    "drop_path_subset",
     "dropout",
     "dropout1d",
     "dropout2d",
@@ -34,13 +40,18 @@ __all__ = [
     "dropout_add_rms_norm",
     "feature_alpha_dropout",
     "gaussian_dropout",
+    "head_dropout",
     "keep_mask",
+    "kept_indices",
+    "layer_drop",
     "layer_norm_dropout",
     "lora_delta",
     "lora_deltas",
     "lora_linear",
     "normal_noise",
+    "patch_dropout",
     "rms_norm_dropout",
     "scaled_dot_product_attention",
     "softmax_dropout",
+    "stochastic_depth",
 ]

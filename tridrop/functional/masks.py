@@ -74,6 +74,33 @@ def keep_mask(
     return mask
 
 
+def kept_indices(
+    seed: int | Tensor, shape: Sequence[int], k: int, *, device: torch.device | str | None = None
+) -> Tensor:
+    """The k elements of each row that a rising p would drop last: int64, ``[..., k]``.
+
+    Of the elements of the last dimension of ``shape``, those whose bits in :func:`keep_mask` are
+    the largest, in falling order: a uniformly random subset of exactly k, in a random order, and a
+    function of the seed alone. :func:`tridrop.patch_dropout` and :func:`tridrop.drop_path_subset`
+    keep these.
+
+    Raises:
+        ValueError: k outside [0, shape[-1]]; a shape without dimensions or with negative sizes.
+        TypeError: seed, shape or k of another type.
+
+    >>> kept_indices(1, (2, 6), 3)
+    tensor([[2, 0, 4],
+            [1, 3, 5]])
+    """
+    shape = spec.check_shape(shape)
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k is {k!r} of type {type(k).__name__}; give how many to keep, an int")
+    if not shape or not 0 <= k <= shape[-1]:
+        raise ValueError(f"k = {k} of shape {shape}; give from 0 to the size of the last dimension")
+    chosen: Tensor = torch.ops.tridrop.choose(seed_on(seed, device), list(shape), k)
+    return chosen
+
+
 def attention_keep_mask(
     seed: int | Tensor,
     shape: Sequence[int],

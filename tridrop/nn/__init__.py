@@ -16,12 +16,24 @@ from .family import (
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .norm import DropoutAddLayerNorm, DropoutAddRMSNorm
+from .structured import (
+    DropBlock2d,
+    DropBlock3d,
+    DropPathSubset,
+    HeadDropout,
+    LayerDrop,
+    PatchDropout,
+    StochasticDepth,
+)
 from .transformer import TransformerBlock
 
 __all__ = [
     "ActivationDropout",
     "AlphaDropout",
+    "DropBlock2d",
+    "DropBlock3d",
     "DropPath",
+    "DropPathSubset",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
@@ -31,10 +43,14 @@ __all__ = [
     "DropoutAddRMSNorm",
     "FeatureAlphaDropout",
     "GaussianDropout",
+    "HeadDropout",
+    "LayerDrop",
     "MultiheadAttention",
+    "PatchDropout",
     "SpatialDropout1D",
     "SpatialDropout2D",
     "SpatialDropout3D",
+    "StochasticDepth",
     "TransformerBlock",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",

@@ -69,6 +69,16 @@ def define(
     return call
 
 
+def each_seed(name: str, function: Callable[..., Tensor]) -> None:
+    """Give an operator, whose first argument is a seed, its vmap rule: once for each seed."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], seed: Tensor, *rest: Any) -> Any:
+        assert in_dims[0] is not None
+        return torch.stack([function(s, *rest) for s in seed.unbind(in_dims[0])]), 0
+
+    torch.library.register_vmap(f"tridrop::{name}", rule, lib=_library)
+
+
 def read_rate(p_tensor: Tensor | None, options: _O) -> tuple[Tensor | None, _O]:
     """A tensor p that the host can read becomes a float, checked as any other."""
     if p_tensor is None or p_tensor.device.type != "cpu":

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, choice
 from ..spec import FLOATS
 from ..spec_attention import AttentionOptions
 from .elementwise import unpack
-from .library import define, read_rate
+from .library import define, each_seed, read_rate
 
 
 def _new_seed(place: Tensor) -> Tensor:
@@ -83,6 +83,14 @@ def _attention_keep_mask(
     return module.attention_keep_mask(seed, tuple(shape), p_tensor, options)
 
 
+def _choose(seed: Tensor, shape: Sequence[int], k: int) -> Tensor:
+    return choice.choose(seed, tuple(shape), k)
+
+
+def _choose_fake(seed: Tensor, shape: Sequence[int], k: int) -> Tensor:
+    return torch.empty((*shape[:-1], k), dtype=torch.int64, device=seed.device)
+
+
 define(
     "new_seed(Tensor place) -> Tensor",
     _new_seed,
@@ -102,3 +110,5 @@ define(
     _attention_keep_mask,
     _keep_mask_fake,
 )
+define("choose(Tensor seed, SymInt[] shape, SymInt k) -> Tensor", _choose, _choose_fake)
+each_seed("choose", _choose)

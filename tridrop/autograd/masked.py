@@ -1,0 +1,41 @@
+"""Masks that are not those of one op: drawn again in backward by the rule that drew them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .common import apply_in_backward, each_sample
+
+# (seed, shape, *options) -> what is kept, and what that is multiplied by; both broadcast to shape.
+Rule = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Masked(torch.autograd.Function):
+    """where(keep, x * scale, 0) with (keep, scale) = rule(seed, x.shape, *options).
+
+    Linear in x, so it is its own derivative, of any order. Computed in fp32, or fp64 where x is.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, seed: Tensor, rule: Rule, options: tuple[Any, ...]) -> Tensor:
+        keep, scale = rule(seed, tuple(x.shape), *options)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.where(keep, wide * scale.to(wide.dtype), 0.0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, seed, ctx.rule, ctx.options = inputs
+        ctx.save_for_backward(seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (seed,) = ctx.saved_tensors
+        return apply_in_backward(Masked, grad, seed, ctx.rule, ctx.options), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(Masked.apply, info, in_dims, args)

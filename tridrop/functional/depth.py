@@ -1,0 +1,157 @@
+"""Structured drops of depth: whole branches, samples of a branch, layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import choice, spec
+from ..backends import backend
+from ..seeds import host_seed, seed_for
+from .elementwise import dropout
+from .masks import keep_mask, kept_indices
+
+_T = TypeVar("_T")
+
+
+def stochastic_depth(
+    input: Tensor,
+    p: float | Tensor,
+    mode: str,
+    training: bool = True,
+    *,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Drop a residual branch, of single samples or of the whole batch; torchvision's function.
+
+        out = where(keep, input / (1 - p), 0)
+
+    with a decision for each index of the first dimension (``mode="row"``) or one for all
+    (``mode="batch"``). Huang et al., "Deep networks with stochastic depth", ECCV 2016. The masks
+    are those of :func:`tridrop.dropout` with a ``noise_shape`` of ``(None, 1, ...)`` or
+    ``(1, 1, ...)``.
+
+    Args, raises: as :func:`tridrop.dropout`; ValueError for another mode, and for a scalar.
+
+    >>> stochastic_depth(torch.ones(3, 2), 0.5, "row", seed=2)
+    tensor([[0., 0.],
+            [0., 0.],
+            [2., 2.]])
+    """
+    spec.check_input(input, "input")
+    if mode not in ("batch", "row"):
+        raise ValueError(f"mode = {mode!r}; known: 'batch', 'row'")
+    if input.dim() == 0:
+        raise ValueError("input is a scalar; its first dimension must be that of the samples")
+    first = None if mode == "row" else 1
+    noise_shape = (first, *(1,) * (input.dim() - 1))
+    return dropout(input, p, training, noise_shape=noise_shape, seed=seed)
+
+
+def drop_path_subset(
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """A residual branch that is computed for the samples that keep it, and for no others.
+
+        kept = k of the b samples,    k = max(1, floor(b (1 - p)))
+        out = x;    out[kept] += b / k * branch(x[kept])
+
+    Stochastic depth with a fixed number of samples, which saves the work of the others (Oquab et
+    al., "DINOv2: learning robust visual features without supervision", 2023, section 5). The
+    expectation is that of ``x + branch(x)`` whatever p. ``kept`` is :func:`tridrop.kept_indices` of
+    ``(b,)``, in rising order. Backward keeps the indices.
+
+    Dropouts inside the branch see the k samples as their batch: their masks are those of the
+    positions in it. A batch norm sees the k samples, too.
+
+    Args:
+        x: the stream, [b, ...].
+        branch: a function of [k, ...] that gives [k, ...].
+        p: the rate of dropping, a number in [0, 1]. At 1 no sample keeps its branch, which is then
+            not called; below, at least one does.
+        training: False gives ``x + branch(x)``, as p = 0 does.
+        seed: as in :func:`tridrop.dropout`.
+
+    Raises:
+        ValueError: p outside [0, 1]; a branch that changes the shape.
+        TypeError: p or seed of another type.
+
+    >>> drop_path_subset(torch.zeros(4, 2), torch.ones_like, 0.5, seed=1)
+    tensor([[2., 2.],
+            [0., 0.],
+            [2., 2.],
+            [0., 0.]])
+    """
+    spec.check_input(x)
+    spec.check_probability(p)
+    if x.dim() == 0:
+        raise ValueError("x is a scalar; its first dimension must be that of the samples")
+    batch = x.shape[0]
+    if not training or p == 0 or batch == 0:
+        return x + branch(x)
+    if p == 1:
+        return x
+    k = choice.left(batch, p)
+    kept = kept_indices(seed_for(x.device, seed), (batch,), k).sort().values
+    out = branch(x.index_select(0, kept))
+    if out.shape != (k, *x.shape[1:]):
+        raise ValueError(
+            f"branch made {tuple(out.shape)} of {(k, *x.shape[1:])}; a residual branch must keep "
+            "the shape"
+        )
+    dtype = torch.promote_types(x.dtype, out.dtype)  # as x + branch(x) promotes
+    scaled = out.to(dtype) * (batch / k)
+    # Not index_add, which keeps the branch's result for backward, to know its shape.
+    return x.to(dtype).index_put((kept,), scaled, accumulate=True)
+
+
+def layer_drop(
+    layers: Sequence[_T],
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    seed: int | Tensor | None = None,
+) -> list[_T]:
+    """The layers that are left of a stack in which each is skipped with probability ``p``.
+
+    Fan, Grave, Joulin, "Reducing transformer depth on demand with structured dropout", ICLR 2020.
+    Nothing is scaled, in training or in evaluation. A skipped layer costs nothing, and a network
+    trained so can do with fewer. Layer i stays where ``tridrop.keep_mask(seed, (n,), p)[i]``.
+
+    The host must know which layers to run. A seed that is an int (also that of
+    :func:`tridrop.rng`), or that is drawn, which here happens from the CPU's generator, costs no
+    wait; a seed tensor on an accelerator does. torch.compile breaks its graph here, and a captured
+    CUDA graph repeats one choice.
+
+    Args:
+        layers: any sequence.
+        p: a number in [0, 1].
+        training: False returns all layers, as p = 0 does.
+        seed: as in :func:`tridrop.dropout`.
+
+    Raises:
+        ValueError: p outside [0, 1].
+        TypeError: p or seed of another type.
+
+    >>> layer_drop(["first", "second", "third"], 0.5, seed=1)
+    ['first', 'third']
+    """
+    spec.check_probability(p)
+    if not training or p == 0:
+        return list(layers)
+    return left_layers(layers, p, host_seed(seed))
+
+
+def left_layers(layers: Sequence[_T], p: float, seed: Tensor) -> list[_T]:
+    """What :func:`layer_drop` leaves, by a seed tensor on the CPU."""
+    with backend("reference"):  # the other may serve an accelerator alone
+        keep = keep_mask(seed, (len(layers),), p).tolist()
+    return [layer for layer, kept in zip(layers, keep, strict=True) if kept]

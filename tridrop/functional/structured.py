@@ -1,0 +1,170 @@
+"""Structured drops of width: tokens, attention heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .. import choice, spec
+from ..autograd import Masked, apply
+from ..mask import Shard
+from ..seeds import seed_for
+from .elementwise import dropout
+from .masks import keep_mask, kept_indices
+
+
+@overload
+def patch_dropout(
+    x: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    *,
+    num_prefix_tokens: int = ...,
+    ordered: bool = ...,
+    return_indices: Literal[False] = ...,
+    seed: int | Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def patch_dropout(
+    x: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    *,
+    num_prefix_tokens: int = ...,
+    ordered: bool = ...,
+    return_indices: Literal[True],
+    seed: int | Tensor | None = ...,
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+def patch_dropout(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    num_prefix_tokens: int = 1,
+    ordered: bool = False,
+    return_indices: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    """Keep a random subset of each sample's tokens, so that what follows is shorter.
+
+        out = concat(x[:, :prefix], x[:, prefix:][kept]),    k = max(1, floor(n (1 - p))) of n
+
+    Liu et al., "PatchDropout: economizing vision transformers using patch dropout", 2022; Li et
+    al., "Scaling language-image pre-training via masking", 2022. Nothing is scaled. ``kept`` is
+    :func:`tridrop.kept_indices` of ``(B, n)``. Backward keeps the indices and no copy of x.
+
+    Args:
+        x: tokens, [B, prefix + n, ...], of any dtype; positions must be in them already.
+        p: the rate of dropping tokens, a number in [0, 1): at least one is kept.
+        training: False returns ``x`` itself, as p = 0 does.
+        num_prefix_tokens: class and register tokens, in front, all of which are kept.
+        ordered: keep the order of the tokens, which costs a sort. Otherwise it is random.
+        return_indices: return (out, indices): which of the n tokens were kept, [B, k], or None
+            where all were.
+        seed: as in :func:`tridrop.dropout`.
+
+    Raises:
+        ValueError: p outside [0, 1); fewer than two dimensions; more prefix tokens than tokens.
+        TypeError: p or seed of another type.
+
+    >>> tokens = torch.arange(7)[None]
+    >>> patch_dropout(tokens, 0.5, ordered=True, return_indices=True, seed=1)
+    (tensor([[0, 1, 3, 5]]), tensor([[0, 2, 4]]))
+    """
+    spec.check_probability(p)
+    if p == 1:
+        raise ValueError("p = 1 leaves no token; give a rate in [0, 1)")
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; give [batch, tokens, ...]")
+    batch, tokens = x.shape[:2]
+    if not 0 <= num_prefix_tokens <= tokens:
+        raise ValueError(
+            f"num_prefix_tokens = {num_prefix_tokens} of {tokens} tokens; give from 0 to {tokens}"
+        )
+    if not training or p == 0:
+        return (x, None) if return_indices else x
+    n = tokens - num_prefix_tokens
+    kept = kept_indices(seed_for(x.device, seed), (batch, n), choice.left(n, p))
+    if ordered:
+        kept = kept.sort(dim=-1).values
+    # One gather for all, by positions in the flattened tokens: its backward needs no more of x
+    # than the shape.
+    prefix = torch.arange(num_prefix_tokens, device=x.device).expand(batch, -1)
+    starts = torch.arange(batch, device=x.device)[:, None] * tokens
+    at = torch.cat((prefix, kept + num_prefix_tokens), dim=1) + starts
+    out = x.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+    return (out, kept) if return_indices else out
+
+
+def head_dropout(
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    dim: int = 1,
+    rescale: str = "expected",
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Drop whole attention heads, for each sample its own.
+
+        out = where(keep, x * scale, 0),    keep of shape [B, H]
+
+    Zhou et al., "Scheduled DropHead: a regularization method for transformer models", 2020. ``x``
+    is what the heads attended to, before they are concatenated and projected; dropping a head's
+    queries or keys would leave it its values. The mask is that of :func:`tridrop.dropout` with a
+    ``noise_shape`` of None for the samples and the heads and 1 elsewhere.
+
+    Args:
+        x: [B, H, L, D], or any shape with the samples first and the heads at ``dim``.
+        p: as in :func:`tridrop.dropout`; a number for ``rescale="kept"``.
+        training: False returns ``x`` itself, as p = 0 does.
+        dim: the dimension of the heads: 2 for [B, L, H, D].
+        rescale: "expected": scale is 1 / (1 - p). "kept": H / (number of heads that the sample
+            kept), as in the paper; the expected value then is 1 - p^H of x.
+        seed: as in :func:`tridrop.dropout`.
+
+    Raises:
+        ValueError, TypeError: as :func:`tridrop.dropout`; ``dim`` not that of the heads; another
+            ``rescale``.
+
+    >>> head_dropout(torch.ones(2, 4, 1, 1), 0.5, seed=4).flatten(1)
+    tensor([[0., 2., 0., 2.],
+            [0., 0., 2., 0.]])
+    """
+    spec.check_input(x)
+    if rescale not in ("expected", "kept"):
+        raise ValueError(f"rescale = {rescale!r}; known: 'expected', 'kept'")
+    if not (1 <= dim < x.dim() or 1 - x.dim() <= dim < 0):
+        raise ValueError(
+            f"dim = {dim} of shape {tuple(x.shape)}; give the dimension of the heads, which is not "
+            "the first, that of the samples"
+        )
+    dim %= x.dim()
+    if rescale == "expected":
+        return dropout(x, p, training, noise_shape=_head_shape(x.dim(), dim), seed=seed)
+    spec.check_probability(p)
+    if not training or p == 0:
+        return x
+    out: Tensor = apply(Masked, x, seed_for(x.device, seed), _heads, (p, dim))
+    return out
+
+
+def _head_shape(dims: int, dim: int) -> tuple[int | None, ...]:
+    return tuple(None if i in (0, dim) else 1 for i in range(dims))
+
+
+def _heads(seed: Tensor, shape: Sequence[int], p: float, dim: int) -> tuple[Tensor, Tensor]:
+    """The rule of head dropout by the number of heads kept."""
+    noise_shape = _head_shape(len(shape), dim)
+    # The decisions of the whole tensor's first row of each sample and head.
+    small = tuple(1 if n == 1 else size for n, size in zip(noise_shape, shape, strict=True))
+    whole = Shard(tuple(shape), (0,) * len(shape))
+    keep = keep_mask(seed, small, p, noise_shape=noise_shape, shard=whole)
+    return keep, shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1)
