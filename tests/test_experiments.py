@@ -102,7 +102,17 @@ def test_masks_are_those_of_keep_mask(tmp_path: Path) -> None:
     found = results(tmp_path, "masks")
     check_common(found, "masks")
     check_figures(tmp_path, "masks")
-    for i, one in enumerate(found["masks"]):
+    structured = [one for one in found["masks"] if "noise_shape" not in one]
+    squares, heads, patches = (
+        torch.tensor([bit == "1" for bit in one["keep"]]).view(one["shape"]) for one in structured
+    )
+    x = torch.ones(squares.shape)
+    seed = tridrop.fold_in(5, len(found["masks"]) - 3)
+    assert torch.equal(tridrop.drop_block2d(x, 0.3, 3, seed=seed) != 0, squares)
+    assert torch.equal(heads, heads[:, :1, ::6].repeat_interleave(6, 2).expand_as(heads))
+    assert patches[:, 0].all()
+    assert patches[:, 1:, 0].sum(1).tolist() == [int((patches.shape[1] - 1) * 0.7)] * len(patches)
+    for i, one in enumerate(found["masks"][:-3]):
         keep = tridrop.keep_mask(
             tridrop.fold_in(5, i), one["shape"], 0.3, noise_shape=one["noise_shape"]
         )

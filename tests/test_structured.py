@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
-from tridrop import choice, mask
+from tridrop import check, choice, mask
 from tridrop.check.measure import MAX_Z
 from tridrop.mask import ONE, threshold
 
@@ -619,3 +619,28 @@ def test_monte_carlo_and_schedules_know_them():
     assert schedule.names == ("0", "1", "2", "4", "5", "8")
     assert layers[0].prob == pytest.approx(0.05)
     assert layers[8].p == pytest.approx(0.03)
+
+
+# ---------------------------------------------------------------------------- tridrop check sees
+
+
+def failures(op):
+    results = check.run([op], [torch.float32], ["reference"], DEVICE, seeds=24)
+    assert any(r.passed for r in results)
+    return {r.check.removeprefix("invariant ") for r in results if r.passed is False}
+
+
+def test_what_is_broken_is_found(monkeypatch):
+    plain = choice.left
+    monkeypatch.setattr(choice, "left", lambda n, p: plain(n, p) + 1)
+    assert "kept" in failures("patch_dropout")
+    assert "kept" in failures("drop_path_subset")
+    depth, drop_block = tridrop.functional.depth, tridrop.functional.drop_block
+    left = depth.left_layers
+    monkeypatch.setattr(depth, "left_layers", lambda layers, p, seed: left(layers, p / 2, seed))
+    assert "rate |z|" in failures("layer_drop")
+    blocks = drop_block._blocks
+    monkeypatch.setattr(
+        drop_block, "_blocks", lambda seed, shape, p, size, eps: blocks(seed, shape, p, 1, eps)
+    )
+    assert {"outside blocks", "rate |z|"} <= failures("drop_block2d")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import backends as _backends
-from . import attention_cases, cases, family_cases, product_cases
+from . import attention_cases, cases, family_cases, product_cases, structured_cases
 from .case import Case
 from .invariants import Invariant
 from .measure import Result, check_case, check_invariant
@@ -26,8 +26,9 @@ CASES: Sequence[Case] = (
     *attention_cases.CASES,
     *family_cases.CASES,
     *product_cases.CASES,
+    *structured_cases.CASES,
 )
-INVARIANTS: Sequence[Invariant] = family_cases.INVARIANTS
+INVARIANTS: Sequence[Invariant] = (*family_cases.INVARIANTS, *structured_cases.INVARIANTS)
 _ROWS: Sequence[Case | Invariant] = (*CASES, *INVARIANTS)
 OPS = tuple(sorted({row.op for row in _ROWS}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,38 +28,76 @@ KINDS: list[tuple[str, tuple[int, ...], tuple[int | None, ...] | None]] = [
     ("variational: features, for all time", SEQUENCES, (None, 1, None)),
     ("token dropout: time steps", SEQUENCES, (None, None, 1)),
 ]
+
+
+def _heads(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Six heads of six features each."""
+    return tridrop.head_dropout(x.unflatten(2, (6, 6)), p, dim=2, seed=seed).flatten(2)
+
+
+def _patches(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """The tokens that are left, and zeros for the others."""
+    _, kept = tridrop.patch_dropout(x, p, return_indices=True, seed=seed)
+    if kept is None:
+        return x
+    left = torch.zeros(x.shape[:2], device=x.device).scatter(1, kept + 1, 1.0)
+    left[:, 0] = 1.0  # the class token
+    return x * left[:, :, None]
+
+
+# Title, shape, the call, and what it makes of ones.
+STRUCTURED: list[tuple[str, tuple[int, ...], str, Callable[[Tensor, float, Tensor], Tensor]]] = [
+    (
+        "DropBlock2d: squares",
+        IMAGES,
+        "drop_block2d(x, p, 3)",
+        lambda x, p, seed: tridrop.drop_block2d(x, p, 3, seed=seed),
+    ),
+    ("HeadDropout: heads, for all time", SEQUENCES, "head_dropout(x, p, dim=2)", _heads),
+    ("PatchDropout: just so many tokens", SEQUENCES, "patch_dropout(x, p)", _patches),
+]
 KEPT, DROPPED = "#0072B2", "#F2E3C6"
 
 
 def ticks(settings: Settings) -> int:
     """One a kind."""
-    return len(KINDS)
+    return len(KINDS) + len(STRUCTURED)
 
 
 def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str, Any]:
     """The masks' shapes, rates and bits: ``keep`` has a 1 for each element kept, in C order."""
     found = []
-    for i, (title, shape, noise_shape) in enumerate(KINDS):
-        seed = tridrop.fold_in(settings.seed, i).to(device)
-        keep = tridrop.keep_mask(seed, shape, settings.p, noise_shape=noise_shape)
+
+    def note(title: str, rule: str, keep: Tensor, **more: Any) -> None:
         found.append(
             {
                 "kind": title,
-                "shape": list(shape),
-                "noise_shape": None if noise_shape is None else list(noise_shape),
+                "rule": rule,
+                "shape": list(keep.shape),
                 "p": settings.p,
                 "dropped": int((~keep).sum()) / keep.numel(),
                 "keep": "".join(map(str, keep.flatten().int().tolist())),
+                **more,
             }
         )
         progress.tick()
+
+    def seed() -> Tensor:
+        return tridrop.fold_in(settings.seed, len(found)).to(device)
+
+    for title, shape, noise_shape in KINDS:
+        keep = tridrop.keep_mask(seed(), shape, settings.p, noise_shape=noise_shape)
+        written = None if noise_shape is None else list(noise_shape)
+        note(title, f"noise_shape {noise_shape or 'none'}", keep, noise_shape=written)
+    for title, shape, rule, function in STRUCTURED:
+        note(title, rule, function(torch.ones(shape, device=device), settings.p, seed()) != 0)
     return {"masks": found}
 
 
 def findings(result: dict[str, Any]) -> list[str]:
     """What fell of each kind."""
     return [
-        f"{one['kind']}: noise_shape {one['noise_shape']} of {one['shape']}, "
+        f"{one['kind']}: {one['rule']} of {one['shape']}, "
         f"{100 * one['dropped']:.0f} % fell, p = {one['p']}."
         for one in result["masks"]
     ]
@@ -69,8 +108,8 @@ def draw(result: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    for axes, one in zip(figure.subplots(2, 3).flat, result["masks"], strict=True):
+    figure = Figure(figsize=(9.5, 9.2), layout="constrained")
+    for axes, one in zip(figure.subplots(3, 3).flat, result["masks"], strict=True):
         _panel(axes, one)
     handles = [Patch(color=KEPT, label="kept"), Patch(color=DROPPED, label="dropped")]
     figure.legend(handles=handles, ncols=2, frameon=False, loc="outside lower center")
@@ -82,8 +121,7 @@ def _panel(axes: Axes, one: dict[str, Any]) -> None:
 
     keep = torch.tensor([int(bit) for bit in one["keep"]]).view(one["shape"])
     axes.imshow(_tiles(keep).numpy(), cmap=ListedColormap(["white", DROPPED, KEPT]), vmin=0, vmax=2)
-    shape = "none" if one["noise_shape"] is None else tuple(one["noise_shape"])
-    axes.set_title(f"{one['kind']}\nnoise_shape {shape}", fontsize=10)
+    axes.set_title(f"{one['kind']}\n{one['rule']}", fontsize=10)
     axes.set_ylabel(f"{keep.shape[0]} samples", fontsize=9)
     axes.set_xlabel("channels" if keep.dim() == 4 else "features (time runs down)", fontsize=9)
     axes.set_xticks([])
