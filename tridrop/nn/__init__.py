@@ -14,6 +14,7 @@ from .family import (
     SpatialDropout3D,
 )
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
+from .lora import LoRALinear
 from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .structured import (
@@ -45,6 +46,7 @@ __all__ = [
     "GaussianDropout",
     "HeadDropout",
     "LayerDrop",
+    "LoRALinear",
     "MultiheadAttention",
     "PatchDropout",
     "SpatialDropout1D",

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from . import emission, kinds, lazy, rewrite, source
+from . import adapters, emission, kinds, lazy, rewrite, source
 from .flow import Unfollowed, analyse
 from .modules import drop_path_forward
 from .recognise import (
@@ -156,12 +156,12 @@ class Work:
     plans: dict[str, Plan] = field(default_factory=dict)
     bare: dict[str, Plan] = field(default_factory=dict)
     places: list[tuple[str, Place]] = field(default_factory=list)
+    lora: adapters.Rewritten | None = None  # the forward of a layer with adapters
 
     def changes(self) -> bool:
         """Whether there is anything to rewrite."""
-        return bool(self.bare or (self.places and not self.plans)) or any(
-            plan.emitted for plan in self.plans.values()
-        )
+        whole = self.lora is not None or bool(self.places and not self.plans)
+        return whole or bool(self.bare) or any(plan.emitted for plan in self.plans.values())
 
 
 _works: dict[tuple[type, Recipe], Work] = {}
@@ -196,6 +196,9 @@ def _plan_method(method: Method, recipe: Recipe, tails: dict[str, Tail], bare: b
 def _plan(base: type, recipe: Recipe) -> Work:
     work = Work()
     methods = text_of(base, recipe.children).methods
+    if recipe.levels.inside and adapters.rewritten(base) is not None:
+        work.lora = adapters.rewritten(base)
+        return work
     if recipe.levels.dropout and text_of(base, recipe.children).caught(base, "forward"):
         op = Op("within", ast.Name("forward"), ())
         work.places.append(("forward", Place(op, None, "forward", ("dropout",))))
@@ -236,6 +239,8 @@ def _make(base: type, recipe: Recipe) -> type:
         new["forward"], methods = drop_path_forward, {}
     if work.places and not work.plans:
         new["forward"] = _caught_forward(base)
+    if work.lora is not None:
+        new["forward"] = work.lora.forward
     for name, method in methods.items():
         if name not in work.plans:
             continue

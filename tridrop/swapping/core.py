@@ -137,9 +137,9 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
     if (held or module not in survey.places) and (
         survey.drops(module) or _looks_like_dropout(module)
     ):
-        reason = survey.why_left(module)
-        stream = None if reason else getattr(module, "site", first)
-        parts = () if reason else survey.parts(module)
+        reason = survey.why_left(module) or survey.why_not_fused(module)
+        parts = () if survey.why_left(module) else survey.parts(module)
+        stream = None if not parts else getattr(module, "site", first)
         p = survey.rate_of_module(module)
         found.append(Site(name, kind, str(module), None, p, parts, reason, stream))
     return found

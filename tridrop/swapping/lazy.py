@@ -24,17 +24,17 @@ from .pending import Pending, addable, drop_samples, eps_of, fits
 from .pending import value as value
 
 
-def _free(module: Any, name: str) -> Kind | None:
+def free(module: Any, name: str) -> Kind | None:
     """The kind of a module that still is what it was, and that nobody listens to."""
     kind = KNOWN.get(type(module))
     if kind is None or kind.name != name or "forward" in module.__dict__:
         return None
-    if kind.get(module, "fast") or kind.get(module, "inplace") or _heard(module):
+    if kind.get(module, "fast") or kind.get(module, "inplace") or heard(module):
         return None
     return kind
 
 
-def _heard(module: nn.Module) -> bool:
+def heard(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -69,7 +69,7 @@ def _branch(x: Any, *taken: str) -> Pending:
 
 def dropout(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     """A call of a module of torch's dropout."""
-    kind = _free(module, "dropout")
+    kind = free(module, "dropout")
     if kind is None or getattr(module, "noise_shape", None) is not None:
         return _at(owner, place, module, x)
     return rate(owner, place, x, kind.get(module, "p"), module.training)
@@ -103,7 +103,7 @@ def rate(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
 
 def drop_path(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     """A call of a module that drops samples."""
-    if _free(module, "drop_path") is None:
+    if free(module, "drop_path") is None:
         return _at(owner, place, module, x)
     return samples(module, x, _number(owner, place))
 
@@ -129,7 +129,7 @@ def samples(module: nn.Module, x: Any, site: int | None) -> Any:
 
 def scale(module: nn.Module, x: Any) -> Any:
     """A call of a module that multiplies each channel by a weight."""
-    kind = _free(module, "layer_scale")
+    kind = free(module, "layer_scale")
     branch = _branch(x, "scale", "softmax", "norm")
     gamma = None if kind is None else kind.get(module, "scale")
     if not isinstance(gamma, Tensor) or not fits(branch.x):
@@ -142,7 +142,7 @@ def scale(module: nn.Module, x: Any) -> Any:
 
 def linear(module: nn.Module, x: Any) -> Any:
     """A call of a linear layer, which leaves its bias to the op that follows."""
-    kind = _free(module, "linear")
+    kind = free(module, "linear")
     x = value(x)
     if kind is None or not module.training or not fits(x):
         return module(x)
@@ -158,7 +158,7 @@ def linear(module: nn.Module, x: Any) -> Any:
 def activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     """A call of an activation."""
     name = activation_name(function)
-    heard = isinstance(function, nn.Module) and _heard(function)
+    heard = isinstance(function, nn.Module) and heard(function)
     branch = _branch(x, "activation", "dropped", "scale", "softmax", "norm")
     if name is None or heard or not fits(branch.x):
         return function(value(branch))
@@ -177,7 +177,7 @@ def softmax(x: Tensor, dtype: torch.dtype | None = None) -> Any:
 
 def softmax_of(module: nn.Module, x: Tensor) -> Any:
     """A call of torch.nn.Softmax over the last dimension."""
-    kind = _free(module, "softmax")
+    kind = free(module, "softmax")
     return module(x) if kind is None or kind.get(module, "dim") != -1 else softmax(x)
 
 
@@ -212,7 +212,7 @@ def _can_join(x: Any) -> bool:
 
 def norm(module: nn.Module, x: Any, last: bool = False) -> Any:
     """A norm of a sum that may be waiting; ``last`` says that nobody else wants the sum."""
-    kind = _free(module, "layer_norm") or _free(module, "rms_norm")
+    kind = free(module, "layer_norm") or free(module, "rms_norm")
     if kind is None or not isinstance(x, Pending) or x.done is not None or x.residual is None:
         return module(value(x))
     residual, weight = x.residual, kind.get(module, "weight")
@@ -255,7 +255,7 @@ def _normalises_last(kind: Kind, module: nn.Module, stream: Tensor) -> bool:
 
 def norm_first(module: nn.Module, x: Any) -> Any:
     """A norm that a dropout follows."""
-    kind = _free(module, "layer_norm") or _free(module, "rms_norm")
+    kind = free(module, "layer_norm") or free(module, "rms_norm")
     x = value(x)
     if kind is None or not fits(x) or _autocast(x) or not _normalises_last(kind, module, x):
         return module(x)
@@ -266,7 +266,7 @@ def norm_first(module: nn.Module, x: Any) -> Any:
 
 def identity(module: nn.Module, x: Any) -> Any:
     """A call of a module that stands where another model has a layer scale or a drop path."""
-    return module(value(x)) if _free(module, "identity") is None else x
+    return module(value(x)) if free(module, "identity") is None else x
 
 
 def dropout_add(

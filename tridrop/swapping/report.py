@@ -35,7 +35,8 @@ class Site:
             tridrop's and nothing is fused; empty where it was left. "call" is what another module
             hands on uncomputed, such as its last linear layer; "return" says that this one hands
             its value on to its caller. :meth:`Report.became` puts both into words.
-        reason: why it was left.
+        reason: why it was left; of a LoRA adapter's dropout with a mask of tridrop's and no more,
+            why it was not fused.
         stream: its number under :func:`tridrop.rng`: its mask is that of fold_in(seed, stream).
     """
 
@@ -88,8 +89,7 @@ class Report:
         handed = any({"call", "return"} & set(site.parts) for site in self.sites)
         plans = Plans(model if handed else None, self.levels)
         self._words = [
-            plans.became(s.module, s.line, s.code, s.parts) or f"left: {s.reason}"
-            for s in self.sites
+            _words(plans.became(s.module, s.line, s.code, s.parts), s.reason) for s in self.sites
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,6 +233,13 @@ class Report:
         with console.capture() as captured:
             console.print(self)
         return captured.get()
+
+
+def _words(became: str, reason: str) -> str:
+    """What became of a site, and why no more."""
+    if not became:
+        return f"left: {reason}"
+    return f"{became} ({reason})" if reason else became
 
 
 def _cut(code: str, width: int) -> str:

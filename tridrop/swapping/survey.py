@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import classes, kinds
+from . import adapters, classes, kinds
 from .classes import Recipe
 from .recognise import Tail, called_by, resolve
 from .rewrite import ATTENTION_PARTS, Levels, Op
@@ -34,6 +34,13 @@ class Survey:
         # The places that call a module, or hand its rate to an attention function.
         self.places: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
         kinds.learn(model)
+        # The dropouts of LoRA adapters: their layers, and the adapters' names there.
+        self.adapters: dict[nn.Module, tuple[nn.Module, str]] = {
+            drop: (module, name)
+            for module in self.names
+            if adapters.is_lora(base_of(module))
+            for name, drop in module.lora_dropout.items()  # type: ignore[union-attr, operator]
+        }
         for module in self.names:
             self.recipe(module)
         for module in self.recipes:
@@ -124,7 +131,22 @@ class Survey:
     def parts(self, module: nn.Module) -> tuple[str, ...]:
         """What a module that drops becomes."""
         kind = kinds.kind_of(module)
+        if module in self.adapters and not self.why_not_fused(module):
+            return adapters.parts(*self.adapters[module])
         return ATTENTION_PARTS if kind is None else (kind.name,)
+
+    def why_not_fused(self, module: nn.Module) -> str:
+        """Why an adapter's dropout is a call by itself; empty where it is not, and of others."""
+        if module not in self.adapters:
+            return ""
+        layer, name = self.adapters[module]
+        if layer not in self.recipes:
+            return self.left[layer]
+        if not self.levels.inside:
+            return "its level is off"
+        if self.work(layer).lora is None:
+            return f"the forward of {base_of(layer).__name__} is not known"
+        return adapters.why_not(layer, name)
 
     def rate_of_module(self, module: nn.Module) -> float | None:
         """The p of a module that drops."""

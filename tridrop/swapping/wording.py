@@ -137,12 +137,14 @@ class Plans:
             raise ValueError(f"the model has no module named {name!r}")
         module = self.modules[name]
         work = self.works.get(module)
-        if work is None or not work.changes() or not work.plans:
+        if work is None or not work.changes() or not (work.plans or work.lora):
             kind = self.kinds.get(module, type(module))
             why = "it became tridrop's own class" if type(module) in REPLACEMENTS.values() else (
                 "nothing in it was rewritten; see the report for what was left and why"
             )  # fmt: skip
             raise ValueError(f"{name!r} is a {kind.__name__}: {why}")
+        if work.lora is not None:
+            return ast.unparse(work.lora.text) + "\n"
         texts, first = [], 0
         for method, made in work.plans.items():
             if made.emitted:

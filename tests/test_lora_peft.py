@@ -1,0 +1,579 @@
+"""LoRA layers of PEFT after tridrop.swap: PEFT's own forward, fed with the exported masks."""
+
+import contextlib
+import copy
+import importlib.util
+import pickle
+import sys
+import types
+from unittest import mock
+
+import pytest
+import torch
+from swap_helpers import classes_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import tridrop
+
+peft = pytest.importorskip("peft")
+from peft.tuners.lora import layer as peft_layer  # noqa: E402
+
+SEED = 7
+WIDTH, TOKENS = 24, (3, 5)
+RATES = [0.0, 0.05, 0.5, 0.9]
+
+
+class Attention(nn.Module):
+    """Three projections of one x."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, n) for n in (16, 8, 8))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.head(torch.cat((torch.tanh(q[..., :8] * k) * v, q[..., 8:]), -1))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """With adapters whose B, biases and magnitudes are those of no fresh model."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            with torch.no_grad():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.train()
+
+
+def config(p: float = 0.1, **options) -> "peft.LoraConfig":
+    given = {"r": 4, "lora_alpha": 10, "lora_dropout": p, "target_modules": ["q", "k", "v"]}
+    return peft.LoraConfig(**(given | options))
+
+
+def adapted(p: float = 0.1, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return trained(peft.get_peft_model(Attention(), config(p, **options)))
+
+
+def data(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+class Exported(nn.Module):
+    """In the place of an adapter's dropout: the mask that tridrop exports for it."""
+
+    def __init__(self, p: float, seed: Tensor) -> None:
+        super().__init__()
+        self.p, self.seed = p, seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        cut = round(self.p * 2**32)
+        gain = 2**32 / (2**32 - cut) if cut < 2**32 else 0.0
+        return torch.where(tridrop.keep_mask(self.seed, x.shape, self.p), x * gain, 0.0)
+
+
+def twin_of(model: nn.Module, report, seed: int = SEED) -> nn.Module:
+    """A copy that PEFT computes, whose dropouts have the masks of the swapped model."""
+    twin = copy.deepcopy(model)
+    tridrop.unswap(twin)
+    assert not any("tridrop" in kind.__module__ for kind in classes_of(twin))
+    streams = {s.module: s.stream for s in report.sites}
+    for layer_name, layer in twin.named_modules():
+        for name, drop in getattr(layer, "lora_dropout", {}).items():
+            if isinstance(drop, nn.Dropout):
+                stream = streams[f"{layer_name}.lora_dropout.{name}"]
+                layer.lora_dropout[name] = Exported(drop.p, tridrop.fold_in(seed, stream))
+    return twin
+
+
+def step(model: nn.Module, x: Tensor, **arguments) -> dict[str, Tensor]:
+    """The result of a step, and the gradients of x and of all that is trained."""
+    model.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    out = model(x, **arguments)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    (out.float() * weights).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "x": x.grad, **gradients}
+
+
+def assert_equal_steps(found, expected, tolerance=2e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        largest = float(value.abs().max())
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance * max(largest, 1e-3),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
+def assert_as_peft(model: nn.Module, x: Tensor, tolerance=2e-5, **arguments) -> None:
+    """A swapped model does what PEFT does with its masks."""
+    report = tridrop.swap(model)
+    with tridrop.rng(SEED):
+        found = step(model, x, **arguments)
+    assert_equal_steps(found, step(twin_of(model, report), x, **arguments), tolerance)
+
+
+# ------------------------------------------------------------------- values and gradients
+
+
+@pytest.mark.parametrize("p", RATES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora_bias": True}, {"use_rslora": True, "r": 3}, {"use_dora": True}],
+    ids=["plain", "bias", "rslora", "dora"],
+)
+def test_values_and_gradients_are_pefts_with_the_exported_masks(p, options):
+    model = adapted(p, **options)
+    before = step(copy.deepcopy(model).eval(), data())
+    assert_as_peft(model, data())
+    assert {"base_model.model.q.lora_A.default.weight", "x"} <= step(model, data()).keys()
+    after = step(model.eval(), data())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_without_dropout_the_bits_are_pefts():
+    model = adapted(0.0)
+    expected = step(model, data())
+    report = tridrop.swap(model)
+    assert report.counts()["fused"] == 0  # nothing drops
+    found = step(model, data())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_adapters_in_another_dtype_than_x(p, dtype):
+    """PEFT keeps adapters of half-precision models in fp32, and casts x to it."""
+    torch.manual_seed(0)
+    model = trained(peft.get_peft_model(Attention().to(dtype), config(p)))
+    assert model.base_model.model.q.lora_A["default"].weight.dtype == torch.float32
+    assert_as_peft(model, data(dtype), tolerance=2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_autocast(base):
+    torch.manual_seed(0)
+    model = trained(peft.get_peft_model(Attention().to(base), config(0.25)))
+    report = tridrop.swap(model)
+    twin = twin_of(model, report)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with tridrop.rng(SEED):
+            found = step(model, data(base))
+        expected = step(twin, data(base))
+    assert_equal_steps(found, expected, 4e-2)
+
+
+def test_input_casting_can_be_disabled():
+    """Then PEFT's layers see x as it is, and raise where they cannot take it."""
+    model = adapted().to(torch.float32)
+    tridrop.swap(model)
+    with peft.helpers.disable_input_dtype_casting(model):
+        model(data())
+        for name in "qkv":
+            getattr(model.base_model.model, name).base_layer.to(torch.bfloat16)
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(data(torch.bfloat16))
+
+
+# --------------------------------------------------------------------- quantised base layers
+
+STUBS = {
+    "bnb": ("bitsandbytes", ["Linear8bitLt", "Linear4bit"]),
+    "hqq": ("hqq", ["HqqLoraLinear"]),
+    "eetq": ("eetq", ["EetqLoraLinear"]),
+    "gptq": (None, ["GPTQLoraLinear"]),
+    "awq": (None, ["AwqLoraLinear"]),
+    "aqlm": (None, ["AqlmLoraLinear"]),
+    "te": (None, ["TeLinear"]),
+}
+
+
+def quantised(file: str, name: str) -> type:
+    """PEFT's class for base layers of a package that need not be there: its text is what counts."""
+    package = STUBS[file][0]
+    where = importlib.util.find_spec(f"peft.tuners.lora.{file}")
+    spec = importlib.util.spec_from_file_location(f"peft.tuners.lora.{file}", where.origin)
+    module = importlib.util.module_from_spec(spec)
+    stubs = {}
+    if package is not None:
+        for path in (package, f"{package}.core", f"{package}.core.quantize"):
+            stubs[path] = types.ModuleType(path)
+            stubs[path].EetqLinear = stubs[path].HQQLinear = nn.Linear
+    names = [n for n in vars(peft.import_utils) if n.startswith(f"is_{file}")]
+    with mock.patch.dict(sys.modules, stubs), contextlib.ExitStack() as stack:
+        for n in names:
+            stack.enter_context(mock.patch.object(peft.import_utils, n, lambda: package is not None))
+        spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+@pytest.mark.parametrize("file, name", [(f, n) for f, (_, names) in STUBS.items() for n in names])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_quantised_variants_keep_their_own_forward_and_fuse_the_branch(file, name, dtype):
+    torch.manual_seed(0)
+    kind = quantised(file, name)
+    if name == "TeLinear":
+        layer = kind(nn.Linear(WIDTH, 8, dtype=dtype), "default", config(0.3), r=4, lora_alpha=10)
+    else:
+        base = nn.Linear(WIDTH, 8, dtype=dtype)
+        layer = kind(base, "default", config=config(0.3), r=4, lora_alpha=10)
+    layer.base_layer.requires_grad_(False)
+    layer = trained(layer.float() if dtype == torch.float32 else layer)
+    layer.base_layer.to(dtype)
+    model = nn.Sequential(layer)
+    report = tridrop.swap(model)
+    (site,) = report.sites
+    assert site.parts[:3] == ("dropout", "lora_A", "lora_B"), site
+    assert site.module == "0.lora_dropout.default"
+    assert type(layer).__name__ == name
+    with tridrop.rng(SEED):
+        found = step(model, data(dtype))
+    expected = step(twin_of(model, report), data(dtype))
+    assert_equal_steps(found, expected, 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_subclasses_share_the_forward_of_their_class():
+    class Mine(peft_layer.Linear):
+        pass
+
+    layer = trained(Mine(nn.Linear(WIDTH, 8), "default", config(0.3), r=4, lora_alpha=10))
+    model = nn.Sequential(layer)
+    assert tridrop.swap(model).counts() == {"fused": 1, "swapped": 0, "left": 0}
+    assert isinstance(layer, Mine)
+
+
+# ----------------------------------------------------------------------- states of adapters
+
+
+def two(p=(0.2, 0.2), ranks=(4, 2)) -> nn.Module:
+    model = adapted(p[0], r=ranks[0])
+    model.add_adapter("other", config(p[1], r=ranks[1], lora_alpha=3))
+    model.base_model.set_adapter(["default", "other"])
+    return trained(model)
+
+
+@pytest.mark.parametrize("p", [(0.2, 0.2), (0.1, 0.5), (0.3, 0.0)], ids=str)
+def test_several_active_adapters(p):
+    model = two(p)
+    report = tridrop.swap(model)
+    streams = [s.stream for s in report.sites if s.stream is not None]
+    assert len(streams) == len(set(streams)) == 3 * sum(rate > 0 for rate in p)
+    assert_as_peft(model, data())
+
+
+def test_adapters_of_one_rate_read_x_once():
+    model = two()
+    tridrop.swap(model)
+    with mock.patch.object(
+        tridrop.swapping.adapters.F, "lora_deltas", wraps=tridrop.lora_deltas
+    ) as together:
+        step(model, data())
+    assert together.call_count == 3
+
+
+def test_a_mask_does_not_depend_on_the_other_active_adapters():
+    model = two()
+    tridrop.swap(model)
+    report = tridrop.swap(model)
+    model.base_model.set_adapter("other")
+    twin = twin_of(model, report)
+    with tridrop.rng(SEED):
+        assert_equal_steps(step(model, data()), step(twin, data()))
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged", "unmerged", "unloaded", "deleted", "scaled"])
+def test_states_are_those_of_peft(state):
+    """Changed after the swap."""
+    model = two()
+    report = tridrop.swap(model)
+    twin = twin_of(model, report)
+    results = []
+    for m in (model, twin):
+        with contextlib.ExitStack() as stack:
+            if state == "disabled":
+                stack.enter_context(m.disable_adapter())
+            elif state in ("merged", "unmerged"):
+                m.merge_adapter()
+                if state == "unmerged":
+                    m.unmerge_adapter()
+            elif state == "unloaded":
+                m = m.merge_and_unload()
+            elif state == "deleted":
+                m.delete_adapter("other")
+            elif state == "scaled":
+                for layer in m.modules():
+                    if isinstance(layer, peft_layer.LoraLayer):
+                        layer.set_scale("default", 0.5)
+            stack.enter_context(tridrop.rng(SEED))
+            results.append(step(m.train(), data()))
+    assert_equal_steps(*results)
+
+
+def test_an_adapter_added_after_the_swap_drops_and_is_numbered_by_the_next():
+    model = adapted(0.2)
+    tridrop.swap(model)
+    model.add_adapter("late", config(0.5))
+    model.set_adapter("late")
+    trained(model)
+    outs = [model(data()) for _ in range(2)]
+    assert not torch.equal(*outs)
+    assert_as_peft(model, data())
+
+
+def test_mixed_batches_are_pefts():
+    model = two()
+    expected = step(copy.deepcopy(model).eval(), data(), adapter_names=["default", "__base__", "other"])
+    tridrop.swap(model)
+    found = step(model.eval(), data(), adapter_names=["default", "__base__", "other"])
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_other_modules_that_are_saved_are_trained_as_before():
+    model = adapted(0.2, modules_to_save=["head"])
+    assert_as_peft(model, data())
+    assert any("modules_to_save" in name for name in step(model, data()))
+
+
+def test_save_and_load(tmp_path):
+    model = two()
+    keys = list(model.state_dict())
+    before = classes_of(model)
+    tridrop.swap(model)
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    other = peft.PeftModel.from_pretrained(Attention(), tmp_path, is_trainable=True)
+    other.load_adapter(str(tmp_path / "other"), "other", is_trainable=True)
+    other.base_model.set_adapter(["default", "other"])
+    tridrop.swap(other.train())
+    copied = pickle.loads(pickle.dumps(model))
+    with tridrop.rng(SEED):
+        expected = step(model, data())
+    for m in (other, copied, copy.deepcopy(model)):
+        with tridrop.rng(SEED):
+            assert_equal_steps(step(m, data()), expected, 0)
+    tridrop.unswap(model)
+    assert classes_of(model) == before
+
+
+# -------------------------------------------------------------------- memory, and running it
+
+
+def saved(model: nn.Module, x: Tensor) -> float:
+    """What a forward keeps for backward, in copies of x; parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes, held = {}, []
+
+    def pack(tensor):
+        held.append(tensor.detach())
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outs = [layer(x) for layer in model.modules() if isinstance(layer, peft_layer.LoraLayer)]
+    assert len(outs) == 3
+    return sum(sizes.values()) / x.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("trained_input", [True, False])
+def test_saved_bytes_of_q_k_v(p, trained_input):
+    """PEFT keeps, of each projection, what it dropped and what it dropped by."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.q, model.k, model.v = (nn.Linear(512, n) for n in (512, 128, 128))
+    model = trained(peft.get_peft_model(model, config(p, r=8), adapter_name="default"))
+    x = torch.randn(256, 512, requires_grad=trained_input)
+    eager = saved(model, x)
+    assert eager == pytest.approx(6.05 if p else 1.05, abs=0.01)
+    tridrop.swap(model)
+    assert saved(model, x) < 1.1
+
+
+def test_saved_bytes_of_x_in_half_precision():
+    """PEFT keeps a copy of x in fp32, even without dropout; and tridrop none."""
+    for p in (0.0, 0.1):
+        model = nn.Module()
+        model.q, model.k, model.v = (nn.Linear(512, 128, dtype=torch.bfloat16) for _ in range(3))
+        model = trained(peft.get_peft_model(model, config(p, r=8)))
+        x = torch.randn(256, 512, dtype=torch.bfloat16, requires_grad=True)
+        assert saved(model, x) > (6 if p == 0 else 12)
+        tridrop.swap(model)
+        assert saved(model, x) < 1.2
+
+
+def test_saved_bytes_of_dora_have_no_dropped_copy():
+    model = nn.Module()
+    model.q, model.k, model.v = (nn.Linear(512, 64) for _ in range(3))
+    model = trained(peft.get_peft_model(model, config(0.1, r=8, use_dora=True)))
+    x = torch.randn(256, 512, requires_grad=True)
+    before = saved(model, x)
+    tridrop.swap(model)
+    # x once, and of each layer what the magnitude's gradient needs, [tokens, out] twice.
+    weights = 3 * 512 * 64 / x.numel()  # the frozen weights, as PEFT hands them on
+    assert saved(model, x) < 1.1 + 3 * 2 * 64 / 512 + weights < before - 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("trained_input", [True, False])
+def test_checkpointing(reentrant, trained_input):
+    model = adapted(0.3)
+    report = tridrop.swap(model)
+    twin = twin_of(model, report)
+
+    def run(m, seeded):
+        m.zero_grad(set_to_none=True)
+        x = data().requires_grad_(trained_input or (seeded and reentrant))
+        with tridrop.rng(SEED) if seeded else contextlib.nullcontext():
+            out = checkpoint(m, x, use_reentrant=reentrant) if seeded else m(x)
+            out.square().sum().backward()
+        return {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+
+    assert_equal_steps(run(model, True), run(twin, False))
+    # Drawn seeds are recomputed too: torch restores its generator.
+    torch.manual_seed(3)
+    x = data().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    torch.manual_seed(3)
+    model.zero_grad(set_to_none=True)
+    model(x).square().sum().backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_gradient_checkpointing_of_a_transformers_model(reentrant):
+    """As a Trainer turns it on: the embeddings' output is made to require a gradient."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    about = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=50,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(about)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(base, config(0.2, target_modules=names, task_type="CAUSAL_LM"))
+    trained(model)
+    report = tridrop.swap(model)
+    fused = [s for s in report.sites if s.status == "fused"]
+    assert len(fused) == 14
+    assert all(s.parts == ("dropout", "lora_A", "lora_B", "add") for s in fused)
+    words = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(2))
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad(set_to_none=True)
+        with tridrop.rng(SEED):
+            model(input_ids=words, labels=words).loss.backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    assert len(results[0]) == 28
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapters", ["one", "two"])
+def test_compile(adapters):
+    model = adapted(0.2) if adapters == "one" else two()
+    tridrop.swap(model)
+    x, seed = data(), tridrop.fold_in(SEED, 0)
+    with tridrop.rng(seed):
+        expected = step(model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with tridrop.rng(seed):
+        found = step(compiled, x)
+    found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+    assert_equal_steps(found, expected)
+
+
+# ------------------------------------------------------------------------- what is left alone
+
+
+def test_hooks_on_an_adapters_parts_are_called():
+    model = adapted(0.3)
+    report = tridrop.swap(model)
+    calls = []
+    for part in ("lora_A", "lora_B", "lora_dropout"):
+        module = getattr(model.base_model.model.q, part)["default"]
+        module.register_forward_hook(lambda *_, part=part: calls.append(part))
+    twin = twin_of(model, report)
+    with tridrop.rng(SEED):
+        found = step(model, data())
+    assert calls == ["lora_dropout", "lora_A", "lora_B"]
+    assert_equal_steps(found, step(twin, data()))
+
+
+def test_variants_are_reported():
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Attention(), config(0.3, alora_invocation_tokens=[1]))
+    report = tridrop.swap(model)
+    assert {site.parts for site in report.sites} == {("dropout",)}
+    assert {site.reason for site in report.sites} == {"its adapter is a ALoraLinearVariant"}
+    assert "ALoraLinearVariant" in str(report)
+    assert report.counts() == {"fused": 0, "swapped": 3, "left": 0}
+
+
+def test_convolutions_and_embeddings_keep_their_branches():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.conv = nn.Embedding(9, 6), nn.Conv1d(6, 4, 3)
+
+        def forward(self, x):
+            return self.conv(self.embed(x).transpose(1, 2))
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net(), config(0.3, target_modules=["embed", "conv"]))
+    report = tridrop.swap(trained(model))
+    reasons = {s.module.split(".")[2]: s.reason for s in report.sites}
+    assert reasons.keys() == {"conv", "embed"}
+    assert all(reasons.values())
+    x = torch.randint(9, (2, 7))
+    torch.testing.assert_close(model.eval()(x), twin_of(model, report).eval()(x))
+    model.train()(x).sum().backward()
+
+
+def test_switches_and_the_written_forward():
+    model = adapted(0.2)
+    off = tridrop.swap(model, inside=False)
+    assert off.counts() == {"fused": 0, "swapped": 3, "left": 0}
+    assert {site.reason for site in off.sites} == {"its level is off"}
+    with tridrop.rng(SEED):
+        apart = step(model, data())
+    report = tridrop.swap(model)
+    assert report.counts() == {"fused": 3, "swapped": 0, "left": 0}
+    with tridrop.rng(SEED):
+        assert_equal_steps(step(model, data()), apart)
+    text = report.source("base_model.model.q")
+    assert "_tridrop.add(self, active_adapter, _deltas, x, result)" in text
+    assert "lora_B(lora_A(" not in text
+    measured = report.measure(data())
+    assert measured.after.saved_bytes < measured.before.saved_bytes
+
+
+def test_a_changed_forward_is_not_rewritten():
+    class Changed(peft_layer.Linear):
+        def forward(self, x, *args, **kwargs):
+            name = self.active_adapters[0]
+            hidden = self.lora_A[name](self.lora_dropout[name](x))
+            return self.base_layer(x) + F.gelu(self.lora_B[name](hidden))
+
+    layer = trained(Changed(nn.Linear(WIDTH, 8), "default", config(0.3), r=4, lora_alpha=10))
+    model = nn.Sequential(layer)
+    (site,) = tridrop.swap(model).sites
+    assert (site.parts, site.reason) == (("dropout",), "the forward of Changed is not known")
