@@ -3,13 +3,13 @@
     python benchmarks/lora.py                      on a GPU where there is one; else small, on a CPU
     python benchmarks/lora.py --device cpu --out DIR
     python benchmarks/lora.py --ranks 16 --rates 0,0.05 --providers peft,tridrop
-    python benchmarks/lora.py --adapters fp32      adapters in fp32 over a bf16 layer, PEFT's default
+    python benchmarks/lora.py --adapters fp32      adapters in fp32 over a bf16 layer
 
-One decoder layer, forward and backward, for each rank and rate. Every provider at every rate runs in
-turn in each round, so that a slow moment of the machine meets all of them; compare the ratios, which
-are medians of the rounds' ratios. The base is frozen, x requires a gradient as it does in the middle
-of a model. Saved memory is what the layer keeps for backward, parameters apart; PEFT's compiled
-layer is not counted, since what it keeps is the compiler's.
+One decoder layer, forward and backward, for each rank and rate. Every provider at every rate runs
+in turn in each round, so that a slow moment of the machine meets all of them; compare the ratios,
+which are medians of the rounds' ratios. The base is frozen, and x requires a gradient, as it does
+in the middle of a model. Saved memory is what the layer keeps for backward, parameters apart; of a
+compiled layer it is not counted, since what that keeps is the compiler's choice.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ class Subject:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
-        config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules=PROJECTIONS
-        )
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules=PROJECTIONS)
         with torch.device(device):
             layer = Layer(size).to(dtype)
             model = get_peft_model(layer, config, autocast_adapter_dtype=False)

@@ -6,6 +6,7 @@ import importlib.util
 import pickle
 import sys
 import types
+import weakref
 from unittest import mock
 
 import pytest
@@ -210,12 +211,15 @@ def quantised(file: str, name: str) -> type:
     names = [n for n in vars(peft.import_utils) if n.startswith(f"is_{file}")]
     with mock.patch.dict(sys.modules, stubs), contextlib.ExitStack() as stack:
         for n in names:
-            stack.enter_context(mock.patch.object(peft.import_utils, n, lambda: package is not None))
+            found = mock.patch.object(peft.import_utils, n, return_value=package is not None)
+            stack.enter_context(found)
         spec.loader.exec_module(module)
     return getattr(module, name)
 
 
-@pytest.mark.parametrize("file, name", [(f, n) for f, (_, names) in STUBS.items() for n in names])
+@pytest.mark.parametrize(
+    ("file", "name"), [(f, n) for f, (_, names) in STUBS.items() for n in names]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_quantised_variants_keep_their_own_forward_and_fuse_the_branch(file, name, dtype):
     torch.manual_seed(0)
@@ -289,7 +293,9 @@ def test_a_mask_does_not_depend_on_the_other_active_adapters():
         assert_equal_steps(step(model, data()), step(twin, data()))
 
 
-@pytest.mark.parametrize("state", ["disabled", "merged", "unmerged", "unloaded", "deleted", "scaled"])
+@pytest.mark.parametrize(
+    "state", ["disabled", "merged", "unmerged", "unloaded", "deleted", "scaled"]
+)
 def test_states_are_those_of_peft(state):
     """Changed after the swap."""
     model = two()
@@ -330,9 +336,10 @@ def test_an_adapter_added_after_the_swap_drops_and_is_numbered_by_the_next():
 
 def test_mixed_batches_are_pefts():
     model = two()
-    expected = step(copy.deepcopy(model).eval(), data(), adapter_names=["default", "__base__", "other"])
+    names = ["default", "__base__", "other"]
+    expected = step(copy.deepcopy(model).eval(), data(), adapter_names=names)
     tridrop.swap(model)
-    found = step(model.eval(), data(), adapter_names=["default", "__base__", "other"])
+    found = step(model.eval(), data(), adapter_names=names)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -370,18 +377,21 @@ def test_save_and_load(tmp_path):
 def saved(model: nn.Module, x: Tensor) -> float:
     """What a forward keeps for backward, in copies of x; parameters apart."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes, held = {}, []
+    held: list[weakref.ref[list[Tensor]]] = []  # of what the graph holds, and lets go
+
+    class Box(list):
+        __slots__ = ("__weakref__",)
 
     def pack(tensor):
-        held.append(tensor.detach())
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        box = Box([tensor])
+        held.append(weakref.ref(box))
+        return box
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box[0]):
         outs = [layer(x) for layer in model.modules() if isinstance(layer, peft_layer.LoraLayer)]
     assert len(outs) == 3
+    storages = [box()[0].untyped_storage() for box in held if box() is not None]
+    sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}
     return sum(sizes.values()) / x.untyped_storage().nbytes()
 
 
@@ -395,7 +405,8 @@ def test_saved_bytes_of_q_k_v(p, trained_input):
     model = trained(peft.get_peft_model(model, config(p, r=8), adapter_name="default"))
     x = torch.randn(256, 512, requires_grad=trained_input)
     eager = saved(model, x)
-    assert eager == pytest.approx(6.05 if p else 1.05, abs=0.01)
+    # Where x needs no gradient, what it is multiplied by is not kept.
+    assert eager == pytest.approx((6.05 if trained_input else 3.05) if p else 1.05, abs=0.01)
     tridrop.swap(model)
     assert saved(model, x) < 1.1
 
@@ -420,8 +431,7 @@ def test_saved_bytes_of_dora_have_no_dropped_copy():
     before = saved(model, x)
     tridrop.swap(model)
     # x once, and of each layer what the magnitude's gradient needs, [tokens, out] twice.
-    weights = 3 * 512 * 64 / x.numel()  # the frozen weights, as PEFT hands them on
-    assert saved(model, x) < 1.1 + 3 * 2 * 64 / 512 + weights < before - 3
+    assert saved(model, x) < 1.1 + 3 * 2 * 64 / 512 < before - 3
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
@@ -479,7 +489,9 @@ def test_gradient_checkpointing_of_a_transformers_model(reentrant):
         model.zero_grad(set_to_none=True)
         with tridrop.rng(SEED):
             model(input_ids=words, labels=words).loss.backward()
-        results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        results.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
     assert results[0].keys() == results[1].keys()
     assert len(results[0]) == 28
     for name, gradient in results[0].items():

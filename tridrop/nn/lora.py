@@ -25,8 +25,8 @@ class LoRALinear(_Site):
     layer begins as its base.
 
     Args:
-        base: the layer to adapt, which is frozen here (``requires_grad`` off): a torch.nn.Linear, or
-            any module from [..., in] to [..., out], quantised for instance.
+        base: the layer to adapt, which is frozen here (``requires_grad`` off): a torch.nn.Linear,
+            or any module from [..., in] to [..., out], quantised for instance.
         r: the rank.
         alpha: the numerator of the scaling; None makes the scaling 1.
         p: the probability of dropping an element of x in the branch.

@@ -1,6 +1,6 @@
 """LoRA layers of PEFT: the branch of an adapter as one op, and the rest of their forward as it is.
 
-Whatever a layer's base is quantised with, its forward in PEFT has the same two or three lines for an
+Whatever a layer's base is quantised with, its forward in PEFT has the same few lines for an
 adapter: its parts are taken by name,
 
     lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
@@ -84,7 +84,7 @@ class _Exchange(ast.NodeTransformer):
                     self.parts[name] = part
 
     def part_of(self, e: ast.expr) -> tuple[str, str] | None:
-        """ ("lora_A", "name") of self.lora_A[name]."""
+        """("lora_A", "name") of self.lora_A[name]."""
         if not isinstance(e, ast.Subscript) or not isinstance(e.value, ast.Attribute):
             return None
         held, owner = e.value.attr, e.value.value
@@ -289,18 +289,16 @@ def _joins(module: Any, name: str, first: str, x: Tensor) -> bool:
     return same and module.lora_A[name].weight.dtype == module.lora_A[first].weight.dtype
 
 
-def add(
-    module: Any, name: str, deltas: dict[str, Tensor], x: Tensor, result: Tensor
-) -> Tensor:
+def add(module: Any, name: str, deltas: dict[str, Tensor], x: Tensor, result: Tensor) -> Tensor:
     """``result + lora_B(lora_A(dropout(x))) * scaling``.
 
     Of several adapters the sum is kept in the wider dtype until all are added, as PEFT does it.
     """
     wide = torch.promote_types(result.dtype, module.lora_A[name].weight.dtype) == result.dtype
     last = len(module.active_adapters) == 1 and not _autocast(x)
-    if (wide or last) and fits(result) and name not in deltas and _fuses(module, name, x):
-        if not _companions(module, name, x):
-            return F.lora_linear(x, result, **_arguments(module, name, x, True))
+    alone = name not in deltas and (wide or last) and fits(result) and _fuses(module, name, x)
+    if alone and not _companions(module, name, x):
+        return F.lora_linear(x, result, **_arguments(module, name, x, True))
     return result + delta(module, name, deltas, x, True)
 
 

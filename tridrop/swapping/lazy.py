@@ -158,9 +158,9 @@ def linear(module: nn.Module, x: Any) -> Any:
 def activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     """A call of an activation."""
     name = activation_name(function)
-    heard = isinstance(function, nn.Module) and heard(function)
+    hooked = isinstance(function, nn.Module) and heard(function)
     branch = _branch(x, "activation", "dropped", "scale", "softmax", "norm")
-    if name is None or heard or not fits(branch.x):
+    if name is None or hooked or not fits(branch.x):
         return function(value(branch))
     branch.activation, branch.function = name, function
     return branch

@@ -39,7 +39,7 @@ class Survey:
             drop: (module, name)
             for module in self.names
             if adapters.is_lora(base_of(module))
-            for name, drop in module.lora_dropout.items()  # type: ignore[union-attr, operator]
+            for name, drop in module.lora_dropout.items()
         }
         for module in self.names:
             self.recipe(module)
