@@ -21,6 +21,7 @@ from .functional import (
     dropout_add,
     dropout_add_layer_norm,
     dropout_add_rms_norm,
+    embedding_dropout,
     feature_alpha_dropout,
     gaussian_dropout,
     head_dropout,
@@ -28,6 +29,7 @@ from .functional import (
     kept_indices,
     layer_drop,
     layer_norm_dropout,
+    locked_dropout,
     lora_delta,
     lora_deltas,
     lora_linear,
@@ -37,6 +39,7 @@ from .functional import (
     scaled_dot_product_attention,
     softmax_dropout,
     stochastic_depth,
+    word_dropout,
 )
 from .mask import Shard, fold_in, new_seed
 from .monte_carlo import Prediction, mc_dropout, mc_predict
@@ -64,6 +67,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "embedding_dropout",
     "feature_alpha_dropout",
     "fold_in",
     "gaussian_dropout",
@@ -72,6 +76,7 @@ __all__ = [
     "kept_indices",
     "layer_drop",
     "layer_norm_dropout",
+    "locked_dropout",
     "lora_delta",
     "lora_deltas",
     "lora_linear",
@@ -90,4 +95,5 @@ __all__ = [
     "stochastic_depth",
     "swap",
     "unswap",
+    "word_dropout",
 ]

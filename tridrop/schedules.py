@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .dropping import find
+from .nn import EmbeddingDropout, LockedDropout, WordDropout
 from .nn.attention import MultiheadAttention, ScaledDotProductAttention
 from .nn.modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .nn.norm import DropoutAddLayerNorm, DropoutAddRMSNorm
@@ -153,6 +154,9 @@ _TENSORS: dict[type[nn.Module], str] = {
     ScaledDotProductAttention: "p",
     DropPath: "drop_prob",
     MultiheadAttention: "dropout",
+    LockedDropout: "p",
+    EmbeddingDropout: "p",
+    WordDropout: "p",
 }
 
 

@@ -11,6 +11,16 @@ from .elementwise import Fused
 from .masked import Masked
 from .norm import FusedNorm
 from .product import Product
+from .rows import DropRows
 from .softmax import SoftmaxDropout
 
-__all__ = ["Attention", "Fused", "FusedNorm", "Masked", "Product", "SoftmaxDropout", "apply"]
+__all__ = [
+    "Attention",
+    "DropRows",
+    "Fused",
+    "FusedNorm",
+    "Masked",
+    "Product",
+    "SoftmaxDropout",
+    "apply",
+]

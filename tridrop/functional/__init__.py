@@ -4,6 +4,7 @@ from .attention import scaled_dot_product_attention
 from .depth import drop_path_subset, layer_drop, stochastic_depth
 from .drop_block import drop_block2d, drop_block3d
 from .elementwise import activation_dropout, dropout, dropout_add
+from .embedding import embedding_dropout, word_dropout
 from .family import (
     alpha_dropout,
     dropout1d,
@@ -21,6 +22,7 @@ from .norm import (
     layer_norm_dropout,
     rms_norm_dropout,
 )
+from .recurrent import locked_dropout
 from .softmax import softmax_dropout
 from .structured import head_dropout, patch_dropout
 
@@ -38,6 +40,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "embedding_dropout",
     "feature_alpha_dropout",
     "gaussian_dropout",
     "head_dropout",
@@ -45,6 +48,7 @@ __all__ = [
     "kept_indices",
     "layer_drop",
     "layer_norm_dropout",
+    "locked_dropout",
     "lora_delta",
     "lora_deltas",
     "lora_linear",
@@ -54,4 +58,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "softmax_dropout",
     "stochastic_depth",
+    "word_dropout",
 ]

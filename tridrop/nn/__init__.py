@@ -2,6 +2,7 @@
 
 from ..seeds import number_sites
 from .attention import MultiheadAttention
+from .embedding import EmbeddingDropout, WordDropout
 from .family import (
     AlphaDropout,
     Dropout1d,
@@ -17,6 +18,7 @@ from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .lora import LoRALinear
 from .modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .norm import DropoutAddLayerNorm, DropoutAddRMSNorm
+from .recurrent import LockedDropout, VariationalRNN
 from .structured import (
     DropBlock2d,
     DropBlock3d,
@@ -27,6 +29,7 @@ from .structured import (
     StochasticDepth,
 )
 from .transformer import TransformerBlock
+from .variational_cell import VariationalCell
 
 __all__ = [
     "ActivationDropout",
@@ -42,11 +45,13 @@ __all__ = [
     "DropoutAdd",
     "DropoutAddLayerNorm",
     "DropoutAddRMSNorm",
+    "EmbeddingDropout",
     "FeatureAlphaDropout",
     "GaussianDropout",
     "HeadDropout",
     "LayerDrop",
     "LoRALinear",
+    "LockedDropout",
     "MultiheadAttention",
     "PatchDropout",
     "SpatialDropout1D",
@@ -56,5 +61,8 @@ __all__ = [
     "TransformerBlock",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
+    "VariationalCell",
+    "VariationalRNN",
+    "WordDropout",
     "number_sites",
 ]

@@ -98,7 +98,7 @@ define(
     # torch.compile must neither drop, merge nor recompute a draw.
     tags=(torch.Tag.nondeterministic_seeded,),
 )
-define(
+keep_mask = define(
     "keep_mask(Tensor seed, SymInt[] shape, Tensor? p_tensor, float p, str domain, int[] shared, "
     "SymInt[] global_shape, SymInt[] origin, str backend) -> Tensor",
     _keep_mask,

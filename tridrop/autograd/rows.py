@@ -1,0 +1,64 @@
+"""The autograd function of dropout whose rows name their own coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import mask
+from ..ops.masks import keep_mask
+from .common import each_sample
+
+_X, _ROWS = 0, 1
+
+
+class DropRows(torch.autograd.Function):
+    """``where(keep[rows], x * scale, 0)``: row i of x has the decisions of row ``rows[i]``.
+
+    ``keep`` is the mask of shape [count, width], with a width of x's last size or of 1, one
+    decision a row. ``x`` is [..., last] and ``rows`` [...]. Saved are the rows' numbers and the
+    seed. The function is linear in x, so that its backward is itself.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        rows: Tensor,
+        seed: Tensor,
+        p_tensor: Tensor | None,
+        p: float,
+        count: int,
+        width: int,
+        backend: str,
+    ) -> Tensor:
+        keep = keep_mask(seed, [count, width], p_tensor, p, "elements", [], [], [], backend)
+        if p_tensor is None:
+            scaled = x * mask.scale(mask.threshold(p))
+        else:  # beside a tensor of half precision a 0-d tensor would be rounded to it first
+            wide = torch.promote_types(x.dtype, torch.float32)
+            scaled = (x.to(wide) * mask.rate_table(p_tensor)[1]).to(x.dtype)
+        return torch.where(keep[rows], scaled, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, rows, seed, p_tensor, *ctx.rest = inputs
+        ctx.save_for_backward(rows, seed, p_tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        function = DropRows.forward if torch.compiler.is_compiling() else DropRows.apply
+        return function(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        """In one call, since a sample's rows know their coordinates; a seed each takes a call."""
+        if any(dim is not None for dim in in_dims[_ROWS + 1 :]):
+            return each_sample(DropRows.apply, info, in_dims, args)
+        x, rows = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(args[:2], in_dims[:2], strict=True)
+        )
+        return DropRows.apply(x, rows, *args[_ROWS + 1 :]), 0

@@ -1,0 +1,119 @@
+"""Dropout of words: of their vectors, word by word of the vocabulary, and of their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import spec
+from ..seeds import seed_for
+from .masks import keep_mask
+from .rows import drop_rows
+
+
+def embedding_dropout(
+    input: Tensor,
+    weight: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Look words up in an embedding of which whole rows, words of the vocabulary, are dropped.
+
+        out[..., :] = where(keep[input], weight[input] * scale, 0)
+
+    A dropped word is dropped wherever it stands in the batch, so the model cannot lean on single
+    words (Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+    networks", 2016). ``keep`` is ``tridrop.keep_mask(seed, weight.shape, p, noise_shape=(V, 1))``.
+    No dropped matrix is made: the rows are looked up, then dropped. Backward keeps what
+    torch.nn.functional.embedding keeps, and the seed.
+
+    Args:
+        input: numbers of words, any shape, as torch.nn.functional.embedding takes them.
+        weight: ``[V, D]``.
+        p, training, seed: as in :func:`tridrop.dropout`; p is the probability that a word drops.
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse: as in
+            torch.nn.functional.embedding. ``max_norm`` bounds the norm before the scaling.
+
+    Returns:
+        ``[*input.shape, D]``.
+
+    Raises:
+        ValueError, TypeError: as :func:`tridrop.dropout`; a weight of other than two dimensions.
+
+    >>> import torch
+    >>> words = torch.tensor([0, 1, 2, 3, 2, 1])
+    >>> embedding_dropout(words, torch.ones(4, 2), 0.5, seed=7)[:, 0]
+    tensor([2., 0., 0., 2., 0., 0.])
+    """
+    spec.check_input(weight, "weight")
+    spec.check_probability(p, tensor_allowed=True)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; an embedding's is [V, D]")
+    out = torch.nn.functional.embedding(
+        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+    )
+    if not training or (not isinstance(p, Tensor) and p == 0):
+        return out
+    return drop_rows(out, input, p, len(weight), 1, seed)
+
+
+def word_dropout(
+    input: Tensor,
+    p: float | Tensor,
+    training: bool = True,
+    *,
+    token: int,
+    exempt: Sequence[int] = (),
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Replace numbers of words by ``token``, that of the unknown word, each with probability p.
+
+        out = where(keep | input in exempt, input, token)
+
+    Each occurrence is decided by itself, and nothing is scaled. A decoder that cannot see its last
+    word has to use its latent state (Bowman et al., "Generating sentences from a continuous space",
+    2016), and a classifier sees many shorter texts (Iyyer et al., "Deep unordered composition
+    rivals syntactic methods for text classification", 2015). ``keep`` is
+    ``tridrop.keep_mask(seed, input.shape, p)``.
+
+    Args:
+        input: numbers of words, of any shape and integer dtype.
+        p, training, seed: as in :func:`tridrop.dropout`; at p = 0, and without training, the result
+            is ``input`` itself.
+        token: what takes a dropped word's place.
+        exempt: words that are never replaced, such as padding and the marks of begin and end.
+
+    Raises:
+        ValueError: p outside [0, 1]; a token or an exempt word outside input's dtype.
+        TypeError: input not of integers, token or a word of exempt not an int.
+
+    >>> import torch
+    >>> word_dropout(torch.arange(8), 0.5, token=99, exempt=[5], seed=1)
+    tensor([ 0, 99,  2, 99,  4,  5,  6,  7])
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input is of type {type(input).__name__}; give a torch.Tensor")
+    if input.is_floating_point() or input.is_complex() or input.dtype == torch.bool:
+        raise TypeError(f"input has dtype {input.dtype}; give integers, the numbers of words")
+    spec.check_probability(p, tensor_allowed=True)
+    limits = torch.iinfo(input.dtype)
+    for name, word in (("token", token), *(("exempt", word) for word in exempt)):
+        if isinstance(word, bool) or not isinstance(word, int):
+            raise TypeError(f"{name}: {word!r} is a {type(word).__name__}; give an int")
+        if not limits.min <= word <= limits.max:
+            raise ValueError(f"{name}: {word} is outside {input.dtype}")
+    if not training or (not isinstance(p, Tensor) and p == 0):
+        return input
+    kept = keep_mask(seed_for(input.device, seed), input.shape, p)
+    for word in exempt:
+        kept = kept | (input == word)
+    return torch.where(kept, input, token)

@@ -1,0 +1,88 @@
+"""Variational (locked) dropout of sequences."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import spec
+from .elementwise import dropout
+from .rows import drop_rows
+
+Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+
+
+def locked_dropout(
+    input: Sequences,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    batch_first: bool = False,
+    seed: int | Tensor | None = None,
+) -> Sequences:
+    """Dropout of a sequence with one mask for all of its time steps.
+
+        out[t, b, c] = where(keep[b, c], input[t, b, c] * scale, 0)
+
+    Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+    networks", 2016; the LockedDropout of Merity, Keskar and Socher, "Regularizing and optimizing
+    LSTM language models", 2018. ``keep`` is ``tridrop.keep_mask(seed, (batch, features), p)``,
+    whatever the layout and the number of steps: padded, time first or batch first, or packed in
+    any order, a sample has the mask of its place in the batch, and a sequence that comes in pieces
+    keeps its mask under one seed.
+
+    Args:
+        input: ``[T, B, C]``, or ``[T, C]`` without a batch, or a PackedSequence. Of this the order
+            before packing counts, as pack_sequence or pack_padded_sequence was given it.
+        p, training, seed: as in :func:`tridrop.dropout`.
+        batch_first: tensors are ``[B, T, C]``.
+
+    Returns:
+        As input; ``input`` itself where nothing drops. Of ``batch_first`` tensors the strides are
+        those of a contiguous ``[T, B, C]``, which torch's recurrent layers work on.
+
+    Raises:
+        ValueError: p outside [0, 1], a tensor of other than 2 or 3 dimensions.
+        TypeError: as :func:`tridrop.dropout`.
+
+    >>> import torch
+    >>> locked_dropout(torch.ones(2, 2, 4), 0.5, seed=1)  # two steps of two samples
+    tensor([[[2., 0., 2., 0.],
+             [2., 2., 0., 2.]],
+    <BLANKLINE>
+            [[2., 0., 2., 0.],
+             [2., 2., 0., 2.]]])
+    """
+    packed = isinstance(input, PackedSequence)
+    x = input.data if isinstance(input, PackedSequence) else input
+    spec.check_input(x, "input")
+    spec.check_probability(p, tensor_allowed=True)
+    if not packed and x.dim() not in (2, 3):
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}; locked_dropout takes [T, B, C] ([B, T, C] with "
+            "batch_first=True), [T, C] or a PackedSequence: use tridrop.dropout with a noise_shape "
+            "for others"
+        )
+    if not training or (not isinstance(p, Tensor) and p == 0):
+        return input
+    if isinstance(input, PackedSequence):
+        return _packed(input, p, seed)
+    if x.dim() == 2:
+        return dropout(x, p, noise_shape=(1, None), seed=seed)
+    if batch_first:
+        # Time first, so that a sample's coordinate does not depend on the number of steps.
+        return locked_dropout(x.transpose(0, 1), p, seed=seed).transpose(0, 1)
+    return dropout(x, p, noise_shape=(1, None, None), seed=seed)
+
+
+def _packed(input: PackedSequence, p: float | Tensor, seed: int | Tensor | None) -> PackedSequence:
+    data, sizes, order, _ = input
+    batch = int(sizes[0])
+    # A step's rows are the first samples of the order by length.
+    places = torch.arange(batch) if order is None else order.cpu()
+    rows = torch.cat([places[:size] for size in sizes.tolist()]).to(data.device)
+    width = data.shape[1]
+    return input._replace(data=drop_rows(data, rows, p, batch, width, seed))

@@ -1,0 +1,25 @@
+"""Dropout whose rows name their own coordinates: of packed sequences, of looked-up words."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends
+from ..autograd import DropRows, apply
+from ..seeds import seed_for
+
+
+def drop_rows(
+    x: Tensor, rows: Tensor, p: float | Tensor, count: int, width: int, seed: int | Tensor | None
+) -> Tensor:
+    """``where(keep[rows], x * scale, 0)`` with the mask ``keep`` of shape [count, width].
+
+    ``x`` is [..., last], ``rows`` [...] and ``width`` the last size, or 1 for one decision a row.
+    Arguments are checked already; p is above 0.
+    """
+    drawn = seed_for(x.device, seed)
+    p_tensor, rate = (p, 0.0) if isinstance(p, Tensor) else (None, float(p))
+    out: Tensor = apply(
+        DropRows, x, rows, drawn, p_tensor, rate, count, width, backends.choose(x.device)
+    )
+    return out
