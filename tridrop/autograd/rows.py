@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import mask
 from ..ops.masks import keep_mask
-from .common import each_sample
+from .common import apply_in_backward, each_sample
 
 _X, _ROWS = 0, 1
 
@@ -49,8 +49,8 @@ class DropRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        function = DropRows.forward if torch.compiler.is_compiling() else DropRows.apply
-        return function(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+        dx = apply_in_backward(DropRows, grad, *ctx.saved_tensors, *ctx.rest)
+        return dx, *(None,) * 7
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

@@ -13,7 +13,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import backends as _backends
-from . import attention_cases, cases, family_cases, product_cases, structured_cases
+from . import (
+    attention_cases,
+    cases,
+    family_cases,
+    product_cases,
+    recurrent_cases,
+    structured_cases,
+)
 from .case import Case
 from .invariants import Invariant
 from .measure import Result, check_case, check_invariant
@@ -27,8 +34,13 @@ CASES: Sequence[Case] = (
     *family_cases.CASES,
     *product_cases.CASES,
     *structured_cases.CASES,
+    *recurrent_cases.CASES,
 )
-INVARIANTS: Sequence[Invariant] = (*family_cases.INVARIANTS, *structured_cases.INVARIANTS)
+INVARIANTS: Sequence[Invariant] = (
+    *family_cases.INVARIANTS,
+    *structured_cases.INVARIANTS,
+    *recurrent_cases.INVARIANTS,
+)
 _ROWS: Sequence[Case | Invariant] = (*CASES, *INVARIANTS)
 OPS = tuple(sorted({row.op for row in _ROWS}))
 
