@@ -23,6 +23,7 @@ LAYERS = [
     ["nn", "shims"],
     ["functional"],
     ["autograd"],
+    ["distributed"],
     ["ops"],
     ["seeds", "backends.triton", "backends.reference", "backends"],
     ["spec", "spec_attention", "spec_product"],

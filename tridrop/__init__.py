@@ -4,8 +4,8 @@ No mask is ever stored: backward regenerates it from a seed, and the mask is a p
 (seed, coordinates, p) that anyone can check. docs/mask-contract.md defines it.
 """
 
+from . import distributed, nn, schedules, shims
 from . import integrations as _integrations  # noqa: F401  (other libraries' plugs)
-from . import nn, schedules, shims
 from .backends import backend
 from .functional import (
     activation_dropout,
@@ -57,6 +57,7 @@ __all__ = [
     "alpha_dropout",
     "attention_keep_mask",
     "backend",
+    "distributed",
     "drop_block2d",
     "drop_block3d",
     "drop_path_subset",

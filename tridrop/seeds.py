@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,18 @@ _UNNUMBERED = -1
 class _Context:
     """The seeds of one ``with rng(seed)`` block."""
 
-    def __init__(self, seed: int | Tensor) -> None:
-        self.seed = seed
+    def __init__(self, seed: int | Tensor, rank: int | None) -> None:
+        self.seed, self.rank = seed, rank
         self.calls = 0
-        self.sites: set[int] = set()
+        self.sites: set[tuple[int, int]] = set()  # and the batch's origins there
         self.tables: dict[tuple[bool, torch.device], Tensor] = {}
         if isinstance(seed, Tensor):  # known device: nothing is left to do inside a compiled call
             for numbered in (True, False):
                 self.tables[numbered, seed.device] = self._table(seed, numbered, _TABLE)
 
-    @staticmethod
-    def _table(seed: Tensor, numbered: bool, size: int) -> Tensor:
+    def _table(self, seed: Tensor, numbered: bool, size: int) -> Tensor:
+        if self.rank is not None:
+            seed = fold_in(seed, self.rank)
         base = seed if numbered else fold_in(seed, _UNNUMBERED)
         streams = torch.arange(size, dtype=torch.int64, device=seed.device)
         folded = fold_in(base, 0)[1] + streams
@@ -55,13 +57,15 @@ class _State:
     # Whether the last forward call that was given no seed took it from an rng block.
     last_from_context = False
     warned_of_recomputation = False
+    # Of what is computed, the first sample in the whole batch, and the number of samples.
+    batch: tuple[int, int] | None = None
 
 
 _state = _State()
 
 
 @contextmanager
-def rng(seed: int | Tensor) -> Iterator[None]:
+def rng(seed: int | Tensor, *, fold_rank: Any = None) -> Iterator[None]:
     """Give every tridrop call inside the block, that has no seed of its own, one under ``seed``.
 
     A module of tridrop.nn that :func:`tridrop.nn.number_sites` has numbered takes
@@ -76,6 +80,10 @@ def rng(seed: int | Tensor) -> Iterator[None]:
     Args:
         seed: an int or a seed tensor. Under torch.compile pass a tensor, made outside the compiled
             region: it enters the graph as an input, so no seed is ever compiled in.
+        fold_rank: gives processes that share ``seed`` masks of their own, those of
+            ``fold_in(seed, rank)``: the rank as an int; True for that among all processes of
+            torch.distributed; or a process group or DeviceMesh, for that in it. For a mesh of
+            several dimensions, :func:`tridrop.distributed.mesh_seed` says which share.
 
     >>> import tridrop
     >>> with tridrop.rng(7):
@@ -88,11 +96,90 @@ def rng(seed: int | Tensor) -> Iterator[None]:
     before = _state.active
     if not isinstance(seed, Tensor):
         as_seed(seed)  # raises for what is not a seed
-    _state.active = _Context(as_seed(seed) if isinstance(seed, Tensor) else seed)
+    rank = None if fold_rank is None or fold_rank is False else _rank(fold_rank)
+    _state.active = _Context(as_seed(seed) if isinstance(seed, Tensor) else seed, rank)
     try:
         yield
     finally:
         _state.active = before
+
+
+def _rank(of: Any) -> int:
+    """The number to fold for ``rng(fold_rank=of)``."""
+    if isinstance(of, int) and of is not True:
+        return of
+    if of is True:
+        return torch.distributed.get_rank()
+    if hasattr(of, "get_coordinate"):
+        rank = 0
+        for dim, place in enumerate(of.get_coordinate()):
+            rank = rank * of.size(dim) + place
+        return rank
+    if isinstance(of, torch.distributed.ProcessGroup):
+        return torch.distributed.get_rank(of)
+    raise TypeError(
+        f"fold_rank is {of!r} of type {type(of).__name__}; give a rank, True for this process's, a "
+        "process group or a DeviceMesh"
+    )
+
+
+@contextmanager
+def batch_slice(origin: int, size: int) -> Iterator[None]:
+    """What is computed inside is samples ``origin .. origin + size - 1`` of a larger batch.
+
+    Masks are then the rows of the masks of the whole batch: data-parallel ranks, microbatches and
+    the turns of gradient accumulation, each under the same seed, drop what one process would that
+    sees all samples at once. It holds for every tridrop call without a ``shard`` of its own, by
+    the size of the first dimension of its result (attention: of its batch):
+
+    ===================  ====================================================================
+    size                 one index a sample, beginning at ``origin``
+    k * size             k indices a sample, samples outermost, beginning at ``k * origin``
+    1, and size > 1      the same for all samples, such as position embeddings: as without this
+    anything else        ValueError
+    ===================  ====================================================================
+
+    Put ``loss.backward()`` inside too where activations are recomputed. Process-wide, as
+    :func:`tridrop.rng`.
+
+    >>> import tridrop
+    >>> x = torch.ones(4, 8)
+    >>> whole = tridrop.dropout(x, 0.5, seed=1)
+    >>> with tridrop.distributed.batch_slice(origin=2, size=2):
+    ...     part = tridrop.dropout(x[2:], 0.5, seed=1)
+    >>> bool((part == whole[2:]).all())
+    True
+    """
+    for name, value, least in (("origin", origin, 0), ("size", size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; give an int")
+        if value < least:
+            raise ValueError(f"{name} = {value}; give {least} or more")
+    before, _state.batch = _state.batch, (origin, size)
+    try:
+        yield
+    finally:
+        _state.batch = before
+
+
+def in_batch() -> bool:
+    """Whether a :func:`batch_slice` block is being run."""
+    return _state.batch is not None
+
+
+def batch_origin(count: int) -> int:
+    """Where the first of ``count`` indices of a first dimension lies, of a whole batch."""
+    assert _state.batch is not None
+    origin, size = _state.batch
+    if count % size == 0:
+        return origin * (count // size)
+    if count == 1:
+        return 0
+    raise ValueError(
+        f"a tensor with {count} indices in its first dimension, inside batch_slice(origin={origin},"
+        f" size={size}): it has neither one for each sample, nor a multiple, nor one for all. Give "
+        "the call a shard=, or leave it out of the block"
+    )
 
 
 def active() -> bool:
@@ -145,14 +232,15 @@ def host_seed(seed: int | Tensor | None, site: int | None = None) -> Tensor:
 
 
 def _note_use(context: _Context, site: int) -> None:
-    if site in context.sites:
+    use = (site, 0 if _state.batch is None else _state.batch[0])
+    if use in context.sites:
         warnings.warn(
             f"site {site} was called twice in one tridrop.rng block: both calls have the same "
             "mask. Give each place in the model a module of its own, and each step a seed of its "
             "own: tridrop.fold_in(seed, step)",
             stacklevel=5,
         )
-    context.sites.add(site)
+    context.sites.add(use)
 
 
 def _check_drawn_recomputation() -> None:

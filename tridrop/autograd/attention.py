@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import attention
+from ..distributed import layouts
 from ..ops.attention import attention_backward, attention_forward
 from ..spec_attention import AttentionInputs
 from .common import apply_in_backward, differentiate, each_sample, wanted
@@ -29,6 +30,8 @@ def _spread(found: Sequence[Tensor | None], width: int) -> list[Tensor | None]:
 
 class Attention(torch.autograd.Function):
     """(out, lse) of attention; see ``backends/reference/attention.py``."""
+
+    sharding = staticmethod(layouts.attention)
 
     @staticmethod
     def forward(

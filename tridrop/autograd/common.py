@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import elementwise
+from ..distributed import dtensor
 from ..ops.library import unobserved
 
 
@@ -18,8 +19,12 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     torch's ``apply`` binds the arguments to the signature of ``forward``, anew in each call: a
     third of the host's time of a call on a CPU. That is for default values, which there are none
     of. And where no gradient is wanted, no autograd function is needed.
+
+    Of DTensors each process computes its piece, as the function's ``sharding`` says.
     """
     if not unobserved(arguments):
+        if any(map(dtensor.is_dtensor, arguments)):
+            return dtensor.call(function, arguments, apply)
         return function.apply(*arguments)
     if torch.is_grad_enabled() and any(
         isinstance(a, Tensor) and a.requires_grad for a in arguments

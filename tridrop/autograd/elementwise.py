@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import elementwise
+from ..distributed import layouts
 from ..ops.elementwise import backward, forward
 from .batching import all_samples
 from .common import apply_in_backward, differentiate, each_sample, wanted
@@ -17,6 +18,8 @@ from .common import apply_in_backward, differentiate, each_sample, wanted
 
 class Fused(torch.autograd.Function):
     """residual + drop_path(layer_scale * dropout(f(x + bias)))."""
+
+    sharding = staticmethod(layouts.elementwise)
 
     @staticmethod
     def forward(

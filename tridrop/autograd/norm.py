@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import elementwise, norm
+from ..distributed import layouts
 from ..ops.norm import norm_backward, norm_forward
 from .batching import all_samples
 from .common import apply_in_backward, differentiate, each_sample, wanted
@@ -17,6 +18,8 @@ from .common import apply_in_backward, differentiate, each_sample, wanted
 
 class FusedNorm(torch.autograd.Function):
     """(out, stream, mean, rstd) of dropout, add and norm; see ``backends/reference/norm.py``."""
+
+    sharding = staticmethod(layouts.norm)
 
     @staticmethod
     def forward(

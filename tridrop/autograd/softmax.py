@@ -11,12 +11,15 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import softmax as reference
+from ..distributed import layouts
 from ..ops.softmax import softmax_backward, softmax_forward
 from .common import apply_in_backward, differentiate, each_sample, wanted
 
 
 class SoftmaxDropout(torch.autograd.Function):
     """(out, softmax, log-sum-exp of each row); see ``backends/reference/softmax.py``."""
+
+    sharding = staticmethod(layouts.softmax)
 
     @staticmethod
     def forward(

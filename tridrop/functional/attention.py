@@ -180,7 +180,9 @@ def scaled_dot_product_attention(
         max_query=queries,
         max_key=keys,
     )
-    options, p_tensor, drawn = settle_attention(query, dropout_p, True, seed, options)
+    alone = query.dim() < 4 and not is_packed  # no batch dimension
+    sequences = None if shard is not None or alone else batch
+    options, p_tensor, drawn = settle_attention(query, dropout_p, True, seed, options, sequences)
     tensors = (q, k, v, as_four(mask, leading), key_mask, sinks, cu_seqlens_q, cu_seqlens_k)
     inputs = (*distinct(*tensors), drawn, p_tensor)
     packed = ops.pack_attention(options, backends.choose(query.device))

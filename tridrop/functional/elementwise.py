@@ -9,16 +9,25 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import backends, ops, spec
+from .. import backends, ops, seeds, spec
 from ..autograd import Fused, apply
+from ..distributed import agree
+from ..distributed.dtensor import is_dtensor
 from ..mask import Shard
-from ..seeds import seed_for
 from ..spec import Options
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
 
 
 _O = TypeVar("_O", bound=Options)
+
+
+def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:
+    """The seed of a call on ``x``. The processes that share a DTensor agree on a drawn one."""
+    drawn = seeds.seed_for(x.device, seed)
+    if seed is None and is_dtensor(x) and not seeds.active():
+        return agree(drawn, x.device_mesh)  # type: ignore[attr-defined]
+    return drawn
 
 
 def settle(
@@ -31,7 +40,14 @@ def settle(
     elif not isinstance(p, Tensor):
         options = replace(options, p=float(p))
     drops = p_tensor is not None or options.p > 0 or options.drop_path > 0
-    return options, p_tensor, seed_for(x.device, seed) if drops else None
+    if not drops:
+        return options, p_tensor, None
+    if seeds.in_batch() and options.shard is None and x.dim():
+        shape = spec.output_shape(x, options.activation)
+        first = seeds.batch_origin(shape[0])
+        whole = Shard((first + shape[0], *shape[1:]), (first, *(0,) * (len(shape) - 1)))
+        options = replace(options, shard=whole)
+    return options, p_tensor, seed_of(x, seed)
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, overload
 
 from torch import Tensor
 
-from .. import backends, ops, spec, spec_attention
+from .. import backends, ops, seeds, spec, spec_attention
 from ..autograd import SoftmaxDropout, apply
-from ..seeds import seed_for
 from ..spec_attention import AttentionOptions
-from .elementwise import ShardLike, distinct
+from .elementwise import ShardLike, distinct, seed_of
 
 
 def as_four(mask: Tensor | None, leading: Sequence[int]) -> Tensor | None:
@@ -40,13 +40,21 @@ def settle_attention(
     training: bool,
     seed: int | Tensor | None,
     options: AttentionOptions,
+    batch: int | None,
 ) -> tuple[AttentionOptions, Tensor | None, Tensor | None]:
-    """The options with their rate, p where it is a tensor, and the seed where anything drops."""
+    """The options with their rate, p where it is a tensor, and the seed where anything drops.
+
+    ``batch`` is the number of sequences, None where a shard says which they are.
+    """
     p_tensor = p if training and isinstance(p, Tensor) else None
     if training and not isinstance(p, Tensor):
         options = replace(options, p=float(p))
     drops = p_tensor is not None or options.p > 0
-    return options, p_tensor, seed_for(x.device, seed) if drops else None
+    if not drops:
+        return options, p_tensor, None
+    if seeds.in_batch() and batch is not None:
+        options = replace(options, origin=(seeds.batch_origin(batch), *options.origin[1:]))
+    return options, p_tensor, seed_of(x, seed)
 
 
 @overload
@@ -155,7 +163,8 @@ def softmax_dropout(
     options = AttentionOptions(
         scale=spec_attention.resolve_scale(scale, 1.0), upper=upper, origin=origin
     )
-    options, p_tensor, drawn = settle_attention(scores, p, training, seed, options)
+    batch = None if shard is not None or scores.dim() < 4 else math.prod(scores.shape[:-3])
+    options, p_tensor, drawn = settle_attention(scores, p, training, seed, options, batch)
     packed = ops.pack_attention(options, backends.choose(scores.device))
     given = distinct(scores, mask)
     out, softmax, _ = apply(SoftmaxDropout, *given, drawn, p_tensor, packed, return_softmax)

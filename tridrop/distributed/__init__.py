@@ -1,0 +1,11 @@
+"""More than one device: masks that do not depend on how the work is split.
+
+Ops on DTensors need nothing of this: each process computes its piece with the masks of the whole.
+What is here is for seeds, for batches that are split outside of DTensors, and for pipelines. See
+docs/distributed.md.
+"""
+
+from ..seeds import batch_slice
+from .agreement import agree, check_seed, checking, mesh_seed
+
+__all__ = ["agree", "batch_slice", "check_seed", "checking", "mesh_seed"]

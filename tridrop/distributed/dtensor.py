@@ -1,0 +1,239 @@
+"""Ops on DTensors: each process computes its piece, with the masks of the whole.
+
+The options of an op say where a tensor lies in a larger one, and the kernels take that from there.
+So a call on DTensors is one on local tensors with other options, between DTensor.to_local and
+DTensor.from_local, which are differentiable; no operator needs a rule of its own in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .agreement import check_where_asked
+from .layouts import SHARED, Layout, Operand, Piece
+
+_PARTIAL = "partial sum"  # a dimension of the mesh along which the result is still to be summed
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether ``x`` is a DTensor, whose module is not imported for that."""
+    return type(x).__name__ == "DTensor" and isinstance(x, Tensor)
+
+
+def call(function: Any, arguments: Sequence[Any], run: Callable[..., Any]) -> Any:
+    """``run(function, *arguments)``, where some of the arguments are DTensors."""
+    layout: Layout = function.sharding(*arguments)
+    given = {i: o for i, o in layout.operands.items() if isinstance(arguments[i], Tensor)}
+    mesh = _mesh(arguments, given)
+    tensors = [(o, arguments[i], i in layout.linear) for i, o in given.items()]
+    spread = [t for t in tensors if is_dtensor(t[1])]
+    cuts = tuple(_cut(layout, spread, dim) for dim in range(mesh.ndim))
+    sizes = {n: size for o, t, _ in tensors for n, size in zip(o.names, t.shape, strict=True)}
+    for name, like in layout.even.items():
+        _check_even(mesh, cuts, sizes, name, like)
+    pieces = _pieces(mesh, cuts, sizes, layout)
+    local = list(arguments)
+    for (i, o), (_, t, linear) in zip(given.items(), tensors, strict=True):
+        local[i] = _local(t, o, mesh, cuts, pieces, layout, linear)
+    place = next(i for i, a in enumerate(arguments) if isinstance(a, tuple))
+    local[place] = layout.settle(pieces)
+    seed = next((a for i, a in enumerate(arguments) if i not in given and _is_seed(a)), None)
+    check_where_asked(seed, mesh)
+    results = run(function, *local)
+    single = isinstance(results, Tensor)
+    found = [
+        t if names is None or t.dim() != len(names) else _whole(t, names, mesh, cuts, sizes)
+        for t, names in zip((results,) if single else results, _names(layout, results), strict=True)
+    ]
+    return found[0] if single else tuple(found)
+
+
+def _is_seed(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.dtype == torch.int64 and tuple(a.shape) == (2,)
+
+
+def _names(layout: Layout, results: Any) -> list[Any]:
+    count = 1 if isinstance(results, Tensor) else len(results)
+    return [*layout.results, *(None,) * (count - len(layout.results))]
+
+
+def _mesh(arguments: Sequence[Any], given: Mapping[int, Operand]) -> Any:
+    """The one mesh of the operands."""
+    spread = {o.label: arguments[i] for i, o in given.items() if is_dtensor(arguments[i])}
+    first, one = next(iter(spread.items()), (None, None))
+    if one is None:
+        raise TypeError("a seed or a rate is a DTensor; give a plain tensor, equal everywhere")
+    mesh = one.device_mesh
+    for i, o in given.items():
+        t = arguments[i]
+        if not is_dtensor(t):
+            if o.plain and not t.requires_grad:
+                continue
+            raise TypeError(
+                f"{o.label} is a plain tensor and {first} is a DTensor: make both DTensors, with "
+                f"distribute_tensor({o.label}, mesh, placements) for a whole tensor, or "
+                f"DTensor.from_local({o.label}, mesh, placements) for a process's piece"
+            )
+        if t.device_mesh != mesh:
+            raise ValueError(
+                f"{o.label} is on the mesh {t.device_mesh} and {first} on {mesh}: redistribute one "
+                "of them, so that both are on one mesh"
+            )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"this process is not in the mesh {mesh}: call the op in its processes")
+    return mesh
+
+
+def _name_of(mesh: Any, dim: int) -> str:
+    names = mesh.mesh_dim_names
+    return f"dimension {dim} of the mesh" if names is None else f"the mesh's {names[dim]!r}"
+
+
+def _advice(o: Operand, t: Any, dim: int, placement: Any) -> str:
+    wanted = list(t.placements)
+    wanted[dim] = placement
+    return f"{o.label}.redistribute(placements={wanted})"
+
+
+def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) -> str | None:
+    """The name that a dimension of the mesh cuts; None, or "partial sum", where it cuts none.
+
+    Raises ValueError where the operands' placements do not go together.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    chosen: str | None = None
+    first: tuple[Operand, Any] | None = None
+    for o, t, linear in spread:
+        placement = t.placements[dim]
+        where = f"{o.label} has placement {placement} on {_name_of(t.device_mesh, dim)}"
+        if placement.is_replicate():
+            continue
+        if placement.is_partial():
+            if not linear or placement.reduce_op != "sum":
+                raise ValueError(
+                    f"{where}, and the result is not linear in it: sum it up before, with "
+                    f"{_advice(o, t, dim, Replicate())} or a Shard(...) there"
+                )
+            name = _PARTIAL
+        elif type(placement) is not Shard:
+            raise ValueError(
+                f"{where}; known are Replicate, Shard and Partial: use "
+                f"{_advice(o, t, dim, Replicate())}"
+            )
+        else:
+            name = o.names[placement.dim]
+            name = layout.even.get(name, name)
+        if name == SHARED or name in layout.whole:
+            why = layout.whole.get(name, "it has size 1 there, shared by all")
+            raise ValueError(f"{where}, but {why}: use {_advice(o, t, dim, Replicate())}")
+        if chosen not in (None, name):
+            assert first is not None
+            other, its = first
+            raise ValueError(
+                f"{where}, and {other.label} has {its.placements[dim]}, which cuts another "
+                f"dimension: give both the same, for instance with "
+                f"{_advice(o, t, dim, Replicate())}"
+            )
+        chosen, first = name, (o, t)
+    if chosen == _PARTIAL:
+        kinds = {t.placements[dim] for _, t, linear in spread if linear}
+        if len(kinds) > 1:
+            o, t, _ = next(s for s in spread if s[2] and s[1].placements[dim].is_partial())
+            raise ValueError(
+                f"{o.label} has placement {t.placements[dim]} on {_name_of(t.device_mesh, dim)}, "
+                f"and other operands {sorted(map(str, kinds))}: a whole operand would be added "
+                f"once for each process. Sum it up before, with {_advice(o, t, dim, Replicate())}"
+            )
+    return chosen
+
+
+def _check_even(
+    mesh: Any, cuts: Sequence[str | None], sizes: dict[str, int], name: str, like: str
+) -> None:
+    """Raise unless groups of heads, each with one key head, stay together."""
+    count = 1
+    for dim, cut in enumerate(cuts):
+        count *= mesh.size(dim) if cut == like else 1
+    if name in sizes and sizes[name] % count:
+        raise ValueError(
+            f"{sizes[name]} {name} for {sizes[like]} {like} cannot be cut into {count} parts with "
+            "whole groups: repeat the key heads before, or redistribute query, key and value to "
+            "Replicate() there"
+        )
+
+
+def _pieces(
+    mesh: Any, cuts: Sequence[str | None], sizes: Mapping[str, int], layout: Layout
+) -> dict[str, Piece]:
+    """The part of every name that this process has, cut as torch.chunk cuts."""
+    coordinate = mesh.get_coordinate()
+    pieces = {}
+    for name, whole in sizes.items():
+        start, size = 0, whole
+        for dim, cut in enumerate(cuts):
+            if cut == layout.even.get(name, name) and name != SHARED:
+                step = -(-size // mesh.size(dim))
+                before = min(step * coordinate[dim], size)
+                start, size = start + before, min(step, size - before)
+        pieces[name] = Piece(size, start, whole)
+    return pieces
+
+
+def _local(
+    t: Any,
+    o: Operand,
+    mesh: Any,
+    cuts: Sequence[str | None],
+    pieces: Mapping[str, Piece],
+    layout: Layout,
+    linear: bool,
+) -> Tensor:
+    """The piece of an operand that this process needs."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    keys = [layout.even.get(name, name) for name in o.names]
+    if not is_dtensor(t):  # whole in every process
+        for dim, name in enumerate(o.names):
+            if name in pieces and pieces[name].size != t.shape[dim] and name != SHARED:
+                t = t.narrow(dim, pieces[name].start, pieces[name].size)
+        return t
+    wanted, gradient = [], []
+    for placement, cut in zip(t.placements, cuts, strict=True):
+        if cut == _PARTIAL:
+            wanted.append(placement)
+            gradient.append(Replicate() if linear else Partial())
+        elif cut in keys:
+            wanted.append(Shard(keys.index(cut)))
+            gradient.append(wanted[-1])
+        else:
+            wanted.append(Replicate())
+            gradient.append(Replicate() if cut is None else Partial())
+    if tuple(wanted) != tuple(t.placements):  # of whole ones: nothing is sent
+        t = t.redistribute(placements=wanted)
+    return t.to_local(grad_placements=gradient)
+
+
+def _whole(
+    t: Tensor, names: Sequence[str], mesh: Any, cuts: Sequence[str | None], sizes: Mapping[str, int]
+) -> Tensor:
+    """The DTensor of which this process has computed ``t``."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    placements = [
+        Replicate() if cut is None else Partial() if cut == _PARTIAL else Shard(names.index(cut))
+        for cut in cuts
+    ]
+    shape = torch.Size(sizes[name] for name in names)
+    strides = [0] * len(names)
+    step = 1
+    for dim in sorted(range(len(names)), key=lambda d: (t.stride(d), -d)):
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return DTensor.from_local(
+        t, mesh, placements, run_check=False, shape=shape, stride=tuple(strides)
+    )
