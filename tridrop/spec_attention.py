@@ -35,7 +35,8 @@ class AttentionOptions:
     A score is ``scale * query . key``, then ``softcap * tanh(score / softcap)`` where softcap is
     not 0, then has the mask added; it counts where ``lower <= key - query <= upper``, both indices
     local. ``origin`` is what the coordinates (batch, head, query, key) of the dropout mask begin
-    at. ``max_query`` and ``max_key`` bound the lengths of packed sequences.
+    at. ``max_query`` and ``max_key`` bound the lengths of packed sequences. ``block`` tells
+    backward that the keys are some of those that its ``out`` and ``lse`` are of.
     """
 
     p: float = 0.0
@@ -46,6 +47,7 @@ class AttentionOptions:
     origin: tuple[int, int, int, int] = (0, 0, 0, 0)
     max_query: int = 0
     max_key: int = 0
+    block: bool = False
 
     def threshold(self) -> int:
         """The threshold of the mask; 0 means there is none."""

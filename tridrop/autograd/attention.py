@@ -82,7 +82,7 @@ class AttentionBackward(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
         *tensors, packed, needs = inputs
         dtypes = tuple(torch.float32 if need else None for need in needs)
-        return wanted(attention_backward(*tensors, *packed, list(needs)), dtypes)
+        return wanted(attention_backward(*tensors, *packed, list(needs), False), dtypes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

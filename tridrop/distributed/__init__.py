@@ -7,5 +7,6 @@ docs/distributed.md.
 
 from ..seeds import batch_slice
 from .agreement import agree, check_seed, checking, mesh_seed
+from .pipeline import number_microbatches
 
-__all__ = ["agree", "batch_slice", "check_seed", "checking", "mesh_seed"]
+__all__ = ["agree", "batch_slice", "check_seed", "checking", "mesh_seed", "number_microbatches"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,82 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) if t.dtype in spec.FLOATS[:3] else t for t in tensors]
+
+
+def _prepared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float | Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window: Window | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    packing: tuple[Tensor | None, Tensor | None, int | None, int | None],
+    shard: ShardLike | None,
+    seed: int | Tensor | None,
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """The arguments of the op, checked, and the result's dimensions before the queries."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
+    query, key, value = _autocast(query, key, value)
+    spec_attention.check_dtypes(query, key=key, value=value)
+    spec_attention.check_shapes(query, key, value, enable_gqa)
+    spec.check_probability(dropout_p, "dropout_p", tensor_allowed=True)
+    is_packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if is_packed:
+        spec_attention.check_packed(query, key, cu_seqlens_q, cu_seqlens_k)
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError("max_seqlen_q and max_seqlen_k belong to cu_seqlens_q and cu_seqlens_k")
+    q, k, v, outer = _same_batch(query, key, value, enable_gqa)
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    leading = outer
+    if is_packed:
+        assert cu_seqlens_q is not None
+        batch = cu_seqlens_q.shape[0] - 1
+        leading = (batch, heads)
+        queries = spec_attention.resolve_longest(
+            max_seqlen_q, queries, cu_seqlens_q, "max_seqlen_q"
+        )
+        assert cu_seqlens_k is not None
+        keys = spec_attention.resolve_longest(max_seqlen_k, keys, cu_seqlens_k, "max_seqlen_k")
+    lower, upper = spec_attention.resolve_band(is_causal, window)
+    mask = attn_mask
+    if type(mask).__name__ == "CausalBias":  # its module imports triton, so it is not named here
+        if is_packed or shard is not None or upper is not None or lower is not None:
+            raise ValueError(
+                "attn_mask is a CausalBias, which goes with none of is_causal, window, shard and "
+                "cu_seqlens: use is_causal=True or a bool mask"
+            )
+        lower_right = mask.variant.name == "LOWER_RIGHT"  # type: ignore[union-attr]
+        upper = keys - queries if lower_right else 0
+        mask = None
+    spec_attention.check_mask(mask, (*leading, queries, keys), query)
+    spec_attention.check_key_mask(key_mask, batch, keys, query)
+    spec_attention.check_sinks(sinks, heads, query)
+    local = (batch, heads, 0, 0) if is_packed else (batch, heads, queries, keys)
+    origin = spec_attention.resolve_origin(shard, local)
+    apart = origin[2] - origin[3]  # local indices differ by this from those of the whole
+    options = AttentionOptions(
+        scale=spec_attention.resolve_scale(scale, 1 / math.sqrt(query.shape[-1])),
+        lower=None if lower is None else lower + apart,
+        upper=None if upper is None else upper + apart,
+        softcap=spec_attention.resolve_softcap(softcap),
+        origin=origin,
+        max_query=queries,
+        max_key=keys,
+    )
+    alone = query.dim() < 4 and not is_packed  # no batch dimension
+    sequences = None if shard is not None or alone else batch
+    options, p_tensor, drawn = settle_attention(query, dropout_p, True, seed, options, sequences)
+    tensors = (q, k, v, as_four(mask, leading), key_mask, sinks, cu_seqlens_q, cu_seqlens_k)
+    inputs = (*distinct(*tensors), drawn, p_tensor)
+    packed = ops.pack_attention(options, backends.choose(query.device))
+    return (*inputs, packed), outer
 
 
 def scaled_dot_product_attention(
@@ -132,60 +209,77 @@ def scaled_dot_product_attention(
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     >>> out = scaled_dot_product_attention(q, k, v, dropout_p=0.5, scale=0.0, seed=1)
     """
-    query, key, value = _autocast(query, key, value)
-    spec_attention.check_dtypes(query, key=key, value=value)
-    spec_attention.check_shapes(query, key, value, enable_gqa)
-    spec.check_probability(dropout_p, "dropout_p", tensor_allowed=True)
-    is_packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    if is_packed:
-        spec_attention.check_packed(query, key, cu_seqlens_q, cu_seqlens_k)
-    elif max_seqlen_q is not None or max_seqlen_k is not None:
-        raise ValueError("max_seqlen_q and max_seqlen_k belong to cu_seqlens_q and cu_seqlens_k")
-    q, k, v, outer = _same_batch(query, key, value, enable_gqa)
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
-    leading = outer
-    if is_packed:
-        assert cu_seqlens_q is not None
-        batch = cu_seqlens_q.shape[0] - 1
-        leading = (batch, heads)
-        queries = spec_attention.resolve_longest(
-            max_seqlen_q, queries, cu_seqlens_q, "max_seqlen_q"
-        )
-        assert cu_seqlens_k is not None
-        keys = spec_attention.resolve_longest(max_seqlen_k, keys, cu_seqlens_k, "max_seqlen_k")
-    lower, upper = spec_attention.resolve_band(is_causal, window)
-    mask = attn_mask
-    if type(mask).__name__ == "CausalBias":  # its module imports triton, so it is not named here
-        if is_packed or shard is not None or upper is not None or lower is not None:
-            raise ValueError(
-                "attn_mask is a CausalBias, which goes with none of is_causal, window, shard and "
-                "cu_seqlens: use is_causal=True or a bool mask"
-            )
-        lower_right = mask.variant.name == "LOWER_RIGHT"  # type: ignore[union-attr]
-        upper = keys - queries if lower_right else 0
-        mask = None
-    spec_attention.check_mask(mask, (*leading, queries, keys), query)
-    spec_attention.check_key_mask(key_mask, batch, keys, query)
-    spec_attention.check_sinks(sinks, heads, query)
-    local = (batch, heads, 0, 0) if is_packed else (batch, heads, queries, keys)
-    origin = spec_attention.resolve_origin(shard, local)
-    apart = origin[2] - origin[3]  # local indices differ by this from those of the whole
-    options = AttentionOptions(
-        scale=spec_attention.resolve_scale(scale, 1 / math.sqrt(query.shape[-1])),
-        lower=None if lower is None else lower + apart,
-        upper=None if upper is None else upper + apart,
-        softcap=spec_attention.resolve_softcap(softcap),
-        origin=origin,
-        max_query=queries,
-        max_key=keys,
-    )
-    alone = query.dim() < 4 and not is_packed  # no batch dimension
-    sequences = None if shard is not None or alone else batch
-    options, p_tensor, drawn = settle_attention(query, dropout_p, True, seed, options, sequences)
-    tensors = (q, k, v, as_four(mask, leading), key_mask, sinks, cu_seqlens_q, cu_seqlens_k)
-    inputs = (*distinct(*tensors), drawn, p_tensor)
-    packed = ops.pack_attention(options, backends.choose(query.device))
-    results: tuple[Tensor, Tensor] = apply(Attention, *inputs, packed)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    arguments, outer = _prepared(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, key_mask,
+        sinks, softcap, packing, shard, seed,
+    )  # fmt: skip
+    results: tuple[Tensor, Tensor] = apply(Attention, *arguments)
     out, lse = (t.reshape(*outer, *t.shape[2:]) for t in results)
     return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float | Tensor = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: Window | None = None,
+    key_mask: Tensor | None = None,
+    softcap: float | None = None,
+    shard: ShardLike | None = None,
+    seed: int | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block of keys adds to the gradients of attention over many blocks.
+
+        P = exp(score - lse);    dP = where(keep, grad value^T / (1 - p), 0)
+        dS = P * (dP - sum(grad * out));    dq = scale * dS key,    dk = scale * dS^T query
+        dv = where(keep, P / (1 - p), 0)^T grad
+
+    ``out`` and ``lse`` are those of all keys, combined from the blocks' own, as ring attention does
+    (Liu, Zaharia, Abbeel, "Ring attention with blockwise transformers", 2023; docs/distributed.md
+    has one): a block's gradients need nothing else of the others. The gradients of the query sum
+    over the blocks of keys, those of keys and values over the blocks of queries. Not
+    differentiable.
+
+    Args:
+        grad, out: ``[B, H, L, Ev]``; lse: ``[B, H, L]``.
+        query, key, value: ``[B, H, L, E]``, ``[B, Hkv, S, E]`` and ``[B, Hkv, S, Ev]``.
+        seed: the one of the forward; the others as there, too.
+
+    Returns:
+        The gradients of query, key and value, in their dtypes.
+
+    >>> q = k = v = torch.eye(4)[None, None]
+    >>> out, lse = scaled_dot_product_attention(q, k, v, return_lse=True)
+    >>> grads = scaled_dot_product_attention_backward(q, out, lse, q, k, v, seed=1)
+    """
+    if not query.dim() == key.dim() == value.dim() == 4 or seed is None:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} and "
+            f"seed {seed}: give four dimensions, and the seed of the forward"
+        )
+    batch, heads, queries, _ = query.shape
+    wanted = (batch, heads, queries, value.shape[-1])
+    if tuple(out.shape) != wanted or grad.shape != out.shape or lse.shape != out.shape[:-1]:
+        raise ValueError(
+            f"grad {tuple(grad.shape)}, out {tuple(out.shape)} and lse {tuple(lse.shape)}; they "
+            f"must be {wanted}, {wanted} and {wanted[:-1]}"
+        )
+    with torch.no_grad():
+        (*inputs, packed), _ = _prepared(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, key_mask,
+            None, softcap, (None,) * 4, shard, seed,
+        )  # fmt: skip
+        needs = [True, True, True, False, False]
+        given = (grad, None, out, lse, *inputs, *packed, needs, True)
+        dquery, dkey, dvalue, *_ = ops.attention.attention_backward(*given)
+    return dquery, dkey, dvalue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    *packed, needs = arguments[_WIDTH:]
+    *packed, needs, block = arguments[_WIDTH:]
     module, inputs, options = _settle(arguments[:_WIDTH], tuple(packed))
+    options = dataclasses.replace(options, block=block)
     results = module.attention_backward(dout, dlse, out, lse, inputs, options, tuple(needs))
     return filled(results, dout)
 
@@ -74,7 +76,7 @@ def _backward(
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    inputs, needs = AttentionInputs(*arguments[:_WIDTH]), arguments[-1]
+    inputs, needs = AttentionInputs(*arguments[:_WIDTH]), arguments[-2]
     differentiable = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
     return filled(
         [
@@ -91,9 +93,10 @@ attention_forward = define(
     _forward_fake,
 )
 # Gradients of query, key, value, mask and sinks; empty tensors for those that are not wanted.
+# ``block`` is whether the keys are some of those that out and lse are of.
 attention_backward = define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
-    f"{_INPUTS}, {OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_INPUTS}, {OPTIONS}, bool[] needs, bool block) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

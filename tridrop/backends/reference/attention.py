@@ -119,15 +119,23 @@ def _gradients(
     inputs: AttentionInputs,
     options: AttentionOptions,
     needs: tuple[bool, ...],
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Of one call that is not packed; see :func:`attention_gradients`."""
+    """Of one call that is not packed; see :func:`attention_gradients`.
+
+    ``known`` are (out, lse) of more keys than these.
+    """
     heads, groups = query.shape[1], key.shape[1]
     score, capped = scores(query, key, _with_bool(mask, inputs), inputs.key_mask, options)
     drop = attention_multiplier(tuple(score.shape), inputs.seed, inputs.p, options)
     probabilities, _, sink = safe_softmax(score, sinks)
+    if known is not None:
+        lse = known[1].unsqueeze(-1)
+        probabilities = torch.where(lse == -torch.inf, 0, torch.exp(score - lse))
     dvalue = drop(probabilities).transpose(-1, -2) @ dout
     dp = drop(dout @ _repeat(value, heads).transpose(-1, -2))
-    delta = (dp * probabilities).sum(-1, keepdim=True)
+    terms = dp * probabilities if known is None else dout * known[0]
+    delta = terms.sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse.unsqueeze(-1)
     dscore = probabilities * (dp - delta)
@@ -218,8 +226,12 @@ def attention_backward(
     assert q is not None
     assert k is not None
     assert v is not None
-    given = (inputs, options)
-    results = attention_gradients(d, dl, q, k, v, mask, sinks, None, given, needs)
+    if options.block:
+        known = (out.to(d.dtype), lse.to(d.dtype))
+        results = _gradients(d, dl, q, k, v, mask, sinks, inputs, options, needs, known)
+    else:
+        given = (inputs, options)
+        results = attention_gradients(d, dl, q, k, v, mask, sinks, None, given, needs)
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
     return tuple(
         None if t is None or source is None else torch.empty_like(source).copy_(t)
