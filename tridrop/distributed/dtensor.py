@@ -24,6 +24,11 @@ def is_dtensor(x: Any) -> bool:
     return type(x).__name__ == "DTensor" and isinstance(x, Tensor)
 
 
+def is_distributed(x: Any) -> bool:
+    """Whether ``x`` is a DTensor, or the result of a collective that may be still under way."""
+    return is_dtensor(x) or type(x).__name__ == "AsyncCollectiveTensor"
+
+
 def call(function: Any, arguments: Sequence[Any], run: Callable[..., Any]) -> Any:
     """``run(function, *arguments)``, where some of the arguments are DTensors."""
     layout: Layout = function.sharding(*arguments)

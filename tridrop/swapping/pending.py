@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .. import seeds
+from ..distributed.dtensor import is_distributed
 from ..mask import Shard, threshold
 from ..mask import scale as scale_of
 from ..spec import FLOATS
@@ -107,7 +108,8 @@ def drop_samples(x: Tensor, p: float, seed: Tensor | None, scaled: bool = True) 
     if not x.numel():
         return x
     if x.dim() > 1:
-        whole = Shard(tuple(x.shape), (0,) * x.dim())
+        origin = seeds.batch_origin(len(x)) if seeds.in_batch() else 0
+        whole = Shard((origin + len(x), *x.shape[1:]), (origin, *(0,) * (x.dim() - 1)))
         first = (len(x), *(1,) * (x.dim() - 1))
         keep = F.keep_mask(seed, first, p, domain="drop_path", shard=whole)
     else:
@@ -157,6 +159,5 @@ def eps_of(kind: Kind, module: nn.Module, stream: Tensor) -> float:
 
 def fits(x: Any) -> bool:
     """Whether the ops take it: a tensor of torch's own, not of a subclass that does more."""
-    return (
-        type(x) in (Tensor, nn.Parameter) and x.dtype in FLOATS and not x.is_nested and x.dim() > 0
-    )
+    known = type(x) in (Tensor, nn.Parameter) or is_distributed(x)
+    return known and x.dtype in FLOATS and not x.is_nested and x.dim() > 0
