@@ -31,6 +31,11 @@ def is_distributed(x: Any) -> bool:
 
 def call(function: Any, arguments: Sequence[Any], run: Callable[..., Any]) -> Any:
     """``run(function, *arguments)``, where some of the arguments are DTensors."""
+    if not hasattr(function, "sharding"):
+        raise TypeError(
+            f"{function.__name__} takes no DTensors: give it t.full_tensor(), or t.to_local() with "
+            "a seed for each process"
+        )
     layout: Layout = function.sharding(*arguments)
     given = {i: o for i, o in layout.operands.items() if isinstance(arguments[i], Tensor)}
     mesh = _mesh(arguments, given)
