@@ -39,16 +39,17 @@ def z(found, expected, variance, n):
 # ------------------------------------------------------------------------- a choice of exactly k
 
 
-@pytest.mark.parametrize("shape", [(13,), (3, 8), (2, 3, 21)])
-def test_bits_are_those_that_a_mask_compares(shape):
-    seed = tridrop.fold_in(5, 3)
-    bits = choice.bits(seed, shape)
+@pytest.mark.parametrize("shape", [(13,), (3, 8), (2, 3, 21), (5, 700), (1030, 2), (), (3, 0)])
+def test_bits_are_those_that_a_mask_compares(shape, backend):
+    seed = tridrop.fold_in(5, 3).to(DEVICE)
+    bits = tridrop.backends.load(backend).decision_bits(seed, shape)
+    assert torch.equal(bits, choice.bits(seed, shape))
     for p in (0.1, 0.5, 0.9):
         assert torch.equal(bits >= threshold(p), tridrop.keep_mask(seed, shape, p))
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 8])
-def test_kept_indices_are_those_that_a_rising_rate_drops_last(k):
+def test_kept_indices_are_those_that_a_rising_rate_drops_last(k, backend):
     shape = (3, 4, 8)
     kept = tridrop.kept_indices(7, shape, k)
     bits = choice.bits(mask.as_seed(7), shape)

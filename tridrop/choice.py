@@ -30,17 +30,17 @@ def bits(seed: Tensor, shape: Sequence[int]) -> Tensor:
     return found[:, : where.cols].reshape(tuple(shape))
 
 
-def choose(seed: Tensor, shape: Sequence[int], k: int) -> Tensor:
-    """Indices of k elements of each row of the last dimension: int64, [..., k].
+def largest(found: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row of the last dimension are: int64, [..., k].
 
-    They are those with the largest bits, in falling order; of equal ones the earlier goes first.
+    In falling order; of equal ones the earlier goes first.
 
-    >>> choose(mask.as_seed(1), (2, 6), 3)
+    >>> largest(bits(mask.as_seed(1), (2, 6)), 3)
     tensor([[2, 0, 4],
             [1, 3, 5]])
     """
     # stable: ties (once in 2^16, of two that share a word) are decided alike on every device
-    order = bits(seed, shape).argsort(dim=-1, descending=True, stable=True)
+    order = found.argsort(dim=-1, descending=True, stable=True)
     return order[..., :k].contiguous()
 
 

@@ -177,6 +177,9 @@ class Backend(Protocol):
     ) -> Tensor:
         """The mask of ``domain``: bool, True where kept."""
 
+    def decision_bits(self, seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The 32 bits that the mask of elements compares with T: int64, in [0, 2^32)."""
+
     def attention_keep_mask(
         self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: AttentionOptions
     ) -> Tensor:

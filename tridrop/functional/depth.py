@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import choice, spec
-from ..backends import backend
+from .. import backends, choice, spec
 from ..seeds import host_seed, seed_for
+from ..spec import Options
 from .elementwise import dropout
-from .masks import keep_mask, kept_indices
+from .masks import kept_indices
 
 _T = TypeVar("_T")
 
@@ -152,6 +152,7 @@ def layer_drop(
 
 def left_layers(layers: Sequence[_T], p: float, seed: Tensor) -> list[_T]:
     """What :func:`layer_drop` leaves, by a seed tensor on the CPU."""
-    with backend("reference"):  # the other may serve an accelerator alone
-        keep = keep_mask(seed, (len(layers),), p).tolist()
-    return [layer for layer, kept in zip(layers, keep, strict=True) if kept]
+    # The reference serves the host always; the chosen backend perhaps an accelerator alone.
+    reference = backends.load("reference")
+    keep = reference.keep_mask(seed, (len(layers),), None, Options(p=float(p)), "elements")
+    return [layer for layer, kept in zip(layers, keep.tolist(), strict=True) if kept]

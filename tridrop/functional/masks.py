@@ -97,7 +97,8 @@ def kept_indices(
         raise TypeError(f"k is {k!r} of type {type(k).__name__}; give how many to keep, an int")
     if not shape or not 0 <= k <= shape[-1]:
         raise ValueError(f"k = {k} of shape {shape}; give from 0 to the size of the last dimension")
-    chosen: Tensor = torch.ops.tridrop.choose(seed_on(seed, device), list(shape), k)
+    seed = seed_on(seed, device)
+    chosen: Tensor = torch.ops.tridrop.choose(seed, list(shape), k, backends.choose(seed.device))
     return chosen
 
 

@@ -83,11 +83,11 @@ def _attention_keep_mask(
     return module.attention_keep_mask(seed, tuple(shape), p_tensor, options)
 
 
-def _choose(seed: Tensor, shape: Sequence[int], k: int) -> Tensor:
-    return choice.choose(seed, tuple(shape), k)
+def _choose(seed: Tensor, shape: Sequence[int], k: int, backend: str) -> Tensor:
+    return choice.largest(_serving(backend, seed).decision_bits(seed, tuple(shape)), k)
 
 
-def _choose_fake(seed: Tensor, shape: Sequence[int], k: int) -> Tensor:
+def _choose_fake(seed: Tensor, shape: Sequence[int], k: int, backend: str) -> Tensor:
     return torch.empty((*shape[:-1], k), dtype=torch.int64, device=seed.device)
 
 
@@ -110,5 +110,7 @@ define(
     _attention_keep_mask,
     _keep_mask_fake,
 )
-define("choose(Tensor seed, SymInt[] shape, SymInt k) -> Tensor", _choose, _choose_fake)
+define(
+    "choose(Tensor seed, SymInt[] shape, SymInt k, str backend) -> Tensor", _choose, _choose_fake
+)
 each_seed("choose", _choose)

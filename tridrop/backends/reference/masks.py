@@ -1,11 +1,11 @@
-"""The mask of attention itself; that of elements is in elementwise.py."""
+"""The mask of attention itself, and the bits of elements; their mask is in elementwise.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ... import fast
+from ... import choice, fast
 from ... import mask as contract
 from ...spec_attention import AttentionOptions
 
@@ -19,3 +19,8 @@ def attention_keep_mask(
         threshold = contract.rate_table(p)[0].to(torch.int64)
     keep = fast.attention_keep_mask(seed, shape, threshold, origin=options.origin)
     return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole tiles
+
+
+def decision_bits(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The bits; arguments as in ``backends.Backend.decision_bits``."""
+    return choice.bits(seed, shape)

@@ -90,14 +90,19 @@ def words_of(row, group, key, DOMAIN: tl.constexpr):
 
 
 @triton.jit
-def keep_elements(row, group, key, threshold, MAYBE_ZERO: tl.constexpr, DOMAIN: tl.constexpr):
-    """The decisions of rows [R] and column groups [G]: bool, [R, G * 8]."""
+def bits_of(row, group, key, DOMAIN: tl.constexpr):
+    """The 32 bits of each decision of rows [R] and column groups [G]: uint32, [R, G * 8]."""
     w0, w1, w2, w3 = words_of(row[:, None], group[None, :], key, DOMAIN)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [R, G, 2, 2]: words in order
     words = tl.reshape(words, [row.shape[0], group.shape[0], 4])
     bits = tl.join(words, (words << 16) | (words >> 16))  # [R, G, 4, 2]
-    bits = tl.reshape(bits, [row.shape[0], group.shape[0] * 8])
-    return _decide(bits, threshold, MAYBE_ZERO)
+    return tl.reshape(bits, [row.shape[0], group.shape[0] * 8])
+
+
+@triton.jit
+def keep_elements(row, group, key, threshold, MAYBE_ZERO: tl.constexpr, DOMAIN: tl.constexpr):
+    """The decisions of rows [R] and column groups [G]: bool, [R, G * 8]."""
+    return _decide(bits_of(row, group, key, DOMAIN), threshold, MAYBE_ZERO)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The mask of attention itself; that of elements is in elementwise.py."""
+"""The mask of attention itself, and the bits of elements; their mask is in elementwise.py."""
 
 from collections import namedtuple
 
@@ -11,7 +11,7 @@ from ...mask import TILE
 from ...spec_attention import AttentionOptions
 from . import launch
 from .launch import Tile
-from .mask import keep_scores, load_key, load_rate
+from .mask import DOMAIN_ELEMENTS, bits_of, keep_scores, load_key, load_rate
 from .tiles import MAX_GRID_Y, in_bounds
 
 # Sizes of the mask but for the batch.
@@ -83,5 +83,39 @@ def attention_keep_mask(
             BLOCK_ROWS=rows,
             BLOCK_COLS=cols,
             num_warps=num_warps,
+        )
+    return out
+
+
+@triton.jit
+def decision_bits_kernel(
+    out, seed, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):  # fmt: skip
+    """The bits of the decisions, [rows, cols]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    block = (tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y).to(tl.int64)
+    group = block * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)
+    col = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    bits = bits_of(row, group, load_key(seed), DOMAIN_ELEMENTS)
+    offsets = row[:, None] * cols + col[None, :]
+    tl.store(out + offsets, bits.to(tl.int64), mask=in_bounds(row, col, rows, cols, False))
+
+
+def decision_bits(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Launch the kernel; arguments as in ``backends.Backend.decision_bits``."""
+    out = torch.empty(shape, dtype=torch.int64, device=seed.device)
+    if out.numel() == 0:
+        return out
+    cols = shape[-1] if shape else 1
+    rows = out.numel() // cols
+    # 8 elements a thread: one Philox call each.
+    block_cols = min(256, max(8, triton.next_power_of_2(cols)))
+    block_rows = 1024 // block_cols
+    col_blocks = triton.cdiv(cols, block_cols)
+    grid_y = min(col_blocks, launch.MAX_GRID_Y)
+    grid = (triton.cdiv(rows, block_rows), grid_y, triton.cdiv(col_blocks, grid_y))
+    with launch.on(seed.device):
+        decision_bits_kernel[grid](
+            out, seed, rows, cols, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, num_warps=4
         )
     return out
