@@ -622,6 +622,29 @@ def test_monte_carlo_and_schedules_know_them():
     assert layers[8].p == pytest.approx(0.03)
 
 
+def test_swap_leaves_them_and_fuses_around_them():
+    layers = model().train()
+    layers[1].branch = Residual()
+    layers[2] = tridrop.nn.LayerDrop([Residual() for _ in range(3)], 0.4)
+    report = tridrop.swap(layers)
+    assert "4 fused, 0 swapped" in str(report)
+    assert "no such module" not in str(report)
+    assert "left: it is tridrop's own" in str(report)
+    assert layers.to(DEVICE)(normal(4, 13, 4)).dim() == 4
+    tridrop.unswap(layers)
+
+
+class Residual(nn.Module):
+    """A block that swap fuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop, self.norm = nn.Linear(4, 4), nn.Dropout(0.3), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(x + self.drop(self.linear(x)))
+
+
 # ---------------------------------------------------------------------------- tridrop check sees
 
 

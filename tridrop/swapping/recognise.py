@@ -258,11 +258,13 @@ class Classifier:
 
 
 def mentions_dropout(function: Any) -> bool:
-    """Whether a function of Python calls torch's dropout by name, and is not torch's own."""
+    """Whether a function of Python calls torch's dropout by name, and is not torch's or ours."""
     function = inspect.unwrap(function) if callable(function) else None
     code = getattr(function, "__code__", None)
-    own = not (getattr(function, "__module__", None) or "").startswith("torch.")
-    return own and "dropout" in getattr(code, "co_names", ())
+    module = getattr(function, "__module__", None) or ""
+    return not module.startswith(("torch.", "tridrop.")) and "dropout" in getattr(
+        code, "co_names", ()
+    )
 
 
 def _is_constant(e: ast.expr, value: Any) -> bool:

@@ -121,7 +121,8 @@ class Survey:
         if self.left.get(module, "it is torch's own") != "it is torch's own":
             return self.left[module]
         if not self.drops(module):
-            return "tridrop has no such module"
+            ours = base_of(module).__module__.startswith("tridrop.nn.")
+            return "it is tridrop's own" if ours else "tridrop has no such module"
         if base_of(module) is nn.MultiheadAttention:
             if not module.dropout:
                 return "its dropout is 0"
