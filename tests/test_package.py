@@ -83,7 +83,7 @@ def test_imports_point_downwards(path):
         other = layer_of(name.removeprefix("tridrop."))
         assert LEVEL[own] <= LEVEL[other], f"{own} imports {other}, a layer above"
         if own == "backends.triton" or own == "backends.reference":
-            allowed = (own, "spec", "spec_attention", "choice", "noise", "mask")
+            allowed = (own, "spec", "spec_attention", "spec_product", "choice", "noise", "mask")
             allowed += ("fast",) if own == "backends.reference" else ()
             assert other in allowed, f"backend {own} imports {other}"
 
