@@ -11,6 +11,8 @@ from torch import Tensor
 from .spec import Options, check_device, check_input
 
 MAX_RANK = 256
+# Products of one call, and their rows together: what the sums leave of a thread's registers.
+GROUP, GROUP_ROWS = 3, 192
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ def check_rank(ranks: Sequence[int], name: str) -> None:
     for rank in ranks:
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"{name} has {rank} rows; ranks from 1 to {MAX_RANK} are supported")
+
+
+def groups(ranks: Sequence[int]) -> list[slice]:
+    """The products that are made in one pass: runs of neighbours that fit the registers."""
+    found: list[slice] = []
+    start = 0
+    for i in range(1, len(ranks) + 1):
+        more = ranks[start : i + 1]
+        if i == len(ranks) or len(more) > GROUP or len(more) * max(16, *more) > GROUP_ROWS:
+            found.append(slice(start, i))
+            start = i
+    return found
 
 
 def check_same_dtype(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:

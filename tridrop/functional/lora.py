@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import spec
 from ..mask import fold_in
 from ..seeds import seed_for
-from ..spec_product import check_matrix, check_rank, check_same_dtype
+from ..spec_product import check_matrix, check_rank, check_same_dtype, groups
 from .elementwise import ShardLike
 from .product import dropped_product
 
@@ -101,7 +101,7 @@ def lora_linear(
     """
     _check_adapters(x, (A,), (B,), None if bias is None else (bias,))
     spec.check_residual(base_out, (*x.shape[:-1], B.shape[0]), x, "base_out")
-    down = _way_down(x, (A,), p, training, [scaling], shard, [seed], False)
+    (down,) = _way_down(x, (A,), p, training, [scaling], shard, [seed], False)
     if bias is None and down.dtype == B.dtype == base_out.dtype:
         rows = base_out.reshape(-1, B.shape[0])
         return torch.addmm(rows, down.reshape(-1, B.shape[1]), B.T).view(base_out.shape)
@@ -122,6 +122,9 @@ def lora_deltas(
     seed: int | Tensor | Sequence[int | Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`lora_delta` of several adapters on one x, which is read once for all of them.
+
+    Once for each three of them, or for fewer where they have more than 192 rows together: the sums
+    of a pass are held in registers.
 
     Args:
         x, p, training, shard: as in :func:`lora_delta`.
@@ -154,9 +157,8 @@ def lora_deltas(
     if not count:
         raise ValueError("As is empty: give the matrices of one adapter or more")
     _check_adapters(x, As, Bs, biases)
-    seeds = _seeds(x, seed, 1 if shared_mask else count, p, training)
-    down = _way_down(x, As, p, training, gains, shard, seeds, shared_mask)
-    parts = down.split([A.shape[0] for A in As], -1)
+    seeds = _seeds(x, seed, None if shared_mask else count, p, training)
+    parts = _way_down(x, As, p, training, gains, shard, seeds, shared_mask)
     return tuple(map(_way_up, parts, Bs, biases, gains))
 
 
@@ -186,18 +188,18 @@ def _check_scaling(scaling: float) -> float:
 def _seeds(
     x: Tensor,
     seed: int | Tensor | Sequence[int | Tensor | None] | None,
-    count: int,
+    count: int | None,
     p: float | Tensor,
     training: bool,
 ) -> Sequence[int | Tensor | None]:
-    """A seed for each mask."""
+    """A seed for each of ``count`` masks, or, of None, for the one that is shared."""
     if isinstance(seed, (list, tuple)):
-        if len(seed) != count:
-            raise ValueError(f"seed has {len(seed)} entries for {count} masks: give one each")
+        if len(seed) != (count or 1):
+            raise ValueError(f"seed has {len(seed)} entries for {count or 1} masks: give one each")
         return seed
     drops = training and (isinstance(p, Tensor) or p > 0)
-    if count == 1 or not drops:
-        return [seed] * count  # type: ignore[list-item]
+    if count is None or not drops:
+        return [seed] * (count or 1)  # type: ignore[list-item]
     base = seed_for(x.device, seed)  # type: ignore[arg-type]
     return [fold_in(base, i) for i in range(count)]
 
@@ -211,19 +213,23 @@ def _way_down(
     shard: ShardLike | None,
     seeds: Sequence[int | Tensor | None],
     one_mask: bool,
-) -> Tensor:
-    """scaling_i * dropout_i(x) @ A_i^T, side by side."""
+) -> list[Tensor]:
+    """scaling_i * dropout_i(x) @ A_i^T for each i."""
     spec.check_probability(p, tensor_allowed=True)
     checked = [_check_scaling(gain) for gain in gains]
-    equal = all(gain == checked[0] for gain in checked)
-    down = dropped_product(
-        x, As, p, training,
-        gain=checked[0] if equal else 1.0, one_mask=one_mask, shard=shard, seeds=seeds,
-    )  # fmt: skip
-    if equal:
-        return down
-    parts = down.split([A.shape[0] for A in As], -1)
-    return torch.cat([part * gain for part, gain in zip(parts, checked, strict=True)], -1)
+    parts: list[Tensor] = []
+    for some in groups([A.shape[0] for A in As]):
+        equal = len(set(checked[some])) == 1
+        down = dropped_product(
+            x, As[some], p, training,
+            gain=checked[some.start] if equal else 1.0, one_mask=one_mask, shard=shard,
+            seeds=seeds if one_mask else seeds[some],
+        )  # fmt: skip
+        found = down.split([A.shape[0] for A in As[some]], -1)
+        if not equal:
+            found = tuple(part * gain for part, gain in zip(found, checked[some], strict=True))
+        parts += found
+    return parts
 
 
 def _way_up(down: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:

@@ -57,7 +57,7 @@ def product_backward(
     assert g is not None
     assert wide is not None
     assert w is not None
-    g = g * options.gain
+    g = (g * options.gain).reshape(-1, weight.shape[0])
     dx, parts = torch.zeros_like(wide), []
     each = zip(
         _drops(x, seeds, p, options), g.split(options.ranks, -1), w.split(options.ranks),
@@ -65,9 +65,9 @@ def product_backward(
     )  # fmt: skip
     for drop, dout, part in each:
         if needs[0]:
-            dx += drop(dout @ part)
+            dx += drop((dout @ part).view(x.shape))
         if needs[1]:
-            parts.append(dout.flatten(0, -2).T @ drop(wide).flatten(0, -2))
+            parts.append(dout.T @ drop(wide).view(-1, x.shape[-1]))
     return (
         own(dx.to(x.dtype), grad) if needs[0] else None,
         torch.cat(parts).to(weight.dtype) if needs[1] else None,

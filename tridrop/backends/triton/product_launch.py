@@ -23,6 +23,9 @@ MatrixGradients = namedtuple("MatrixGradients", "x weight")
 # columns, whose sums are added afterwards in a fixed order.
 PROGRAMS = 264
 MIN_CHUNK = 512  # columns of a split, at least
+# Sums a column, padding included, beyond which a backward is two launches, one a gradient: in one
+# they spill registers (sm_80: 104 bytes for three adapters of rank 32, 650 for one of 256).
+TOGETHER = 64
 
 
 class _Programs(NamedTuple):
@@ -36,26 +39,32 @@ def padded(ranks: tuple[int, ...]) -> int:
 
 
 @lru_cache(maxsize=256)
-def forward_tile(width: int, masks: int) -> Callable[[int, int], Tile]:
+def forward_tile(width: int, masks: int, itemsize: int) -> Callable[[int, int], Tile]:
     """The tile of x where all sums of a row are ``width`` numbers, padding included.
 
     Several masks are drawn one beside the other: 64 elements a thread then spill registers.
     """
 
     def choose(rows: int, cols: int) -> Tile:
-        return Tile(64, 128 if width <= 64 and masks == 1 else 64, 4 if width <= 128 else 8)
+        widest = 128 if width <= 64 and masks == 1 and itemsize == 2 else 64
+        return Tile(64, min(widest, _cols(width, itemsize)), 4 if width <= 128 else 8)
 
     return choose
 
 
 @lru_cache(maxsize=256)
-def backward_tile(width: int, masks: int) -> Callable[[int, int], Tile]:
+def backward_tile(width: int, masks: int, itemsize: int) -> Callable[[int, int], Tile]:
     """The same for backward, whose sums are ``width`` numbers a column."""
 
     def choose(rows: int, cols: int) -> Tile:
-        return Tile(64, 64, 4 if width <= 128 and masks == 1 else 8)
+        return Tile(64, min(64, _cols(width, itemsize)), 4 if width <= 128 and masks == 1 else 8)
 
     return choose
+
+
+def _cols(width: int, itemsize: int) -> int:
+    """Columns of a tile, a power of two: pipelines of wide sums then fit the shared memory."""
+    return 1 << (max(16, 128 * 128 // max(128, width * itemsize)).bit_length() - 1)
 
 
 def chunk(row_blocks: int, col_blocks: int, block_cols: int) -> int:
@@ -81,7 +90,9 @@ def product_forward(
     """Launch the forward kernel; arguments as in ``backends.Backend.product_forward``."""
     rank = padded(options.ranks)
     plan = launch.plan(
-        tuple(x.shape), options, forward_tile(rank * len(options.ranks), options.masks)
+        tuple(x.shape),
+        options,
+        forward_tile(rank * len(options.ranks), options.masks, weight.itemsize),
     )
     out_shape = (*x.shape[:-1], weight.shape[0])
     if plan.empty:
@@ -126,7 +137,10 @@ def product_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the backward kernel; arguments as in ``backends.Backend.product_backward``."""
     rank = padded(options.ranks)
-    choose = backward_tile(rank * len(options.ranks), options.masks)
+    if all(needs) and rank * len(options.ranks) > TOGETHER:
+        dx, _ = product_backward(grad, x, weight, seeds, p, options, (True, False))
+        return dx, product_backward(grad, x, weight, seeds, p, options, (False, True))[1]
+    choose = backward_tile(rank * len(options.ranks), options.masks, weight.itemsize)
     plan = launch.plan(tuple(x.shape), options, choose, launch.strip if needs[1] else None)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     if plan.empty:
