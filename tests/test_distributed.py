@@ -1,9 +1,12 @@
-"""Ops on DTensors on four processes: values, masks and gradients of one process."""
+"""Ops on four processes: values, masks and gradients of one process."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcomes
+from test_distributed_attention import heads_instead_of_queries, ring
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import (
     DTensor,
@@ -307,6 +310,159 @@ def shards_of_larger_tensors():
     assert torch.equal(whole(out) != 0, keep[3:6])
 
 
+# ------------------------------------------------------------------------------------------ seeds
+
+
+def differs():
+    """The generators of the processes differ, and so do the seeds that they draw."""
+    torch.manual_seed(dist.get_rank())
+
+
+def drawn_by_the_first():
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    seed = tridrop.new_seed()
+    torch.set_rng_state(state)
+    return seed
+
+
+def a_drawn_seed_is_one_for_the_mesh():
+    for count in (1, 2):
+        seed = drawn_by_the_first()
+        differs()
+        x = spread(torch.ones(4, 64), [Shard(0)] * count)
+        out = tridrop.dropout(x, 0.5)
+        assert torch.equal(whole(out) != 0, tridrop.keep_mask(seed, (4, 64), 0.5))
+        differs()
+        assert torch.equal(tridrop.distributed.mesh_seed(mesh_of(count)), seed)
+    differs()
+    scores = spread(torch.zeros(4, 2, 2, 8), [Shard(0)])
+    out = tridrop.softmax_dropout(scores, 0.5)
+    seed = drawn_by_the_first()
+    assert torch.equal(whole(out) != 0, tridrop.attention_keep_mask(seed, (4, 2, 2, 8), 0.5))
+
+
+def dimensions_of_a_mesh_share_or_fold():
+    mesh, rank = mesh_of(2), dist.get_rank()
+    seed = tridrop.distributed.mesh_seed
+    assert torch.equal(seed(mesh, seed=5), torch.tensor([5, 0]))
+    assert torch.equal(seed(mesh, fold="dp", seed=5), tridrop.fold_in(5, rank // 2))
+    assert torch.equal(seed(mesh, fold=1, seed=5), tridrop.fold_in(5, rank % 2))
+    assert torch.equal(seed(mesh, fold=("tp", "dp"), seed=5), tridrop.fold_in(5, rank))
+    with pytest.raises(ValueError, match=r"the mesh has the dimensions \['dp', 'tp'\]"):
+        seed(mesh, fold="pp")
+
+
+def ranks_are_folded_into_rng():
+    rank, x = dist.get_rank(), torch.ones(64)
+    tp = mesh_of(2)["tp"]
+    ways = {True: rank, 7: 7, dist.group.WORLD: rank, mesh_of(2): rank, tp: rank % 2}
+    for way, number in ways.items():
+        for base in (3, tridrop.fold_in(3, 4)):
+            with tridrop.rng(base, fold_rank=way):
+                out = tridrop.dropout(x, 0.5)
+            with tridrop.rng(tridrop.fold_in(base, number)):
+                assert torch.equal(out, tridrop.dropout(x, 0.5))
+    for way in (None, False):
+        with tridrop.rng(3, fold_rank=way):
+            out = tridrop.dropout(x, 0.5)
+        with tridrop.rng(3):
+            assert torch.equal(out, tridrop.dropout(x, 0.5))
+    with pytest.raises(TypeError, match="fold_rank is 'dp'"), tridrop.rng(3, fold_rank="dp"):
+        pass
+
+
+def unequal_seeds_end_with_an_error():
+    x = spread(torch.ones(4, 64), [Shard(0)])
+    rank = dist.get_rank()
+    tridrop.distributed.check_seed(5)
+    tridrop.distributed.check_seed(5, mesh_of(2))
+    with pytest.raises(RuntimeError, match="4 different seeds among 4 processes"):
+        tridrop.distributed.check_seed(rank, mesh_of(2))
+    with tridrop.distributed.checking():
+        tridrop.dropout(x, 0.5, seed=3)
+        with pytest.raises(RuntimeError, match="2 different seeds among 4 processes that share"):
+            tridrop.dropout(x, 0.5, seed=rank // 2)
+        with tridrop.distributed.checking(False):
+            tridrop.dropout(x, 0.5, seed=rank)
+
+
+class Tracker:
+    """Megatron-LM's tracker of random states, in short: a state of its own for sharded regions."""
+
+    def __init__(self, seed):
+        before = torch.get_rng_state()
+        torch.manual_seed(seed)
+        self.state = torch.get_rng_state()
+        torch.set_rng_state(before)
+
+    @contextmanager
+    def fork(self):
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+
+def trackers_of_random_states_keep_working():
+    """Plain local tensors: replicated regions agree, sharded ones differ or are one device's."""
+
+    def gathered(mask):
+        found = [torch.empty_like(mask) for _ in range(WORLD)]
+        dist.all_gather(found, mask)
+        return found
+
+    torch.manual_seed(11)  # the same everywhere
+    tracker = Tracker(2718 + dist.get_rank())
+    x = torch.ones(4, 64)
+    replicated = gathered(tridrop.dropout(x, 0.5))
+    assert all(torch.equal(replicated[0], m) for m in replicated)
+    with tracker.fork():
+        sharded = gathered(tridrop.dropout(x, 0.5))
+    assert all(not torch.equal(sharded[0], m) for m in sharded[1:])
+    seed = tridrop.new_seed()
+    where = tridrop.Shard((4, 64 * WORLD), (0, 64 * dist.get_rank()))
+    pieces = gathered(tridrop.dropout(x, 0.5, shard=where, seed=seed))
+    expected = tridrop.keep_mask(seed, (4, 64 * WORLD), 0.5)
+    assert torch.equal(torch.cat(pieces, 1) != 0, expected)
+
+
+# ----------------------------------------------------------------------------------------- compile
+
+
+def compiled_calls_are_those_of_eager():
+    def feed_forward(x, residual, bias, seed):
+        out = tridrop.dropout_add(x, residual, 0.4, bias=bias, activation="gelu", seed=seed)
+        return tridrop.dropout_add_rms_norm(out, residual, None, p=0.2, seed=seed)
+
+    compiled = torch.compile(feed_forward, backend="aot_eager", fullgraph=True)
+    seed, shape = torch.tensor([3, 0]), (3, 6, 10)
+    for placements in [(Shard(1),), (Shard(0), Shard(1))]:
+        given = tensors("x", "residual", "bias", shape=shape)
+        vectors = [Replicate()] * len(placements)
+        found = []
+        for function in (feed_forward, compiled):
+            parts = {n: spread(t, vectors if n == "bias" else placements) for n, t in given.items()}
+            out = function(**parts, seed=seed)
+            out.square().sum().backward()
+            found.append([out, *(t.grad for t in parts.values())])
+        for eager, ours in zip(*found, strict=True):
+            close(whole(ours), whole(eager))
+    torch._dynamo.reset()
+
+
+def a_process_that_is_gone_ends_with_an_error():
+    """Last: it takes one out of the group."""
+    if dist.get_rank() == WORLD - 1:
+        dist.destroy_process_group()
+        return
+    with pytest.raises(RuntimeError):
+        tridrop.distributed.check_seed(5)
+
+
 CHECKS = [
     pieces_are_those_of_torch,
     elementwise_ops_equal_one_process,
@@ -319,6 +475,15 @@ CHECKS = [
     whole_operands_are_cut_without_sending,
     placements_that_cannot_work_say_what_to_do,
     shards_of_larger_tensors,
+    a_drawn_seed_is_one_for_the_mesh,
+    dimensions_of_a_mesh_share_or_fold,
+    ranks_are_folded_into_rng,
+    unequal_seeds_end_with_an_error,
+    trackers_of_random_states_keep_working,
+    compiled_calls_are_those_of_eager,
+    ring,
+    heads_instead_of_queries,
+    a_process_that_is_gone_ends_with_an_error,
 ]
 
 

@@ -1,6 +1,7 @@
 """Training on four processes: every wrapper against one process with the same global batch."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch.distributed as dist
 from ranks import outcomes
 from swap_families import make
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -22,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import tridrop
-from tridrop.distributed import batch_slice
+from tridrop.distributed import batch_slice, mesh_seed, number_microbatches
 
 WORLD, STEPS, SAMPLES = 4, 20, 4
 MESHES = {}
@@ -266,6 +269,93 @@ def modules_of_ours_in_a_plan():
         torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=lambda t, n=name: f"{n} {t}")
 
 
+# ----------------------------------------------------------------------- pipelines, checkpoints
+
+
+def layers():
+    """Four encoder layers, swapped while they are whole."""
+    torch.manual_seed(0)
+    made = [nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True) for _ in range(WORLD)]
+    model = nn.Sequential(*made)
+    tridrop.swap(model)
+    return model.train()
+
+
+def square(out, target):
+    return (out - target).square().mean()
+
+
+def pipelines_equal_one_process():
+    """A stage a process, a microbatch a sample, in two orders of the work."""
+    rank = dist.get_rank()
+    x, target = torch.randn(2, SAMPLES, 6, 8)
+    whole = layers()
+    with tridrop.rng(13):
+        expected = square(whole(x), target)
+        expected.backward()
+    for schedule in (ScheduleGPipe, Schedule1F1B):
+        part = layers()[rank]
+        given, made = (torch.empty(1, 6, 8, requires_grad=g) for g in (rank > 0, True))
+        shapes = {"input_args": (given,), "output_args": (made,)}
+        stage = PipelineStage(part, rank, WORLD, torch.device("cpu"), **shapes)
+        number_microbatches(stage, size=1)
+        run = schedule(stage, n_microbatches=SAMPLES, loss_fn=square)
+        losses = []
+        given = (x,) if rank == 0 else ()
+        last = {"target": target, "losses": losses} if rank == WORLD - 1 else {}
+        with tridrop.rng(13):
+            run.step(*given, **last)
+        if losses:
+            torch.testing.assert_close(torch.stack(losses).mean(), expected)
+        for p, q in zip(part.parameters(), whole[rank].parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def a_resumed_run_draws_what_the_unbroken_one_would():
+    """Weights in FSDP2, the base seed, the step and a schedule, by torch.distributed.checkpoint."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    x = torch.randn(SAMPLES, 8)
+
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), tridrop.nn.Dropout(0.5), nn.Linear(8, 8))
+        tridrop.nn.number_sites(model)
+        schedule = tridrop.DropoutSchedule(model, tridrop.schedules.Linear(0.6, 0.2, steps=6))
+        fully_shard(model)
+        return model, schedule, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def go(model, schedule, optimizer, seed, first, last):
+        losses = []
+        rank = dist.get_rank()
+        for step in range(first, last):
+            optimizer.zero_grad()
+            with tridrop.rng(tridrop.fold_in(seed, step)), batch_slice(rank, 1):
+                loss = model(x[rank : rank + 1]).square().mean()
+                loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    torch.manual_seed(dist.get_rank())
+    seed = mesh_seed(mesh())
+    run = start()
+    go(*run, seed, 0, 3)
+    model, schedule, _ = run
+    state = {"model": model.state_dict(), "schedule": schedule, "seed": seed, "step": 3}
+    checkpoint.save(state, checkpoint_id=folder[0])
+    unbroken = go(*run, seed, 3, 6)
+
+    model, schedule, optimizer = start()
+    state = {"model": model.state_dict(), "schedule": schedule, "seed": torch.zeros_like(seed)}
+    state["step"] = 0
+    checkpoint.load(state, checkpoint_id=folder[0])
+    model.load_state_dict(state["model"])
+    resumed = go(model, schedule, optimizer, state["seed"], state["step"], 6)
+    assert torch.equal(resumed, unbroken)
+
+
 CHECKS = [
     ddp_masks_and_gradients_of_one_process,
     masks_of_a_slice_are_rows_of_the_whole,
@@ -273,6 +363,8 @@ CHECKS = [
     tensor_and_sequence_parallelism,
     tensor_parallelism_swapped_afterwards,
     modules_of_ours_in_a_plan,
+    pipelines_equal_one_process,
+    a_resumed_run_draws_what_the_unbroken_one_would,
 ]
 
 

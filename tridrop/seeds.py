@@ -167,6 +167,16 @@ def in_batch() -> bool:
     return _state.batch is not None
 
 
+def refuse_batch(name: str) -> None:
+    """Raise inside a :func:`batch_slice` block: an op's choices have no place in a batch."""
+    if _state.batch is not None:
+        raise ValueError(
+            f"{name} chooses among the samples that it is given, which have no place in a larger "
+            "batch: leave it out of batch_slice, with a seed for each rank, such as "
+            "tridrop.fold_in(seed, rank)"
+        )
+
+
 def batch_origin(count: int) -> int:
     """Where the first of ``count`` indices of a first dimension lies, of a whole batch."""
     assert _state.batch is not None

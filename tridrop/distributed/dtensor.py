@@ -31,7 +31,8 @@ def is_distributed(x: Any) -> bool:
 
 def call(function: Any, arguments: Sequence[Any], run: Callable[..., Any]) -> Any:
     """``run(function, *arguments)``, where some of the arguments are DTensors."""
-    if not hasattr(function, "sharding"):
+    # Dynamo cannot ask whether a function has an attribute.
+    if not torch.compiler.is_compiling() and not hasattr(function, "sharding"):
         raise TypeError(
             f"{function.__name__} takes no DTensors: give it t.full_tensor(), or t.to_local() with "
             "a seed for each process"
@@ -239,9 +240,12 @@ def _whole(
         for cut in cuts
     ]
     shape = torch.Size(sizes[name] for name in names)
+    order = list(range(len(names)))
+    if t.dim() == 4 and t.stride(1) < t.stride(2):  # attention's, laid out as its query
+        order[1:3] = 2, 1
     strides = [0] * len(names)
     step = 1
-    for dim in sorted(range(len(names)), key=lambda d: (t.stride(d), -d)):
+    for dim in reversed(order):
         strides[dim] = step
         step *= max(1, shape[dim])
     return DTensor.from_local(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, choice, spec
-from ..seeds import host_seed, seed_for
+from ..seeds import host_seed, refuse_batch, seed_for
 from ..spec import Options
 from .elementwise import dropout
 from .masks import kept_indices
@@ -99,6 +99,7 @@ def drop_path_subset(
         return x + branch(x)
     if p == 1:
         return x
+    refuse_batch("drop_path_subset")
     k = choice.left(batch, p)
     kept = kept_indices(seed_for(x.device, seed), (batch,), k).sort().values
     out = branch(x.index_select(0, kept))

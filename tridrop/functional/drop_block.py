@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from .. import spec
 from ..autograd import Masked, apply
-from ..seeds import seed_for
+from ..seeds import refuse_batch, seed_for
 from .masks import keep_mask
 
 
@@ -108,6 +108,7 @@ def _drop_block(
             f"block_size = {block_size} on maps of {tuple(input.shape[2:])} makes blocks of side "
             f"{size}; it must be odd and positive"
         )
+    refuse_batch("drop_block2d" if dims == 2 else "drop_block3d")
     out: Tensor = apply(Masked, input, seed_for(input.device, seed), _blocks, (p, size, eps))
     return input.copy_(out) if inplace else out
 

@@ -22,6 +22,14 @@ ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
 _O = TypeVar("_O", bound=Options)
 
 
+def in_batch(shape: Sequence[int], shard: Shard | None) -> Shard | None:
+    """Where a tensor of ``shape`` lies, whose first dimension may be a slice of a batch."""
+    if shard is not None or not shape or not seeds.in_batch():
+        return shard
+    first = seeds.batch_origin(shape[0])
+    return Shard((first + shape[0], *shape[1:]), (first, *(0,) * (len(shape) - 1)))
+
+
 def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:
     """The seed of a call on ``x``. The processes that share a DTensor agree on a drawn one."""
     drawn = seeds.seed_for(x.device, seed)
@@ -42,11 +50,9 @@ def settle(
     drops = p_tensor is not None or options.p > 0 or options.drop_path > 0
     if not drops:
         return options, p_tensor, None
-    if seeds.in_batch() and options.shard is None and x.dim():
+    if seeds.in_batch():
         shape = spec.output_shape(x, options.activation)
-        first = seeds.batch_origin(shape[0])
-        whole = Shard((first + shape[0], *shape[1:]), (first, *(0,) * (len(shape) - 1)))
-        options = replace(options, shard=whole)
+        options = replace(options, shard=in_batch(shape, options.shard))
     return options, p_tensor, seed_of(x, seed)
 
 

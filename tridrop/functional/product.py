@@ -14,7 +14,7 @@ from ..autograd import Product, apply
 from ..ops.product import pack_product
 from ..seeds import seed_for
 from ..spec_product import ProductOptions, product_dtype
-from .elementwise import ShardLike, distinct
+from .elementwise import ShardLike, distinct, in_batch
 
 Seeds = int | Tensor | None | Sequence[int | Tensor]
 
@@ -34,7 +34,7 @@ def dropped_product(
 
     There is a seed for each mask.
     """
-    where = spec.resolve_shard(shard, x.shape)
+    where = in_batch(x.shape, spec.resolve_shard(shard, x.shape))
     dtype = product_dtype(x, weights[0])
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     weight = weight.to(dtype)

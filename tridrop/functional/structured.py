@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import choice, spec
 from ..autograd import Masked, apply
 from ..mask import Shard
-from ..seeds import seed_for
+from ..seeds import refuse_batch, seed_for
 from .elementwise import dropout
 from .masks import keep_mask, kept_indices
 
@@ -90,6 +90,7 @@ def patch_dropout(
         )
     if not training or p == 0:
         return (x, None) if return_indices else x
+    refuse_batch("patch_dropout")
     n = tokens - num_prefix_tokens
     kept = kept_indices(seed_for(x.device, seed), (batch, n), choice.left(n, p))
     if ordered:
@@ -152,6 +153,7 @@ def head_dropout(
     spec.check_probability(p)
     if not training or p == 0:
         return x
+    refuse_batch('head_dropout(rescale="kept")')
     out: Tensor = apply(Masked, x, seed_for(x.device, seed), _heads, (p, dim))
     return out
 
