@@ -53,7 +53,7 @@ TESTS = {
     "modules": ("test_layers.py", "test_torch.py", "test_transformer_block.py",
                 "test_attention_module.py", "test_attention_torch.py"),
     "attention": ("test_attention*.py",),
-    "swap": ("test_swap*.py", "test_transformers*.py"),
+    "swap": ("test_swap*.py", "test_transformers*.py", "test_lora_peft.py"),
     "others": ("*",),
 }  # fmt: skip
 # run.py sets up an environment, which these tests describe.
@@ -67,8 +67,10 @@ BENCH = {
               "rms_norm_dropout"),
     "softmax": ("softmax_dropout",),
     "attention": ("scaled_dot_product_attention",),
+    "lora": ("lora_delta", "lora_deltas"),
 }  # fmt: skip
 STEPS = ("gpt2", "bert", "vit")
+LORA = (8, 16, 64)  # ranks
 TUNE = (
     "elementwise_forward", "elementwise_backward", "elementwise_sums", "gated_sums",
     "norm_forward", "norm_backward", "softmax_forward", "softmax_backward",
@@ -224,6 +226,12 @@ def all_pieces(out: Path) -> list[Piece]:
             Piece(f"steps-{name}", [*tridrop, "bench", "--device", "cuda", "--steps", name,
                                     "--out", str(out / f"steps-{name}")])
             for name in STEPS
+        ),
+        *(
+            Piece(f"lora-{rank}", [python, str(ROOT / "benchmarks" / "lora.py"), "--device", "cuda",
+                                   "--ranks", str(rank), "--out", str(out / f"lora-{rank}")],
+                  None if installed("peft") else "peft is not installed")
+            for rank in LORA
         ),
         *ncu_pieces(out),
         *(Piece(f"tune-{name}", [python, tune, "--family", name, "--out", str(out)])

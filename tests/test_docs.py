@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDS = {"timm.md": "timm", "transformers.md": "transformers"}
+NEEDS = {"lora.md": "peft", "timm.md": "timm", "transformers.md": "transformers"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

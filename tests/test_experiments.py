@@ -12,7 +12,15 @@ import torch
 
 import tridrop
 from tridrop import cli
-from tridrop.demo.experiments import digits, measures, overfit, settings, training, uncertainty
+from tridrop.demo.experiments import (
+    digits,
+    lora,
+    measures,
+    overfit,
+    settings,
+    training,
+    uncertainty,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -97,6 +105,27 @@ def test_uncertainty_writes_what_it_found(
             assert 0 <= turned["doubt"]["information"] <= turned["doubt"]["ensemble"]
 
 
+def test_lora_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    assert experiment("lora", tmp_path, "--steps=4") == 0
+    found = results(tmp_path, "lora")
+    check_common(found, "lora")
+    check_figures(tmp_path, "lora")
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(line in said for line in found["findings"])
+    assert found["model"]["trained"] < found["model"]["parameters"]
+    for triple in found["triples"]:
+        arms = triple["arms"]
+        assert arms["peft"]["valid"][0] == arms["peft_again"]["valid"][0]
+        assert arms["peft"]["valid"][0] == pytest.approx(arms["tridrop"]["valid"][0], rel=1e-4)
+        assert len({one["train"][1] for one in arms.values()}) == 3  # each arm has masks of its own
+        assert all(len(one["seconds"]) == 4 for one in arms.values())
+    memory = found["memory"]
+    assert memory["peft"] > 1.2 * memory["tridrop"]
+    # Two layers of seven seeds.
+    assert memory["tridrop"] <= memory["tridrop_without"] + 14 * 16 <= memory["peft_without"] + 224
+
+
 def test_masks_are_those_of_keep_mask(tmp_path: Path) -> None:
     assert experiment("masks", tmp_path, "--seed=5", "--p=0.3") == 0
     found = results(tmp_path, "masks")
@@ -166,6 +195,15 @@ def test_missing_scikit_learn_is_told(
     assert experiment(name, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "pip install 'tridrop[demo]'" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_peft_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # importing it raises
+    assert experiment("lora", tmp_path / "out") == 2
+    assert "pip install 'tridrop[hf,peft]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -273,16 +311,17 @@ def test_rotation_by_quarters_is_exact() -> None:
 # --------------------------------------------------------------------------- the page and its data
 
 
-@pytest.mark.parametrize("name", ["overfit", "uncertainty"])
+@pytest.mark.parametrize("name", ["overfit", "uncertainty", "lora"])
 def test_the_page_says_what_the_committed_results_say(name: str) -> None:
     (path,) = sorted((ROOT / "benchmarks" / "results").glob(f"{name}-*.json"))
     found = json.loads(path.read_text())
-    kind = {"overfit": overfit, "uncertainty": uncertainty}[name]
+    kind = {"overfit": overfit, "uncertainty": uncertainty, "lora": lora}[name]
     assert kind.findings(found) == found["findings"]
     page = " ".join((ROOT / "docs" / "experiments.md").read_text().split())
     for line in found["findings"]:
         assert line in page
     assert path.name in page
-    defaults = settings.Settings(name, Path(), "auto", "auto", False)
+    own = settings._OWN[name]
+    defaults = settings.Settings(name, Path(), "auto", "auto", False, **own)
     for key in ("p", "steps", "train", "valid", "samples", "rotated", "seed"):
         assert found["options"][key] == getattr(defaults, key), "made by another default run"

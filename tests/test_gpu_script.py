@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import lora  # noqa: E402
 
 from tridrop import cli, inspection  # noqa: E402
 
@@ -166,6 +167,9 @@ def test_the_pieces_name_what_there_is():
             asked = cli.parser().parse_args(piece.command[piece.command.index("bench") :])
             given = tuple(asked.op) if kind == "bench" else asked.steps
             assert given == (gpu.BENCH[name] if kind == "bench" else [name])
+        if kind == "lora":
+            asked = lora.arguments(piece.command[2:])
+            assert (asked.device, asked.ranks) == ("cuda", [int(name)])
 
 
 def test_pieces_are_chosen_by_beginnings_and_unknown_ones_refused(capsys):

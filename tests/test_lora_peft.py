@@ -107,7 +107,7 @@ def assert_equal_steps(found, expected, tolerance=2e-5) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
-        largest = float(value.abs().max())
+        largest = float(value.abs().max()) if value.numel() else 0.0
         torch.testing.assert_close(
             found[name], value, rtol=tolerance, atol=tolerance * max(largest, 1e-3),
             msg=lambda text, name=name: f"{name}: {text}",
@@ -528,6 +528,37 @@ def test_hooks_on_an_adapters_parts_are_called():
         found = step(model, data())
     assert calls == ["lora_dropout", "lora_A", "lora_B"]
     assert_equal_steps(found, step(twin, data()))
+
+
+def test_a_forward_set_on_an_adapters_part_is_called():
+    """As accelerate does where it moves weights between devices."""
+    model = adapted(0.3)
+    report = tridrop.swap(model)
+    twin = twin_of(model, report)
+    calls = []
+    for m in (model, twin):
+        part = m.base_model.model.q.lora_A["default"]
+        part.forward = lambda x, part=part: calls.append(part) or F.linear(x, part.weight)
+    with tridrop.rng(SEED):
+        assert_equal_steps(step(model, data()), step(twin, data()))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (0, WIDTH), (2, 0, WIDTH), (1, 2, 3, WIDTH)], ids=str)
+def test_any_leading_shape(shape):
+    assert_as_peft(adapted(0.3), torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_strides_of_x_and_of_the_gradient():
+    model = adapted(0.3)
+    report = tridrop.swap(model)
+    twin = twin_of(model, report)
+    x = torch.randn(WIDTH, 5, 3, generator=torch.Generator().manual_seed(1)).permute(2, 1, 0)
+    for stride_0 in (x, x[:1].expand(4, -1, -1)):
+        with tridrop.rng(SEED):
+            found = model(stride_0).sum()
+        torch.testing.assert_close(found, twin(stride_0).sum())
+        found.backward()
 
 
 def test_variants_are_reported():

@@ -3,10 +3,10 @@
 import copy
 import math
 
+import numpy as np
+import numpy_mask
 import pytest
-import timm.layers
 import torch
-import torchvision.ops
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +24,16 @@ SCALE = ONE / (ONE - threshold(0.4))
 def backend(request):
     with tridrop.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm")
+
+
+@pytest.fixture
+def vision():
+    return pytest.importorskip("torchvision.ops")
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -60,6 +70,14 @@ def test_kept_indices_are_those_that_a_rising_rate_drops_last(k, backend):
     assert bool((bits.masked_fill(chosen, -1).amax(-1) <= lowest).all())
     falling = bits.gather(-1, kept)
     assert bool((falling.diff(dim=-1) <= 0).all())
+
+
+def test_kept_indices_follow_the_contract():
+    """docs/mask-contract.md, by its NumPy listing."""
+    bits = numpy_mask.bits(9, 4, (3, 50, 24)).astype(np.int64)
+    order = np.argsort(-bits, axis=-1, kind="stable")[..., :7]
+    found = tridrop.kept_indices(tridrop.fold_in(9, 4), (3, 50, 24), 7)
+    assert np.array_equal(found.numpy(), order)
 
 
 def test_every_element_is_kept_as_often_as_any_other_and_every_pair():
@@ -107,16 +125,16 @@ def test_stochastic_depth_is_dropout_with_a_shared_decision(mode, backend):
     assert 0 < int(rows[:, 0].sum()) < 40
 
 
-def test_stochastic_depth_is_a_drop_in_for_torchvisions():
+def test_stochastic_depth_is_a_drop_in_for_torchvisions(vision):
     ours, theirs = (
         tridrop.nn.StochasticDepth(0.2, "row"),
-        torchvision.ops.StochasticDepth(0.2, "row"),
+        vision.StochasticDepth(0.2, "row"),
     )
     assert repr(ours) == repr(theirs)
     assert ours.state_dict() == theirs.state_dict()
     x = normal(4, 3)
     assert ours.eval()(x) is x
-    for module in (tridrop, torchvision.ops):
+    for module in (tridrop, vision):
         with pytest.raises(ValueError, match="mode"):
             module.stochastic_depth(x, 0.2, "column")
         with pytest.raises(ValueError, match="probability"):
@@ -338,7 +356,7 @@ def test_patches_that_stay_are_those_of_the_seed(prefix, ordered):
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.7, 0.999])
 @pytest.mark.parametrize("tokens", [2, 11, 197])
-def test_patch_dropout_keeps_as_many_as_timms(p, tokens):
+def test_patch_dropout_keeps_as_many_as_timms(p, tokens, timm):
     x = normal(2, tokens, 3)
     ours, theirs = tridrop.nn.PatchDropout(p), timm.layers.PatchDropout(p)
     assert ours(x).shape == theirs(x).shape
@@ -346,7 +364,7 @@ def test_patch_dropout_keeps_as_many_as_timms(p, tokens):
     assert torch.equal(ours.train()(x)[:, :1], x[:, :1])
 
 
-def test_patch_dropout_in_a_model_of_timms():
+def test_patch_dropout_in_a_model_of_timms(timm):
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3, patch_drop_rate=0.5
     )
@@ -450,14 +468,16 @@ def torchvisions(function, x, keep_starts, p, block, monkeypatch):
     [((3, 4, 9, 7), 0.2, 3), ((2, 3, 12, 12), 0.5, 5), ((2, 3, 4, 3), 0.3, 7),
      ((2, 5, 6, 5), 0.4, 1), ((2, 3, 5, 4, 6), 0.3, 3)],
 )  # fmt: skip
-def test_blocks_are_torchvisions_by_the_exported_starts(shape, p, block, backend, monkeypatch):
+def test_blocks_are_torchvisions_by_the_exported_starts(
+    shape, p, block, backend, vision, monkeypatch
+):
     name = "drop_block2d" if len(shape) == 4 else "drop_block3d"
     x = normal(*shape).requires_grad_()
     size = min(block, *shape[2:])
     starts = (*shape[:2], *(n - size + 1 for n in shape[2:]))
     gamma = p * math.prod(shape[2:]) / (size ** (len(shape) - 2) * math.prod(starts[2:]))
     keep = tridrop.keep_mask(3, starts, gamma, device=DEVICE)
-    expected = torchvisions(getattr(torchvision.ops, name), x, keep, p, size, monkeypatch)
+    expected = torchvisions(getattr(vision, name), x, keep, p, size, monkeypatch)
     out = getattr(tridrop, name)(x, p, block, seed=3)
     assert 0 < int((out == 0).sum()) < out.numel()
     torch.testing.assert_close(out, expected)
@@ -480,13 +500,13 @@ def test_blocks_fall_at_the_rate_of_the_paper():
     assert float(out.mean()) == pytest.approx(1, abs=1e-5)  # scaled by the number kept
 
 
-def test_drop_block_is_a_drop_in_for_torchvisions():
+def test_drop_block_is_a_drop_in_for_torchvisions(vision):
     x = normal(2, 3, 5, 5)
     for name in ("DropBlock2d", "DropBlock3d"):
-        ours, theirs = (getattr(m, name)(0.2, 3, True) for m in (tridrop.nn, torchvision.ops))
+        ours, theirs = (getattr(m, name)(0.2, 3, True) for m in (tridrop.nn, vision))
         assert repr(ours) == repr(theirs)
         assert ours.eval()(x if name == "DropBlock2d" else x[None]) is not None
-    for module in (tridrop, torchvision.ops):
+    for module in (tridrop, vision):
         with pytest.raises(ValueError, match="odd"):
             module.drop_block2d(x, 0.2, 2)
         with pytest.raises(ValueError, match="odd"):

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_every": 40,
 }
 MODELS = ("block", "gpt2", "bert")
-EXPERIMENTS = ("overfit", "uncertainty", "masks")
+EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
 QUICK: dict[str, Any] = {
     "steps": 240,
     "train_bytes": 2_048,
@@ -153,8 +153,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experiment",
         choices=EXPERIMENTS,
         help="in the place of the training on text: overfit and uncertainty train small CNNs on "
-        "scikit-learn's handwritten digits, masks draws which activations fall; of the other "
-        "options they take --quick, --out, --device, --backend, --seed, --steps and --p, with "
+        "scikit-learn's handwritten digits, masks draws which activations fall, lora adapts a "
+        "small Llama with PEFT; of the other options they take --quick, --out, --device, "
+        "--backend, --seed, --steps and --p, with "
         "defaults of their own (docs/experiments.md)",
     )
     parser.add_argument("--quick", action="store_true", help="a small run, within a minute")

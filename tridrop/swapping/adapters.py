@@ -186,8 +186,9 @@ def why_not(module: Any, name: str) -> str:
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether a module is torch's linear layer with weights of its own, and nobody listens."""
-    return type(module) is nn.Linear and not heard(module) and fits(module.weight)
+    """Whether a module is torch's linear layer, with its own forward, and nobody listens."""
+    own = type(module) is nn.Linear and "forward" not in module.__dict__
+    return own and not heard(module) and fits(module.weight)
 
 
 def _drops(drop: Any) -> bool:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from .. import report
 from ..place import backend_of, check_backend, device_of
-from . import masks, overfit, uncertainty
+from . import lora, masks, overfit, uncertainty
 from .progress import Bar, bar
 from .settings import Settings, resolve
 
@@ -54,6 +54,7 @@ _EXPERIMENTS = {
         {"uncertainty": uncertainty.draw, "calibration": uncertainty.draw_reliability},
         uncertainty.findings,
     ),
+    "lora": _Experiment(lora.ticks, lora.measure, {"lora": lora.draw}, lora.findings),
     "masks": _Experiment(masks.ticks, masks.measure, {"masks": masks.draw}, masks.findings),
 }
 
@@ -68,7 +69,7 @@ def run(console: Console, args: argparse.Namespace) -> int:
     device = device_of(settings.device)
     experiment = _EXPERIMENTS[settings.experiment]
     with backend_of(settings.backend), _one_thread():
-        where = report.environment(device, check_backend(device), "scikit-learn")
+        where = report.environment(device, check_backend(device), "scikit-learn", "peft")
         try:
             with bar(console, experiment.ticks(settings)) as progress:
                 measured = experiment.measure(settings, device, progress)

@@ -12,10 +12,10 @@ from ..options import DEFAULTS, MODELS, DemoError
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice of an experiment on digits.
+    """Every choice of an experiment.
 
     ``repeats`` networks (or pairs) are trained, with the seeds from ``seed`` on. ``train`` and
-    ``valid`` are numbers of images; the rest are for the test.
+    ``valid`` are numbers of images (the rest are for the test), or of bytes of the text.
     """
 
     experiment: str
@@ -43,11 +43,13 @@ _TAKEN = {
     "overfit": ("seed", "p", "steps"),
     "uncertainty": ("seed", "p", "steps"),
     "masks": ("seed", "p"),
+    "lora": ("seed", "p", "steps"),
 }
 _OWN: dict[str, dict[str, Any]] = {
     "overfit": {},
     "uncertainty": {"repeats": 10},  # each digit is left out once
     "masks": {"p": 0.4},
+    "lora": {"p": 0.05, "steps": 160, "every": 16, "train": 65_536, "valid": 4_096},
 }
 # Enough to run every line; its findings mean nothing.
 _QUICK: dict[str, Any] = {
