@@ -82,7 +82,7 @@ class VariationalRNN(nn.Module):
         recurrent_place: "hidden", the state where it enters the matrix product (Gal and
             Ghahramani), or "candidate", what a step would add to the state of an LSTM or GRU, so
             that nothing of the memory is lost (Semeniuta, Severyn and Barth, "Recurrent dropout
-            without memory loss", 2016).
+            without memory loss", 2016, who draw anew at each step).
 
     Called as ``rnn`` is, with the same results: ``(output, h_n)``, or ``(output, (h_n, c_n))``. The
     states h_n, and those passed in, are whole; masks are for uses of them. The masks of inputs and
