@@ -380,7 +380,7 @@ def test_it_is_recomputed_copied_and_repeated():
 
 
 def test_bf16_states_are_scaled_without_bias():
-    """The factor is fp32: in bf16 1 / 0.9 would be 0.1 % off."""
+    """The factor is fp32: in bf16 1 / 0.9 would be 0.2 % off."""
     model = VariationalRNN(nn.GRU(4, HIDDEN, dtype=torch.bfloat16), recurrent_dropout=0.1)
     out, h = model(torch.randn(3, BATCH, 4, dtype=torch.bfloat16))
     assert out.dtype == h.dtype == torch.bfloat16
@@ -391,6 +391,14 @@ def test_bf16_states_are_scaled_without_bias():
         drops = model._drops(site, (h,), None)
     expected = h.double() * factor(fold_in(2, 5), HIDDEN, 0.1)
     assert torch.equal(drops.hidden(h), expected.bfloat16())
+
+
+def test_autocast_is_as_narrow_as_torchs_layer():
+    model = VariationalRNN(nn.LSTM(INPUTS, HIDDEN, 2), recurrent_dropout=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = flat(model(inputs())), flat(model.rnn(inputs()))
+    assert [t.dtype for t in found] == [t.dtype for t in expected] == [torch.bfloat16] * 3
+    found[0].float().sum().backward()
 
 
 # ------------------------------------------------------------------------------------------- cells

@@ -80,9 +80,10 @@ def locked_dropout(
 
 def _packed(input: PackedSequence, p: float | Tensor, seed: int | Tensor | None) -> PackedSequence:
     data, sizes, order, _ = input
-    batch = int(sizes[0])
+    batch, width = int(sizes[0]), data.shape[1]
     # A step's rows are the first samples of the order by length.
-    places = torch.arange(batch) if order is None else order.cpu()
+    places = torch.arange(batch)
     rows = torch.cat([places[:size] for size in sizes.tolist()]).to(data.device)
-    width = data.shape[1]
+    if order is not None:
+        rows = order[rows]
     return input._replace(data=drop_rows(data, rows, p, batch, width, seed))

@@ -230,10 +230,11 @@ class VariationalRNN(nn.Module):
         outputs, finals = [], []
         for i, site in enumerate(self.recurrent_dropout[rows]):
             weights = Weights.of(rnn, rnn.all_weights[rows][i])
-            state = tuple(s[i] for s in first)
+            gates = project(rnn.mode, x, weights)
+            # Under autocast all states are as narrow as the gates, as torch's layers have them.
+            state = tuple(s[i].to(gates.dtype) for s in first)
             drops = self._drops(site, state, None if packing is None else packing.sorted_indices)
             advance = partial(step, rnn.mode, w=weights, drops=drops)
-            gates = project(rnn.mode, x, weights)
             if packing is None:
                 found, final = scan(gates.unbind(), state, advance, reverse=i == 1)
                 outputs.append(torch.stack(found))
