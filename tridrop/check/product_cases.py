@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
@@ -75,6 +76,39 @@ def _lora(
     )
 
 
+def _dropconnect(shape: tuple[int, ...], out: int, *, p: float = 0.3, bias: bool = True) -> Case:
+    shapes = {"x": shape, "weight": (out, shape[-1]), "out": (*shape[:-1], out)}
+    if bias:
+        shapes["bias"] = (out,)
+
+    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
+        return functional.dropconnect_linear(
+            inputs["x"], inputs["weight"], inputs.get("bias"), p, training, seed=seed
+        )
+
+    def eager(inputs: Inputs, drop: Drop) -> Tensor:
+        return F.linear(inputs["x"], drop("elements", inputs["weight"]), inputs.get("bias"))
+
+    def probe(inputs: Inputs, seed: Any) -> Tensor:
+        weight = inputs["weight"]
+        same = torch.eye(shape[-1], device=weight.device, dtype=weight.dtype)
+        return functional.dropconnect_linear(same, weight, None, p, True, seed=seed).T
+
+    return Case(
+        name=f"dropconnect_linear: {'bias' if bias else 'plain'} {list(shape)}, {out} outputs",
+        op="dropconnect_linear",
+        p=p,
+        shapes=shapes,
+        call=call,
+        eager=eager,
+        rates={"elements": p},
+        probe=probe,
+        main="weight",
+        mask_over=(out, shape[-1]),
+        multiplies=True,
+    )
+
+
 CASES: Sequence[Case] = (
     _lora("lora_delta", (6, 7, 40), 8, 24),
     _lora("lora_delta", (70, 65), 5, 9, p=0.05, scaling=2.0, bias=True),
@@ -82,4 +116,6 @@ CASES: Sequence[Case] = (
     _lora("lora_linear", (2, 20, 72), 16, 30, p=0.5, scaling=0.25),
     _lora("lora_linear", (9, 33), 1, 7, p=0.1, bias=True),
     _lora("lora_deltas", (33, 48), 8, 12, adapters=3),
+    _dropconnect((2, 9, 40), 24),
+    _dropconnect((150, 33), 10, p=0.5, bias=False),
 )

@@ -3,6 +3,7 @@
 from .attention import scaled_dot_product_attention
 from .depth import drop_path_subset, layer_drop, stochastic_depth
 from .drop_block import drop_block2d, drop_block3d
+from .dropconnect import dropconnect_linear
 from .elementwise import activation_dropout, dropout, dropout_add
 from .embedding import embedding_dropout, word_dropout
 from .family import (
@@ -33,6 +34,7 @@ __all__ = [
     "drop_block2d",
     "drop_block3d",
     "drop_path_subset",
+    "dropconnect_linear",
     "dropout",
     "dropout1d",
     "dropout2d",

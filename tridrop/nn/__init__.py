@@ -2,6 +2,7 @@
 
 from ..seeds import number_sites
 from .attention import MultiheadAttention
+from .dropconnect import DropConnectLinear, remove_weight_drop, weight_drop
 from .embedding import EmbeddingDropout, WordDropout
 from .family import (
     AlphaDropout,
@@ -36,6 +37,7 @@ __all__ = [
     "AlphaDropout",
     "DropBlock2d",
     "DropBlock3d",
+    "DropConnectLinear",
     "DropPath",
     "DropPathSubset",
     "Dropout",
@@ -65,4 +67,6 @@ __all__ = [
     "VariationalRNN",
     "WordDropout",
     "number_sites",
+    "remove_weight_drop",
+    "weight_drop",
 ]

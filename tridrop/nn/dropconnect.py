@@ -1,0 +1,217 @@
+"""Modules whose weights are dropped: a linear layer, and any module by its parameters' names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .. import functional as F
+from ..autograd.redrawn import redrawn
+from ..functional.dropconnect import drop_weight
+from ..seeds import seed_for
+from ..spec import check_probability
+from .modules import _Site
+
+
+class DropConnectLinear(nn.Linear, _Site):
+    """:func:`tridrop.dropconnect_linear` as a module: torch.nn.Linear with dropped weights.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
+        p: the probability of dropping a weight.
+
+    >>> import torch, tridrop
+    >>> layer = tridrop.nn.DropConnectLinear(4, 2, p=0.5)
+    >>> layer(torch.ones(3, 4)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        p: float = 0.5,
+    ) -> None:
+        check_probability(p)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.p = float(p)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropconnect_linear(
+            input, self.weight, self.bias, self.p, self.training, seed=self._seed(input)
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}"
+
+
+class WeightDropped(_Site):
+    """The parametrisation that :func:`weight_drop` registers, one for each parameter.
+
+    During the module's forward it gives the weight dropped, drawn once; at other times, and in
+    evaluation, the weight itself.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = float(p)
+        self.current: Tensor | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight if self.current is None else self.current
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class _Call:
+    """What a module does before and after its forward: pickled and copied with it."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.inside: list[AbstractContextManager[None]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Call:
+        copied = _Call()
+        copied.names = list(self.names)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "inside": []}
+
+    def before(self, module: nn.Module, inputs: Any) -> None:
+        drawn = []
+        for name in self.names:
+            chain = cast(Any, module.parametrizations)[name]
+            site = next(m for m in chain if isinstance(m, WeightDropped))
+            if site.training and site.p > 0:
+                weight = chain.original
+                seed = site._seed(weight)
+                found = drop_weight(weight, site.p, seed_for(weight.device, seed))
+                drawn.append(found)
+                site.current = found.value
+        _show_to_rnn(module)
+        context = redrawn(drawn)
+        context.__enter__()
+        self.inside.append(context)
+
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        for name in self.names:
+            for site in cast(Any, module.parametrizations)[name]:
+                if isinstance(site, WeightDropped):
+                    site.current = None
+        _show_to_rnn(module)
+        if self.inside:
+            self.inside.pop().__exit__(None, None, None)
+
+
+def _show_to_rnn(module: nn.Module) -> None:
+    """torch's recurrent modules read their weights from a list of their own."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def weight_drop(module: nn.Module, names: str | Sequence[str], p: float = 0.5) -> nn.Module:
+    """Drop parameters of a module in training: DropConnect for any module, such as an LSTM.
+
+    Each named parameter is registered as a torch.nn.utils.parametrize parametrisation. A call of
+    the module draws one mask for each, whose dropped weight backward draws again (Wan et al. 2013;
+    ``weight_hh_l0`` of an LSTM: AWD-LSTM, Merity, Keskar, Socher, arXiv 1708.02182). Outside a
+    call the attribute is the weight itself.
+
+    Args:
+        module: any torch.nn.Module whose forward reads the parameters as attributes, or a
+            recurrent module of torch.
+        names: the names of its parameters, such as "weight".
+        p: the probability of dropping a weight.
+
+    Returns:
+        The module itself. Its state_dict names the weight ``parametrizations.<name>.original``;
+        :func:`remove_weight_drop` undoes that.
+
+    Raises:
+        ValueError: a name that is no parameter of the module, or is dropped already; p outside
+            [0, 1]. TypeError: names of another type.
+
+    >>> import torch, tridrop
+    >>> layer = tridrop.nn.weight_drop(torch.nn.Linear(8, 8), "weight", 0.5)
+    >>> bool((layer(torch.eye(8)) - layer.bias == 0).any())
+    True
+    """
+    check_probability(p)
+    wanted = [names] if isinstance(names, str) else list(names)
+    parameters = dict(module.named_parameters(recurse=False))
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"names has {name!r} of type {type(name).__name__}; give strings")
+        if dropped_names(module).count(name):
+            raise ValueError(f"{name} is dropped already: call remove_weight_drop first")
+        parametrized = parametrize.is_parametrized(module, name)
+        if name not in parameters and not parametrized:
+            raise ValueError(
+                f"{name!r} is no parameter of {type(module).__name__}; it has: "
+                f"{', '.join(parameters) or 'none'}"
+            )
+    call = _call_of(module)
+    if call is None:
+        call = _Call()
+        object.__setattr__(module, "_tridrop_weight_drop", call)
+        module.register_forward_pre_hook(call.before)
+        module.register_forward_hook(call.after, always_call=True)
+    for name in wanted:
+        site = WeightDropped(p).train(module.training)
+        parametrize.register_parametrization(module, name, site)
+        call.names.append(name)
+    return module
+
+
+def _call_of(module: nn.Module) -> _Call | None:
+    return cast("_Call | None", getattr(module, "_tridrop_weight_drop", None))
+
+
+def dropped_names(module: nn.Module) -> list[str]:
+    """The parameters of a module that :func:`weight_drop` drops."""
+    call = _call_of(module)
+    return [] if call is None else list(call.names)
+
+
+def remove_weight_drop(module: nn.Module) -> nn.Module:
+    """Undo :func:`weight_drop`: the parameters are again what and where they were.
+
+    Returns the module; one that drops nothing is left as it is. Other parametrisations of the
+    parameters have to be removed by torch.nn.utils.parametrize first: ValueError.
+
+    >>> import torch, tridrop
+    >>> layer = tridrop.nn.weight_drop(torch.nn.Linear(2, 2), "weight", 0.5)
+    >>> sorted(dict(tridrop.nn.remove_weight_drop(layer).named_parameters()))
+    ['bias', 'weight']
+    """
+    call = _call_of(module)
+    if call is None:
+        return module
+    for name in call.names:
+        chain = cast(Any, module.parametrizations)[name]
+        if any(not isinstance(m, WeightDropped) for m in chain):
+            raise ValueError(
+                f"{name} has other parametrisations too, which cannot stay when this one goes: "
+                "remove them with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+    for name in call.names:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__self__", None) is call:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+    del module._tridrop_weight_drop
+    _show_to_rnn(module)
+    return module
