@@ -4,7 +4,6 @@ import torch
 import torch.distributed as dist
 
 import tridrop
-from tridrop.functional.attention import scaled_dot_product_attention_backward
 
 
 def pass_on(tensors, group):
@@ -70,7 +69,7 @@ class RingAttention(torch.autograd.Function):
         )
         for shard in RingAttention.blocks(query, key, is_causal, group):
             if shard is not None:
-                parts = scaled_dot_product_attention_backward(
+                parts = tridrop.scaled_dot_product_attention_backward(
                     grad, out, lse, query, key, value, None, p, is_causal, shard=shard, seed=seed
                 )
                 for total, part in zip((dquery, dkey, dvalue), parts, strict=True):

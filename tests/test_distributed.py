@@ -109,7 +109,7 @@ def pieces_are_those_of_torch():
         mesh = mesh_of(len(placements))
         names = ("a", "b", "c")
         cuts = tuple(names[p.dim] if p.is_shard() else None for p in placements)
-        layout = Layout({}, (), {}, tuple)
+        layout = Layout({}, 0, (), {}, tuple)
         for shape in (SHAPE, (1, 2, 16), (5, 7, 9)):
             ours = _pieces(mesh, cuts, dict(zip(names, shape, strict=True)), layout)
             sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -451,6 +451,18 @@ def compiled_calls_are_those_of_eager():
             found.append([out, *(t.grad for t in parts.values())])
         for eager, ours in zip(*found, strict=True):
             close(whole(ours), whole(eager))
+
+    def attend(q):
+        return tridrop.scaled_dot_product_attention(q, q, q, None, 0.3, True, seed=seed)
+
+    q = spread(torch.randn(2, 4, 8, 8), [Shard(1)])
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    close(whole(compiled(q)), whole(attend(q)))
+    drawn = drawn_by_the_first()
+    differs()
+    compiled = torch.compile(lambda x: tridrop.dropout(x, 0.5), backend="aot_eager", fullgraph=True)
+    out = compiled(spread(torch.ones(4, 64), [Shard(0)]))
+    assert torch.equal(whole(out) != 0, tridrop.keep_mask(drawn, (4, 64), 0.5))
     torch._dynamo.reset()
 
 

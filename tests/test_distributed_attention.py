@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import tridrop
-from tridrop.functional.attention import scaled_dot_product_attention_backward
 
 WORLD = 4
 
@@ -65,7 +64,7 @@ def test_blocks_combine_to_the_whole(backend, is_causal):
         close(lse, its_lse.detach())
         found = [torch.zeros_like(t) for t in (q, k, v)]
         for at, shard in blocks:
-            dq, dk, dv = scaled_dot_product_attention_backward(
+            dq, dk, dv = tridrop.scaled_dot_product_attention_backward(
                 grad, out, lse, q, k[:, :, at], v[:, :, at], bias[:, at], 0.3, is_causal,
                 shard=shard, **more,
             )  # fmt: skip
@@ -84,7 +83,7 @@ def test_a_block_without_keys_to_see_adds_nothing():
     )
     assert not out.any()
     assert (lse == -torch.inf).all()
-    parts = scaled_dot_product_attention_backward(
+    parts = tridrop.scaled_dot_product_attention_backward(
         out, out, lse, q, k, v, None, 0.3, True, shard=shard, seed=5
     )
     assert not any(t.any() for t in parts)
@@ -94,9 +93,9 @@ def test_bad_arguments_of_the_backward_say_what_is_wrong():
     q, k, v = (t.detach() for t in operands())
     out, lse = tridrop.scaled_dot_product_attention(q, k, v, return_lse=True)
     with pytest.raises(ValueError, match=r"lse \(2, 4, 15\); they must be"):
-        scaled_dot_product_attention_backward(out, out, lse[..., 1:], q, k, v, seed=1)
+        tridrop.scaled_dot_product_attention_backward(out, out, lse[..., 1:], q, k, v, seed=1)
     with pytest.raises(ValueError, match="give four dimensions"):
-        scaled_dot_product_attention_backward(out, out, lse, q[0], k[0], v[0], seed=1)
+        tridrop.scaled_dot_product_attention_backward(out, out, lse, q[0], k[0], v[0], seed=1)
 
 
 def test_the_ring_is_the_one_of_the_docs():

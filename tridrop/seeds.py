@@ -139,6 +139,9 @@ def batch_slice(origin: int, size: int) -> Iterator[None]:
     anything else        ValueError
     ===================  ====================================================================
 
+    So samples must come first: of ``[L, N, E]`` (``batch_first=False``), and of tokens that a model
+    sorts by expert, give a ``shard`` to each call instead.
+
     Put ``loss.backward()`` inside too where activations are recomputed. Process-wide, as
     :func:`tridrop.rng`.
 

@@ -52,8 +52,7 @@ def call(function: Any, arguments: Sequence[Any], run: Callable[..., Any]) -> An
         local[i] = _local(t, o, mesh, cuts, pieces, layout, linear)
     place = next(i for i, a in enumerate(arguments) if isinstance(a, tuple))
     local[place] = layout.settle(pieces)
-    seed = next((a for i, a in enumerate(arguments) if i not in given and _is_seed(a)), None)
-    check_where_asked(seed, mesh)
+    check_where_asked(arguments[layout.seed], mesh)
     results = run(function, *local)
     single = isinstance(results, Tensor)
     found = [
@@ -61,10 +60,6 @@ def call(function: Any, arguments: Sequence[Any], run: Callable[..., Any]) -> An
         for t, names in zip((results,) if single else results, _names(layout, results), strict=True)
     ]
     return found[0] if single else tuple(found)
-
-
-def _is_seed(a: Any) -> bool:
-    return isinstance(a, Tensor) and a.dtype == torch.int64 and tuple(a.shape) == (2,)
 
 
 def _names(layout: Layout, results: Any) -> list[Any]:

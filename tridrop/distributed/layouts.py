@@ -37,12 +37,14 @@ class Operand(NamedTuple):
 class Layout:
     """What an op says of its arguments.
 
-    ``operands`` are tensor arguments by their place. ``whole`` are the names that cannot be cut,
-    and why. ``linear`` are the places of the operands that may, all together, be Partial: the
-    result is then a sum over processes as well. ``settle`` gives the options of a process.
+    ``operands`` are tensor arguments by their place, ``seed`` is the seed's. ``whole`` are the
+    names that cannot be cut, and why. ``linear`` are the places of the operands that may, all
+    together, be Partial: the result is then a sum over processes as well. ``settle`` gives the
+    options of a process.
     """
 
     operands: Mapping[int, Operand]
+    seed: int
     results: Sequence[Names | None]
     whole: Mapping[str, str]
     settle: Callable[[Mapping[str, Piece]], tuple[Any, ...]]
@@ -67,6 +69,7 @@ def _rows(
     arguments: Sequence[Any],
     packed: tuple[Any, ...],
     vectors: Mapping[int, str],
+    seed: int,
     results: int,
     whole: Mapping[str, str],
 ) -> Layout:
@@ -96,6 +99,7 @@ def _rows(
     linear = packed[0] == "none" and packed[_NOISE] != "alpha" and arguments[_BIAS] is None
     return Layout(
         operands=operands,
+        seed=seed,
         results=(names,) * results,
         whole=whole,
         settle=settle,
@@ -106,14 +110,14 @@ def _rows(
 def elementwise(*arguments: Any) -> Layout:
     """Of ``Fused``: any dimension may be cut; both halves of a gated activation belong together."""
     vectors = {_BIAS: "bias", _LAYER_SCALE: "layer_scale"}
-    return _rows(arguments, arguments[-1], vectors, 1, {})
+    return _rows(arguments, arguments[-1], vectors, 4, 1, {})
 
 
 def norm(*arguments: Any) -> Layout:
     """Of ``FusedNorm``: any dimension but the last may be cut."""
     vectors = {_BIAS: "bias", _LAYER_SCALE: "layer_scale", 4: "weight", 5: "norm_bias"}
     whole = {"columns": "a norm needs the last dimension whole"}
-    return _rows(arguments, arguments[-1], vectors, 2, whole)
+    return _rows(arguments, arguments[-1], vectors, 6, 2, whole)
 
 
 # ------------------------------------------------------------------------- softmax and attention
@@ -159,7 +163,7 @@ def softmax(*arguments: Any) -> Layout:
         batch = Piece(0, start, 0)
         return _settle_scores(packed, batch, head, pieces["queries"], pieces["keys"])
 
-    return Layout(operands, (names, names, None), whole, settle)
+    return Layout(operands, 2, (names, names, None), whole, settle)
 
 
 def attention(*arguments: Any) -> Layout:
@@ -199,6 +203,7 @@ def attention(*arguments: Any) -> Layout:
 
     return Layout(
         operands,
+        8,
         (("batch", "heads", "queries", "width"), ("batch", "heads", "queries")),
         whole,
         settle,

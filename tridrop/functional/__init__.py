@@ -1,6 +1,6 @@
 """The public functions: validate, draw the seed, call autograd."""
 
-from .attention import scaled_dot_product_attention
+from .attention import scaled_dot_product_attention, scaled_dot_product_attention_backward
 from .depth import drop_path_subset, layer_drop, stochastic_depth
 from .drop_block import drop_block2d, drop_block3d
 from .dropconnect import dropconnect_linear
@@ -58,6 +58,7 @@ __all__ = [
     "patch_dropout",
     "rms_norm_dropout",
     "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
     "softmax_dropout",
     "stochastic_depth",
     "word_dropout",

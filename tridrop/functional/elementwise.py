@@ -14,6 +14,7 @@ from ..autograd import Fused, apply
 from ..distributed import agree
 from ..distributed.dtensor import is_dtensor
 from ..mask import Shard
+from ..seeds import seed_for
 from ..spec import Options
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
@@ -32,7 +33,7 @@ def in_batch(shape: Sequence[int], shard: Shard | None) -> Shard | None:
 
 def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:
     """The seed of a call on ``x``. The processes that share a DTensor agree on a drawn one."""
-    drawn = seeds.seed_for(x.device, seed)
+    drawn = seed_for(x.device, seed)
     if seed is None and is_dtensor(x) and not seeds.active():
         return agree(drawn, x.device_mesh)  # type: ignore[attr-defined]
     return drawn
