@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters, classes, kinds
+from . import adapters, branches, classes, kinds
 from .classes import Recipe
 from .recognise import Tail, called_by, resolve
 from .rewrite import ATTENTION_PARTS, Levels, Op
@@ -147,7 +147,7 @@ class Survey:
             return "its level is off"
         if self.work(layer).lora is None:
             return f"the forward of {base_of(layer).__name__} is not known"
-        return adapters.why_not(layer, name)
+        return branches.why_not(layer, name)
 
     def rate_of_module(self, module: nn.Module) -> float | None:
         """The p of a module that drops."""
