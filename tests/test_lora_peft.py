@@ -164,6 +164,16 @@ def test_the_expected_value_is_that_of_pefts_eager():
     assert 0.9 < float((draws.var(0) / variance).mean()) < 1.1
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+def test_the_kernels_do_the_same(dora):
+    model = adapted(0.3, use_dora=dora)
+    tridrop.swap(model)
+    with tridrop.rng(SEED):
+        expected = step(model, data())
+    with tridrop.rng(SEED), tridrop.backend("triton"):
+        assert_equal_steps(step(model, data()), expected)
+
+
 def test_a_schedule_of_the_rate_takes_the_adapters():
     from tridrop.schedules import Linear
 
@@ -563,6 +573,39 @@ def test_gradient_checkpointing_of_a_transformers_model(reentrant):
     assert len(results[0]) == 28
     for name, gradient in results[0].items():
         torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_trainer_with_the_callback(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from tridrop.swapping.trainer import SwapCallback
+
+    torch.manual_seed(0)
+    about = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=20,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(about)
+    model = peft.get_peft_model(
+        base, config(0.2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True, save_steps=2
+    )
+    words = torch.arange(6)
+    callback = SwapCallback()
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=[{"input_ids": words, "labels": words}] * 4,
+        callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    assert callback.report.counts()["fused"] == 7
+    found = peft.PeftModel.from_pretrained(
+        transformers.LlamaForCausalLM(about), tmp_path / "checkpoint-2"
+    )
+    kept = {n: w for n, w in model.state_dict().items() if "lora_" in n}
+    assert any(w.any() for n, w in kept.items() if "lora_B" in n)
+    assert all(torch.equal(found.state_dict()[n], w) for n, w in kept.items())
 
 
 @pytest.mark.parametrize("adapters", ["one", "two"])

@@ -119,7 +119,7 @@ def _train(
     order = torch.Generator().manual_seed(seed)
     held = _windows(parts[1], torch.arange(0, len(parts[1]) - CONTEXT, CONTEXT))
     # Of a CPU the processor's time, which other programs do not lengthen as they do the clock's.
-    clock = time.process_time if order.device == held.device else time.perf_counter
+    clock = time.process_time if held.device.type == "cpu" else time.perf_counter
     found: dict[str, dict[str, Any]] = {
         arm: {"steps": [], "train": [], "valid": [], "seconds": []} for arm in ARMS
     }
