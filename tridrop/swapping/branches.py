@@ -163,7 +163,9 @@ def add(module: Any, name: str, deltas: dict[str, Tensor], x: Tensor, result: Te
 
     Of several adapters the sum is kept in the wider dtype until all are added, as PEFT does it.
     """
-    wide = torch.promote_types(result.dtype, module.lora_A[name].weight.dtype) == result.dtype
+    own = module.lora_A[name].weight.dtype
+    own = torch.get_autocast_dtype(x.device.type) if _autocast(x) else own
+    wide = torch.promote_types(result.dtype, own) == result.dtype
     last = len(module.active_adapters) == 1 and not _autocast(x)
     alone = name not in deltas and (wide or last) and fits(result) and _fuses(module, name, x)
     if alone and not _companions(module, name, x):
