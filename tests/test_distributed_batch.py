@@ -90,6 +90,32 @@ def test_adapters_too():
         assert torch.equal(kept(Lora()(torch.ones(2, 10))), whole[4:])
 
 
+def test_samples_that_come_second_and_weights_that_are_none():
+    whole = tridrop.keep_mask(SEED, (6, 8), P)
+    x = torch.ones(5, 2, 8)
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2, 8), torch.ones(3, 8)], enforce_sorted=False)
+    weight = torch.ones(6, 8)
+    with batch_slice(4, 2):
+        out = tridrop.locked_dropout(x, P, seed=SEED)
+        assert torch.equal(kept(out), whole[4:].expand(5, 2, 8))
+        out = tridrop.locked_dropout(x.transpose(0, 1), P, batch_first=True, seed=SEED)
+        assert torch.equal(kept(out), whole[4:, None].expand(2, 5, 8))
+        data, _ = nn.utils.rnn.pad_packed_sequence(
+            tridrop.locked_dropout(packed, P, seed=SEED), batch_first=True
+        )
+        assert torch.equal(kept(data[0, :2]), whole[4].expand(2, 8))
+        assert torch.equal(kept(data[1]), whole[5].expand(3, 8))
+        words = tridrop.word_dropout(torch.ones(2, 8, dtype=torch.int64), P, token=0, seed=SEED)
+        assert torch.equal(words == 1, whole[4:])
+        for backend in ("reference", "triton"):
+            with tridrop.backend(backend):
+                out = tridrop.dropconnect_linear(torch.eye(8), weight, p=P, seed=SEED)
+            assert torch.equal(kept(out), whole.T)
+        table = tridrop.embedding_dropout(torch.arange(6), weight, P, seed=SEED)
+        words = tridrop.keep_mask(SEED, (6, 1), P)
+        assert torch.equal(kept(table), words.expand(6, 8))
+
+
 def test_what_has_no_place_in_a_batch_raises():
     x = torch.ones(4, 6, 8)
     calls = [

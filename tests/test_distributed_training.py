@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import tridrop
+from tridrop import autograd
 from tridrop.distributed import batch_slice, mesh_seed, number_microbatches
 
 WORLD, STEPS, SAMPLES = 4, 20, 4
@@ -204,6 +206,69 @@ def gpt2_plan():
 PLANS = {"BERT": bert_plan, "GPT-2": gpt2_plan}
 
 
+def recorded(model, part=slice(None)):
+    """The masks of a step: the exported ones, for what each kernel was told, by their seeds.
+
+    Of each: the mask of the piece, and where it begins in the whole.
+    """
+    found = {}
+
+    def note(seed, shape, p, whole, origin, export):
+        origin = tuple(origin) or (0,) * len(shape)
+        where = tridrop.Shard(tuple(whole) or tuple(shape), origin)
+        found.setdefault(tuple(seed.tolist()), []).append(
+            (export(seed, shape, p, shard=where), origin)
+        )
+
+    def rows(forward, seed_at):
+        def call(x, *arguments):
+            packed = arguments[seed_at + 1 :]
+            seed = arguments[seed_at - 1]
+            if seed is not None:
+                note(seed, x.shape, packed[1], packed[4], packed[5], tridrop.keep_mask)
+            return forward(x, *arguments)
+
+        return call
+
+    def scores(query, key, *arguments):
+        seed, (p, *_) = arguments[6], arguments[8:]
+        if seed is not None:
+            shape, origin = (*query.shape[:3], key.shape[2]), arguments[8 + 5]
+            whole = [n + o for n, o in zip(shape, origin, strict=True)]
+            note(seed, shape, p, whole, origin, tridrop.attention_keep_mask)
+        return attend(query, key, *arguments)
+
+    attend = autograd.attention.attention_forward
+    with (
+        mock.patch.object(autograd.elementwise, "forward", rows(autograd.elementwise.forward, 4)),
+        mock.patch.object(autograd.norm, "norm_forward", rows(autograd.norm.norm_forward, 6)),
+        mock.patch.object(autograd.attention, "attention_forward", scores),
+    ):
+        train(model, 1, part)
+    return found
+
+
+def masks_of_swapped_models_bit_by_bit():
+    """Under TP, SP and FSDP2: the pieces are those of one process, and together they are whole."""
+    dp = mesh().get_coordinate()[0]
+    for name, plan in PLANS.items():
+        expected = recorded(swapped(name))
+        model = swapped(name)
+        parallelize_module(model, mesh()["tp"], plan())
+        fully_shard(model, mesh=mesh()["dp"])
+        found = recorded(model, slice(2 * dp, 2 * dp + 2))
+        assert found.keys() == expected.keys()
+        assert len(expected) == 7
+        for seed, ((mask, origin),) in found.items():
+            ((whole, _),) = expected[seed]
+            at = tuple(slice(o, o + n) for o, n in zip(origin, mask.shape, strict=True))
+            assert torch.equal(mask, whole[at])
+            seen = torch.zeros_like(whole, dtype=torch.int32)
+            seen[at] = 1
+            dist.all_reduce(seen)
+            assert seen.min() >= 1
+
+
 def tensor_and_sequence_parallelism():
     """The same samples in all processes of "tp"; FSDP2 over "dp", whose ranks have two each."""
     dp = mesh().get_coordinate()[0]
@@ -360,6 +425,7 @@ CHECKS = [
     ddp_masks_and_gradients_of_one_process,
     masks_of_a_slice_are_rows_of_the_whole,
     fsdp2_with_checkpointing,
+    masks_of_swapped_models_bit_by_bit,
     tensor_and_sequence_parallelism,
     tensor_parallelism_swapped_afterwards,
     modules_of_ours_in_a_plan,

@@ -182,7 +182,8 @@ def refuse_batch(name: str) -> None:
 
 def batch_origin(count: int) -> int:
     """Where the first of ``count`` indices of a first dimension lies, of a whole batch."""
-    assert _state.batch is not None
+    if _state.batch is None:
+        return 0
     origin, size = _state.batch
     if count % size == 0:
         return origin * (count // size)

@@ -12,7 +12,7 @@ from .. import backends, spec
 from ..autograd.redrawn import Drawn, redrawn
 from ..seeds import seed_for
 from ..spec_product import check_matrix, check_same_dtype
-from .elementwise import dropout
+from .elementwise import dropout, in_batch
 from .product import dropped_product
 
 # Rows of x up to which the mask is applied as the product loads the weight, on the Triton backend.
@@ -73,7 +73,8 @@ def dropconnect_linear(
     fused = backends.choose(x.device) == "triton" and 0 < rows <= FUSED_ROWS
     if fused and not autocast:
         # The roles of a LoRA's product are exchanged: the weight is the matrix that is dropped.
-        out = dropped_product(weight, (x.reshape(rows, -1),), p, True, seeds=(seed,))
+        whole = in_batch(weight.shape, dim=None)
+        out = dropped_product(weight, (x.reshape(rows, -1),), p, True, shard=whole, seeds=(seed,))
         out = out.T.reshape(*x.shape[:-1], weight.shape[0])
         return out if bias is None else out + bias
     drawn = drop_weight(weight, p, seed)
@@ -88,4 +89,4 @@ def drop_weight(weight: Tensor, p: float | Tensor, seed: int | Tensor) -> Drawn:
 
 
 def _draw(weight: Tensor, p: float | Tensor, seed: int | Tensor) -> Tensor:
-    return dropout(weight, p, True, seed=seed)
+    return dropout(weight, p, True, shard=in_batch(weight.shape, dim=None), seed=seed)

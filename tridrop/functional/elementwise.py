@@ -23,12 +23,18 @@ ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
 _O = TypeVar("_O", bound=Options)
 
 
-def in_batch(shape: Sequence[int], shard: Shard | None) -> Shard | None:
-    """Where a tensor of ``shape`` lies, whose first dimension may be a slice of a batch."""
+def in_batch(shape: Sequence[int], shard: Shard | None = None, dim: int | None = 0) -> Shard | None:
+    """Where a tensor of ``shape`` lies, whose samples may be a slice of a batch.
+
+    ``dim`` is the dimension of the samples; None where there are none, as in weights.
+    """
     if shard is not None or not shape or not seeds.in_batch():
         return shard
-    first = seeds.batch_origin(shape[0])
-    return Shard((first + shape[0], *shape[1:]), (first, *(0,) * (len(shape) - 1)))
+    origin, whole = [0] * len(shape), list(shape)
+    if dim is not None:
+        origin[dim] = seeds.batch_origin(shape[dim])
+        whole[dim] += origin[dim]
+    return Shard(tuple(whole), tuple(origin))
 
 
 def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:

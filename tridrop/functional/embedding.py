@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import spec
 from ..seeds import seed_for
+from .elementwise import in_batch
 from .masks import keep_mask
 from .rows import drop_rows
 
@@ -113,7 +114,8 @@ def word_dropout(
             raise ValueError(f"{name}: {word} is outside {input.dtype}")
     if not training or (not isinstance(p, Tensor) and p == 0):
         return input
-    kept = keep_mask(seed_for(input.device, seed), input.shape, p)
+    where = in_batch(input.shape)
+    kept = keep_mask(seed_for(input.device, seed), input.shape, p, shard=where)
     for word in exempt:
         kept = kept | (input == word)
     return torch.where(kept, input, token)

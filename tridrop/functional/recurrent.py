@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import spec
-from .elementwise import dropout
+from ..seeds import batch_origin
+from .elementwise import dropout, in_batch
 from .rows import drop_rows
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
@@ -71,11 +72,12 @@ def locked_dropout(
     if isinstance(input, PackedSequence):
         return _packed(input, p, seed)
     if x.dim() == 2:
-        return dropout(x, p, noise_shape=(1, None), seed=seed)
+        return dropout(x, p, noise_shape=(1, None), shard=in_batch(x.shape, dim=None), seed=seed)
     if batch_first:
         # Time first, so that a sample's coordinate does not depend on the number of steps.
         return locked_dropout(x.transpose(0, 1), p, seed=seed).transpose(0, 1)
-    return dropout(x, p, noise_shape=(1, None, None), seed=seed)
+    where = in_batch(x.shape, dim=1)
+    return dropout(x, p, noise_shape=(1, None, None), shard=where, seed=seed)
 
 
 def _packed(input: PackedSequence, p: float | Tensor, seed: int | Tensor | None) -> PackedSequence:
@@ -86,4 +88,5 @@ def _packed(input: PackedSequence, p: float | Tensor, seed: int | Tensor | None)
     rows = torch.cat([places[:size] for size in sizes.tolist()]).to(data.device)
     if order is not None:
         rows = order[rows]
-    return input._replace(data=drop_rows(data, rows, p, batch, width, seed))
+    first = batch_origin(batch)
+    return input._replace(data=drop_rows(data, rows + first, p, first + batch, width, seed))
