@@ -67,6 +67,28 @@ def affine(u, mean, rstd, weight, bias):
         add(u, size, vector(bias, size, np.float32))
 
 
+@part(_any_order)
+def gather(d, u, weight, dweight, dnorm_bias):
+    """The sums over a row for one whose vectors are all there, in one pass: d becomes d * weight.
+
+    Returns the sums of d * weight * u and of d * weight.
+    """
+    size = d.size
+    w = vector(weight, size, np.float32)
+    of_weight = vector(dweight, size, np.float32)
+    of_bias = vector(dnorm_bias, size, np.float32)
+    along, whole = _ZERO, _ZERO
+    for j in range(size):
+        grad = d[j]
+        of_bias[j] += grad
+        of_weight[j] += grad * u[j]
+        grad *= w[j]
+        d[j] = grad
+        along += grad * u[j]
+        whole += grad
+    return along, whole
+
+
 @part({"contract"})
 def project(d, normed, along, mean, rstd):
     """d = (d - normed * along - mean) * rstd."""
@@ -152,11 +174,14 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
             drop_row(d, r, columns, mask, scale, bits, words)
         load(stream, at, columns, u)
         centre(u, means[r], rstds[r])
-        accumulate(dnorm_bias, 0, columns, d)
-        accumulate_product(dweight, columns, d, u)
-        multiply_vector(d, columns, weight, 0)
-        along = dot(d, u) / size
-        project(d, u, along, _ZERO if rms else total(d) / size, rstds[r])
+        if weight != 0 and dweight != 0 and dnorm_bias != 0:
+            along, whole = gather(d, u, weight, dweight, dnorm_bias)
+        else:
+            accumulate(dnorm_bias, 0, columns, d)
+            accumulate_product(dweight, columns, d, u)
+            multiply_vector(d, columns, weight, 0)
+            along, whole = dot(d, u), total(d)
+        project(d, u, along / size, _ZERO if rms else whole / size, rstds[r])
         if dstream[0] != 0:
             load(dstream, at, columns, u)
             add(d, columns, u)
