@@ -239,6 +239,30 @@ def attention_equals_one_process():
             compare(grouped, few, places, equal=False)
 
 
+def adapters_equal_one_process():
+    """LoRA: x cut by rows, or by columns with A, when the product is a sum over processes."""
+    torch.manual_seed(4)
+    # Even rows: torch itself cannot flatten others for the second product.
+    sizes = {"x": (4, 8, 10), "base_out": (4, 8, 7), "A": (2, 10), "B": (7, 2)}
+    given = {n: torch.randn(s).requires_grad_() for n, s in sizes.items()}
+
+    def delta(x, A, B):
+        return tridrop.lora_delta(x, A, B, 0.3, scaling=2.0, seed=3)
+
+    def linear(x, base_out, A, B):
+        return tridrop.lora_linear(x, base_out, A, B, 0.3, scaling=2.0, seed=3)
+
+    for op in (delta, linear):
+        names = op.__code__.co_varnames[: op.__code__.co_argcount]
+        for placements in [(Shard(0),), (Shard(1),), (Shard(2),), (Shard(2), Shard(1))]:
+            places = {n: [Replicate()] * len(placements) for n in names}
+            places["x"] = placements
+            places["A"] = [Shard(1) if p == Shard(2) else Replicate() for p in placements]
+            rows = [Replicate() if p == Shard(2) else p for p in placements]
+            places["base_out"] = rows
+            compare(op, {n: given[n] for n in names}, places, equal=False)
+
+
 def sums_that_are_still_partial():
     mesh = mesh_of(1)
     parts = torch.randn(4, *SHAPE)
@@ -483,6 +507,7 @@ CHECKS = [
     norms_equal_one_process,
     softmax_equals_one_process,
     attention_equals_one_process,
+    adapters_equal_one_process,
     sums_that_are_still_partial,
     whole_operands_are_cut_without_sending,
     placements_that_cannot_work_say_what_to_do,

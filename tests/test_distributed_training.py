@@ -82,10 +82,10 @@ def swapped(name):
 EXPECTED = {}
 
 
-def one_process(name, steps=STEPS):
-    if (name, steps) not in EXPECTED:
-        EXPECTED[name, steps] = train(swapped(name), steps)
-    return EXPECTED[name, steps]
+def one_process(name):
+    if name not in EXPECTED:
+        EXPECTED[name] = train(swapped(name))
+    return EXPECTED[name]
 
 
 def assert_equal(found, expected):
@@ -108,8 +108,8 @@ def ddp_masks_and_gradients_of_one_process():
     rank = dist.get_rank()
     model = swapped("BERT")
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    found = train(wrapped, 3, slice(rank, rank + 1), dist.group.WORLD)
-    assert_equal(found, one_process("BERT", 3))
+    found = train(wrapped, STEPS, slice(rank, rank + 1), dist.group.WORLD)
+    assert_equal(found, one_process("BERT"))
 
 
 def masks_of_a_slice_are_rows_of_the_whole():
@@ -293,7 +293,7 @@ def tensor_parallelism_swapped_afterwards():
         plan[f"bert.encoder.layer.*.{name}"] = rows
     parallelize_module(model, mesh()["tp"], plan)
     tridrop.swap(model)
-    assert_equal(train(model, 3), one_process("BERT", 3))
+    assert_equal(train(model), one_process("BERT"))
 
 
 def modules_of_ours_in_a_plan():

@@ -159,6 +159,7 @@ names = {name.split(".")[0] for name in sys.modules}
 found = names & {"transformers", "accelerate", "peft", "timm", "torchvision", "liger_kernel"}
 found |= names & {"sklearn", "matplotlib"}
 assert not found, f"import tridrop imports {found}"
+assert "torch.distributed.tensor" not in sys.modules
 """
 
 PROGRAMS = {

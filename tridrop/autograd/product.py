@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import layouts
 from ..ops.product import product_backward, product_forward
 from .common import apply_in_backward, each_sample
 
 
 class Product(torch.autograd.Function):
     """gain * drop_i(x) @ weight_i^T for each i, side by side: [..., sum of ranks]."""
+
+    sharding = staticmethod(layouts.product)
 
     @staticmethod
     def forward(

@@ -142,4 +142,5 @@ def checking(enabled: bool = True) -> Iterator[None]:
 def check_where_asked(seed: Tensor | None, mesh: Any) -> None:
     """:func:`check_seed`, where it is turned on."""
     if _check and seed is not None and not torch.compiler.is_compiling():
-        check_seed(seed, mesh)
+        for one in seed.view(-1, 2):  # a product has one for each mask
+            check_seed(one, mesh)

@@ -231,7 +231,7 @@ def _whole(
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     placements = [
-        Replicate() if cut is None else Partial() if cut == _PARTIAL else Shard(names.index(cut))
+        Replicate() if cut is None else Shard(names.index(cut)) if cut in names else Partial()
         for cut in cuts
     ]
     shape = torch.Size(sizes[name] for name in names)

@@ -88,12 +88,7 @@ def _rows(
     shape = [*x.shape[:-1], x.shape[-1] // 2] if gated else list(x.shape)
 
     def settle(pieces: Mapping[str, Piece]) -> tuple[Any, ...]:
-        starts = [pieces[name].start for name in names]
-        given = packed[_ORIGIN] or [0] * len(names)
-        changed = list(packed)
-        changed[_WHOLE] = packed[_WHOLE] or shape
-        changed[_ORIGIN] = [a + b for a, b in zip(given, starts, strict=True)]
-        return tuple(changed)
+        return _settle_rows(packed, shape, [pieces[name].start for name in names])
 
     # What is added besides the parts would be added in each of them.
     linear = packed[0] == "none" and packed[_NOISE] != "alpha" and arguments[_BIAS] is None
@@ -107,6 +102,17 @@ def _rows(
     )
 
 
+def _settle_rows(
+    packed: tuple[Any, ...], shape: list[int], starts: Sequence[int]
+) -> tuple[Any, ...]:
+    """Packed options for the piece that begins at ``starts`` of a tensor of ``shape``."""
+    given = packed[_ORIGIN] or [0] * len(shape)
+    changed = list(packed)
+    changed[_WHOLE] = packed[_WHOLE] or shape
+    changed[_ORIGIN] = [a + b for a, b in zip(given, starts, strict=True)]
+    return tuple(changed)
+
+
 def elementwise(*arguments: Any) -> Layout:
     """Of ``Fused``: any dimension may be cut; both halves of a gated activation belong together."""
     vectors = {_BIAS: "bias", _LAYER_SCALE: "layer_scale"}
@@ -118,6 +124,25 @@ def norm(*arguments: Any) -> Layout:
     vectors = {_BIAS: "bias", _LAYER_SCALE: "layer_scale", 4: "weight", 5: "norm_bias"}
     whole = {"columns": "a norm needs the last dimension whole"}
     return _rows(arguments, arguments[-1], vectors, 6, 2, whole)
+
+
+def product(*arguments: Any) -> Layout:
+    """Of ``Product``: any dimension of x may be cut; of the last, results are partial sums."""
+    x, packed = arguments[_X], arguments[-1]
+    outer: Names = tuple(f"dimension {i}" for i in range(x.dim() - 1))
+    names = (*outer, "columns")
+
+    def settle(pieces: Mapping[str, Piece]) -> tuple[Any, ...]:
+        return _settle_rows(packed, list(x.shape), [pieces[name].start for name in names])
+
+    return Layout(
+        operands={_X: Operand("x", names), 1: Operand("the matrix A", ("ranks", "columns"))},
+        seed=2,
+        results=((*outer, "ranks"),),
+        whole={"ranks": "the ranks of adapters are not cut"},
+        settle=settle,
+        linear=(_X,),
+    )
 
 
 # ------------------------------------------------------------------------- softmax and attention

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import spec
+from ..distributed.dtensor import is_dtensor
 from ..mask import fold_in
-from ..seeds import seed_for
 from ..spec_product import check_matrix, check_rank, check_same_dtype, groups
-from .elementwise import ShardLike
+from .elementwise import ShardLike, seed_of
 from .product import dropped_product
 
 
@@ -102,7 +102,8 @@ def lora_linear(
     _check_adapters(x, (A,), (B,), None if bias is None else (bias,))
     spec.check_residual(base_out, (*x.shape[:-1], B.shape[0]), x, "base_out")
     (down,) = _way_down(x, (A,), p, training, [scaling], shard, [seed], False)
-    if bias is None and down.dtype == B.dtype == base_out.dtype:
+    plain = bias is None and down.dtype == B.dtype == base_out.dtype
+    if plain and not is_dtensor(x):
         rows = base_out.reshape(-1, B.shape[0])
         return torch.addmm(rows, down.reshape(-1, B.shape[1]), B.T).view(base_out.shape)
     return (base_out + _way_up(down, B, bias, scaling)).to(base_out.dtype)
@@ -200,7 +201,7 @@ def _seeds(
     drops = training and (isinstance(p, Tensor) or p > 0)
     if count is None or not drops:
         return [seed] * (count or 1)  # type: ignore[list-item]
-    base = seed_for(x.device, seed)  # type: ignore[arg-type]
+    base = seed_of(x, seed)  # type: ignore[arg-type]
     return [fold_in(base, i) for i in range(count)]
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from .. import backends, spec
 from ..autograd import Product, apply
 from ..ops.product import pack_product
-from ..seeds import seed_for
 from ..spec_product import ProductOptions, product_dtype
-from .elementwise import ShardLike, distinct, in_batch
+from .elementwise import ShardLike, distinct, in_batch, seed_of
 
 Seeds = int | Tensor | None | Sequence[int | Tensor]
 
@@ -47,7 +46,7 @@ def dropped_product(
     )
     drawn = None
     if drops:
-        each = [seed_for(x.device, seed) for seed in seeds]
+        each = [seed_of(x, seed) for seed in seeds]
         drawn = each[0].view(1, 2) if len(each) == 1 else torch.stack(each)
         if not isinstance(p, Tensor):
             options = replace(options, p=float(p))
