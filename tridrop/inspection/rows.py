@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..mask import LANES
+from ..noise import PAIR
 from ..spec import NormOptions, Options
 from ..spec_attention import AttentionInputs, AttentionOptions
 from ..spec_product import ProductOptions
@@ -66,9 +68,10 @@ def _rate(method: str) -> float:
 
 
 def _forward(
-    backend: Any, dtype: torch.dtype, method: str, *, activation: str, bias: bool, residual: bool
-) -> object:
-    options = Options(activation, _rate(method))
+    backend: Any, dtype: torch.dtype, method: str, *,
+    activation: str, bias: bool, residual: bool, noise: str,
+) -> object:  # fmt: skip
+    options = Options(activation, _rate(method), noise=noise)
     width = COLS * (2 if options.gated else 1)
     x = _empty(ROWS, width, dtype=dtype)
     stream = _empty(ROWS, COLS, dtype=dtype) if residual else None
@@ -79,9 +82,9 @@ def _forward(
 
 
 def _backward(
-    backend: Any, dtype: torch.dtype, method: str, *, activation: str, bias: bool
+    backend: Any, dtype: torch.dtype, method: str, *, activation: str, bias: bool, noise: str
 ) -> object:
-    options = Options(activation, _rate(method))
+    options = Options(activation, _rate(method), noise=noise)
     width = COLS * (2 if options.gated else 1)
     grad = _empty(ROWS, COLS, dtype=dtype)
     if method == NAIVE:
@@ -93,12 +96,14 @@ def _backward(
 
 
 def _elementwise(
-    op: str, variant: str, activation: str = "none", bias: bool = False, residual: bool = False
-) -> list[Row]:
+    op: str, variant: str, activation: str = "none", bias: bool = False, residual: bool = False,
+    noise: str = "mask",
+) -> list[Row]:  # fmt: skip
     naive = (NAIVE,) if op == "dropout_add" and not bias else ()
-    forward = partial(_forward, activation=activation, bias=bias, residual=residual)
-    backward = partial(_backward, activation=activation, bias=bias)
-    row = Row(op, variant, "forward", forward, (NONE, FUSED, *naive))
+    forward = partial(_forward, activation=activation, bias=bias, residual=residual, noise=noise)
+    backward = partial(_backward, activation=activation, bias=bias, noise=noise)
+    calls = 1 / (PAIR if noise == "gaussian" else LANES)
+    row = Row(op, variant, "forward", forward, (NONE, FUSED, *naive), calls=calls)
     return [
         row,
         replace(
@@ -112,6 +117,10 @@ def _elementwise(
 
 def _keep_mask(backend: Any, dtype: torch.dtype, method: str) -> object:
     return backend.keep_mask(_seed(method), (ROWS, COLS), None, Options(p=P), "elements")
+
+
+def _decision_bits(backend: Any, dtype: torch.dtype, method: str) -> object:
+    return backend.decision_bits(_seed(method), (ROWS, COLS))
 
 
 # The norm family.
@@ -247,6 +256,8 @@ def _all() -> list[Row]:
     only = (FUSED,)
     return [
         *_elementwise("dropout", ""),
+        *_elementwise("alpha_dropout", "", noise="alpha"),
+        *_elementwise("gaussian_dropout", "", noise="gaussian"),
         *_elementwise("dropout_add", "", residual=True),
         *_elementwise("dropout_add", "bias", bias=True, residual=True),
         *_elementwise("activation_dropout", "gelu, bias", "gelu", bias=True),
@@ -263,6 +274,7 @@ def _all() -> list[Row]:
         *_loras("3 adapters, r=16", (16, 16, 16)),
         Row("keep_mask", "", "forward", _keep_mask, only),
         Row("attention_keep_mask", "", "forward", _attention_keep_mask, only, scores),
+        Row("kept_indices", "", "forward", _decision_bits, only),
     ]
 
 
