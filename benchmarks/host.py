@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 
 import tridrop
 from tridrop import backends
+from tridrop.bench.machine import Machine
 
 P = 0.1
 ROUNDS, CALLS = 25, 100
@@ -176,7 +177,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", choices=("cpu", "launch"), action="append")
     options = parser.parse_args()
-    found = []
+    found: list[dict[str, Any]] = []
+    about = Machine("cuda" if torch.cuda.is_available() else "cpu").about()
     for table in options.table or ("cpu", "launch"):
         with launching() if table == "launch" else ExitStack() as device:
             for row in rows(device if table == "launch" else "cpu", table):
@@ -188,7 +190,8 @@ def main() -> None:
             writer = csv.DictWriter(file, list(found[0]))
             writer.writeheader()
             writer.writerows(found)
-        (options.out / "host.json").write_text(json.dumps(found, indent=1) + "\n")
+        written = {"about": about, "rows": found}
+        (options.out / "host.json").write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

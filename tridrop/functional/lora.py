@@ -102,10 +102,9 @@ def lora_linear(
     _check_adapters(x, (A,), (B,), None if bias is None else (bias,))
     spec.check_residual(base_out, (*x.shape[:-1], B.shape[0]), x, "base_out")
     (down,) = _way_down(x, (A,), p, training, [scaling], shard, [seed], False)
-    plain = bias is None and down.dtype == B.dtype == base_out.dtype
-    if plain and not is_dtensor(x):
-        rows = base_out.reshape(-1, B.shape[0])
-        return torch.addmm(rows, down.reshape(-1, B.shape[1]), B.T).view(base_out.shape)
+    if bias is None and down.dtype == base_out.dtype and not is_dtensor(x):
+        rows, up = base_out.reshape(-1, B.shape[0]), B.to(down.dtype)
+        return torch.addmm(rows, down.reshape(-1, B.shape[1]), up.T).view(base_out.shape)
     return (base_out + _way_up(down, B, bias, scaling)).to(base_out.dtype)
 
 
