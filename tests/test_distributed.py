@@ -1,6 +1,10 @@
 """Ops on four processes: values, masks and gradients of one process."""
 
+import re
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -464,7 +468,7 @@ def compiled_calls_are_those_of_eager():
 
     compiled = torch.compile(feed_forward, backend="aot_eager", fullgraph=True)
     seed, shape = torch.tensor([3, 0]), (3, 6, 10)
-    for placements in [(Shard(1),), (Shard(0), Shard(1))]:
+    for placements in [(Shard(0), Shard(1))]:
         given = tensors("x", "residual", "bias", shape=shape)
         vectors = [Replicate()] * len(placements)
         found = []
@@ -532,3 +536,18 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_on_four_processes(found, check):
     assert not found[check.__name__], found[check.__name__]
+
+
+def test_the_page_of_the_docs_runs_under_torchrun(tmp_path):
+    """Two processes; test_docs.py runs it in one."""
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    example = tmp_path / "example.py"
+    example.write_text(
+        "".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(example)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("use x.redistribute") == 2
