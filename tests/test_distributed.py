@@ -243,6 +243,24 @@ def attention_equals_one_process():
             compare(grouped, few, places, equal=False)
 
 
+def packed_sequences_are_cut_by_heads():
+    torch.manual_seed(6)
+    given = {n: torch.randn(1, 4, 12, 6).requires_grad_() for n in ("query", "key", "value")}
+    offsets = torch.tensor([0, 5, 11], dtype=torch.int32)
+
+    def op(query, key, value):
+        return tridrop.scaled_dot_product_attention(
+            query, key, value, None, torch.tensor(0.3), True, cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets, seed=2,
+        )  # fmt: skip
+
+    for placements in [(Shard(1),), (Replicate(), Shard(1))]:
+        compare(op, given, dict.fromkeys(given, placements), equal=False)
+    tokens = {n: spread(t.detach(), [Shard(2)]) for n, t in given.items()}
+    with pytest.raises(ValueError, match="only heads can be cut"):
+        op(**tokens)
+
+
 def adapters_equal_one_process():
     """LoRA: x cut by rows, or by columns with A, when the product is a sum over processes."""
     torch.manual_seed(4)
@@ -511,6 +529,7 @@ CHECKS = [
     norms_equal_one_process,
     softmax_equals_one_process,
     attention_equals_one_process,
+    packed_sequences_are_cut_by_heads,
     adapters_equal_one_process,
     sums_that_are_still_partial,
     whole_operands_are_cut_without_sending,
