@@ -145,5 +145,5 @@ def test_operators_tell_torch_the_shapes_and_strides_they_return(backend, layout
     torch.library.opcheck(torch.ops.tridrop.attention_forward, arguments, test_utils=tests)
     out, lse = torch.ops.tridrop.attention_forward(*arguments)
     needs = [True] * 5
-    arguments = (out, torch.ones_like(lse), out, lse, *arguments, needs)
+    arguments = (out, torch.ones_like(lse), out, lse, *arguments, needs, False)
     torch.library.opcheck(torch.ops.tridrop.attention_backward, arguments, test_utils=tests)

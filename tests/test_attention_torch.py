@@ -343,7 +343,7 @@ def test_operators_pass_torchs_checks(backend):
     torch.library.opcheck(torch.ops.tridrop.attention_forward, arguments, test_utils=tests)
     out, lse = torch.ops.tridrop.attention_forward(*tensors, *packed)
     needs = [True, True, False, False, False]
-    arguments = (out.detach(), None, out.detach(), lse.detach(), *arguments, needs)
+    arguments = (out.detach(), None, out.detach(), lse.detach(), *arguments, needs, False)
     torch.library.opcheck(torch.ops.tridrop.attention_backward, arguments, test_utils=tests)
 
 
