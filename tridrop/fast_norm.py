@@ -61,6 +61,11 @@ def centre(u, mean, rstd):
 def affine(u, mean, rstd, weight, bias):
     """u = (u - mean) * rstd * weight + bias, of vectors of which each may be absent."""
     size = u.size
+    if weight != 0 and bias != 0:
+        w, b = vector(weight, size, np.float32), vector(bias, size, np.float32)
+        for j in range(size):
+            u[j] = (u[j] - mean) * rstd * w[j] + b[j]
+        return
     centre(u, mean, rstd)
     multiply_vector(u, size, weight, 0)
     if bias != 0:
