@@ -16,7 +16,7 @@ from .invariants import Found, Invariant, Trial, uneven, z_of_mean
 NoiseShape = tuple[int | None, ...]
 
 
-def _one_tensor(
+def one_tensor(
     op: str,
     shape: tuple[int, ...],
     noise_shape: NoiseShape | None = None,
@@ -64,20 +64,20 @@ def _alpha(
         out: Tensor = function(x, p, True, seed=seed)
         return out.masked_fill(dropped, 0)
 
-    return _one_tensor(
+    return one_tensor(
         op, shape, noise_shape, p=p, eager=eager, probe=probe, plain=lambda inputs: inputs["x"]
     )
 
 
 CASES: Sequence[Case] = (
-    _one_tensor("dropout1d", (6, 7, 9), (None, None, 1)),
-    _one_tensor("dropout2d", (5, 6, 4, 5), (None, None, 1, 1), p=0.5),
-    _one_tensor("dropout3d", (3, 8, 2, 3, 5), (None, None, 1, 1, 1), p=0.1),
+    one_tensor("dropout1d", (6, 7, 9), (None, None, 1)),
+    one_tensor("dropout2d", (5, 6, 4, 5), (None, None, 1, 1), p=0.5),
+    one_tensor("dropout3d", (3, 8, 2, 3, 5), (None, None, 1, 1, 1), p=0.1),
     _alpha("alpha_dropout", (6, 11, 40), p=0.2),
     _alpha("alpha_dropout", (700, 1), p=0.9),
     _alpha("feature_alpha_dropout", (6, 10, 7, 3), (None, None, 1, 1), p=0.5),
-    _one_tensor("gaussian_dropout", (6, 11, 40), gaussian=True),
-    _one_tensor("gaussian_dropout", (350, 2), gaussian=True, p=0.8),
+    one_tensor("gaussian_dropout", (6, 11, 40), gaussian=True),
+    one_tensor("gaussian_dropout", (350, 2), gaussian=True, p=0.8),
 )
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from .. import functional
 from .case import Case, Drop, Inputs
-from .family_cases import _one_tensor
+from .family_cases import one_tensor
 from .invariants import Found, Invariant, Trial, uneven, z_of_mean
 
 
@@ -31,8 +31,8 @@ def _lookup_eager(inputs: Inputs, drop: Drop) -> Tensor:
 
 
 CASES: Sequence[Case] = (
-    _one_tensor("locked_dropout", (7, 5, 12), (1, None, None)),
-    _one_tensor("embedding_dropout", (60, 11), (None, 1), call=_lookup, eager=_lookup_eager),
+    one_tensor("locked_dropout", (7, 5, 12), (1, None, None)),
+    one_tensor("embedding_dropout", (60, 11), (None, 1), call=_lookup, eager=_lookup_eager),
 )
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
 from .. import functional
-from .case import Case, Drop, Inputs
+from .case import Case, Inputs
+from .family_cases import one_tensor
 from .invariants import Found, Invariant, Trial, uneven, z_of_mean
 
 
@@ -18,7 +19,8 @@ def _rows(p: float, shape: tuple[int, ...]) -> Case:
     def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
         return functional.stochastic_depth(inputs["x"], p, "row", training, seed=seed)
 
-    return _one_tensor("stochastic_depth", p, shape, (None, *(1,) * (len(shape) - 1)), call)
+    noise_shape = (None, *(1,) * (len(shape) - 1))
+    return one_tensor("stochastic_depth", shape, noise_shape, p=p, call=call)
 
 
 def _heads(p: float, shape: tuple[int, ...], dim: int) -> Case:
@@ -26,25 +28,7 @@ def _heads(p: float, shape: tuple[int, ...], dim: int) -> Case:
         return functional.head_dropout(inputs["x"], p, training, dim=dim, seed=seed)
 
     noise_shape = tuple(None if i in (0, dim) else 1 for i in range(len(shape)))
-    return _one_tensor("head_dropout", p, shape, noise_shape, call)
-
-
-def _one_tensor(
-    op: str, p: float, shape: tuple[int, ...], noise_shape: tuple[int | None, ...], call: Any
-) -> Case:
-    def eager(inputs: Inputs, drop: Drop) -> Tensor:
-        return drop("elements", inputs["x"])
-
-    return Case(
-        name=f"{op}: plain {list(shape)}",
-        op=op,
-        p=p,
-        shapes={"x": shape, "out": shape},
-        rates={"elements": p},
-        noise_shape=noise_shape,
-        call=call,
-        eager=eager,
-    )
+    return one_tensor("head_dropout", shape, noise_shape, p=p, call=call)
 
 
 CASES: Sequence[Case] = (
