@@ -86,6 +86,22 @@ def test_no_dropped_weight_lives_on_between_forward_and_backward(backend, rows, 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [3, 100])
+def test_autocast_keeps_no_dropped_weight_either(rows, dropped_weights):
+    x, weight, bias = draw(rows, 40), draw(12, 40), draw(12)
+    with torch.autocast(DEVICE, torch.bfloat16), tridrop.backend("reference"):
+        out = tridrop.dropconnect_linear(x, weight, bias, 0.5, seed=1)
+    assert out.dtype == torch.bfloat16
+    assert [ref() for ref in dropped_weights] == [None]
+    narrow = dropped(weight.bfloat16(), 0.5, 1)
+    expected = F.linear(x.bfloat16(), narrow, bias.bfloat16())
+    torch.testing.assert_close(out, expected)
+    given = torch.autograd.grad(out.float().sum(), (x, weight, bias))
+    wanted = torch.autograd.grad(expected.float().sum(), (x, weight, bias))
+    for a, b in zip(given, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
 def test_a_weight_changed_before_backward_raises():
     weight = draw(64, 40)
     with tridrop.backend("reference"):

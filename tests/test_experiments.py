@@ -132,16 +132,26 @@ def test_masks_are_those_of_keep_mask(tmp_path: Path) -> None:
     check_common(found, "masks")
     check_figures(tmp_path, "masks")
     structured = [one for one in found["masks"] if "noise_shape" not in one]
-    squares, heads, patches = (
+    squares, heads, patches, layers, words, weights = (
         torch.tensor([bit == "1" for bit in one["keep"]]).view(one["shape"]) for one in structured
     )
     x = torch.ones(squares.shape)
-    seed = tridrop.fold_in(5, len(found["masks"]) - 3)
+    first = len(found["masks"]) - 6
+    seed = tridrop.fold_in(5, first)
     assert torch.equal(tridrop.drop_block2d(x, 0.3, 3, seed=seed) != 0, squares)
     assert torch.equal(heads, heads[:, :1, ::6].repeat_interleave(6, 2).expand_as(heads))
     assert patches[:, 0].all()
     assert patches[:, 1:, 0].sum(1).tolist() == [int((patches.shape[1] - 1) * 0.7)] * len(patches)
-    for i, one in enumerate(found["masks"][:-3]):
+    for call in range(4):  # one of words, and of weights, is a mask of keep_mask
+        rows, of_words, of_weights = (
+            tridrop.fold_in(tridrop.fold_in(5, first + i), call) for i in (3, 4, 5)
+        )
+        keep = tridrop.keep_mask(rows, (8,), 0.3)
+        assert torch.equal(layers[call], keep[:, None].expand(8, 36))
+        keep = tridrop.keep_mask(of_words, (8, 36), 0.3, noise_shape=(8, 1))
+        assert torch.equal(words[call], keep)
+        assert torch.equal(weights[call], tridrop.keep_mask(of_weights, (8, 36), 0.3))
+    for i, one in enumerate(found["masks"][:-6]):
         keep = tridrop.keep_mask(
             tridrop.fold_in(5, i), one["shape"], 0.3, noise_shape=one["noise_shape"]
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends, spec
 from ..autograd.redrawn import Drawn, redrawn
 from ..seeds import seed_for
-from ..spec_product import check_matrix, check_same_dtype
+from ..spec_product import check_matrix, check_same_dtype, product_dtype
 from .elementwise import dropout, in_batch
 from .product import dropped_product
 
@@ -71,12 +71,14 @@ def dropconnect_linear(
     seed = seed_for(x.device, seed)
     rows = x.numel() // max(1, x.shape[-1])
     fused = backends.choose(x.device) == "triton" and 0 < rows <= FUSED_ROWS
-    if fused and not autocast:
+    if fused:
         # The roles of a LoRA's product are exchanged: the weight is the matrix that is dropped.
         whole = in_batch(weight.shape, dim=None)
         out = dropped_product(weight, (x.reshape(rows, -1),), p, True, shard=whole, seeds=(seed,))
         out = out.T.reshape(*x.shape[:-1], weight.shape[0])
-        return out if bias is None else out + bias
+        return out if bias is None else out + bias.to(out.dtype)
+    if autocast:  # first, as what a linear layer keeps is the weight that autocast has made
+        weight = weight.to(product_dtype(x, weight))
     drawn = drop_weight(weight, p, seed)
     with redrawn((drawn,)):
         return F.linear(x, drawn.value, bias)

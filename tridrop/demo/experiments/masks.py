@@ -45,6 +45,32 @@ def _patches(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return x * left[:, :, None]
 
 
+def _calls(one: Callable[[Tensor, float, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The same of four calls, each with a seed of its own: [calls, rows, columns]."""
+
+    def each(x: Tensor, p: float, seed: Tensor) -> Tensor:
+        return torch.stack([one(row, p, tridrop.fold_in(seed, i)) for i, row in enumerate(x)])
+
+    return each
+
+
+def _layers(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Rows are layers."""
+    left = tridrop.layer_drop(range(len(x)), p, seed=seed)
+    return torch.stack([x[i] if i in left else torch.zeros_like(x[i]) for i in range(len(x))])
+
+
+def _words(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Rows are words of the vocabulary, looked up in their order."""
+    return tridrop.embedding_dropout(torch.arange(len(x), device=x.device), x, p, seed=seed)
+
+
+def _weights(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """The weights of a layer, as what it makes of each unit vector."""
+    units = torch.eye(x.shape[1], device=x.device)
+    return tridrop.dropconnect_linear(units, x, p=p, seed=seed).T
+
+
 # Title, shape, the call, and what it makes of ones.
 STRUCTURED: list[tuple[str, tuple[int, ...], str, Callable[[Tensor, float, Tensor], Tensor]]] = [
     (
@@ -55,7 +81,16 @@ STRUCTURED: list[tuple[str, tuple[int, ...], str, Callable[[Tensor, float, Tenso
     ),
     ("HeadDropout: heads, for all time", SEQUENCES, "head_dropout(x, p, dim=2)", _heads),
     ("PatchDropout: just so many tokens", SEQUENCES, "patch_dropout(x, p)", _patches),
+    ("LayerDrop: layers", SEQUENCES, "layer_drop(layers, p)", _calls(_layers)),
+    ("embedding dropout: words", SEQUENCES, "embedding_dropout(ids, table, p)", _calls(_words)),
+    ("DropConnect: weights", SEQUENCES, "dropconnect_linear(x, weight, p=p)", _calls(_weights)),
 ]
+# What a picture's rows and columns are, where they are not samples, time and features.
+AXES = {
+    "LayerDrop: layers": ("4 calls", "layers run down"),
+    "embedding dropout: words": ("4 calls", "features (words run down)"),
+    "DropConnect: weights": ("4 calls", "inputs (outputs run down)"),
+}
 KEPT, DROPPED = "#0072B2", "#F2E3C6"
 
 
@@ -104,12 +139,12 @@ def findings(result: dict[str, Any]) -> list[str]:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """A panel a kind: a row a sample, and in it a tile a channel, or time downwards."""
+    """A panel a kind: a row a sample or call, and in it a tile a channel, or time downwards."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(9.5, 9.2), layout="constrained")
-    for axes, one in zip(figure.subplots(3, 3).flat, result["masks"], strict=True):
+    figure = Figure(figsize=(9.5, 12.0), layout="constrained")
+    for axes, one in zip(figure.subplots(4, 3).flat, result["masks"], strict=True):
         _panel(axes, one)
     handles = [Patch(color=KEPT, label="kept"), Patch(color=DROPPED, label="dropped")]
     figure.legend(handles=handles, ncols=2, frameon=False, loc="outside lower center")
@@ -122,8 +157,10 @@ def _panel(axes: Axes, one: dict[str, Any]) -> None:
     keep = torch.tensor([int(bit) for bit in one["keep"]]).view(one["shape"])
     axes.imshow(_tiles(keep).numpy(), cmap=ListedColormap(["white", DROPPED, KEPT]), vmin=0, vmax=2)
     axes.set_title(f"{one['kind']}\n{one['rule']}", fontsize=10)
-    axes.set_ylabel(f"{keep.shape[0]} samples", fontsize=9)
-    axes.set_xlabel("channels" if keep.dim() == 4 else "features (time runs down)", fontsize=9)
+    usual = "channels" if keep.dim() == 4 else "features (time runs down)"
+    rows, columns = AXES.get(one["kind"], (f"{keep.shape[0]} samples", usual))
+    axes.set_ylabel(rows, fontsize=9)
+    axes.set_xlabel(columns, fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
