@@ -1,6 +1,8 @@
 """Ops on four processes: values, masks and gradients of one process."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import outcomes
+from ranks import PATIENCE, outcomes
 from test_distributed_attention import heads_instead_of_queries, ring
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import (
@@ -555,6 +557,39 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_on_four_processes(found, check):
     assert not found[check.__name__], found[check.__name__]
+
+
+def _one_of_two(rank, folder):
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", rendezvous, PATIENCE, 2, rank)
+    tridrop.distributed.check_seed(5)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        tridrop.distributed.check_seed(5)
+    except RuntimeError as error:
+        Path(folder, "error").write_text(str(error))
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_turns_the_check_of_seeds_on(value, on):
+    program = "from tridrop.distributed import agreement; print(agreement._check)"
+    environment = os.environ | {"TRIDROP_CHECK_SEEDS": value}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == [str(on)]
+
+
+def test_a_process_that_is_killed_ends_the_others_with_an_error(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    both = [context.Process(target=_one_of_two, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=180)
+    assert [process.exitcode for process in both] == [0, -signal.SIGKILL]
+    assert (tmp_path / "error").read_text()
 
 
 def test_the_page_of_the_docs_runs_under_torchrun(tmp_path):

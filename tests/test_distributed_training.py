@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.utils.checkpoint import checkpoint as recompute
 
 import tridrop
 from tridrop import autograd
@@ -346,23 +347,39 @@ def layers():
     return model.train()
 
 
+class Recomputed(nn.Module):
+    """A layer whose activations are made again in backward."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return recompute(self.layer, x, use_reentrant=False)
+
+
 def square(out, target):
     return (out - target).square().mean()
 
 
 def pipelines_equal_one_process():
-    """A stage a process, a microbatch a sample, in two orders of the work."""
+    """A stage a process, a microbatch a sample, in two orders, and with activations made again."""
     rank = dist.get_rank()
     x, target = torch.randn(2, SAMPLES, 6, 8)
     whole = layers()
     with tridrop.rng(13):
         expected = square(whole(x), target)
         expected.backward()
-    for schedule in (ScheduleGPipe, Schedule1F1B):
+    orders = (
+        (ScheduleGPipe, nn.Sequential),
+        (Schedule1F1B, nn.Sequential),
+        (Schedule1F1B, Recomputed),
+    )
+    for schedule, wrapped in orders:
         part = layers()[rank]
         given, made = (torch.empty(1, 6, 8, requires_grad=g) for g in (rank > 0, True))
         shapes = {"input_args": (given,), "output_args": (made,)}
-        stage = PipelineStage(part, rank, WORLD, torch.device("cpu"), **shapes)
+        stage = PipelineStage(wrapped(part), rank, WORLD, torch.device("cpu"), **shapes)
         number_microbatches(stage, size=1)
         run = schedule(stage, n_microbatches=SAMPLES, loss_fn=square)
         losses = []
