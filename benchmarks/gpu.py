@@ -67,7 +67,6 @@ BENCH = {
               "rms_norm_dropout"),
     "softmax": ("softmax_dropout",),
     "attention": ("scaled_dot_product_attention",),
-    "lora": ("lora_delta", "lora_deltas"),
 }  # fmt: skip
 STEPS = ("gpt2", "bert", "vit")
 LORA = (8, 16, 64)  # ranks

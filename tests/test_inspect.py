@@ -171,8 +171,10 @@ def committed() -> Path:
 
 def test_the_committed_figures_are_the_documentations():
     assert committed().name in (ROOT / "docs" / "performance.md").read_text()
-    for path in committed().parent.glob("inspect*"):
+    for path in committed().parent.glob("inspect*.png"):
         assert path.stat().st_size < 200_000, path
+    for path in committed().parent.glob("inspect*.json"):  # compact: what a record takes
+        assert path.stat().st_size < 680 * len(json.loads(path.read_text())), path
 
 
 @pytest.fixture(scope="module")

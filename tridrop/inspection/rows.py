@@ -256,12 +256,12 @@ def _all() -> list[Row]:
     only = (FUSED,)
     return [
         *_elementwise("dropout", ""),
-        *_elementwise("alpha_dropout", "", noise="alpha"),
-        *_elementwise("gaussian_dropout", "", noise="gaussian"),
         *_elementwise("dropout_add", "", residual=True),
         *_elementwise("dropout_add", "bias", bias=True, residual=True),
         *_elementwise("activation_dropout", "gelu, bias", "gelu", bias=True),
         *_elementwise("activation_dropout", "swiglu", "swiglu"),
+        *_elementwise("alpha_dropout", "", noise="alpha"),
+        *_elementwise("gaussian_dropout", "", noise="gaussian"),
         *_norms("dropout_add_layer_norm", "layer_norm", after=False),
         *_norms("dropout_add_rms_norm", "rms_norm", after=False),
         *_norms("layer_norm_dropout", "layer_norm", after=True),
