@@ -108,6 +108,11 @@ def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: boo
         raise ValueError(f"{name} = {p}; the probability of dropping must lie in [0, 1]")
 
 
+def drops(p: float | Tensor, training: bool) -> bool:
+    """Whether a call with a checked ``p`` drops anything; it draws a seed just then."""
+    return training and (isinstance(p, Tensor) or p > 0)
+
+
 def check_input(x: Tensor, name: str = "x") -> None:
     """Raise unless ``x`` is a tensor of a supported floating-point dtype."""
     if not isinstance(x, Tensor):

@@ -66,7 +66,7 @@ def dropconnect_linear(
     autocast = torch.is_autocast_enabled(x.device.type)
     if not autocast:
         check_same_dtype(x, weight, ("x", "weight"))
-    if not training or (not isinstance(p, Tensor) and p == 0):
+    if not spec.drops(p, training):
         return F.linear(x, weight, bias)
     seed = seed_for(x.device, seed)
     rows = x.numel() // max(1, x.shape[-1])

@@ -143,7 +143,7 @@ def dropout(
     spec.check_probability(p, tensor_allowed=True)
     shared = spec.resolve_noise_shape(noise_shape, x.shape)
     where = spec.resolve_shard(shard, x.shape)
-    if not training or (not isinstance(p, Tensor) and p == 0):
+    if not spec.drops(p, training):
         return x
     return fused(x, None, None, None, p, True, seed, Options(shared=shared, shard=where))
 

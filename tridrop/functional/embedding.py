@@ -62,7 +62,7 @@ def embedding_dropout(
     out = torch.nn.functional.embedding(
         input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
     )
-    if not training or (not isinstance(p, Tensor) and p == 0):
+    if not spec.drops(p, training):
         return out
     return drop_rows(out, input, p, len(weight), 1, seed)
 
@@ -112,7 +112,7 @@ def word_dropout(
             raise TypeError(f"{name}: {word!r} is a {type(word).__name__}; give an int")
         if not limits.min <= word <= limits.max:
             raise ValueError(f"{name}: {word} is outside {input.dtype}")
-    if not training or (not isinstance(p, Tensor) and p == 0):
+    if not spec.drops(p, training):
         return input
     where = in_batch(input.shape)
     kept = keep_mask(seed_for(input.device, seed), input.shape, p, shard=where)

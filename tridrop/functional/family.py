@@ -216,7 +216,7 @@ def _kind(
     spec.check_probability(p, tensor_allowed=True)
     shared = spec.resolve_noise_shape(noise_shape, x.shape)
     where = spec.resolve_shard(shard, x.shape)
-    if not training or (not isinstance(p, Tensor) and p == 0):
+    if not spec.drops(p, training):
         return x
     options = Options(shared=shared, shard=where, noise=kind)
     return fused(x, None, None, None, p, True, seed, options)

@@ -197,8 +197,7 @@ def _seeds(
         if len(seed) != (count or 1):
             raise ValueError(f"seed has {len(seed)} entries for {count or 1} masks: give one each")
         return seed
-    drops = training and (isinstance(p, Tensor) or p > 0)
-    if count is None or not drops:
+    if count is None or not spec.drops(p, training):
         return [seed] * (count or 1)  # type: ignore[list-item]
     base = seed_of(x, seed)  # type: ignore[arg-type]
     return [fold_in(base, i) for i in range(count)]

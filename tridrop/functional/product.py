@@ -15,8 +15,6 @@ from ..ops.product import pack_product
 from ..spec_product import ProductOptions, product_dtype
 from .elementwise import ShardLike, distinct, in_batch, seed_of
 
-Seeds = int | Tensor | None | Sequence[int | Tensor]
-
 
 def dropped_product(
     x: Tensor,
@@ -37,7 +35,7 @@ def dropped_product(
     dtype = product_dtype(x, weights[0])
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     weight = weight.to(dtype)
-    drops = training and (isinstance(p, Tensor) or p > 0)
+    drops = spec.drops(p, training)
     if not drops and x.dtype == dtype:
         out = F.linear(x, weight)
         return out if gain == 1 else out * gain

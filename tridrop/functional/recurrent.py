@@ -67,7 +67,7 @@ def locked_dropout(
             "batch_first=True), [T, C] or a PackedSequence: use tridrop.dropout with a noise_shape "
             "for others"
         )
-    if not training or (not isinstance(p, Tensor) and p == 0):
+    if not spec.drops(p, training):
         return input
     if isinstance(input, PackedSequence):
         return _packed(input, p, seed)

@@ -80,21 +80,14 @@ class _Call:
         self.names: list[str] = []
         self.inside: list[AbstractContextManager[None]] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Call:
-        copied = _Call()
-        copied.names = list(self.names)
-        return copied
-
     def __getstate__(self) -> dict[str, Any]:
         return {"names": self.names, "inside": []}
 
     def before(self, module: nn.Module, inputs: Any) -> None:
         drawn = []
         for name in self.names:
-            chain = cast(Any, module.parametrizations)[name]
-            site = next(m for m in chain if isinstance(m, WeightDropped))
+            site, weight = _site_of(module, name)
             if site.training and site.p > 0:
-                weight = chain.original
                 seed = site._seed(weight)
                 found = drop_weight(weight, site.p, seed_for(weight.device, seed))
                 drawn.append(found)
@@ -106,12 +99,16 @@ class _Call:
 
     def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
         for name in self.names:
-            for site in cast(Any, module.parametrizations)[name]:
-                if isinstance(site, WeightDropped):
-                    site.current = None
+            _site_of(module, name)[0].current = None
         _show_to_rnn(module)
         if self.inside:
             self.inside.pop().__exit__(None, None, None)
+
+
+def _site_of(module: nn.Module, name: str) -> tuple[WeightDropped, Tensor]:
+    """The parametrisation of a parameter that drops, and the parameter."""
+    chain = cast(Any, module.parametrizations)[name]
+    return next(m for m in chain if isinstance(m, WeightDropped)), chain.original
 
 
 def _show_to_rnn(module: nn.Module) -> None:

@@ -10,12 +10,10 @@ from torch import Tensor
 from .. import backends
 from ..spec_product import ProductOptions
 from .elementwise import OPTIONS as ELEMENTWISE_OPTIONS
-from .elementwise import Packed, pack, unpack
+from .elementwise import pack, unpack
 from .library import define, filled, read_rate
 
 OPTIONS = f"{ELEMENTWISE_OPTIONS}, int[] ranks, float gain, bool one_mask"
-
-PackedProduct = tuple[Packed, list[int], float, bool]
 
 
 def pack_product(options: ProductOptions, backend: str) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import seeds
+from .. import seeds, spec
 from ..spec_product import MAX_RANK
 from .lazy import free, heard
 from .pending import fits
@@ -51,8 +51,7 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _drops(drop: Any) -> bool:
-    p = getattr(drop, "p", 0.0)
-    return drop.training and (isinstance(p, Tensor) or p > 0)
+    return spec.drops(getattr(drop, "p", 0.0), drop.training)
 
 
 def _fuses(module: Any, name: str, x: Tensor) -> bool:

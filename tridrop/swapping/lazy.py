@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as F
-from .. import seeds
+from .. import seeds, spec
 from ..mask import fold_in
 from .kinds import KNOWN, Kind, activation_name
 from .pending import Pending, addable, drop_samples, eps_of, fits
@@ -95,7 +95,7 @@ def rate(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
     if not fits(branch.x):
         return torch.nn.functional.dropout(value(branch), p, training)
     branch.dropped = True
-    if training and (isinstance(p, Tensor) or p > 0):
+    if spec.drops(p, training):
         branch.p = p
         branch.seed = _seed(owner, place, branch.x)
     return branch

@@ -69,9 +69,9 @@ def attention_keep_mask(
     at, head, query, key = options.origin
     shift = key % TILE
     rows, cols, num_warps = tile(queries, keys + shift)
-    col_blocks = triton.cdiv(keys + shift, cols)
+    col_blocks = launch.cdiv(keys + shift, cols)
     grid_y = min(col_blocks, launch.MAX_GRID_Y)
-    grid = (batch * heads * triton.cdiv(queries, rows), grid_y, triton.cdiv(col_blocks, grid_y))
+    grid = (batch * heads * launch.cdiv(queries, rows), grid_y, launch.cdiv(col_blocks, grid_y))
     with launch.on(seed.device):
         attention_keep_mask_kernel[grid](
             out,
@@ -109,11 +109,11 @@ def decision_bits(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     cols = shape[-1] if shape else 1
     rows = out.numel() // cols
     # 8 elements a thread: one Philox call each.
-    block_cols = min(256, max(8, triton.next_power_of_2(cols)))
+    block_cols = min(256, max(8, launch.next_power_of_2(cols)))
     block_rows = 1024 // block_cols
-    col_blocks = triton.cdiv(cols, block_cols)
+    col_blocks = launch.cdiv(cols, block_cols)
     grid_y = min(col_blocks, launch.MAX_GRID_Y)
-    grid = (triton.cdiv(rows, block_rows), grid_y, triton.cdiv(col_blocks, grid_y))
+    grid = (launch.cdiv(rows, block_rows), grid_y, launch.cdiv(col_blocks, grid_y))
     with launch.on(seed.device):
         decision_bits_kernel[grid](
             out, seed, rows, cols, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, num_warps=4

@@ -46,14 +46,11 @@ def _load_weight(operands, stride, first, rank, col, cols, RANK: tl.constexpr):
 
 
 @triton.jit
-def _keep(operands, which, row_at, group, threshold, MASK: tl.constexpr):
+def _keep(operands, which, row_at, group, threshold):
     """The mask ``which`` of a tile: bool, [BLOCK_ROWS, BLOCK_COLS]."""
-    if MASK:
-        table: tl.constexpr = operands.rate is not None
-        key = load_key(operands.seeds + 2 * which)
-        return keep_elements(row_at, group, key, threshold, table, DOMAIN_ELEMENTS)
-    else:
-        return tl.full([row_at.shape[0], group.shape[0] * 8], 1, tl.int1)
+    table: tl.constexpr = operands.rate is not None
+    key = load_key(operands.seeds + 2 * which)
+    return keep_elements(row_at, group, key, threshold, table, DOMAIN_ELEMENTS)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -84,7 +81,7 @@ def product_kernel(
         first = 0
         for i in tl.static_range(len(ranks)):
             if i < MASKS:
-                keep = _keep(operands, i, row_at, group, threshold, True)
+                keep = _keep(operands, i, row_at, group, threshold)
                 kept = tl.where(keep, x, tl.zeros_like(x))
             weight = _load_weight(operands, cols, first, ranks[i], col, cols, RANK)
             found = tl.dot(kept.to(dtype), tl.trans(weight), sums[i], input_precision=PRECISION)
@@ -146,7 +143,7 @@ def product_backward_kernel(
         first = 0
         for i in tl.static_range(len(ranks)):
             if i < MASKS:
-                keep = _keep(operands, i, row_at, group, threshold, True)
+                keep = _keep(operands, i, row_at, group, threshold)
                 kept = tl.where(keep, x, tl.zeros_like(x))
             dout_inside = (row < shape.rows)[:, None] & (at < ranks[i])[None, :]
             dout = _load(grad, total, row, first + at, dout_inside)

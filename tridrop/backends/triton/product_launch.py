@@ -74,10 +74,23 @@ def chunk(row_blocks: int, col_blocks: int, block_cols: int) -> int:
     return min(col_blocks, max(size, MIN_CHUNK // block_cols))
 
 
-def precision(dtype: torch.dtype, device: torch.device) -> str:
+def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: as torch's own products are, by its setting."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
+
+
+def _rule(plan: launch.Plan, p: Tensor | None, options: ProductOptions) -> tuple[int, int, float]:
+    """How many masks there are, their threshold, and what sums are multiplied by.
+
+    Where p is a tensor, its table on the device has the threshold and the masks' scale.
+    """
+    threshold, scale, *_ = plan.rates
+    if p is not None:
+        return options.masks, threshold, options.gain
+    if threshold == 0:
+        return 0, threshold, options.gain
+    return options.masks, threshold, options.gain * scale
 
 
 def product_forward(
@@ -103,7 +116,7 @@ def product_forward(
     out = torch.empty((splits, plan.where.rows, weight.shape[0]), dtype=dtype, device=x.device)
     x = launch.matrix(x, plan.where.cols)
     weight = weight.contiguous()
-    drops = p is not None or plan.rates[0] > 0
+    masks, threshold, gain = _rule(plan, p, options)
     launch.run(
         product_kernel,
         _Programs(plan.tile, (plan.row_blocks, splits, 1)),
@@ -113,12 +126,12 @@ def product_forward(
         plan.sizes(x.stride(0), 0),
         plan.origin,
         options.ranks,
-        plan.rates[0],
-        options.gain * (plan.rates[1] if drops and p is None else 1.0),
-        MASKS=options.masks if drops else 0,
+        threshold,
+        gain,
+        MASKS=masks,
         WHOLE=plan.whole and plan.col_blocks % size == 0,
         VECTOR=launch.vector_width(plan, x),
-        PRECISION=precision(weight.dtype, x.device),
+        PRECISION=precision(weight.dtype),
         RANK=rank,
         CHUNK=size,
     )
@@ -152,7 +165,7 @@ def product_backward(
     grad = grad.reshape(-1, weight.shape[0]).contiguous()
     x = launch.matrix(x, plan.where.cols)
     weight = weight.contiguous()
-    drops = p is not None or plan.rates[0] > 0
+    masks, threshold, gain = _rule(plan, p, options)
     launch.run(
         product_backward_kernel,
         plan,
@@ -163,12 +176,12 @@ def product_backward(
         plan.sizes(x.stride(0), 0),
         plan.origin,
         options.ranks,
-        plan.rates[0],
-        options.gain * (plan.rates[1] if drops and p is None else 1.0),
-        MASKS=options.masks if drops else 0,
+        threshold,
+        gain,
+        MASKS=masks,
         WHOLE=plan.whole,
         VECTOR=launch.vector_width(plan, x),
-        PRECISION=precision(weight.dtype, x.device),
+        PRECISION=precision(weight.dtype),
         RANK=rank,
         STRIP=plan.strip,
     )
