@@ -1,9 +1,10 @@
 """The mask contract as loops for CPUs, compiled by numba: what :mod:`tridrop.fast` calls.
 
 A Philox round is two products of 32-bit words. Written as products of zero-extended 64-bit words
-they become one vector instruction for four or eight calls. So a kernel makes the words of a strip
-of a row first, one array a word, then spreads them over the columns, then decides; the strip stays
-in the first-level cache, and no mask is in memory unless the mask is the result.
+they become one vector instruction for four or eight calls. So a kernel makes the words of a piece
+first, one array a word, then spreads them over the columns, then decides. A piece is a strip of a
+row, or several whole rows where rows are short: its calls are one long loop either way. It stays in
+the first-level cache, and no mask is in memory unless the mask is the result.
 
 Kernels are serial and hold no lock: the caller shares rows among threads.
 """
@@ -21,7 +22,7 @@ from .mask import LANES, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_
 M0, M1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1)
 W0, W1 = np.uint32(PHILOX_W0), np.uint32(PHILOX_W1)
 HALF, WORD = np.uint32(16), np.uint64(32)
-STRIP = 128  # calls a strip: 1024 columns, 6 KiB of words and bits
+STRIP = 128  # calls a piece: 1024 columns, 6 KiB of words and bits
 
 CACHE = os.environ.get("TRIDROP_CPU_CACHE") != "0"
 
@@ -84,14 +85,32 @@ def rotate(word):
 
 
 @part(set())
-def strip_bits(bits, words, k0, k1, high, row, group, count):
-    """The 32 bits of the eight columns of each of ``count`` groups."""
+def row_words(words, k0, k1, high, row, group, count):
+    """The calls of ``count`` groups of a row."""
     low, upper = uint32(row), uint32(row >> WORD)
     for g in range(count):
         at = group + uint64(g)
         words[0, g], words[1, g], words[2, g], words[3, g] = philox(
             uint32(at), low, upper, uint32(at >> WORD) | high, k0, k1
         )
+
+
+@part(set())
+def rows_words(words, k0, k1, high, row, step, group, groups, count):
+    """The calls of the first ``groups`` groups of rows whose coordinates go up by ``step``."""
+    reciprocal = uint32(uint32(1 << 16) // uint32(groups) + 1)  # g < 128: the quotient is exact
+    for g in range(count):
+        k = uint32(uint32(g) * reciprocal) >> HALF
+        at = group + uint64(uint32(g) - k * uint32(groups))
+        place = row + uint64(k) * step
+        words[0, g], words[1, g], words[2, g], words[3, g] = philox(
+            uint32(at), uint32(place), uint32(place >> WORD), uint32(at >> WORD) | high, k0, k1
+        )
+
+
+@part(set())
+def spread(bits, words, count):
+    """The 32 bits of the eight columns of each of ``count`` groups."""
     for g in range(count):
         for i in range(4):
             bits[LANES * g + 2 * i] = words[i, g]
@@ -99,39 +118,74 @@ def strip_bits(bits, words, k0, k1, high, row, group, count):
 
 
 @part(set())
-def next_strip(bits, words, mask, row, done, columns):
-    """Make the bits of the columns of a row from ``done`` on, in ``bits``: (from where, how many).
+def even_rows(rows, row, most):
+    """How many rows from ``row`` on, at most ``most``, have coordinates that go up evenly.
+
+    Returns the first coordinate, the step and the number.
+    """
+    if rows == 0:
+        return uint64(row), uint64(1), most
+    places = vector(rows, row + most, np.int64)
+    if most < 2:
+        return uint64(places[row]), uint64(0), most
+    step, count = places[row + 1] - places[row], 2
+    while count < most and places[row + count] - places[row + count - 1] == step:
+        count += 1
+    return uint64(places[row]), uint64(step), count
+
+
+@part(set())
+def next_piece(bits, words, mask, row, done, stop, columns):
+    """Make the bits from column ``done`` of a row on, in ``bits``: (rows, lane, size).
+
+    A piece is ``size`` columns of a row, or ``rows`` whole rows, none of them ``stop`` or beyond:
+    as much as a strip holds. Its bits begin at ``lane``, row after row without a gap.
 
     ``row`` is a local one. ``mask`` is what decides: the address of the row coordinates, 0 where
     they are the local ones; the lane and the group of column 0; the words of the key; the domain;
     and ``last``: an element is dropped iff its bits are at most that.
     """
-    rows, skip, first, k0, k1, high, _ = mask
-    place = skip + done
-    group, lane = place // LANES, place % LANES
-    count = min(STRIP, (columns - done + lane + LANES - 1) // LANES)
-    at = row if rows == 0 else vector(rows, row + 1, np.int64)[row]
+    places, skip, first, k0, k1, high, _ = mask
+    k0, k1, high = uint32(k0), uint32(k1), uint32(high)
+    position = skip + done
+    group, lane = position // LANES, position % LANES
     start = uint64(first) + uint64(group)
-    strip_bits(bits, words, uint32(k0), uint32(k1), uint32(high), uint64(at), start, count)
-    return lane, min(columns - done, LANES * count - lane)
+    groups = (columns - done + lane + LANES - 1) // LANES
+    whole = done == 0 and skip == 0 and columns % LANES == 0
+    most = min(stop - row, STRIP // groups) if whole else 1
+    at, step, rows = even_rows(places, row, max(1, most))
+    if rows > 1:
+        rows_words(words, k0, k1, high, at, step, start, groups, rows * groups)
+        spread(bits, words, rows * groups)
+        return rows, lane, columns
+    count = min(STRIP, groups)
+    row_words(words, k0, k1, high, at, start, count)
+    spread(bits, words, count)
+    return 1, lane, min(columns - done, LANES * count - lane)
+
+
+@inline(set())
+def following(row, rows, done, columns):
+    """Where the next piece begins: row and column."""
+    return (row, done) if done < columns else (row + rows, 0)
 
 
 @kernel
 def keep_rows(start, stop, columns, mask, out):
     """Decisions of the rows from ``start`` to ``stop``: bool, at the address ``out``.
 
-    ``mask`` is as in :func:`next_strip`.
+    ``mask`` is as in :func:`next_piece`.
     """
     bits, words = np.empty(STRIP * LANES, np.uint32), np.empty((4, STRIP), np.uint32)
     last = uint32(mask[6])
-    for r in range(start, stop):
-        done = 0
-        while done < columns:
-            lane, size = next_strip(bits, words, mask, r, done, columns)
-            o = vector(out + r * columns + done, size, np.bool_)
-            for j in range(size):
-                o[j] = bits[lane + j] > last
-            done += size
+    r, done = start, 0
+    while r < stop:
+        rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)
+        total = rows * size
+        b, o = bits[lane : lane + total], vector(out + r * columns + done, total, np.bool_)
+        for j in range(total):
+            o[j] = b[j] > last
+        r, done = following(r, rows, done + size, columns)
 
 
 @kernel

@@ -10,7 +10,7 @@ import numpy as np
 from numba import uint32
 
 from .fast_elementwise import give, load_biased
-from .fast_kernels import LANES, STRIP, kernel, next_strip, part, vector
+from .fast_kernels import LANES, STRIP, inline, kernel, next_piece, part, vector
 from .fast_storage import load, store
 from .fast_vectors import (
     accumulate,
@@ -67,7 +67,7 @@ def affine(u, mean, rstd, weight, bias):
             u[j] = (u[j] - mean) * rstd * w[j] + b[j]
         return
     centre(u, mean, rstd)
-    multiply_vector(u, size, weight, 0)
+    multiply_vector(u, 1, size, weight, 0)
     if bias != 0:
         add(u, size, vector(bias, size, np.float32))
 
@@ -101,14 +101,19 @@ def project(d, normed, along, mean, rstd):
         d[j] = (d[j] - normed[j] * along - mean) * rstd
 
 
+@inline(set())
+def bits_for(columns):
+    """Memory for the bits of a row, which may begin and end inside a group."""
+    return np.empty(max(STRIP * LANES, columns + 2 * LANES), np.uint32)
+
+
 @part(set())
-def drop_row(u, row, columns, mask, scale, bits, words):
-    """Apply the random part to a whole row."""
-    done = 0
+def row_bits(bits, words, mask, row, stop, columns):
+    """Make the bits of a whole row, or of several short ones: (rows, lane)."""
+    rows, lane, done = next_piece(bits, words, mask, row, 0, stop, columns)
     while done < columns:
-        lane, size = next_strip(bits, words, mask, row, done, columns)
-        select(u, done, size, bits, lane, uint32(mask[6]), scale)
-        done += size
+        done += next_piece(bits[lane + done :], words, mask, row, done, stop, columns)[2]
+    return rows, lane
 
 
 @kernel
@@ -121,20 +126,24 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
     """
     bias, layer_scale, weight, norm_bias = vectors
     rms, after, eps = options
-    bits, words = np.empty(STRIP * LANES, np.uint32), np.empty((4, STRIP), np.uint32)
+    bits, words = bits_for(columns), np.empty((4, STRIP), np.uint32)
     u, v = np.empty(columns, np.float32), np.empty(columns, np.float32)
     spare = np.empty(columns, np.float32)
     means = vector(found[0], stop, np.float32)
     rstds = vector(found[1], stop, np.float32)
-    scale, size = np.float32(scale), np.float32(columns)
+    last, scale, size = uint32(mask[6]), np.float32(scale), np.float32(columns)
+    lane, drawn = 0, start
     for r in range(start, stop):
+        if r == drawn:
+            rows, lane = row_bits(bits, words, mask, r, stop, columns)
+            drawn += rows
         at = r * columns
-        load_biased(x, bias, r, columns, 0, columns, u)
+        load_biased(x, bias, r, 1, columns, 0, columns, u)
         if residual[0] != 0:
             load(residual, at, columns, v)
         if not after:
-            multiply_vector(u, columns, layer_scale, 0)
-            drop_row(u, r, columns, mask, scale, bits, words)
+            multiply_vector(u, 1, columns, layer_scale, 0)
+            select(u, columns, bits, lane, last, scale)
             if residual[0] != 0:
                 add(u, columns, v)
             # Through memory, so that what is normalised is what backward reads.
@@ -146,10 +155,11 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
         means[r], rstds[r] = mean, rstd
         affine(u, mean, rstd, weight, norm_bias)
         if after:
-            drop_row(u, r, columns, mask, scale, bits, words)
+            select(u, columns, bits, lane, last, scale)
             if residual[0] != 0:
                 add(u, columns, v)
         store(out, at, columns, u)
+        lane += columns
 
 
 @kernel
@@ -165,26 +175,30 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
     dx, dresidual = results
     dbias, dscale, dweight, dnorm_bias = sums
     rms, after = options
-    bits, words = np.empty(STRIP * LANES, np.uint32), np.empty((4, STRIP), np.uint32)
+    bits, words = bits_for(columns), np.empty((4, STRIP), np.uint32)
     d, u = np.empty(columns, np.float32), np.empty(columns, np.float32)
     means = vector(found[0], stop, np.float32)
     rstds = vector(found[1], stop, np.float32)
-    scale, size = np.float32(scale), np.float32(columns)
+    last, scale, size = uint32(mask[6]), np.float32(scale), np.float32(columns)
+    lane, drawn = 0, start
     for address in sums:
         clear(address, 0, columns)
     for r in range(start, stop):
+        if r == drawn:
+            rows, lane = row_bits(bits, words, mask, r, stop, columns)
+            drawn += rows
         at = r * columns
         load(dout, at, columns, d)
         if after:
-            drop_row(d, r, columns, mask, scale, bits, words)
+            select(d, columns, bits, lane, last, scale)
         load(stream, at, columns, u)
         centre(u, means[r], rstds[r])
         if weight != 0 and dweight != 0 and dnorm_bias != 0:
             along, whole = gather(d, u, weight, dweight, dnorm_bias)
         else:
-            accumulate(dnorm_bias, 0, columns, d)
+            accumulate(dnorm_bias, 0, 1, columns, d)
             accumulate_product(dweight, columns, d, u)
-            multiply_vector(d, columns, weight, 0)
+            multiply_vector(d, 1, columns, weight, 0)
             along, whole = dot(d, u), total(d)
         project(d, u, along / size, _ZERO if rms else whole / size, rstds[r])
         if dstream[0] != 0:
@@ -194,10 +208,11 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
             if dresidual[0] != 0:
                 store(dresidual, at, columns, d)
             if dscale != 0:
-                load_biased(x, bias, r, columns, 0, columns, u)
+                load_biased(x, bias, r, 1, columns, 0, columns, u)
                 multiply(u, columns, d)
-                drop_row(u, r, columns, mask, scale, bits, words)
-                accumulate(dscale, 0, columns, u)
-            multiply_vector(d, columns, layer_scale, 0)
-            drop_row(d, r, columns, mask, scale, bits, words)
-        give(dx, dbias, r, columns, 0, columns, d)
+                select(u, columns, bits, lane, last, scale)
+                accumulate(dscale, 0, 1, columns, u)
+            multiply_vector(d, 1, columns, layer_scale, 0)
+            select(d, columns, bits, lane, last, scale)
+        give(dx, dbias, r, 1, columns, 0, columns, d)
+        lane += columns

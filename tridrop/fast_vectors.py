@@ -1,25 +1,26 @@
-"""The steps that the kernels of :mod:`tridrop.fast` are made of: loops over a strip of a row.
+"""The steps that the kernels of :mod:`tridrop.fast` are made of: loops over a piece of the rows.
 
-Strips are arrays in fp32 that stay in the first-level cache, so that a step apart costs little,
-and each loop is simple enough to become vector instructions.
+A piece is a strip of a row, or several whole rows one after the other. Pieces are arrays in fp32
+that stay in the first-level cache, so that a step apart costs little, and each loop is simple
+enough to become vector instructions.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .fast_kernels import part, vector
+from .fast_kernels import inline, part, vector
 
 _ZERO = np.float32(0)
 
 
 @part(set())
-def select(u, first, size, bits, lane, last, scale):
+def select(u, size, bits, lane, last, scale):
     """u = u * scale where kept, exactly 0 elsewhere, whatever it was."""
-    # Slices, since an index that might be negative for all the compiler knows is looked at.
-    v, b = u[first : first + size], bits[lane : lane + size]
+    # A slice, since an index that might be negative for all the compiler knows is looked at.
+    b = bits[lane : lane + size]
     for j in range(size):
-        v[j] = (v[j] if b[j] > last else _ZERO) * scale
+        u[j] = (u[j] if b[j] > last else _ZERO) * scale
 
 
 @part(set())
@@ -36,18 +37,26 @@ def multiply(u, size, v):
         u[j] = u[j] * v[j]
 
 
-@part(set())
-def add_vector(u, size, address, start):
-    """u = u + the fp32 vector at ``address`` from ``start`` on; 0 is none."""
-    if address != 0:
-        add(u, size, vector(address + 4 * start, size, np.float32))
+@inline(set())
+def row_of(u, k, size):
+    """Row number k of a piece."""
+    return u[k * size : (k + 1) * size]
 
 
 @part(set())
-def multiply_vector(u, size, address, start):
-    """u = u * the fp32 vector at ``address`` from ``start`` on; 0 is none."""
+def add_vector(u, rows, size, address, start):
+    """u = u + the fp32 vector at ``address`` from ``start`` on, in every row; 0 is none."""
     if address != 0:
-        multiply(u, size, vector(address + 4 * start, size, np.float32))
+        for k in range(rows):
+            add(row_of(u, k, size), size, vector(address + 4 * start, size, np.float32))
+
+
+@part(set())
+def multiply_vector(u, rows, size, address, start):
+    """u = u * the fp32 vector at ``address`` from ``start`` on, in every row; 0 is none."""
+    if address != 0:
+        for k in range(rows):
+            multiply(row_of(u, k, size), size, vector(address + 4 * start, size, np.float32))
 
 
 @part(set())
@@ -60,10 +69,11 @@ def clear(address, start, size):
 
 
 @part(set())
-def accumulate(address, start, size, u):
-    """Add ``u`` to a part of the fp32 vector at ``address``, unless that is 0."""
+def accumulate(address, start, rows, size, u):
+    """Add the rows of ``u`` in turn to a part of the fp32 vector at ``address``; 0 is none."""
     if address != 0:
-        add(vector(address + 4 * start, size, np.float32), size, u)
+        for k in range(rows):
+            add(vector(address + 4 * start, size, np.float32), size, row_of(u, k, size))
 
 
 @part({"contract"})
