@@ -11,6 +11,7 @@ import tridrop
 from tridrop import check, cli
 from tridrop.backends.triton import elementwise as kernels
 from tridrop.backends.triton import launch
+from tridrop.functional import elementwise, known
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -53,6 +54,24 @@ def failures(backend: str, op: str = "dropout_add") -> set[str]:
     return {r.check for r in results if r.passed is False}
 
 
+@pytest.fixture(autouse=True)
+def calls_of_their_own(monkeypatch):
+    """What is known of calls is of the code that they met."""
+    monkeypatch.setattr(known, "_known", {})
+
+
+def options_become(monkeypatch, wrong):
+    """Every call has options of the class ``wrong``."""
+    rated, unpack = elementwise.rated, tridrop.ops.elementwise.unpack
+
+    def known_options(*given):
+        options, *others = rated(*given)
+        return wrong(**vars(options)), *others
+
+    monkeypatch.setattr(elementwise, "rated", known_options)
+    monkeypatch.setattr(tridrop.ops.elementwise, "unpack", lambda *a: wrong(**vars(unpack(*a))))
+
+
 def test_a_wrong_scale_fails(monkeypatch):
     """1 / (1 - p) of a rate that was rounded to 1/256, in the host code of either backend."""
 
@@ -60,20 +79,17 @@ def test_a_wrong_scale_fails(monkeypatch):
         def scales(self):
             return tuple(1 / (1 - round(r * 256) / 256) for r in (self.p, self.drop_path))
 
-    plain = tridrop.ops.elementwise.unpack
-    monkeypatch.setattr(tridrop.ops.elementwise, "unpack", lambda *a: Rounded(**vars(plain(*a))))
+    options_become(monkeypatch, Rounded)
     for backend in ("reference", "triton"):
         assert {"value", "grad x"} <= failures(backend)
 
 
 def test_a_large_error_of_the_scale_shows_in_the_expectation(monkeypatch):
-    plain = tridrop.ops.elementwise.unpack
-
     class Unscaled(tridrop.spec.Options):
         def scales(self):
             return 1.0, 1.0
 
-    monkeypatch.setattr(tridrop.ops.elementwise, "unpack", lambda *a: Unscaled(**vars(plain(*a))))
+    options_become(monkeypatch, Unscaled)
     for backend in ("reference", "triton"):
         assert "expectation |z|" in failures(backend)
 

@@ -1,5 +1,6 @@
 """The masks and blocks of tridrop.fast: the bits of mask.py, the numbers of the reference."""
 
+import dataclasses
 import json
 import math
 import os
@@ -293,9 +294,9 @@ def test_dropped_elements_are_exactly_zero(value):
 
 def unscaled(name, shape, *arguments, **widths):
     """Call a kernel that keeps everything, as far as a mask can, with a scale of 1."""
-    drop = fast.selection(pair(1), shape, 1)
+    drop = fast.selection(tuple(shape), 1)
     assert drop is not None
-    return fast.Selection(drop.kernels, drop.draw, 1.0).call(name, *shape, *arguments, **widths)
+    return dataclasses.replace(drop, scale=1.0).call(name, pair(1), *arguments, **widths)
 
 
 def convert(value, dtype):
@@ -499,7 +500,7 @@ def test_norms_of_rows_with_a_large_mean(monkeypatch):
 @needs_numba
 def test_large_results_are_whole():
     n = fast._MAPPED_ANEW // 4
-    value = fast.empty((n // 1024 + 1, 1024), torch.float32).fill_(1)
+    value = fast.empty((n // 1024 + 1, 1024), torch.float32, torch.empty(0)).fill_(1)
     assert value.sum(dtype=torch.float64) == value.numel()
 
 
@@ -570,7 +571,7 @@ def test_a_broken_numba_is_reported(monkeypatch):
 
 def test_torch_by_choice(monkeypatch):
     monkeypatch.setenv("TRIDROP_CPU", "torch")
-    assert fast.selection(pair(1), (4, 8), 5) is None
+    assert fast.selection((4, 8), 5) is None
     assert "torch (TRIDROP_CPU=torch" in info.render(info.collect())
 
 

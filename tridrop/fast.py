@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,7 +98,12 @@ def _kernels() -> Any:
     return _loaded
 
 
-def _readable(seed: Tensor) -> bool:
+def serves() -> bool:
+    """Whether numba makes the masks of CPU tensors: the choice, and that it can be imported."""
+    return _kernels() is not None
+
+
+def readable(seed: Tensor) -> bool:
     """Whether the host can read the seed: a CPU tensor with data, not one of a transformation."""
     return (
         type(seed) is Tensor
@@ -115,6 +121,8 @@ _PART = 1 << 17
 # Each part has sums of its own: a bound on their memory, and one on the rows of a sum in fp32.
 _MOST_PARTS, _LONGEST_PART = 256, 1024
 
+Parts = list[tuple[int, int]]
+
 _pool: ThreadPoolExecutor | None = None
 _workers = 0
 
@@ -129,7 +137,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def parts_of(rows: int, columns: int) -> list[tuple[int, int]]:
+def parts_of(rows: int, columns: int) -> Parts:
     """The ranges of rows that are worked on at a time. Sizes alone decide, so that sums over the
     parts do not depend on the number of threads."""
     parts = min(rows, rows * columns // _PART, _MOST_PARTS)
@@ -137,16 +145,16 @@ def parts_of(rows: int, columns: int) -> list[tuple[int, int]]:
     return [(start, min(rows, start + step)) for start in range(0, rows, step or 1)]
 
 
-def _share(rows: int, columns: int, call: Callable[[int, int, int], object]) -> None:
-    """``call(number, start, stop)`` for all of parts_of, on at most torch's number of threads.
+def _share(parts: Parts, elements: int, call: Callable[[int, int, int], object]) -> None:
+    """``call(number, start, stop)`` for all parts of so many elements, on at most torch's number of
+    threads.
 
     ``call`` runs a kernel and nothing of torch, whose modes and threads are those of a thread. The
     threads are tridrop's own: numba's either forbid two calls at a time or do not survive a
     fork, depending on the machine. The calling thread does its part, and all of it if need be.
     """
     global _pool, _workers
-    parts = parts_of(rows, columns)
-    worthwhile = min(len(parts), rows * columns // _PART)
+    worthwhile = min(len(parts), elements // _PART)
     threads = min(torch.get_num_threads(), worthwhile) if worthwhile > 1 else 1
     numbers = list(range(len(parts)))
 
@@ -182,19 +190,15 @@ def _key(seed: Tensor) -> tuple[int, int]:
     return key % mask.ONE, key // mask.ONE
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """What the kernels are told of the decisions of rows; see ``fast_kernels.next_strip``."""
-
-    arguments: tuple[int, ...]
-    rows: Tensor | None  # what the first argument is the address of
-
-    @classmethod
-    def of(cls, where: mask.Coordinates, seed: Tensor, domain: str, t: int) -> _Draw:
-        rows = mask.row_coordinates(where, "cpu") if where.leading else None
-        group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
-        address = 0 if rows is None else rows.data_ptr()
-        return cls((address, lane, group, *_key(seed), mask.DOMAINS[domain] << 28, t - 1), rows)
+def _mask_of(
+    where: mask.Coordinates, seed: Tensor, domain: str, t: int
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """What the kernels are told of the decisions, see ``fast_kernels.next_strip``, and the row
+    coordinates that the first entry is the address of."""
+    rows = mask.row_coordinates(where, "cpu") if where.leading else None
+    group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
+    address = 0 if rows is None else rows.data_ptr()
+    return (address, lane, group, *_key(seed), mask.DOMAINS[domain] << 28, t - 1), rows
 
 
 def keep_mask(
@@ -207,7 +211,7 @@ def keep_mask(
     domain: str = "elements",
 ) -> Tensor:
     """:func:`tridrop.mask.keep_mask`, by numba where that serves."""
-    kernels: Any = _kernels() if _readable(seed) else None
+    kernels: Any = _kernels() if readable(seed) else None
     t = 0 if kernels is None else int(drop_threshold)
     if t == 0:
         return mask.keep_mask(
@@ -218,13 +222,13 @@ def keep_mask(
         raise ValueError("the masks of drop_path are shared along the last dimension")
     columns = min(1, where.cols) if where.col_shared else where.cols
     keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
-    draw = _Draw.of(where, seed, domain, t)
+    decisions, _rows = _mask_of(where, seed, domain, t)
     out = keep.data_ptr()
 
     def call(_: int, start: int, stop: int) -> None:
-        kernels.keep_rows(start, stop, columns, draw.arguments, out)
+        kernels.keep_rows(start, stop, columns, decisions, out)
 
-    _share(where.rows, columns, call)
+    _share(parts_of(where.rows, columns), where.rows * columns, call)
     return keep.expand(where.rows, where.cols).reshape(tuple(shape)).contiguous()
 
 
@@ -236,7 +240,7 @@ def attention_keep_mask(
     origin: Sequence[int] = (0, 0, 0, 0),
 ) -> Tensor:
     """:func:`tridrop.mask.attention_keep_mask`, by numba where that serves."""
-    kernels: Any = _kernels() if _readable(seed) else None
+    kernels: Any = _kernels() if readable(seed) else None
     t = 0 if kernels is None else int(drop_threshold)
     if t == 0:
         return mask.attention_keep_mask(seed, shape, drop_threshold, origin=origin)
@@ -251,7 +255,7 @@ def attention_keep_mask(
     def call(_: int, start: int, stop: int) -> None:
         kernels.keep_scores(out[start:stop], np.uint64(start), *others)
 
-    _share(rows, keys, call)
+    _share(parts_of(rows, keys), rows * keys, call)
     return keep.view(tuple(shape))
 
 
@@ -269,10 +273,16 @@ if sys.platform == "linux":
     _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A result. A large one asks the kernel for large pages: it is new memory, and 4 KiB at a
-    time its page faults take longer than the op. See madvise(2); a refusal changes nothing."""
-    result = torch.empty(shape, dtype=dtype, device="cpu")
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A result; ``like`` is an operand, often of the same kind.
+
+    A large one asks the kernel for large pages: it is new memory, and 4 KiB at a time its page
+    faults take longer than the op. See madvise(2); a refusal changes nothing.
+    """
+    if like.dtype == dtype and like.shape == shape and like.is_contiguous():
+        result = torch.empty_like(like)  # half the time of the other
+    else:
+        result = torch.empty(shape, dtype=dtype, device="cpu")
     if _madvise is not None and result.nbytes >= _MAPPED_ANEW:
         page = mmap.PAGESIZE
         start = -(-result.data_ptr() // page) * page
@@ -287,56 +297,67 @@ def matrix(t: Tensor | None) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The random part of the rows of a call, without a mask in memory; see :func:`selection`."""
+    """The random part of calls of one shape, without a mask in memory; see :func:`selection`."""
 
-    kernels: Any
-    draw: _Draw
+    where: mask.Coordinates
+    threshold: int
     scale: float
+    parts: Parts
 
     def call(
-        self, name: str, rows: int, columns: int, *arguments: Any, widths: Sequence[int] = ()
+        self, name: str, seed: Tensor, *arguments: Any, widths: Sequence[int] = ()
     ) -> list[Tensor | None]:
         """Call a kernel for all rows, by several threads; the sums over the rows that it makes.
 
         ``arguments`` are those between ``scale`` and ``options``, and ``options``; whoever calls
-        keeps alive what they point to. ``widths`` are those of the sums, 0 for one not wanted.
-        They are made in fp32 within a part of the rows, then in fp64 in the order of the parts.
+        keeps alive what they point to. ``widths`` are those of the sums, 0 for one not wanted: in
+        fp32 within a part of the rows, then in fp64 in the order of the parts.
         """
-        kernel, parts = getattr(self.kernels, name), len(parts_of(rows, columns))
-        *matrices, options = arguments
-        partial = [np.empty((parts, width), np.float32) for width in widths]
-        begin = [sums.ctypes.data if sums.size else 0 for sums in partial]
+        kernel, columns = getattr(_loaded, name), self.where.cols
+        decisions, _rows = _mask_of(self.where, seed, "elements", self.threshold)
+        count = len(self.parts)
+        sums = [seed.new_empty(count * w, dtype=torch.float32) if w else None for w in widths]
+        begin = [0 if s is None else s.data_ptr() for s in sums]
+        if count == 1:
+            before, options = arguments[:-1], arguments[-1]
+            given = (*before, tuple(begin), options) if begin else arguments
+            kernel(*self.parts[0], columns, decisions, self.scale, *given)
+            return sums
 
         def call(number: int, start: int, stop: int) -> None:
-            own = [a and a + 4 * number * w for a, w in zip(begin, widths, strict=True)]
-            given = (tuple(own), options) if own else (options,)
-            kernel(start, stop, columns, self.draw.arguments, self.scale, *matrices, *given)
+            own = tuple(a and a + 4 * number * w for a, w in zip(begin, widths, strict=True))
+            given = (*arguments[:-1], own, arguments[-1]) if own else arguments
+            kernel(start, stop, columns, decisions, self.scale, *given)
 
-        _share(rows, columns, call)
+        _share(self.parts, self.where.rows * columns, call)
         return [
-            torch.from_numpy(sums.sum(0, np.float64)) if sums.size else None for sums in partial
+            None if s is None else torch.from_numpy(s.view(count, -1).numpy().sum(0, np.float64))
+            for s in sums
         ]
 
 
+@lru_cache(256)
+def _selection(
+    shape: tuple[int, ...], drop_threshold: int, shared: tuple[int, ...], shard: Shard | None
+) -> Selection | None:
+    where = mask.coordinates(shape, shared, shard)
+    if where.col_shared:
+        return None
+    parts = parts_of(where.rows, where.cols)
+    return Selection(where, drop_threshold, mask.scale(drop_threshold), parts)
+
+
 def selection(
-    seed: Tensor | None,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     drop_threshold: int,
     *,
-    shared: Sequence[int] = (),
+    shared: tuple[int, ...] = (),
     shard: Shard | None = None,
 ) -> Selection | None:
     """What drops elements of a tensor of ``shape``; None where numba does not serve.
 
     That is also where the mask is shared along the last dimension: then it is small, or a column.
     """
-    if seed is None or drop_threshold == 0 or not _readable(seed):
+    if drop_threshold == 0 or 0 in shape or _kernels() is None:
         return None
-    kernels = _kernels()
-    if kernels is None:
-        return None
-    where = mask.coordinates(shape, shared, shard)
-    if where.col_shared:
-        return None
-    draw = _Draw.of(where, seed, "elements", drop_threshold)
-    return Selection(kernels, draw, mask.scale(drop_threshold))
+    return _selection(shape, drop_threshold, shared, shard)

@@ -6,7 +6,7 @@ plain torch operations, so it can be differentiated any number of times.
 """
 
 from .attention import Attention
-from .common import apply
+from .common import apply, straight
 from .elementwise import Fused
 from .masked import Masked
 from .norm import FusedNorm
@@ -23,4 +23,5 @@ __all__ = [
     "Product",
     "SoftmaxDropout",
     "apply",
+    "straight",
 ]

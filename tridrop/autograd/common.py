@@ -8,19 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import Prepared
 from ..backends.reference import elementwise
 from ..distributed import dtensor
-from ..ops.library import unobserved
+from ..ops.library import Known, plain, unobserved, watched
+
+
+def straight(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)`` without what torch's ``apply`` does first.
+
+    It binds the arguments to the signature of ``forward``, anew in each call: a third of the host's
+    time of a call on a CPU. That is for default values, which there are none of.
+    """
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``, on the shortest way that gives the same.
 
-    torch's ``apply`` binds the arguments to the signature of ``forward``, anew in each call: a
-    third of the host's time of a call on a CPU. That is for default values, which there are none
-    of. And where no gradient is wanted, no autograd function is needed.
-
-    Of DTensors each process computes its piece, as the function's ``sharding`` says.
+    Where no gradient is wanted, no autograd function is needed. Of DTensors each process computes
+    its piece, as the function's ``sharding`` says.
     """
     if not unobserved(arguments):
         if any(map(dtensor.is_dtensor, arguments)):
@@ -29,7 +36,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if torch.is_grad_enabled() and any(
         isinstance(a, Tensor) and a.requires_grad for a in arguments
     ):
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return straight(function, *arguments)
     return function.forward(*arguments)
 
 
@@ -42,6 +49,21 @@ def apply_in_backward(function: type[torch.autograd.Function], *arguments: Any) 
     if torch.compiler.is_compiling():
         return function.forward(*arguments)
     return apply(function, *arguments)
+
+
+def opened(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:
+    """The packed options of a call, and its prepared backend where it is a known one."""
+    return (packed.packed, packed.prepared) if isinstance(packed, Known) else (packed, None)
+
+
+def prepared_backward(ctx: Any, *given: Any) -> Any:
+    """The gradients, where the call is known and nothing but the backend has to see them."""
+    if ctx.prepared is None or torch.is_grad_enabled() or watched():
+        return None
+    for t in given:  # what a hook of saved tensors gives back may be anything
+        if t is not None and not plain(t):
+            return None
+    return ctx.prepared.backward(*given, ctx.dtypes)
 
 
 def each_sample(

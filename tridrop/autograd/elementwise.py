@@ -12,8 +12,16 @@ from .. import ops
 from ..backends.reference import elementwise
 from ..distributed import layouts
 from ..ops.elementwise import backward, forward
+from ..ops.library import Known
 from .batching import all_samples
-from .common import apply_in_backward, differentiate, each_sample, wanted
+from .common import (
+    apply_in_backward,
+    differentiate,
+    each_sample,
+    opened,
+    prepared_backward,
+    wanted,
+)
 
 
 class Fused(torch.autograd.Function):
@@ -29,35 +37,42 @@ class Fused(torch.autograd.Function):
         residual: Tensor | None,
         seed: Tensor | None,
         p: Tensor | None,
-        packed: ops.Packed,
+        packed: ops.Packed | Known,
     ) -> Tensor:
-        out: Tensor = forward(x, bias, layer_scale, residual, seed, p, *packed)
+        out: Tensor
+        if isinstance(packed, Known):
+            out = packed.prepared.forward(x, bias, layer_scale, residual, seed)
+        else:
+            out = forward(x, bias, layer_scale, residual, seed, p, *packed)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, bias, layer_scale, _, seed, p, packed = inputs
-        ctx.packed = packed
-        ctx.dtypes = tuple(
-            t.dtype if t is not None and needed else None
-            for t, needed in zip((x, bias, layer_scale), ctx.needs_input_grad[:3], strict=True)
+        ctx.packed, ctx.prepared = opened(packed)
+        needs = ctx.needs_input_grad
+        ctx.dtypes = (
+            x.dtype if needs[0] else None,
+            bias.dtype if needs[1] else None,
+            layer_scale.dtype if needs[2] else None,
         )
         # Without an activation, x matters only to the gradient of layer_scale.
-        keeps_x = packed[0] != "none" or ctx.dtypes[2] is not None
-        ctx.save_for_backward(
-            x if keeps_x else None, bias if keeps_x else None, layer_scale, seed, p
-        )
+        if ctx.packed[0] == "none" and not needs[2]:
+            x = bias = None
+        ctx.save_for_backward(x, bias, layer_scale, seed, p)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dx = dbias = dlayer_scale = None
-        if any(dtype is not None for dtype in ctx.dtypes):
-            dx, dbias, dlayer_scale = apply_in_backward(
-                FusedBackward, grad, *ctx.saved_tensors, ctx.packed, ctx.dtypes
-            )
+        found = (None, None, None)
+        if any(ctx.needs_input_grad[:3]):
+            *tensors, p = ctx.saved_tensors
+            found = prepared_backward(ctx, grad, *tensors)
+            if found is None:
+                given = (grad, *tensors, p, ctx.packed, ctx.dtypes)
+                found = apply_in_backward(FusedBackward, *given)
         # The residual is added as it is, so its gradient is the incoming one, unread.
         dresidual = grad if ctx.needs_input_grad[3] else None
-        return dx, dbias, dlayer_scale, dresidual, None, None, None
+        return *found, dresidual, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

@@ -11,9 +11,17 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import elementwise, norm
 from ..distributed import layouts
+from ..ops.library import Known
 from ..ops.norm import norm_backward, norm_forward
 from .batching import all_samples
-from .common import apply_in_backward, differentiate, each_sample, wanted
+from .common import (
+    apply_in_backward,
+    differentiate,
+    each_sample,
+    opened,
+    prepared_backward,
+    wanted,
+)
 
 
 class FusedNorm(torch.autograd.Function):
@@ -31,11 +39,14 @@ class FusedNorm(torch.autograd.Function):
         norm_bias: Tensor | None,
         seed: Tensor | None,
         p: Tensor | None,
-        packed: tuple[Any, ...],
+        packed: tuple[Any, ...] | Known,
     ) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = norm_forward(
-            x, bias, layer_scale, residual, weight, norm_bias, seed, p, *packed
-        )
+        tensors = (x, bias, layer_scale, residual, weight, norm_bias, seed)
+        results: tuple[Tensor, ...]
+        if isinstance(packed, Known):
+            results = packed.prepared.forward(*tensors)
+        else:
+            results = norm_forward(*tensors, p, *packed)
         return results
 
     @staticmethod
@@ -43,16 +54,15 @@ class FusedNorm(torch.autograd.Function):
         *tensors, seed, p, packed = inputs
         x, bias, layer_scale, _, weight, _ = tensors
         _, stream, mean, rstd = output
-        ctx.packed = packed
-        ctx.after = ops.unpack_norm(*packed).after
-        dtypes = [
-            t.dtype if t is not None and needed else None
-            for t, needed in zip(tensors, ctx.needs_input_grad[:6], strict=True)
-        ]
+        ctx.packed, ctx.prepared = opened(packed)
+        ctx.after = ops.is_after(ctx.packed)
+        needs = ctx.needs_input_grad
+        dtypes = [t.dtype if needs[i] else None for i, t in enumerate(tensors)]
         if ctx.after:
             dtypes[3] = None  # the residual's gradient is then the incoming one
         ctx.dtypes = tuple(dtypes)
-        ctx.mark_non_differentiable(mean, rstd, *((stream,) if ctx.after else ()))
+        whole = [stream] if ctx.after and stream is not None else []  # empty: the stream is x
+        ctx.mark_non_differentiable(mean, rstd, *whole)
         ctx.set_materialize_grads(False)
         scaled = ctx.dtypes[2] is not None
         ctx.save_for_backward(
@@ -69,14 +79,17 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
-        saved = ctx.saved_tensors
+        *saved, p = ctx.saved_tensors
         if ctx.after:
             dstream = None
         if dout is None and dstream is None:
             return (None,) * 9
         incoming = torch.zeros_like(saved[0]) if dout is None else dout
-        given = (incoming, dstream, *saved, ctx.packed, ctx.dtypes)
-        found = list(apply_in_backward(FusedNormBackward, *given))
+        given = (incoming, dstream, *saved)
+        found = prepared_backward(ctx, *given)
+        if found is None:
+            found = apply_in_backward(FusedNormBackward, *given, p, ctx.packed, ctx.dtypes)
+        found = list(found)
         if ctx.after and ctx.needs_input_grad[3]:
             found[3] = dout
         return *found, None, None, None

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -188,6 +188,36 @@ class Backend(Protocol):
     def why_not(self, device: torch.device, dtypes: list[torch.dtype]) -> str | None:
         """Why the backend cannot serve tensors of this device and dtypes; None where it can."""
 
+    def prepare(self, shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> Any:
+        """The backend, prepared for calls like this one, or None: see :func:`prepare`."""
+
+
+class Prepared(Protocol):
+    """The elementwise or the norm family, for calls that differ in data and in nothing else."""
+
+    def forward(self, *operands: Any) -> Any:
+        """As ``Backend.forward`` or ``norm_forward``, of their arguments up to ``seed``."""
+
+    def backward(self, *operands: Any) -> Any:
+        """As ``Backend.backward`` or ``norm_backward``, without ``p`` and ``options``."""
+
+
+class _Held(NamedTuple):
+    """A backend that can prepare nothing but its options."""
+
+    module: Backend
+    options: Options
+
+    def forward(self, *operands: Any) -> Any:
+        norm = isinstance(self.options, NormOptions)
+        call: Any = self.module.norm_forward if norm else self.module.forward
+        return call(*operands, None, self.options)
+
+    def backward(self, *operands: Any) -> Any:
+        norm = isinstance(self.options, NormOptions)
+        call: Any = self.module.norm_backward if norm else self.module.backward
+        return call(*operands[:-1], None, self.options, operands[-1])
+
 
 class _State:
     # Process-wide, as torch's own backend flags are: backward runs in threads of its own.
@@ -239,6 +269,11 @@ def choose(device: torch.device) -> str:
     return name
 
 
+def asked() -> tuple[str | None, str | None]:
+    """What :func:`choose` looks at besides the device: the block's choice and the variable's."""
+    return _state.explicit, os.environ.get(ENVIRONMENT)
+
+
 def load(name: str) -> Backend:
     """The backend module ``name``; ImportError, saying what to do, where it cannot be imported."""
     _check_name(name, "the backend argument")
@@ -263,6 +298,18 @@ def serving(name: str, *tensors: Tensor | None) -> Backend:
     if reason is not None:
         raise RuntimeError(reason)
     return module
+
+
+def prepare(
+    name: str, shape: tuple[int, ...], options: Options, *tensors: Tensor | None
+) -> Prepared:
+    """The backend ``name``, prepared for calls with results of ``shape`` and tensors like these.
+
+    Raises as :func:`serving` does.
+    """
+    module = serving(name, *tensors)
+    found: Prepared | None = module.prepare(shape, options, *tensors)
+    return _Held(module, options) if found is None else found
 
 
 def report() -> list[dict[str, Any]]:

@@ -14,8 +14,10 @@ from ..autograd import Fused, apply
 from ..distributed import agree
 from ..distributed.dtensor import is_dtensor
 from ..mask import Shard
+from ..ops.library import Known
 from ..seeds import seed_for
 from ..spec import Options
+from . import known
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
 
@@ -45,16 +47,21 @@ def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:
     return drawn
 
 
+def rated(p: float | Tensor, training: bool, options: _O) -> tuple[_O, Tensor | None, bool]:
+    """The options with their rates, p where it is a tensor, and whether anything drops."""
+    if not training:
+        return replace(options, drop_path=0.0), None, False
+    if isinstance(p, Tensor):
+        return options, p, True
+    options = replace(options, p=float(p))
+    return options, None, options.p > 0 or options.drop_path > 0
+
+
 def settle(
     x: Tensor, p: float | Tensor, training: bool, seed: int | Tensor | None, options: _O
 ) -> tuple[_O, Tensor | None, Tensor | None]:
     """The options with their rates, p where it is a tensor, and the seed where anything drops."""
-    p_tensor = p if training and isinstance(p, Tensor) else None
-    if not training:
-        options = replace(options, drop_path=0.0)
-    elif not isinstance(p, Tensor):
-        options = replace(options, p=float(p))
-    drops = p_tensor is not None or options.p > 0 or options.drop_path > 0
+    options, p_tensor, drops = rated(p, training, options)
     if not drops:
         return options, p_tensor, None
     if seeds.in_batch():
@@ -74,6 +81,14 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     return found
 
 
+def again(
+    key: known.Key | None, seed: int | Tensor | None, *operands: Tensor | None
+) -> Tensor | None:
+    """The call of x, bias, layer_scale and residual, where one with that key has been checked."""
+    found = known.recall(key)
+    return None if found is None else known.call(Fused, found, seed, *operands)
+
+
 def fused(
     x: Tensor,
     bias: Tensor | None,
@@ -83,13 +98,26 @@ def fused(
     training: bool,
     seed: int | Tensor | None,
     options: Options,
+    key: known.Key | None = None,
 ) -> Tensor:
-    """The checked call: ``options`` holds everything but p, which may be a tensor."""
+    """The checked call: ``options`` holds everything but p, which may be a tensor.
+
+    ``key`` is that of the call, where it may be remembered.
+    """
     spec.check_vector(bias, "bias", x.shape[-1] if x.dim() else 1, x)
+    operands = (x, bias, layer_scale, residual)
+    out: Tensor
+    if key is not None:
+        options, _, draws = rated(p, training, options)
+        name = backends.choose(x.device)
+        shape = spec.output_shape(x, options.activation)
+        prepared = backends.prepare(name, shape, options, *operands)
+        found = known.remember(key, Known(ops.pack(options, name), prepared, draws))
+        out = known.call(Fused, found, seed, *operands)
+        return out
     options, p_tensor, drawn = settle(x, p, training, seed, options)
     packed = ops.pack(options, backends.choose(x.device))
-    operands = distinct(x, bias, layer_scale, residual)
-    out: Tensor = apply(Fused, *operands, drawn, p_tensor, packed)
+    out = apply(Fused, *distinct(*operands), drawn, p_tensor, packed)
     return out
 
 
@@ -139,13 +167,18 @@ def dropout(
     tensor([[2., 2., 2., 2.],
             [0., 0., 0., 0.]])
     """
+    key = known.key_of(("dropout",), p, noise_shape, shard, x) if training else None
+    out = again(key, seed, x, None, None, None)
+    if out is not None:
+        return out
     spec.check_input(x)
     spec.check_probability(p, tensor_allowed=True)
     shared = spec.resolve_noise_shape(noise_shape, x.shape)
     where = spec.resolve_shard(shard, x.shape)
     if not spec.drops(p, training):
         return x
-    return fused(x, None, None, None, p, True, seed, Options(shared=shared, shard=where))
+    options = Options(shared=shared, shard=where)
+    return fused(x, None, None, None, p, True, seed, options, key)
 
 
 def activation_dropout(
@@ -190,6 +223,11 @@ def activation_dropout(
     >>> activation_dropout(x, 0.5, activation="relu", seed=1)
     tensor([0., 0., 4., 0.])
     """
+    settings = ("activation_dropout", bool(training), activation)
+    key = known.key_of(settings, p, noise_shape, shard, x, bias)
+    out = again(key, seed, x, bias, None, None)
+    if out is not None:
+        return out
     spec.check_input(x)
     spec.check_probability(p, tensor_allowed=True)
     name = spec.check_activation(activation)
@@ -197,7 +235,7 @@ def activation_dropout(
     shared = spec.resolve_noise_shape(noise_shape, shape)
     where = spec.resolve_shard(shard, shape)
     options = Options(name, shared=shared, shard=where)
-    return fused(x, bias, None, None, p, training, seed, options)
+    return fused(x, bias, None, None, p, training, seed, options, key)
 
 
 def dropout_add(
@@ -245,6 +283,13 @@ def dropout_add(
     >>> dropout_add(torch.ones(4), torch.full((4,), 10.0), 0.5, seed=1)
     tensor([12., 10., 12., 10.])
     """
+    key = None
+    if type(drop_path) is float:
+        settings = ("dropout_add", bool(training), activation, drop_path)
+        key = known.key_of(settings, p, noise_shape, shard, x, residual, bias, layer_scale)
+    out = again(key, seed, x, bias, layer_scale, residual)
+    if out is not None:
+        return out
     spec.check_input(x)
     spec.check_probability(p, tensor_allowed=True)
     name = spec.check_activation(activation)
@@ -255,4 +300,4 @@ def dropout_add(
     shared = spec.resolve_noise_shape(noise_shape, shape)
     where = spec.resolve_shard(shard, shape)
     options = Options(name, drop_path=float(drop_path), shared=shared, shard=where)
-    return fused(x, bias, layer_scale, residual, p, training, seed, options)
+    return fused(x, bias, layer_scale, residual, p, training, seed, options, key)

@@ -3,11 +3,12 @@
 from . import masks, softmax
 from .attention import PackedAttention, pack_attention, unpack_attention
 from .elementwise import Packed, pack, unpack
-from .norm import pack_norm, unpack_norm
+from .norm import is_after, pack_norm, unpack_norm
 
 __all__ = [
     "Packed",
     "PackedAttention",
+    "is_after",
     "masks",
     "pack",
     "pack_attention",

@@ -9,42 +9,47 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad, profiler
 
+from ..backends import Prepared
 from ..spec import check_probability
 
 _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
-def unobserved(arguments: Iterable[Any]) -> bool:
-    """Whether nothing but the backend has to see a call of these arguments.
-
-    Not so under torch.compile, tracing, a dispatch mode, torch.func, forward-mode derivatives or a
-    profiler, or with tensors that are meta, wrapped or of a subclass. Where it is so, torch's
-    dispatcher and the bookkeeping of autograd functions change nothing in a result: they only cost
-    time, on a CPU as much as a small op itself.
-    """
-    if (
+def watched() -> bool:
+    """Whether more than the backend has to see calls: torch.compile, tracing, a dispatch mode,
+    torch.func, forward-mode derivatives, a profiler."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
         or torch._C._get_tracing_state() is not None
-    ):
-        return False
-    for a in arguments:
-        if isinstance(a, Tensor) and (
-            type(a) not in _PLAIN or a.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(a)
-        ):
-            return False
-    return True
+    )
+
+
+def plain(t: Tensor) -> bool:
+    """Whether a tensor is its data: not meta, wrapped, negated lazily or of a subclass."""
+    return type(t) in PLAIN and not (
+        t.is_meta or t.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
+def unobserved(arguments: Iterable[Any]) -> bool:
+    """Whether nothing but the backend has to see a call of these arguments.
+
+    Where it is so, torch's dispatcher and the bookkeeping of autograd functions change nothing in a
+    result: they only cost time, on a CPU as much as a small op itself.
+    """
+    return not (watched() or any(isinstance(a, Tensor) and not plain(a) for a in arguments))
 
 
 def define(
@@ -86,6 +91,14 @@ def read_rate(p_tensor: Tensor | None, options: _O) -> tuple[Tensor | None, _O]:
     p = float(p_tensor)
     check_probability(p)
     return None, dataclasses.replace(options, p=p)  # type: ignore[type-var]
+
+
+class Known(NamedTuple):
+    """What is left of a call once it has been checked, for calls that differ in data alone."""
+
+    packed: tuple[Any, ...]  # the options, as operators take them
+    prepared: Prepared  # its backend
+    draws: bool  # whether it takes a seed
 
 
 def filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

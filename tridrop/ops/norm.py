@@ -19,13 +19,20 @@ _NORM = (
     "ScalarType stream_dtype, ScalarType out_dtype"
 )
 _NORM_FIELDS = dataclasses.fields(NormOptions)[len(dataclasses.fields(Options)) :]
-_BACKEND = len(dataclasses.fields(Options)) + 1  # of packed options; a shard is two arguments
+# Of packed options; a shard is two arguments.
+_BACKEND = len(dataclasses.fields(Options)) + 1
+_AFTER = _BACKEND + 1 + [field.name for field in _NORM_FIELDS].index("after")
 
 
 def pack_norm(options: NormOptions, backend: str) -> tuple[Any, ...]:
     """The options of the norm family as the arguments that its operators take."""
     own = [getattr(options, field.name) for field in _NORM_FIELDS]
     return (*pack(options, backend), *own)
+
+
+def is_after(packed: tuple[Any, ...]) -> bool:
+    """Whether the dropout of a call goes after its norm."""
+    return bool(packed[_AFTER])
 
 
 def unpack_norm(*packed: Any) -> NormOptions:

@@ -5,7 +5,7 @@ On a CPU with numba, masks come from :mod:`tridrop.fast`, and ``fused.py`` takes
 
 from .attention import attention_backward, attention_forward
 from .elementwise import keep_mask, why_not
-from .fused import backward, forward, norm_backward, norm_forward
+from .fused import backward, forward, norm_backward, norm_forward, prepare
 from .masks import attention_keep_mask, decision_bits
 from .product import product_backward, product_forward
 from .softmax import softmax_backward, softmax_forward
@@ -20,6 +20,7 @@ __all__ = [
     "keep_mask",
     "norm_backward",
     "norm_forward",
+    "prepare",
     "product_backward",
     "product_forward",
     "softmax_backward",

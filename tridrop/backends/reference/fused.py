@@ -1,13 +1,14 @@
 """The ops of elementwise.py and norm.py on a CPU, each pass a compiled loop of :mod:`tridrop.fast`.
 
 The formulas and the rounding are those of the two files, which compute what numba does not serve:
-fp64, a rate in a tensor, drop_path, and masks shared along the columns.
+fp64, a rate in a tensor, drop_path, and masks shared along the columns. What does not depend on
+data is prepared once for each shape and set of options.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,51 +19,195 @@ from . import elementwise, norm
 
 # As numbered in fast_math.py.
 _FUNCTIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-
-
-def _selection(
-    shape: tuple[int, ...],
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-    *tensors: Tensor | None,
-) -> fast.Selection | None:
-    """The random part where it is one mask of elements, computed in fp32, and numba serves."""
-    if options.noise != "mask":
-        return None
-    if seed is None or p is not None or options.drop_path > 0 or 0 in shape:
-        return None
-    for t in tensors:
-        if t is not None and t.dtype == torch.float64:
-            return None
-    elements = options.thresholds()[0]
-    return fast.selection(seed, shape, elements, shared=options.shared, shard=options.shard)
-
-
-def _sizes(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns."""
-    return math.prod(shape[:-1]), shape[-1] if shape else 1
+_NONE = (0, 0)  # an absent matrix
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
     """In fp32."""
-    return None if t is None else t.detach().to(torch.float32).contiguous()
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.detach().to(torch.float32).contiguous()
 
 
-def _matrix(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().contiguous()
+def _matrix(t: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """A contiguous tensor, and how the kernels take it: (address, kind)."""
+    if t is None:
+        return None, _NONE
+    t = t if t.is_contiguous() else t.detach().contiguous()
+    return t, (t.data_ptr(), fast.KINDS[t.dtype])
 
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _result(shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor | None:
-    return None if dtype is None else fast.empty(shape, dtype)
-
-
 def _to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return None if t is None or dtype is None else t.to(dtype)
+
+
+class PreparedElementwise(NamedTuple):
+    """The elementwise family, for calls with results of one shape."""
+
+    drop: fast.Selection
+    shape: tuple[int, ...]
+    kind: tuple[int, bool]  # the number of f in fast_math, and whether it is gated
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor,
+    ) -> Tensor:
+        """The op; arguments as in ``backends.Backend.forward``."""
+        out = fast.empty(self.shape, (x if residual is None else residual).dtype, x)
+        (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
+        bias, layer_scale = _vector(bias), _vector(layer_scale)
+        vectors = (_address(bias), _address(layer_scale))
+        self.drop.call("forward", seed, _matrix(out)[1], u, *vectors, r, self.kind)
+        return out
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        seed: Tensor,
+        dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The op's gradients; arguments as in ``backends.Backend.backward``."""
+        columns = self.drop.where.cols
+        width = 2 * columns if self.kind[1] else columns
+        dx = None
+        if dtypes[0] is not None:
+            shape = (*self.shape[:-1], width) if self.shape else ()
+            dx = fast.empty(shape, dtypes[0], grad)
+        (_grad, g), (_x, u) = _matrix(grad), _matrix(x)
+        bias, layer_scale = _vector(bias), _vector(layer_scale)
+        vectors = (_address(bias), _address(layer_scale))
+        widths = (width if dtypes[1] else 0, columns if dtypes[2] else 0)
+        given = (g, u, *vectors, _matrix(dx)[1], self.kind)
+        dbias, dlayer_scale = self.drop.call("backward", seed, *given, widths=widths)
+        return dx, _to(dbias, dtypes[1]), _to(dlayer_scale, dtypes[2])
+
+
+class PreparedNorm(NamedTuple):
+    """The norm family, for calls with tensors of one shape."""
+
+    drop: fast.Selection
+    shape: tuple[int, ...]
+    options: NormOptions
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        norm_bias: Tensor | None,
+        seed: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """The op; arguments as in ``backends.Backend.norm_forward``."""
+        options = self.options
+        out, stream = fast.empty(self.shape, options.out_dtype, x), None
+        if options.keep_stream and not options.after:
+            stream = fast.empty(self.shape, options.stream_dtype, x)
+        mean = seed.new_empty(self.drop.where.rows, dtype=torch.float32)
+        rstd = torch.empty_like(mean)
+        (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
+        bias, layer_scale, norm_bias = map(_vector, (bias, layer_scale, norm_bias))
+        gain = norm.gain_of(_vector(weight), options)
+        self.drop.call(
+            "norm_forward",
+            seed,
+            _matrix(out)[1],
+            u,
+            (_address(stream), fast.KINDS[options.stream_dtype]),
+            r,
+            (mean.data_ptr(), rstd.data_ptr()),
+            tuple(map(_address, (bias, layer_scale, gain, norm_bias))),
+            (options.norm == "rms_norm", options.after, float(options.eps)),
+        )
+        return out, stream, mean, rstd
+
+    def backward(
+        self,
+        dout: Tensor,
+        dstream: Tensor | None,
+        stream: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        weight: Tensor | None,
+        seed: Tensor,
+        dtypes: norm.Dtypes,
+    ) -> tuple[Tensor | None, ...]:
+        """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
+        options, columns = self.options, self.drop.where.cols
+        dx, dresidual = (
+            None if dtype is None else fast.empty(self.shape, dtype, dout)
+            for dtype in (dtypes[0], None if options.after else dtypes[3])
+        )
+        held = [_matrix(t) for t in (dout, dstream, stream, x)]
+        bias, layer_scale = _vector(bias), _vector(layer_scale)
+        gain = norm.gain_of(_vector(weight), options)
+        mean, rstd = mean.contiguous(), rstd.contiguous()
+        wanted = (dtypes[1], dtypes[2], dtypes[4], dtypes[5])
+        sums: Any = self.drop.call(
+            "norm_backward",
+            seed,
+            tuple(matrix for _, matrix in held),
+            (mean.data_ptr(), rstd.data_ptr()),
+            (_address(bias), _address(layer_scale), _address(gain)),
+            (_matrix(dx)[1], _matrix(dresidual)[1]),
+            (options.norm == "rms_norm", options.after),
+            widths=[columns if dtype else 0 for dtype in wanted],
+        )
+        dbias, dscale, dweight, dnorm_bias = map(_to, sums, wanted)
+        return dx, dbias, dscale, dresidual, dweight, dnorm_bias
+
+
+@lru_cache(256)
+def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise | PreparedNorm | None:
+    drop = fast.selection(
+        shape, options.thresholds()[0], shared=options.shared, shard=options.shard
+    )
+    if drop is None:
+        return None
+    if isinstance(options, NormOptions):
+        return PreparedNorm(drop, shape, options)
+    return PreparedElementwise(drop, shape, (_FUNCTIONS[options.function], options.gated))
+
+
+def prepare(shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> Any:
+    """Both directions of calls with results of ``shape`` and such tensors, where numba serves them.
+
+    That is one mask of elements, on a CPU, and arithmetic in fp32.
+    """
+    if options.noise != "mask" or options.drop_path > 0 or not fast.serves():
+        return None
+    for t in tensors:
+        if t is not None and (t.dtype == torch.float64 or t.device.type != "cpu"):
+            return None
+    return _prepare(shape, options)
+
+
+def _prepared(
+    seed: Tensor | None,
+    p: Tensor | None,
+    shape: tuple[int, ...],
+    options: Options,
+    *tensors: Tensor | None,
+) -> Any:
+    """The same, where the host can also read the random part."""
+    if seed is None or p is not None or not fast.readable(seed):
+        return None
+    return prepare(shape, options, *tensors)
 
 
 def forward(
@@ -75,22 +220,11 @@ def forward(
     options: Options,
 ) -> Tensor:
     """The op; arguments as in ``backends.Backend.forward``."""
-    shape = output_shape(x, options.activation)
-    drop = _selection(shape, seed, p, options, x, bias, layer_scale, residual)
-    if drop is None:
-        return elementwise.forward(x, bias, layer_scale, residual, seed, p, options)
-    out = fast.empty(shape, x.dtype if residual is None else residual.dtype)
-    u, r, b, g = _matrix(x), _matrix(residual), _vector(bias), _vector(layer_scale)
-    drop.call(
-        "forward",
-        *_sizes(shape),
-        fast.matrix(out),
-        fast.matrix(u),
-        _address(b),
-        _address(g),
-        fast.matrix(r),
-        (_FUNCTIONS[options.function], options.gated),
-    )
+    tensors = (x, bias, layer_scale, residual)
+    found = _prepared(seed, p, output_shape(x, options.activation), options, *tensors)
+    if found is None:
+        return elementwise.forward(*tensors, seed, p, options)
+    out: Tensor = found.forward(*tensors, seed)
     return out
 
 
@@ -105,27 +239,13 @@ def backward(
     dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The op's gradients; arguments as in ``backends.Backend.backward``."""
-    shape = tuple(grad.shape)
-    drop = _selection(shape, seed, p, options, grad, x, bias, layer_scale)
-    if drop is None:
-        return elementwise.backward(grad, x, bias, layer_scale, seed, p, options, dtypes)
-    rows, columns = _sizes(shape)
-    width = 2 * columns if options.gated else columns
-    dx = _result((*shape[:-1], width) if shape else shape, dtypes[0])
-    g, u, b, s = _matrix(grad), _matrix(x), _vector(bias), _vector(layer_scale)
-    dbias, dlayer_scale = drop.call(
-        "backward",
-        rows,
-        columns,
-        fast.matrix(g),
-        fast.matrix(u),
-        _address(b),
-        _address(s),
-        fast.matrix(dx),
-        (_FUNCTIONS[options.function], options.gated),
-        widths=(width if dtypes[1] else 0, columns if dtypes[2] else 0),
-    )
-    return dx, _to(dbias, dtypes[1]), _to(dlayer_scale, dtypes[2])
+    tensors = (grad, x, bias, layer_scale)
+    found = _prepared(seed, p, tuple(grad.shape), options, *tensors)
+    if found is None:
+        return elementwise.backward(*tensors, seed, p, options, dtypes)
+    results: tuple[Tensor | None, Tensor | None, Tensor | None]
+    results = found.backward(*tensors, seed, dtypes)
+    return results
 
 
 def norm_forward(
@@ -141,32 +261,11 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The op; arguments as in ``backends.Backend.norm_forward``."""
     tensors = (x, bias, layer_scale, residual, weight, norm_bias)
-    shape = tuple(x.shape)
-    drop = _selection(shape, seed, p, options, *tensors)
-    if drop is None:
+    found = _prepared(seed, p, tuple(x.shape), options, *tensors)
+    if found is None:
         return norm.norm_forward(*tensors, seed, p, options)
-    rows, columns = _sizes(shape)
-    out, stream = fast.empty(shape, options.out_dtype), None
-    if options.keep_stream and not options.after:
-        stream = fast.empty(shape, options.stream_dtype)
-    mean = torch.empty(rows, dtype=torch.float32, device="cpu")
-    rstd = torch.empty_like(mean)
-    u, r = _matrix(x), _matrix(residual)
-    b, g, nb = map(_vector, (bias, layer_scale, norm_bias))
-    w = norm.gain_of(_vector(weight), options)
-    drop.call(
-        "norm_forward",
-        rows,
-        columns,
-        fast.matrix(out),
-        fast.matrix(u),
-        (_address(stream), fast.KINDS[options.stream_dtype]),
-        fast.matrix(r),
-        (mean.data_ptr(), rstd.data_ptr()),
-        (_address(b), _address(g), _address(w), _address(nb)),
-        (options.norm == "rms_norm", options.after, float(options.eps)),
-    )
-    return out, stream, mean, rstd
+    results: tuple[Tensor, Tensor | None, Tensor, Tensor] = found.forward(*tensors, seed)
+    return results
 
 
 def norm_backward(
@@ -185,30 +284,9 @@ def norm_backward(
     dtypes: norm.Dtypes,
 ) -> tuple[Tensor | None, ...]:
     """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
-    tensors = (dout, dstream, stream, x, bias, layer_scale, weight)
-    shape = tuple(dout.shape)
-    drop = _selection(shape, seed, p, options, *tensors)
-    if drop is None:
-        given = (dout, dstream, stream, mean, rstd, x, bias, layer_scale, weight)
-        return norm.norm_backward(*given, seed, p, options, dtypes)
-    rows, columns = _sizes(shape)
-    dx = _result(shape, dtypes[0])
-    dresidual = _result(shape, None if options.after else dtypes[3])
-    matrices = [_matrix(t) for t in tensors[:4]]
-    b, g = _vector(bias), _vector(layer_scale)
-    w = norm.gain_of(_vector(weight), options)
-    means = [t.contiguous() for t in (mean, rstd)]
-    wanted = [dtypes[i] for i in (1, 2, 4, 5)]
-    sums: Any = drop.call(
-        "norm_backward",
-        rows,
-        columns,
-        tuple(map(fast.matrix, matrices)),
-        tuple(t.data_ptr() for t in means),
-        (_address(b), _address(g), _address(w)),
-        (fast.matrix(dx), fast.matrix(dresidual)),
-        (options.norm == "rms_norm", options.after),
-        widths=[columns if dtype else 0 for dtype in wanted],
-    )
-    dbias, dscale, dweight, dnorm_bias = map(_to, sums, wanted)
-    return dx, dbias, dscale, dresidual, dweight, dnorm_bias
+    tensors = (dout, dstream, stream, mean, rstd, x, bias, layer_scale, weight)
+    found = _prepared(seed, p, tuple(dout.shape), options, *tensors)
+    if found is None:
+        return norm.norm_backward(*tensors, seed, p, options, dtypes)
+    results: tuple[Tensor | None, ...] = found.backward(*tensors, seed, dtypes)
+    return results

@@ -2,7 +2,7 @@
 
 from .attention_launch import attention_backward, attention_forward
 from .elementwise import backward, forward, keep_mask
-from .launch import interpreting, target, why_not
+from .launch import interpreting, prepare, target, why_not
 from .masks import attention_keep_mask, decision_bits
 from .norm_launch import norm_backward, norm_forward
 from .product_launch import product_backward, product_forward
@@ -19,6 +19,7 @@ __all__ = [
     "keep_mask",
     "norm_backward",
     "norm_forward",
+    "prepare",
     "product_backward",
     "product_forward",
     "softmax_backward",

@@ -313,6 +313,10 @@ def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
     )
 
 
+def prepare(shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> None:
+    """Nothing: launch plans are kept anyway, and strides and alignment are those of a call."""
+
+
 def interpreting() -> bool:
     """Whether the kernels of this process run in Triton's interpreter."""
     return type(mask.philox).__name__ == "InterpretedFunction"

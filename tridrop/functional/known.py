@@ -1,0 +1,85 @@
+"""Calls that differ from an earlier one in their data alone are not checked again.
+
+A model calls an op with the same shapes, dtypes and options in every step. What the checks of a
+call and its backend look at is a key: while it is the same, so is what they found. On a CPU this,
+and not the arithmetic, is most of the time of a small call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, fast, seeds
+from ..autograd import apply, straight
+from ..ops.library import PLAIN, Known, watched
+
+Key = tuple[Hashable, ...]
+
+_MOST = 1024  # calls that are known at a time: the lengths of sentences, say, times sites
+_known: dict[Key, Known] = {}
+
+
+def key_of(
+    settings: Key,
+    p: float | Tensor,
+    noise_shape: Sequence[int | None] | None,
+    shard: Any,
+    *tensors: Tensor | None,
+) -> Key | None:
+    """All that a call depends on but its data and seed; None where that is more than is seen here.
+
+    ``settings`` are the name of the function and its other options. A ``p`` that is a tensor has a
+    value of its own each time, and one that is not a float may be True, which equals 1.0 and is no
+    probability: such calls are checked again, as are those with a noise_shape or a shard.
+    """
+    if type(p) is not float or noise_shape is not None or shard is not None:
+        return None
+    if seeds.in_batch() or watched():
+        return None
+    key: list[Hashable] = [p, settings]
+    for t in tensors:
+        if t is None:
+            key.append(None)
+        elif type(t) not in PLAIN or t.is_neg() or t.is_meta:
+            return None
+        else:
+            key += (t.shape, t.dtype, t.device)
+    return (*key, *backends.asked(), os.environ.get(fast.ENVIRONMENT))
+
+
+def recall(key: Key | None) -> Known | None:
+    """What is known of the calls of a key."""
+    try:
+        return None if key is None else _known.get(key)
+    except TypeError:  # an option that has no hash: it is checked, and perhaps refused
+        return None
+
+
+def remember(key: Key, known: Known) -> Known:
+    """Keep it for the next call."""
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = known
+    return known
+
+
+def call(
+    function: type[torch.autograd.Function],
+    known: Known,
+    seed: int | Tensor | None,
+    *operands: Tensor | None,
+) -> Any:
+    """The call itself; the first operand is a tensor."""
+    drawn = seeds.seed_for(operands[0].device, seed) if known.draws else None  # type: ignore[union-attr]
+    if drawn is not None and type(drawn) is not Tensor:
+        return apply(function, *operands, drawn, None, known.packed)
+    if torch.is_grad_enabled():
+        for t in operands:
+            if t is not None and t.requires_grad:
+                return straight(function, *operands, drawn, None, known)
+    return function.forward(*operands, drawn, None, known)
