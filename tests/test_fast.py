@@ -292,11 +292,11 @@ def test_dropped_elements_are_exactly_zero(value):
         assert (grad[~keep] == 0).all()
 
 
-def unscaled(name, shape, *arguments, **widths):
+def unscaled(name, shape, *arguments):
     """Call a kernel that keeps everything, as far as a mask can, with a scale of 1."""
     drop = fast.selection(tuple(shape), 1)
     assert drop is not None
-    return dataclasses.replace(drop, scale=1.0).call(name, pair(1), *arguments, **widths)
+    return dataclasses.replace(drop, scale=1.0).call(name, pair(1), *arguments)
 
 
 def convert(value, dtype):
@@ -347,8 +347,7 @@ def on_a_grid(name, x):
     value, slope, ones = torch.empty_like(u), torch.empty_like(u), torch.ones_like(u)
     m = fast.matrix
     unscaled("forward", u.shape, m(value), m(u), 0, 0, (0, 0), (number, False))
-    last = (m(slope), (number, False))
-    unscaled("backward", u.shape, m(ones), m(u), 0, 0, *last, widths=(0, 0))
+    unscaled("backward", u.shape, m(ones), m(u), 0, 0, m(slope), (0, 0), (number, False))
     return value.view_as(x), slope.view_as(x)
 
 

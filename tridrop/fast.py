@@ -304,30 +304,45 @@ class Selection:
     scale: float
     parts: Parts
 
-    def call(
-        self, name: str, seed: Tensor, *arguments: Any, widths: Sequence[int] = ()
-    ) -> list[Tensor | None]:
-        """Call a kernel for all rows, by several threads; the sums over the rows that it makes.
+    def call(self, name: str, seed: Tensor, *arguments: Any) -> None:
+        """Call a kernel for all rows, by several threads, with its arguments after ``scale``.
 
-        ``arguments`` are those between ``scale`` and ``options``, and ``options``; whoever calls
-        keeps alive what they point to. ``widths`` are those of the sums, 0 for one not wanted: in
-        fp32 within a part of the rows, then in fp64 in the order of the parts.
+        Whoever calls keeps alive what they point to.
         """
-        kernel, columns = getattr(_loaded, name), self.where.cols
+        kernel = getattr(_loaded, name)
+        columns, scale = self.where.cols, self.scale
         decisions, _rows = _mask_of(self.where, seed, "elements", self.threshold)
-        count = len(self.parts)
+        if len(self.parts) == 1:
+            kernel(*self.parts[0], columns, decisions, scale, *arguments)
+            return
+
+        def call(_: int, start: int, stop: int) -> None:
+            kernel(start, stop, columns, decisions, scale, *arguments)
+
+        _share(self.parts, self.where.rows * columns, call)
+
+    def sum(
+        self, name: str, seed: Tensor, widths: Sequence[int], *arguments: Any
+    ) -> list[Tensor | None]:
+        """Call a kernel that sums over the rows as well, and give the sums.
+
+        ``widths`` are theirs, 0 for one not wanted; ``arguments`` are those before their addresses,
+        and the last. They are made in fp32 within a part of the rows, then in fp64 in the order of
+        the parts.
+        """
+        kernel = getattr(_loaded, name)
+        columns, scale, count = self.where.cols, self.scale, len(self.parts)
+        decisions, _rows = _mask_of(self.where, seed, "elements", self.threshold)
         sums = [seed.new_empty(count * w, dtype=torch.float32) if w else None for w in widths]
         begin = [0 if s is None else s.data_ptr() for s in sums]
+        *before, options = arguments
         if count == 1:
-            before, options = arguments[:-1], arguments[-1]
-            given = (*before, tuple(begin), options) if begin else arguments
-            kernel(*self.parts[0], columns, decisions, self.scale, *given)
+            kernel(*self.parts[0], columns, decisions, scale, *before, tuple(begin), options)
             return sums
 
         def call(number: int, start: int, stop: int) -> None:
             own = tuple(a and a + 4 * number * w for a, w in zip(begin, widths, strict=True))
-            given = (*arguments[:-1], own, arguments[-1]) if own else arguments
-            kernel(start, stop, columns, decisions, self.scale, *given)
+            kernel(start, stop, columns, decisions, scale, *before, own, options)
 
         _share(self.parts, self.where.rows * columns, call)
         return [

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import Prepared
 from ..backends.reference import elementwise
 from ..distributed import dtensor
-from ..ops.library import Known, plain, unobserved, watched
+from ..ops.library import PLAIN, Known, plain, unobserved, watched
 
 
 def straight(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -56,14 +56,19 @@ def opened(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:
     return (packed.packed, packed.prepared) if isinstance(packed, Known) else (packed, None)
 
 
-def prepared_backward(ctx: Any, *given: Any) -> Any:
+def prepared_backward(
+    ctx: Any, incoming: tuple[Tensor | None, ...], saved: Sequence[Tensor | None]
+) -> Any:
     """The gradients, where the call is known and nothing but the backend has to see them."""
     if ctx.prepared is None or torch.is_grad_enabled() or watched():
         return None
-    for t in given:  # what a hook of saved tensors gives back may be anything
-        if t is not None and not plain(t):
+    for grad in incoming:
+        if grad is not None and not plain(grad):
             return None
-    return ctx.prepared.backward(*given, ctx.dtypes)
+    for t in saved:  # a hook may give back what it likes
+        if t is not None and type(t) not in PLAIN:
+            return None
+    return ctx.prepared.backward(*incoming, *saved, ctx.dtypes)
 
 
 def each_sample(

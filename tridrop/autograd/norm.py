@@ -85,10 +85,10 @@ class FusedNorm(torch.autograd.Function):
         if dout is None and dstream is None:
             return (None,) * 9
         incoming = torch.zeros_like(saved[0]) if dout is None else dout
-        given = (incoming, dstream, *saved)
-        found = prepared_backward(ctx, *given)
+        found = prepared_backward(ctx, (incoming, dstream), saved)
         if found is None:
-            found = apply_in_backward(FusedNormBackward, *given, p, ctx.packed, ctx.dtypes)
+            given = (incoming, dstream, *saved, p, ctx.packed, ctx.dtypes)
+            found = apply_in_backward(FusedNormBackward, *given)
         found = list(found)
         if ctx.after and ctx.needs_input_grad[3]:
             found[3] = dout

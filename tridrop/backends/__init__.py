@@ -269,9 +269,9 @@ def choose(device: torch.device) -> str:
     return name
 
 
-def asked() -> tuple[str | None, str | None]:
-    """What :func:`choose` looks at besides the device: the block's choice and the variable's."""
-    return _state.explicit, os.environ.get(ENVIRONMENT)
+def explicit() -> str | None:
+    """The backend of the :func:`backend` block that is being run."""
+    return _state.explicit
 
 
 def load(name: str) -> Backend:

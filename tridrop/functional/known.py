@@ -8,7 +8,7 @@ and not the arithmetic, is most of the time of a small call.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ Key = tuple[Hashable, ...]
 
 _MOST = 1024  # calls that are known at a time: the lengths of sentences, say, times sites
 _known: dict[Key, Known] = {}
+
+# The variables that choose what serves a call. Where one is not set, os.environ.get takes a
+# microsecond to raise and catch a KeyError; the dictionary behind it, where there is one, does not.
+_VARIABLES: tuple[Any, ...] = (backends.ENVIRONMENT, fast.ENVIRONMENT)
+_variable: Callable[[Any], Any] = os.environ.get
+if hasattr(os.environ, "_data") and hasattr(os.environ, "encodekey"):
+    _VARIABLES = tuple(map(os.environ.encodekey, _VARIABLES))
+    _variable = os.environ._data.get
 
 
 def key_of(
@@ -49,7 +57,7 @@ def key_of(
             return None
         else:
             key += (t.shape, t.dtype, t.device)
-    return (*key, *backends.asked(), os.environ.get(fast.ENVIRONMENT))
+    return (*key, backends.explicit(), *map(_variable, _VARIABLES))
 
 
 def recall(key: Key | None) -> Known | None:

@@ -19,7 +19,7 @@ from . import elementwise, norm
 
 # As numbered in fast_math.py.
 _FUNCTIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-_NONE = (0, 0)  # an absent matrix
+_NO_SUMS = (0, 0)
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
@@ -31,10 +31,9 @@ def _vector(t: Tensor | None) -> Tensor | None:
 
 def _matrix(t: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
     """A contiguous tensor, and how the kernels take it: (address, kind)."""
-    if t is None:
-        return None, _NONE
-    t = t if t.is_contiguous() else t.detach().contiguous()
-    return t, (t.data_ptr(), fast.KINDS[t.dtype])
+    if t is not None and not t.is_contiguous():
+        t = t.detach().contiguous()
+    return t, fast.matrix(t)
 
 
 def _address(t: Tensor | None) -> int:
@@ -65,7 +64,7 @@ class PreparedElementwise(NamedTuple):
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
         bias, layer_scale = _vector(bias), _vector(layer_scale)
         vectors = (_address(bias), _address(layer_scale))
-        self.drop.call("forward", seed, _matrix(out)[1], u, *vectors, r, self.kind)
+        self.drop.call("forward", seed, fast.matrix(out), u, *vectors, r, self.kind)
         return out
 
     def backward(
@@ -86,10 +85,12 @@ class PreparedElementwise(NamedTuple):
             dx = fast.empty(shape, dtypes[0], grad)
         (_grad, g), (_x, u) = _matrix(grad), _matrix(x)
         bias, layer_scale = _vector(bias), _vector(layer_scale)
-        vectors = (_address(bias), _address(layer_scale))
+        given = (g, u, _address(bias), _address(layer_scale), fast.matrix(dx))
+        if dtypes[1] is None and dtypes[2] is None:
+            self.drop.call("backward", seed, *given, _NO_SUMS, self.kind)
+            return dx, None, None
         widths = (width if dtypes[1] else 0, columns if dtypes[2] else 0)
-        given = (g, u, *vectors, _matrix(dx)[1], self.kind)
-        dbias, dlayer_scale = self.drop.call("backward", seed, *given, widths=widths)
+        dbias, dlayer_scale = self.drop.sum("backward", seed, widths, *given, self.kind)
         return dx, _to(dbias, dtypes[1]), _to(dlayer_scale, dtypes[2])
 
 
@@ -123,7 +124,7 @@ class PreparedNorm(NamedTuple):
         self.drop.call(
             "norm_forward",
             seed,
-            _matrix(out)[1],
+            fast.matrix(out),
             u,
             (_address(stream), fast.KINDS[options.stream_dtype]),
             r,
@@ -158,15 +159,15 @@ class PreparedNorm(NamedTuple):
         gain = norm.gain_of(_vector(weight), options)
         mean, rstd = mean.contiguous(), rstd.contiguous()
         wanted = (dtypes[1], dtypes[2], dtypes[4], dtypes[5])
-        sums: Any = self.drop.call(
+        sums: Any = self.drop.sum(
             "norm_backward",
             seed,
+            [columns if dtype else 0 for dtype in wanted],
             tuple(matrix for _, matrix in held),
             (mean.data_ptr(), rstd.data_ptr()),
             (_address(bias), _address(layer_scale), _address(gain)),
-            (_matrix(dx)[1], _matrix(dresidual)[1]),
+            (fast.matrix(dx), fast.matrix(dresidual)),
             (options.norm == "rms_norm", options.after),
-            widths=[columns if dtype else 0 for dtype in wanted],
         )
         dbias, dscale, dweight, dnorm_bias = map(_to, sums, wanted)
         return dx, dbias, dscale, dresidual, dweight, dnorm_bias
