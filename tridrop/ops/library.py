@@ -39,7 +39,10 @@ def watched() -> bool:
 def plain(t: Tensor) -> bool:
     """Whether a tensor is its data: not meta, wrapped, negated lazily or of a subclass."""
     return type(t) in PLAIN and not (
-        t.is_meta or t.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(t)
+        t.is_meta
+        or t.is_neg()
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+        or torch._C._functorch.is_legacy_batchedtensor(t)  # of is_grads_batched
     )
 
 
