@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import tridrop
 from tridrop import fast, info, mask
-from tridrop.backends.reference.fused import _FUNCTIONS as FUNCTIONS_OF_FUSED
+from tridrop.backends.reference import fused
 from tridrop.check.measure import error, tolerance
 from tridrop.mask import Shard
 from tridrop.spec import ACTIVATIONS
@@ -301,7 +301,8 @@ def unscaled(name, shape, *arguments):
 
 def convert(value, dtype):
     out = torch.empty_like(value, dtype=dtype)
-    unscaled("forward", value.shape, fast.matrix(out), fast.matrix(value), 0, 0, (0, 0), (0, False))
+    given = (fused._matrix(out)[1], fused._matrix(value)[1], 0, 0, (0, 0), (0, False))
+    unscaled("forward", value.shape, *given)
     return out
 
 
@@ -330,8 +331,8 @@ def test_numbers_of_kinds_and_functions_are_the_kernels():
 
     for name, dtype in (("FP32", "float32"), ("BF16", "bfloat16"), ("FP16", "float16")):
         assert getattr(fast_storage, name) == fast.KINDS[getattr(torch, dtype)]
-    assert set(FUNCTIONS_OF_FUSED) == {function for function, _ in ACTIVATIONS.values()}
-    for name, number in FUNCTIONS_OF_FUSED.items():
+    assert set(fused._FUNCTIONS) == {function for function, _ in ACTIVATIONS.values()}
+    for name, number in fused._FUNCTIONS.items():
         assert getattr(fast_math, name.upper()) == number
 
 
@@ -342,12 +343,12 @@ LARGEST = torch.finfo(torch.float32).max
 
 def on_a_grid(name, x):
     """f(x) and f'(x) by the kernels, for fp32 x of any shape."""
-    number = FUNCTIONS_OF_FUSED[name]
+    number = fused._FUNCTIONS[name]
     u = x.reshape(1, -1)
     value, slope, ones = torch.empty_like(u), torch.empty_like(u), torch.ones_like(u)
-    m = fast.matrix
-    unscaled("forward", u.shape, m(value), m(u), 0, 0, (0, 0), (number, False))
-    unscaled("backward", u.shape, m(ones), m(u), 0, 0, m(slope), (0, 0), (number, False))
+    at = [fused._matrix(t)[1] for t in (value, u, ones, slope)]
+    unscaled("forward", u.shape, *at[:2], 0, 0, (0, 0), (number, False))
+    unscaled("backward", u.shape, *at[2:0:-1], 0, 0, at[3], (0, 0), (number, False))
     return value.view_as(x), slope.view_as(x)
 
 

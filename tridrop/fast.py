@@ -274,7 +274,7 @@ if sys.platform == "linux":
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A result; ``like`` is an operand, often of the same kind.
+    """A contiguous result; ``like`` is an operand, often of the same kind.
 
     A large one asks the kernel for large pages: it is new memory, and 4 KiB at a time its page
     faults take longer than the op. See madvise(2); a refusal changes nothing.
@@ -288,11 +288,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         start = -(-result.data_ptr() // page) * page
         _madvise(start, (result.data_ptr() + result.nbytes - start) // page * page, _MADV_HUGEPAGE)
     return result
-
-
-def matrix(t: Tensor | None) -> tuple[int, int]:
-    """A contiguous tensor as the kernels take it: (address, kind), (0, 0) where there is none."""
-    return (0, 0) if t is None else (t.data_ptr(), KINDS[t.dtype])
 
 
 @dataclass(frozen=True)

@@ -19,29 +19,34 @@ from . import elementwise, norm
 
 # As numbered in fast_math.py.
 _FUNCTIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-_NO_SUMS = (0, 0)
+_NONE = _NO_SUMS = (0, 0)  # an absent matrix; the addresses of two absent sums
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
-    """In fp32."""
-    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
-        return t
-    return t.detach().to(torch.float32).contiguous()
+def _vector(t: Tensor | None) -> tuple[Tensor | None, int]:
+    """A vector in fp32, and its address."""
+    if t is None:
+        return None, 0
+    if t.dtype != torch.float32 or not t.is_contiguous():
+        t = t.detach().to(torch.float32).contiguous()
+    return t, t.data_ptr()
+
+
+def _gain_of(weight: Tensor | None, options: NormOptions) -> tuple[Tensor | None, int]:
+    """What a norm multiplies by."""
+    return _vector(norm.gain_of(_vector(weight)[0], options) if options.zero_centered else weight)
 
 
 def _matrix(t: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
     """A contiguous tensor, and how the kernels take it: (address, kind)."""
-    if t is not None and not t.is_contiguous():
+    if t is None:
+        return None, _NONE
+    if not t.is_contiguous():
         t = t.detach().contiguous()
-    return t, fast.matrix(t)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    return t, (t.data_ptr(), fast.KINDS[t.dtype])
 
 
 def _to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return None if t is None or dtype is None else t.to(dtype)
+    return t if t is None or dtype is None or t.dtype == dtype else t.to(dtype)
 
 
 class PreparedElementwise(NamedTuple):
@@ -62,9 +67,8 @@ class PreparedElementwise(NamedTuple):
         """The op; arguments as in ``backends.Backend.forward``."""
         out = fast.empty(self.shape, (x if residual is None else residual).dtype, x)
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
-        bias, layer_scale = _vector(bias), _vector(layer_scale)
-        vectors = (_address(bias), _address(layer_scale))
-        self.drop.call("forward", seed, fast.matrix(out), u, *vectors, r, self.kind)
+        (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
+        self.drop.call("forward", seed, _matrix(out)[1], u, b, g, r, self.kind)
         return out
 
     def backward(
@@ -83,9 +87,9 @@ class PreparedElementwise(NamedTuple):
         if dtypes[0] is not None:
             shape = (*self.shape[:-1], width) if self.shape else ()
             dx = fast.empty(shape, dtypes[0], grad)
-        (_grad, g), (_x, u) = _matrix(grad), _matrix(x)
-        bias, layer_scale = _vector(bias), _vector(layer_scale)
-        given = (g, u, _address(bias), _address(layer_scale), fast.matrix(dx))
+        (_grad, d), (_x, u) = _matrix(grad), _matrix(x)
+        (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
+        given = (d, u, b, g, _matrix(dx)[1])
         if dtypes[1] is None and dtypes[2] is None:
             self.drop.call("backward", seed, *given, _NO_SUMS, self.kind)
             return dx, None, None
@@ -100,6 +104,7 @@ class PreparedNorm(NamedTuple):
     drop: fast.Selection
     shape: tuple[int, ...]
     options: NormOptions
+    kind: tuple[bool, bool]  # whether it is RMSNorm, and whether the dropout comes after it
 
     def forward(
         self,
@@ -119,19 +124,13 @@ class PreparedNorm(NamedTuple):
         mean = seed.new_empty(self.drop.where.rows, dtype=torch.float32)
         rstd = torch.empty_like(mean)
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
-        bias, layer_scale, norm_bias = map(_vector, (bias, layer_scale, norm_bias))
-        gain = norm.gain_of(_vector(weight), options)
-        self.drop.call(
-            "norm_forward",
-            seed,
-            fast.matrix(out),
-            u,
-            (_address(stream), fast.KINDS[options.stream_dtype]),
-            r,
-            (mean.data_ptr(), rstd.data_ptr()),
-            tuple(map(_address, (bias, layer_scale, gain, norm_bias))),
-            (options.norm == "rms_norm", options.after, float(options.eps)),
-        )
+        (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
+        (_gain, w), (_norm_bias, n) = _gain_of(weight, options), _vector(norm_bias)
+        # Where the stream is not kept, its kind still says how it is rounded.
+        stored = (0, fast.KINDS[options.stream_dtype]) if stream is None else _matrix(stream)[1]
+        found = (mean.data_ptr(), rstd.data_ptr())
+        given = (_matrix(out)[1], u, stored, r, found, (b, g, w, n))
+        self.drop.call("norm_forward", seed, *given, (*self.kind, float(options.eps)))
         return out, stream, mean, rstd
 
     def backward(
@@ -149,28 +148,23 @@ class PreparedNorm(NamedTuple):
         dtypes: norm.Dtypes,
     ) -> tuple[Tensor | None, ...]:
         """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
-        options, columns = self.options, self.drop.where.cols
-        dx, dresidual = (
-            None if dtype is None else fast.empty(self.shape, dtype, dout)
-            for dtype in (dtypes[0], None if options.after else dtypes[3])
-        )
-        held = [_matrix(t) for t in (dout, dstream, stream, x)]
-        bias, layer_scale = _vector(bias), _vector(layer_scale)
-        gain = norm.gain_of(_vector(weight), options)
-        mean, rstd = mean.contiguous(), rstd.contiguous()
-        wanted = (dtypes[1], dtypes[2], dtypes[4], dtypes[5])
-        sums: Any = self.drop.sum(
-            "norm_backward",
-            seed,
-            [columns if dtype else 0 for dtype in wanted],
-            tuple(matrix for _, matrix in held),
-            (mean.data_ptr(), rstd.data_ptr()),
-            (_address(bias), _address(layer_scale), _address(gain)),
-            (fast.matrix(dx), fast.matrix(dresidual)),
-            (options.norm == "rms_norm", options.after),
-        )
-        dbias, dscale, dweight, dnorm_bias = map(_to, sums, wanted)
-        return dx, dbias, dscale, dresidual, dweight, dnorm_bias
+        columns = self.drop.where.cols
+        dx = dresidual = None
+        if dtypes[0] is not None:
+            dx = fast.empty(self.shape, dtypes[0], dout)
+        if dtypes[3] is not None and not self.options.after:
+            dresidual = fast.empty(self.shape, dtypes[3], dout)
+        (_dout, d), (_dstream, ds) = _matrix(dout), _matrix(dstream)
+        (_stream, s), (_x, u) = _matrix(stream), _matrix(x)
+        (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
+        _gain, w = _gain_of(weight, self.options)
+        (_mean, m), (_rstd, i) = _vector(mean), _vector(rstd)
+        results = (_matrix(dx)[1], _matrix(dresidual)[1])
+        widths = [columns if dtypes[at] else 0 for at in (1, 2, 4, 5)]
+        given = ((d, ds, s, u), (m, i), (b, g, w), results, self.kind)
+        sums = self.drop.sum("norm_backward", seed, widths, *given)
+        dbias, dscale = _to(sums[0], dtypes[1]), _to(sums[1], dtypes[2])
+        return dx, dbias, dscale, dresidual, _to(sums[2], dtypes[4]), _to(sums[3], dtypes[5])
 
 
 @lru_cache(256)
@@ -181,7 +175,7 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise | 
     if drop is None:
         return None
     if isinstance(options, NormOptions):
-        return PreparedNorm(drop, shape, options)
+        return PreparedNorm(drop, shape, options, (options.norm == "rms_norm", options.after))
     return PreparedElementwise(drop, shape, (_FUNCTIONS[options.function], options.gated))
 
 
