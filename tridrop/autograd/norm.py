@@ -51,31 +51,28 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, seed, p, packed = inputs
-        x, bias, layer_scale, _, weight, _ = tensors
+        x, bias, layer_scale, residual, weight, norm_bias, seed, p, packed = inputs
         _, stream, mean, rstd = output
         ctx.packed, ctx.prepared = opened(packed)
-        ctx.after = ops.is_after(ctx.packed)
+        ctx.after = after = ops.is_after(ctx.packed)
         needs = ctx.needs_input_grad
-        dtypes = [t.dtype if needs[i] else None for i, t in enumerate(tensors)]
-        if ctx.after:
-            dtypes[3] = None  # the residual's gradient is then the incoming one
-        ctx.dtypes = tuple(dtypes)
-        whole = [stream] if ctx.after and stream is not None else []  # empty: the stream is x
-        ctx.mark_non_differentiable(mean, rstd, *whole)
-        ctx.set_materialize_grads(False)
-        scaled = ctx.dtypes[2] is not None
-        ctx.save_for_backward(
-            x if ctx.after else stream,
-            mean,
-            rstd,
-            x if scaled else None,
-            bias if scaled else None,
-            layer_scale,
-            weight,
-            seed,
-            p,
+        ctx.dtypes = (
+            x.dtype if needs[0] else None,
+            bias.dtype if needs[1] else None,
+            layer_scale.dtype if needs[2] else None,
+            residual.dtype if needs[3] and not after else None,  # else it is the incoming one
+            weight.dtype if needs[4] else None,
+            norm_bias.dtype if needs[5] else None,
         )
+        if after:
+            ctx.mark_non_differentiable(mean, rstd, *(() if stream is None else (stream,)))
+            stream = x
+        else:
+            ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        if not needs[2]:
+            x = bias = None
+        ctx.save_for_backward(stream, mean, rstd, x, bias, layer_scale, weight, seed, p)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
