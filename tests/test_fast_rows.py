@@ -1,4 +1,4 @@
-"""The loops of tridrop.fast over short rows: several at a time, with the results of one at a time."""
+"""The loops of tridrop.fast over short rows, several at a time: the results of one at a time."""
 
 import pytest
 import torch

@@ -10,19 +10,41 @@ from __future__ import annotations
 import numpy as np
 from numba import uint32
 
-from .fast_kernels import LANES, STRIP, following, kernel, next_piece, part
-from .fast_math import activate, derive
-from .fast_storage import load, store
+from .fast_kernels import (
+    LANES,
+    STRIP,
+    cut,
+    following,
+    held,
+    inline,
+    kernel,
+    next_piece,
+    part,
+    randoms,
+    scratch,
+)
+from .fast_math import activate, derive, differentiate
+from .fast_storage import add_selected, load, store, store_selected
 from .fast_vectors import (
-    accumulate,
-    add,
+    accumulate_selected,
     add_vector,
     clear,
+    copy,
     multiply,
     multiply_vector,
     row_of,
-    select,
 )
+
+
+@inline(set())
+def strips(count):
+    """Memory for ``count`` strips, of which the first holds bits."""
+    return scratch(4 * STRIP + count * STRIP * LANES)
+
+
+@inline(set())
+def strip(memory, k):
+    return cut(memory, (4 + k * LANES) * STRIP, STRIP * LANES, np.float32)
 
 
 @part(set())
@@ -37,14 +59,17 @@ def load_biased(x, bias, row, rows, width, column, size, into):
 
 
 @part(set())
-def give(dx, dbias, row, rows, width, column, size, values):
-    """Store a piece of dx, from ``column`` on in rows of ``width``, and add it to dbias."""
-    if dx[0] != 0 and size == width:
-        store(dx, row * width, rows * size, values)
-    elif dx[0] != 0:
+def give(dx, dbias, row, rows, width, column, size, u, bits, last, scale):
+    """Drop elements of u, store that to dx from ``column`` on in rows of ``width``, sum it up."""
+    accumulate_selected(dbias, column, rows, size, u, bits, last, scale)
+    if dx[0] == 0:
+        return
+    if size == width:
+        store_selected(dx, row * width, rows * size, u, bits, last, scale)
+    else:
         for k in range(rows):
-            store(dx, (row + k) * width + column, size, row_of(values, k, size))
-    accumulate(dbias, column, rows, size, values)
+            at, v, b = (row + k) * width + column, row_of(u, k, size), row_of(bits, k, size)
+            store_selected(dx, at, size, v, b, last, scale)
 
 
 @kernel
@@ -56,25 +81,28 @@ def forward(start, stop, columns, mask, scale, out, x, bias, layer_scale, residu
     """
     function, gated = options
     width = 2 * columns if gated else columns
-    bits, words = np.empty(STRIP * LANES, np.uint32), np.empty((4, STRIP), np.uint32)
-    u, v = np.empty(STRIP * LANES, np.float32), np.empty(STRIP * LANES, np.float32)
+    memory = strips(3)
+    bits, words = randoms(memory, STRIP * LANES)
+    u, v = strip(memory, 1), strip(memory, 2)
     last, scale = uint32(mask[6]), np.float32(scale)
     r, done = start, 0
     while r < stop:
         rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)
         at, count = r * columns + done, rows * size
+        kept = bits[lane : lane + count]
         load_biased(x, bias, r, rows, width, done, size, u)
         activate(function, u, count)
         if gated:
             load_biased(x, bias, r, rows, width, columns + done, size, v)
             multiply(u, count, v)
         multiply_vector(u, rows, size, layer_scale, done)
-        select(u, count, bits, lane, last, scale)
         if residual[0] != 0:
-            load(residual, at, count, v)
-            add(u, count, v)
-        store(out, at, count, u)
+            add_selected(residual, at, count, u, kept, last, scale)
+            store(out, at, count, u)
+        else:
+            store_selected(out, at, count, u, kept, last, scale)
         r, done = following(r, rows, done + size, columns)
+    held(memory)
 
 
 @kernel
@@ -87,10 +115,10 @@ def backward(start, stop, columns, mask, scale, grad, x, bias, layer_scale, dx, 
     function, gated = options
     dbias, dscale = sums
     width = 2 * columns if gated else columns
-    bits, words = np.empty(STRIP * LANES, np.uint32), np.empty((4, STRIP), np.uint32)
-    g, u = np.empty(STRIP * LANES, np.float32), np.empty(STRIP * LANES, np.float32)
-    v, w = np.empty(STRIP * LANES, np.float32), np.empty(STRIP * LANES, np.float32)
-    product = np.empty(STRIP * LANES, np.float32)
+    memory = strips(6)
+    bits, words = randoms(memory, STRIP * LANES)
+    g, u, v = strip(memory, 1), strip(memory, 2), strip(memory, 3)
+    w, product = strip(memory, 4), strip(memory, 5)
     last, scale = uint32(mask[6]), np.float32(scale)
     clear(dbias, 0, width)
     clear(dscale, 0, columns)
@@ -98,29 +126,30 @@ def backward(start, stop, columns, mask, scale, grad, x, bias, layer_scale, dx, 
     while r < stop:
         rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)
         count = rows * size
+        kept = bits[lane : lane + count]
         load(grad, r * columns + done, count, g)
         if x[0] != 0:
             load_biased(x, bias, r, rows, width, done, size, u)
         if gated:
             load_biased(x, bias, r, rows, width, columns + done, size, v)
         if gated or dscale != 0:
-            w[:count] = u[:count]
-            activate(function, w, count)
+            differentiate(function, u, w, count)
             multiply(w, count, g)
         if dscale != 0:
-            product[:count] = w[:count]
+            copy(w, count, product)
             if gated:
                 multiply(product, count, v)
-            select(product, count, bits, lane, last, scale)
-            accumulate(dscale, done, rows, size, product)
+            accumulate_selected(dscale, done, rows, size, product, kept, last, scale)
         multiply_vector(g, rows, size, layer_scale, done)
         if gated:
             multiply(g, count, v)
             multiply_vector(w, rows, size, layer_scale, done)
-            select(w, count, bits, lane, last, scale)
-            give(dx, dbias, r, rows, width, columns + done, size, w)
+            give(dx, dbias, r, rows, width, columns + done, size, w, kept, last, scale)
         # The selection comes last: a dropped element's gradient is 0 whatever its input was.
-        derive(function, u, g, count)
-        select(g, count, bits, lane, last, scale)
-        give(dx, dbias, r, rows, width, done, size, g)
+        if gated or dscale != 0:
+            multiply(g, count, u)
+        else:
+            derive(function, u, g, count)
+        give(dx, dbias, r, rows, width, done, size, g, kept, last, scale)
         r, done = following(r, rows, done + size, columns)
+    held(memory)

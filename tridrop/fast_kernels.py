@@ -24,7 +24,12 @@ W0, W1 = np.uint32(PHILOX_W0), np.uint32(PHILOX_W1)
 HALF, WORD = np.uint32(16), np.uint64(32)
 STRIP = 128  # calls a piece: 1024 columns, 6 KiB of words and bits
 
+LINE = 16  # words of a cache line
+
 CACHE = os.environ.get("TRIDROP_CPU_CACHE") != "0"
+
+
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # what only kernels call
 
 
 def kernel(function):
@@ -43,12 +48,12 @@ def part(fastmath):
     The only liberties taken with floating-point numbers are those named: "contract", a product and
     a sum in one instruction; "reassoc", a sum in any order.
     """
-    return njit(error_model="numpy", fastmath=fastmath, no_cpython_wrapper=True)
+    return njit(error_model="numpy", fastmath=fastmath, **_INNER)
 
 
 def inline(fastmath):
     """What is compiled into the loops that call it."""
-    return njit(error_model="numpy", fastmath=fastmath, forceinline=True, no_cpython_wrapper=True)
+    return njit(error_model="numpy", fastmath=fastmath, forceinline=True, **_INNER)
 
 
 @intrinsic
@@ -65,6 +70,27 @@ def _pointer(context, address):
 def vector(address, size, dtype):
     """The numbers at an address as an array. Whoever calls a kernel keeps their memory alive."""
     return carray(_pointer(address), (size,), dtype)
+
+
+@inline(set())
+def scratch(size):
+    """Memory for ``size`` words, to be cut into arrays. Kernels end with :func:`held` of it."""
+    return np.empty(size + LINE, np.uint32)
+
+
+@inline(set())
+def cut(memory, start, shape, dtype):
+    """An array in it, ``start`` words after the first cache line that begins there.
+
+    The array has no owner: one that has is counted, atomically, wherever it stands in a tuple.
+    """
+    begin = (memory.ctypes.data + 4 * LINE - 1) // (4 * LINE) * LINE
+    return carray(_pointer(4 * (begin + start)), shape, dtype)
+
+
+@njit
+def held(memory):
+    """The memory is in use until here."""
 
 
 @njit(inline="always")
@@ -165,6 +191,12 @@ def next_piece(bits, words, mask, row, done, stop, columns):
 
 
 @inline(set())
+def randoms(memory, size):
+    """The arrays (bits, words) at the begin of scratch memory, for ``size`` bits."""
+    return cut(memory, 4 * STRIP, size, np.uint32), cut(memory, 0, (4, STRIP), np.uint32)
+
+
+@inline(set())
 def following(row, rows, done, columns):
     """Where the next piece begins: row and column."""
     return (row, done) if done < columns else (row + rows, 0)
@@ -176,7 +208,8 @@ def keep_rows(start, stop, columns, mask, out):
 
     ``mask`` is as in :func:`next_piece`.
     """
-    bits, words = np.empty(STRIP * LANES, np.uint32), np.empty((4, STRIP), np.uint32)
+    memory = scratch(12 * STRIP)
+    bits, words = randoms(memory, STRIP * LANES)
     last = uint32(mask[6])
     r, done = start, 0
     while r < stop:
@@ -186,6 +219,7 @@ def keep_rows(start, stop, columns, mask, out):
         for j in range(total):
             o[j] = b[j] > last
         r, done = following(r, rows, done + size, columns)
+    held(memory)
 
 
 @kernel

@@ -13,7 +13,7 @@ The negative side comes from the tail itself, not from 1 + erf, and keeps its di
 from __future__ import annotations
 
 import numpy as np
-from numba import int32
+from numba import uint32
 
 from .fast_kernels import inline, part
 from .fast_storage import bits_of, value_of
@@ -35,8 +35,9 @@ _EXP = tuple(
         4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1,
     )
 )  # fmt: skip
-_ROUND = np.float32(3 << 22)  # added, leaves an integer in the lowest bits
-_ROUND_BITS = np.int32(_ROUND.view(np.int32))
+# Added, leaves an integer n in the lowest bits, and the exponent of 2^(n + 64), which 2^n, maybe a
+# subnormal, is made from.
+_ROUND, _MANTISSA, _BACK = np.float32((3 << 22) + 127 + 64), np.uint32(23), np.float32(2.0**-64)
 
 # The normal distribution: tail(a) = t * polynomial(t), t = 1 / (1 + 0.35 a), for 0 <= a <= 15, the
 # form of Hastings (1955). Fitted here to the smallest largest relative error, 2.3e-8: least squares
@@ -76,11 +77,6 @@ def horner(t, coefficients):
     return total
 
 
-@inline(set())
-def power_of_two(k):
-    return np.int32(int32(k + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
 @inline(_fused)
 def exp(z, rest):
     """exp(z + rest) for z <= 0 and a small ``rest``, down to the least subnormal."""
@@ -90,9 +86,7 @@ def exp(z, rest):
     r = z - n * _LN2_HIGH
     r = r - n * _LN2_LOW + rest
     value = horner(r, _EXP) * (r * r) + r + _ONE
-    k = int32(np.float32(shifted).view(np.int32) - _ROUND_BITS)
-    half = int32(k >> np.int32(1))  # 2^k itself may be a subnormal
-    return value * power_of_two(half) * power_of_two(int32(k - half))
+    return value * value_of(uint32(bits_of(shifted) << _MANTISSA)) * _BACK
 
 
 @inline(_fused)
@@ -127,53 +121,86 @@ def bend(x):
 
 
 @inline(_fused)
-def gelu_gradient(x):
-    cdf, e = normal(x)
-    return cdf + x * (e * _DENSITY)
+def identity(x):
+    """(x, its derivative); so are the others."""
+    return x, _ONE
 
 
 @inline(_fused)
-def gelu_tanh_gradient(x):
+def relu(x):
+    return (_ZERO, _ZERO) if x <= _ZERO else (x, _ONE)
+
+
+@inline(_fused)
+def gelu(x):
+    cdf, e = normal(x)
+    return x * cdf, cdf + x * (e * _DENSITY)
+
+
+@inline(_fused)
+def gelu_tanh(x):
     y, dy = bend(x)
     s, ds = sigmoid(y)
-    return s + x * (ds * dy)
+    return x * s, s + x * (ds * dy)
 
 
 @inline(_fused)
-def silu_gradient(x):
+def silu(x):
     s, ds = sigmoid(x)
-    return s + x * ds
+    return x * s, s + x * ds
 
 
-@part(_fused)
-def activate(function, u, size):
+def of_function(make):
+    """Make loops over (u, ...) a function of (function, u, ...), a loop for each function."""
+    of_relu, of_gelu, of_gelu_tanh, of_silu = (
+        part(_fused)(make(f)) for f in (relu, gelu, gelu_tanh, silu)
+    )
+    of_none = part(_fused)(make(identity))
+
+    @part(_fused)
+    def call(function, u, *others):
+        if function == GELU:
+            of_gelu(u, *others)
+        elif function == GELU_TANH:
+            of_gelu_tanh(u, *others)
+        elif function == SILU:
+            of_silu(u, *others)
+        elif function == RELU:
+            of_relu(u, *others)
+        else:
+            of_none(u, *others)
+
+    return call
+
+
+@of_function
+def activate(f):
     """u = f(u)."""
-    if function == RELU:
+
+    def loop(u, size):
         for j in range(size):
-            u[j] = _ZERO if u[j] <= _ZERO else u[j]
-    elif function == GELU:
-        for j in range(size):
-            u[j] = u[j] * normal(u[j])[0]
-    elif function == GELU_TANH:
-        for j in range(size):
-            u[j] = u[j] * sigmoid(bend(u[j])[0])[0]
-    elif function == SILU:
-        for j in range(size):
-            u[j] = u[j] * sigmoid(u[j])[0]
+            u[j] = f(u[j])[0]
+
+    return loop
 
 
-@part(_fused)
-def derive(function, u, g, size):
+@of_function
+def derive(f):
     """g = g * f'(u)."""
-    if function == RELU:
+
+    def loop(u, g, size):
         for j in range(size):
-            g[j] = _ZERO if u[j] <= _ZERO else g[j]
-    elif function == GELU:
+            g[j] = g[j] * f(u[j])[1]
+
+    return loop
+
+
+@of_function
+def differentiate(f):
+    """(w, u) = (f(u), f'(u))."""
+
+    def loop(u, w, size):
         for j in range(size):
-            g[j] = g[j] * gelu_gradient(u[j])
-    elif function == GELU_TANH:
-        for j in range(size):
-            g[j] = g[j] * gelu_tanh_gradient(u[j])
-    elif function == SILU:
-        for j in range(size):
-            g[j] = g[j] * silu_gradient(u[j])
+            w[j], u[j] = f(u[j])
+
+    return loop

@@ -10,13 +10,28 @@ import numpy as np
 from numba import uint32
 
 from .fast_elementwise import give, load_biased
-from .fast_kernels import LANES, STRIP, inline, kernel, next_piece, part, vector
-from .fast_storage import load, store
+from .fast_kernels import (
+    LANES,
+    LINE,
+    STRIP,
+    cut,
+    held,
+    inline,
+    kernel,
+    next_piece,
+    part,
+    randoms,
+    scratch,
+    vector,
+)
+from .fast_storage import FP32, add_selected, load, of_kind, store, store_rounded, store_selected
 from .fast_vectors import (
     accumulate,
-    accumulate_product,
+    accumulate_selected,
     add,
     clear,
+    copy,
+    fill,
     multiply,
     multiply_vector,
     select,
@@ -42,69 +57,72 @@ def squares(u, mean):
     return found
 
 
-@part(_any_order)
-def dot(u, v):
-    found = _ZERO
-    for j in range(u.size):
-        found += u[j] * v[j]
-    return found
+@of_kind({"contract"})
+def store_affine(read, write):
+    """The elements = (u - mean) * rstd * weight + bias."""
+
+    def loop(elements, u, mean, rstd, weight, bias):
+        for j in range(elements.size):
+            elements[j] = write((u[j] - mean) * rstd * weight[j] + bias[j])
+
+    return loop
 
 
-@part({"contract"})
-def centre(u, mean, rstd):
-    """u = (u - mean) * rstd."""
-    for j in range(u.size):
-        u[j] = (u[j] - mean) * rstd
+@of_kind(_any_order)
+def gather(read, write):
+    """Normalise a row of the stream, and make the sums over the rows and along this one.
 
-
-@part({"contract"})
-def affine(u, mean, rstd, weight, bias):
-    """u = (u - mean) * rstd * weight + bias, of vectors of which each may be absent."""
-    size = u.size
-    if weight != 0 and bias != 0:
-        w, b = vector(weight, size, np.float32), vector(bias, size, np.float32)
-        for j in range(size):
-            u[j] = (u[j] - mean) * rstd * w[j] + b[j]
-        return
-    centre(u, mean, rstd)
-    multiply_vector(u, 1, size, weight, 0)
-    if bias != 0:
-        add(u, size, vector(bias, size, np.float32))
-
-
-@part(_any_order)
-def gather(d, u, weight, dweight, dnorm_bias):
-    """The sums over a row for one whose vectors are all there, in one pass: d becomes d * weight.
-
-    Returns the sums of d * weight * u and of d * weight.
+    Those along it are of d * weight * normed and of d * weight.
     """
-    size = d.size
-    w = vector(weight, size, np.float32)
-    of_weight = vector(dweight, size, np.float32)
-    of_bias = vector(dnorm_bias, size, np.float32)
-    along, whole = _ZERO, _ZERO
-    for j in range(size):
-        grad = d[j]
-        of_bias[j] += grad
-        of_weight[j] += grad * u[j]
-        grad *= w[j]
-        d[j] = grad
-        along += grad * u[j]
-        whole += grad
-    return along, whole
+
+    def loop(elements, d, normed, mean, rstd, weight, dweight, dbias):
+        along, whole = _ZERO, _ZERO
+        for j in range(elements.size):
+            u = (read(elements[j]) - mean) * rstd
+            normed[j] = u
+            grad = d[j]
+            dbias[j] += grad
+            dweight[j] += grad * u
+            grad *= weight[j]
+            along += grad * u
+            whole += grad
+        return along, whole
+
+    return loop
 
 
 @part({"contract"})
-def project(d, normed, along, mean, rstd):
-    """d = (d - normed * along - mean) * rstd."""
+def project(d, normed, weight, along, mean, rstd):
+    """d = (d * weight - normed * along - mean) * rstd."""
     for j in range(d.size):
-        d[j] = (d[j] - normed[j] * along - mean) * rstd
+        d[j] = (d[j] * weight[j] - normed[j] * along - mean) * rstd
+
+
+@part(set())
+def copy_or(address, into, absent):
+    """into = the fp32 vector at an address, or ``absent`` where there is none."""
+    if address != 0:
+        copy(vector(address, into.size, np.float32), into.size, into)
+    else:
+        fill(into, into.size, absent)
+
+
+@part(set())
+def put(address, values):
+    """The fp32 vector at an address = values; 0 is none."""
+    if address != 0:
+        copy(values, values.size, vector(address, values.size, np.float32))
 
 
 @inline(set())
-def bits_for(columns):
-    """Memory for the bits of a row, which may begin and end inside a group."""
-    return np.empty(max(STRIP * LANES, columns + 2 * LANES), np.uint32)
+def bits_of_row(columns):
+    """How many bits a row takes, which may begin and end inside a group, or several short ones."""
+    return max(STRIP * LANES, (columns // LINE + 2) * LINE)
+
+
+@inline(set())
+def row_of_scratch(memory, k, columns):
+    return cut(memory, 4 * STRIP + k * bits_of_row(columns), columns, np.float32)
 
 
 @part(set())
@@ -126,40 +144,51 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
     """
     bias, layer_scale, weight, norm_bias = vectors
     rms, after, eps = options
-    bits, words = bits_for(columns), np.empty((4, STRIP), np.uint32)
-    u, v = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    spare = np.empty(columns, np.float32)
+    width = bits_of_row(columns)
+    memory = scratch(4 * STRIP + 5 * width)
+    bits, words = randoms(memory, width)
+    u, spare = row_of_scratch(memory, 1, columns), row_of_scratch(memory, 2, columns)
+    gain, shift = row_of_scratch(memory, 3, columns), row_of_scratch(memory, 4, columns)
     means = vector(found[0], stop, np.float32)
     rstds = vector(found[1], stop, np.float32)
     last, scale, size = uint32(mask[6]), np.float32(scale), np.float32(columns)
     lane, drawn = 0, start
+    copy_or(weight, gain, _ONE)
+    copy_or(norm_bias, shift, _ZERO)
+    own, unkept = (u.ctypes.data, FP32), (spare.ctypes.data, stream[1])
     for r in range(start, stop):
         if r == drawn:
             rows, lane = row_bits(bits, words, mask, r, stop, columns)
             drawn += rows
-        at = r * columns
+        at, kept = r * columns, bits[lane : lane + columns]
+        lane += columns
         load_biased(x, bias, r, 1, columns, 0, columns, u)
-        if residual[0] != 0:
-            load(residual, at, columns, v)
-        if not after:
+        if after:
+            whole = total(u)
+        else:
             multiply_vector(u, 1, columns, layer_scale, 0)
-            select(u, columns, bits, lane, last, scale)
             if residual[0] != 0:
-                add(u, columns, v)
-            # Through memory, so that what is normalised is what backward reads.
-            kept, place = (stream, at) if stream[0] != 0 else ((spare.ctypes.data, stream[1]), 0)
-            store(kept, place, columns, u)
-            load(kept, place, columns, u)
-        mean = _ZERO if rms else total(u) / size
+                add_selected(residual, at, columns, u, kept, last, scale)
+            else:
+                select(u, columns, kept, last, scale)
+            # What is normalised is what backward reads.
+            if stream[0] != 0:
+                whole = store_rounded(stream, at, columns, u)
+            else:
+                whole = store_rounded(unkept, 0, columns, u)
+        mean = _ZERO if rms else whole / size
         rstd = _ONE / np.sqrt(squares(u, mean) / size + np.float32(eps))
         means[r], rstds[r] = mean, rstd
-        affine(u, mean, rstd, weight, norm_bias)
-        if after:
-            select(u, columns, bits, lane, last, scale)
-            if residual[0] != 0:
-                add(u, columns, v)
-        store(out, at, columns, u)
-        lane += columns
+        if not after:
+            store_affine(out, at, columns, u, mean, rstd, gain, shift)
+            continue
+        store_affine(own, 0, columns, u, mean, rstd, gain, shift)
+        if residual[0] != 0:
+            add_selected(residual, at, columns, u, kept, last, scale)
+            store(out, at, columns, u)
+        else:
+            store_selected(out, at, columns, u, kept, last, scale)
+    held(memory)
 
 
 @kernel
@@ -175,44 +204,49 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
     dx, dresidual = results
     dbias, dscale, dweight, dnorm_bias = sums
     rms, after = options
-    bits, words = bits_for(columns), np.empty((4, STRIP), np.uint32)
-    d, u = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    width = bits_of_row(columns)
+    memory = scratch(4 * STRIP + 6 * width)
+    bits, words = randoms(memory, width)
+    d, u = row_of_scratch(memory, 1, columns), row_of_scratch(memory, 2, columns)
+    gain = row_of_scratch(memory, 3, columns)
+    of_weight, of_bias = row_of_scratch(memory, 4, columns), row_of_scratch(memory, 5, columns)
     means = vector(found[0], stop, np.float32)
     rstds = vector(found[1], stop, np.float32)
     last, scale, size = uint32(mask[6]), np.float32(scale), np.float32(columns)
     lane, drawn = 0, start
-    for address in sums:
-        clear(address, 0, columns)
+    copy_or(weight, gain, _ONE)
+    fill(of_weight, columns, _ZERO)
+    fill(of_bias, columns, _ZERO)
+    clear(dbias, 0, columns)
+    clear(dscale, 0, columns)
     for r in range(start, stop):
         if r == drawn:
             rows, lane = row_bits(bits, words, mask, r, stop, columns)
             drawn += rows
-        at = r * columns
+        at, kept = r * columns, bits[lane : lane + columns]
+        lane += columns
         load(dout, at, columns, d)
         if after:
-            select(d, columns, bits, lane, last, scale)
-        load(stream, at, columns, u)
-        centre(u, means[r], rstds[r])
-        if weight != 0 and dweight != 0 and dnorm_bias != 0:
-            along, whole = gather(d, u, weight, dweight, dnorm_bias)
-        else:
-            accumulate(dnorm_bias, 0, 1, columns, d)
-            accumulate_product(dweight, columns, d, u)
-            multiply_vector(d, 1, columns, weight, 0)
-            along, whole = dot(d, u), total(d)
-        project(d, u, along / size, _ZERO if rms else whole / size, rstds[r])
+            select(d, columns, kept, last, scale)
+        mean, rstd = means[r], rstds[r]
+        along, whole = gather(stream, at, columns, d, u, mean, rstd, gain, of_weight, of_bias)
+        project(d, u, gain, along / size, _ZERO if rms else whole / size, rstd)
         if dstream[0] != 0:
             load(dstream, at, columns, u)
             add(d, columns, u)
-        if not after:
-            if dresidual[0] != 0:
-                store(dresidual, at, columns, d)
-            if dscale != 0:
-                load_biased(x, bias, r, 1, columns, 0, columns, u)
-                multiply(u, columns, d)
-                select(u, columns, bits, lane, last, scale)
-                accumulate(dscale, 0, 1, columns, u)
-            multiply_vector(d, 1, columns, layer_scale, 0)
-            select(d, columns, bits, lane, last, scale)
-        give(dx, dbias, r, 1, columns, 0, columns, d)
-        lane += columns
+        if after:
+            if dx[0] != 0:
+                store(dx, at, columns, d)
+            accumulate(dbias, 0, 1, columns, d)
+            continue
+        if dresidual[0] != 0:
+            store(dresidual, at, columns, d)
+        if dscale != 0:
+            load_biased(x, bias, r, 1, columns, 0, columns, u)
+            multiply(u, columns, d)
+            accumulate_selected(dscale, 0, 1, columns, u, kept, last, scale)
+        multiply_vector(d, 1, columns, layer_scale, 0)
+        give(dx, dbias, r, 1, columns, 0, columns, d, kept, last, scale)
+    put(dweight, of_weight)
+    put(dnorm_bias, of_bias)
+    held(memory)

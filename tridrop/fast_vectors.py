@@ -15,12 +15,24 @@ _ZERO = np.float32(0)
 
 
 @part(set())
-def select(u, size, bits, lane, last, scale):
+def select(u, size, bits, last, scale):
     """u = u * scale where kept, exactly 0 elsewhere, whatever it was."""
-    # A slice, since an index that might be negative for all the compiler knows is looked at.
-    b = bits[lane : lane + size]
     for j in range(size):
-        u[j] = (u[j] if b[j] > last else _ZERO) * scale
+        u[j] = (u[j] if bits[j] > last else _ZERO) * scale
+
+
+@part(set())
+def copy(u, size, into):
+    """into = u."""
+    for j in range(size):
+        into[j] = u[j]
+
+
+@part(set())
+def fill(u, size, value):
+    """u = value."""
+    for j in range(size):
+        u[j] = value
 
 
 @part(set())
@@ -63,9 +75,7 @@ def multiply_vector(u, rows, size, address, start):
 def clear(address, start, size):
     """Set to 0 a part of the fp32 vector at ``address``, unless that is 0."""
     if address != 0:
-        sums = vector(address + 4 * start, size, np.float32)
-        for j in range(size):
-            sums[j] = _ZERO
+        fill(vector(address + 4 * start, size, np.float32), size, _ZERO)
 
 
 @part(set())
@@ -76,10 +86,12 @@ def accumulate(address, start, rows, size, u):
             add(vector(address + 4 * start, size, np.float32), size, row_of(u, k, size))
 
 
-@part({"contract"})
-def accumulate_product(address, size, u, v):
-    """Add u * v to the fp32 vector at ``address``, unless that is 0."""
+@part(set())
+def accumulate_selected(address, start, rows, size, u, bits, last, scale):
+    """The same with u * scale where kept, exactly 0 elsewhere, in place of u."""
     if address != 0:
-        sums = vector(address, size, np.float32)
-        for j in range(size):
-            sums[j] += u[j] * v[j]
+        sums = vector(address + 4 * start, size, np.float32)
+        for k in range(rows):
+            v, b = row_of(u, k, size), row_of(bits, k, size)
+            for j in range(size):
+                sums[j] = (v[j] if b[j] > last else _ZERO) * scale + sums[j]
