@@ -177,15 +177,14 @@ def next_piece(bits, words, mask, row, done, stop, columns):
     group, lane = position // LANES, position % LANES
     start = uint64(first) + uint64(group)
     groups = (columns - done + lane + LANES - 1) // LANES
-    whole = done == 0 and skip == 0 and columns % LANES == 0
-    most = min(stop - row, STRIP // groups) if whole else 1
-    at, step, rows = even_rows(places, row, max(1, most))
-    if rows > 1:
+    if 2 * groups <= STRIP and done == 0 and skip == 0 and columns % LANES == 0:
+        at, step, rows = even_rows(places, row, min(stop - row, STRIP // groups))
         rows_words(words, k0, k1, high, at, step, start, groups, rows * groups)
         spread(bits, words, rows * groups)
         return rows, lane, columns
+    at = row if places == 0 else vector(places, row + 1, np.int64)[row]
     count = min(STRIP, groups)
-    row_words(words, k0, k1, high, at, start, count)
+    row_words(words, k0, k1, high, uint64(at), start, count)
     spread(bits, words, count)
     return 1, lane, min(columns - done, LANES * count - lane)
 

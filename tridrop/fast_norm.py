@@ -68,27 +68,23 @@ def store_affine(read, write):
     return loop
 
 
-@of_kind(_any_order)
-def gather(read, write):
+@part(_any_order)
+def gather(d, u, mean, rstd, weight, dweight, dbias):
     """Normalise a row of the stream, and make the sums over the rows and along this one.
 
-    Those along it are of d * weight * normed and of d * weight.
+    Those along it are of d * weight * u and of d * weight.
     """
-
-    def loop(elements, d, normed, mean, rstd, weight, dweight, dbias):
-        along, whole = _ZERO, _ZERO
-        for j in range(elements.size):
-            u = (read(elements[j]) - mean) * rstd
-            normed[j] = u
-            grad = d[j]
-            dbias[j] += grad
-            dweight[j] += grad * u
-            grad *= weight[j]
-            along += grad * u
-            whole += grad
-        return along, whole
-
-    return loop
+    along, whole = _ZERO, _ZERO
+    for j in range(u.size):
+        normed = (u[j] - mean) * rstd
+        u[j] = normed
+        grad = d[j]
+        dbias[j] += grad
+        dweight[j] += grad * normed
+        grad *= weight[j]
+        along += grad * normed
+        whole += grad
+    return along, whole
 
 
 @part({"contract"})
@@ -229,7 +225,8 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
         if after:
             select(d, columns, kept, last, scale)
         mean, rstd = means[r], rstds[r]
-        along, whole = gather(stream, at, columns, d, u, mean, rstd, gain, of_weight, of_bias)
+        load(stream, at, columns, u)
+        along, whole = gather(d, u, mean, rstd, gain, of_weight, of_bias)
         project(d, u, gain, along / size, _ZERO if rms else whole / size, rstd)
         if dstream[0] != 0:
             load(dstream, at, columns, u)
