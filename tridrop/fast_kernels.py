@@ -177,7 +177,7 @@ def next_piece(bits, words, mask, row, done, stop, columns):
     group, lane = position // LANES, position % LANES
     start = uint64(first) + uint64(group)
     groups = (columns - done + lane + LANES - 1) // LANES
-    if 2 * groups <= STRIP and done == 0 and skip == 0 and columns % LANES == 0:
+    if 0 < 2 * groups <= STRIP and done == 0 and skip == 0 and columns % LANES == 0:
         at, step, rows = even_rows(places, row, min(stop - row, STRIP // groups))
         rows_words(words, k0, k1, high, at, step, start, groups, rows * groups)
         spread(bits, words, rows * groups)
