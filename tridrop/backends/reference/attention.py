@@ -10,49 +10,18 @@ A score that a mask excludes is -inf. A query with no score left has P = 0, out 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ...spec_attention import AttentionInputs, AttentionOptions, empty_output
+from . import flash
+from .blocks import blocks
 from .elementwise import compute
 from .softmax import attention_multiplier, masked_scores, safe_softmax
 
 Gradients = tuple[Tensor | None, ...]
-
-
-def sequences(
-    inputs: AttentionInputs, options: AttentionOptions
-) -> Iterator[tuple[AttentionInputs, AttentionOptions, slice, slice]]:
-    """Each packed sequence as a call of its own, and where its tokens lie; or the one call."""
-    if inputs.cu_query is None or inputs.cu_key is None:
-        yield inputs, options, slice(None), slice(None)
-        return
-    queries, keys = inputs.cu_query.tolist(), inputs.cu_key.tolist()
-    batch, *others = options.origin
-    for i in range(len(queries) - 1):
-        at, from_ = slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])
-        lengths = (at.stop - at.start, from_.stop - from_.start)
-
-        def cut(mask: Tensor, index: int, lengths: Sequence[int]) -> Tensor:
-            row = mask[index : index + 1] if mask.shape[0] > 1 else mask
-            for dim, length in zip((-2, -1), lengths, strict=False):
-                if row.shape[dim] > 1:
-                    row = row.narrow(dim, 0, length)
-            return row
-
-        one = inputs._replace(
-            query=inputs.query[:, :, at],
-            key=inputs.key[:, :, from_],
-            value=inputs.value[:, :, from_],
-            mask=None if inputs.mask is None else cut(inputs.mask, i, lengths),
-            key_mask=None if inputs.key_mask is None else inputs.key_mask[i : i + 1, : lengths[1]],
-            cu_query=None,
-            cu_key=None,
-        )
-        yield one, replace(options, origin=(batch + i, *others)), at, from_  # type: ignore[arg-type]
 
 
 def _repeat(t: Tensor, heads: int) -> Tensor:
@@ -60,12 +29,10 @@ def _repeat(t: Tensor, heads: int) -> Tensor:
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1)
 
 
-def scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, key_mask: Tensor | None,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def scores(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor | None]:
     """(scores, tanh(score / softcap) where there is a softcap), [B, H, Sq, Sk]."""
-    score = query @ _repeat(key, query.shape[1]).transpose(-1, -2) * options.scale
+    query, key, mask, key_mask = inputs.query, inputs.key, inputs.mask, inputs.key_mask
+    score = (query * options.scale) @ _repeat(key, query.shape[1]).transpose(-1, -2)
     capped: Tensor | None = None
     if options.softcap:
         capped = torch.tanh(score / options.softcap)
@@ -76,8 +43,26 @@ def scores(
     return score, capped
 
 
+def _has_float_mask(inputs: AttentionInputs) -> bool:
+    return inputs.mask is not None and inputs.mask.dtype != torch.bool
+
+
+def _wide(inputs: AttentionInputs) -> AttentionInputs:
+    """The call in the dtype that is computed in."""
+    mask = inputs.mask if _has_float_mask(inputs) else None
+    q, k, v, floats, sinks = compute(inputs.query, inputs.key, inputs.value, mask, inputs.sinks)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    mask = inputs.mask if floats is None else floats
+    return inputs._replace(query=q, key=k, value=v, mask=mask, sinks=sinks)
+
+
 def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """The op; arguments as in ``backends.Backend.attention_forward``."""
+    found = flash.forward(inputs, options)
+    if found is not None:
+        return found
     query = inputs.query
     out = empty_output(query, inputs.value.shape[-1])
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -85,71 +70,50 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
     if inputs.cu_query is not None:
         out.zero_()
         lse.fill_(-torch.inf)
-    for one, its, at, _ in sequences(inputs, options):
-        q, k, v, mask, sinks = compute(*_wide(one))
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        score, _ = scores(q, k, _with_bool(mask, one), one.key_mask, its)
-        probabilities, log_sum, _ = safe_softmax(score, sinks)
-        drop = attention_multiplier(tuple(score.shape), one.seed, one.p, its)
-        out[:, :, at] = (drop(probabilities) @ _repeat(v, q.shape[1])).to(out.dtype)
-        lse[:, :, at] = log_sum.to(wide)
+    for block in blocks(inputs, options):
+        one = _wide(block.inputs)
+        score, _ = scores(one, block.options)
+        probabilities, log_sum, _ = safe_softmax(score, one.sinks)
+        drop = attention_multiplier(tuple(score.shape), one.seed, one.p, block.options)
+        out[block.query] = drop(probabilities) @ _repeat(one.value, one.query.shape[1])
+        lse[block.query] = log_sum
     return out, lse
-
-
-def _wide(one: AttentionInputs) -> tuple[Tensor | None, ...]:
-    """The floating-point operands."""
-    floats = None if one.mask is None or one.mask.dtype == torch.bool else one.mask
-    return one.query, one.key, one.value, floats, one.sinks
-
-
-def _with_bool(mask: Tensor | None, one: AttentionInputs) -> Tensor | None:
-    return one.mask if mask is None else mask
 
 
 def _gradients(
     dout: Tensor,
     dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
     inputs: AttentionInputs,
     options: AttentionOptions,
     needs: tuple[bool, ...],
-    known: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Of one call that is not packed; see :func:`attention_gradients`.
-
-    ``known`` are (out, lse) of more keys than these.
-    """
+    """Of one block; see :func:`attention_gradients`."""
+    query, key, mask = inputs.query, inputs.key, inputs.mask
     heads, groups = query.shape[1], key.shape[1]
-    score, capped = scores(query, key, _with_bool(mask, inputs), inputs.key_mask, options)
+    score, capped = scores(inputs, options)
     drop = attention_multiplier(tuple(score.shape), inputs.seed, inputs.p, options)
-    probabilities, _, sink = safe_softmax(score, sinks)
-    if known is not None:
-        lse = known[1].unsqueeze(-1)
+    probabilities, _, sink = safe_softmax(score, inputs.sinks)
+    if lse is not None:
+        lse = lse.unsqueeze(-1)
         probabilities = torch.where(lse == -torch.inf, 0, torch.exp(score - lse))
-    dvalue = drop(probabilities).transpose(-1, -2) @ dout
-    dp = drop(dout @ _repeat(value, heads).transpose(-1, -2))
-    terms = dp * probabilities if known is None else dout * known[0]
-    delta = terms.sum(-1, keepdim=True)
+    kept = drop(probabilities)
+    dvalue = kept.transpose(-1, -2) @ dout
+    terms = kept * (dout @ _repeat(inputs.value, heads).transpose(-1, -2))
+    delta = (terms if out is None else dout * out).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse.unsqueeze(-1)
-    dscore = probabilities * (dp - delta)
-    draw = dscore * options.scale
-    if capped is not None:
-        draw = draw * (1 - capped * capped)
+    dscore = torch.addcmul(terms, probabilities, delta, value=-1)
+    draw = dscore if capped is None else dscore * (1 - capped * capped)
 
     def of_groups(t: Tensor) -> Tensor:
         """Sum over the query heads that share a key head."""
         return t if groups == heads else t.unflatten(1, (groups, heads // groups)).sum(2)
 
     return (
-        draw @ _repeat(key, heads) if needs[0] else None,
-        of_groups(draw.transpose(-1, -2) @ query) if needs[1] else None,
+        draw @ _repeat(key, heads) * options.scale if needs[0] else None,
+        of_groups(draw.transpose(-1, -2) @ (query * options.scale)) if needs[1] else None,
         of_groups(dvalue) if needs[2] else None,
         dscore.sum_to_size(mask.shape) if needs[3] and mask is not None else None,
         -(sink * delta).sum((0, 2, 3)) if needs[4] and sink is not None else None,
@@ -167,47 +131,48 @@ def attention_gradients(
     drop: object,
     options: tuple[AttentionInputs, AttentionOptions],
     needs: tuple[bool, ...],
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Gradients:
     """Gradients of query, key, value, mask and sinks; differentiable.
 
-        dP = (dout v^T) * multiplier;   dS = P * (dP - sum over keys of dP * P + dlse)
+        dS = P * multiplier * (dout v^T) - P * delta
+        delta = sum over keys of P * multiplier * (dout v^T) - dlse
         dq = scale * dS k;   dk = scale * dS^T q;   dv = (P * multiplier)^T dout;   dmask = dS
-        dsink = - P(sink) * (sum over keys of dP * P - dlse)
+        dsink = - P(sink) * delta
 
     ``options`` holds the tensors without a derivative besides the options; ``drop`` is drawn here.
+    ``out`` and ``lse`` are given where they are those of more keys than these. Gradients of what
+    several blocks share are summed in the dtype that is computed in, in the order of the blocks.
     """
     given, its = options
-    floats = given.mask is not None and given.mask.dtype != torch.bool
-    given = given._replace(
-        query=query, key=key, value=value, mask=mask if floats else given.mask, sinks=sinks
-    )
-    if given.cu_query is None:
-        return _gradients(dout, dlse, query, key, value, mask, sinks, given, its, needs)
-    pieces: list[Gradients] = []
-    end = [0, 0]
-    for one, own, at, from_ in sequences(given, its):
-        d, dl = dout[:, :, at], None if dlse is None else dlse[:, :, at]
-        its_mask = one.mask if floats else None
-        found = _gradients(d, dl, one.query, one.key, one.value, its_mask, sinks, one, own, needs)
-        dmask = found[3]
-        if dmask is not None and mask is not None:
-            # As long as the mask, which covers the longest sequence.
-            missing = [m - n for m, n in zip(mask.shape[2:], dmask.shape[2:], strict=True)]
-            dmask = torch.nn.functional.pad(dmask, (0, missing[1], 0, missing[0]))
-        pieces.append((*found[:3], dmask, found[4]))
-        end = [at.stop, from_.stop]
-    tails = (query[:, :, end[0] :], key[:, :, end[1] :], value[:, :, end[1] :])
-    columns = list(zip(*pieces, strict=True))
-    tokens = [
-        torch.cat([*column, torch.zeros_like(tail)], dim=2) if need else None
-        for column, tail, need in zip(columns, tails, needs, strict=False)
+    mask = mask if _has_float_mask(given) else given.mask
+    given = given._replace(query=query, key=key, value=value, mask=mask, sinks=sinks)
+    like = (query, key, value, mask, sinks)
+    wide = reduce(torch.promote_types, (t.dtype for t in like if t is not None), torch.float32)
+    totals = [
+        None if t is None or not need else dout.new_zeros(t.shape, dtype=wide)
+        for t, need in zip(like, needs, strict=True)
     ]
-    dmask, dsinks = None, None
-    if needs[3] and mask is not None:
-        dmask = torch.cat(columns[3]) if mask.shape[0] > 1 else torch.stack(columns[3]).sum(0)
-    if needs[4] and sinks is not None:
-        dsinks = torch.stack(columns[4]).sum(0)
-    return (*tokens, dmask, dsinks)
+    for block in blocks(given, its):
+        grad, dlse_part, out_part, lse_part = (
+            None if t is None else t[block.query].to(wide) for t in (dout, dlse, out, lse)
+        )
+        assert grad is not None
+        found = _gradients(
+            grad, dlse_part, out_part, lse_part, _wide(block.inputs), block.options, needs
+        )
+        places = (block.query, block.key, block.key, block.mask, (block.heads,))
+        for sums, gradient, place in zip(totals, found, places, strict=True):
+            if sums is not None and gradient is not None:
+                sums[place].add_(gradient)
+    return tuple(totals)
+
+
+def _like(t: Tensor, source: Tensor) -> Tensor:
+    """A gradient in the dtype and the layout of its tensor."""
+    room = torch.empty_like(source)
+    return t if t.dtype == room.dtype and t.stride() == room.stride() else room.copy_(t)
 
 
 def attention_backward(
@@ -220,20 +185,12 @@ def attention_backward(
     needs: tuple[bool, ...],
 ) -> Gradients:
     """The op's gradients; arguments as in ``backends.Backend.attention_backward``."""
-    wide = compute(dout, dlse, *_wide(inputs))
-    d, dl, q, k, v, mask, sinks = wide
-    assert d is not None
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    if options.block:
-        known = (out.to(d.dtype), lse.to(d.dtype))
-        results = _gradients(d, dl, q, k, v, mask, sinks, inputs, options, needs, known)
-    else:
-        given = (inputs, options)
-        results = attention_gradients(d, dl, q, k, v, mask, sinks, None, given, needs)
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
+    results = flash.backward(dout, dlse, out, lse, inputs, options, needs)
+    if results is None:
+        known = (out, lse) if options.block else (None, None)
+        results = attention_gradients(dout, dlse, *like, None, (inputs, options), needs, *known)
     return tuple(
-        None if t is None or source is None else torch.empty_like(source).copy_(t)
+        None if t is None or source is None else _like(t, source)
         for t, source in zip(results, like, strict=True)
     )

@@ -40,27 +40,23 @@ def attention_multiplier(
     return Multiplier(keep.reshape(tuple(shape)), factor)
 
 
-def band(scores: Tensor, options: AttentionOptions) -> Tensor:
-    """Whether ``lower <= key - query <= upper``: bool, [queries, keys]."""
-    query = torch.arange(scores.shape[-2], device=scores.device)[:, None]
-    distance = torch.arange(scores.shape[-1], device=scores.device)[None, :] - query
-    inside = torch.ones_like(distance, dtype=torch.bool)
-    if options.lower is not None:
-        inside &= distance >= options.lower
-    if options.upper is not None:
-        inside &= distance <= options.upper
-    return inside
+def band(queries: int, keys: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
+    """Whether ``lower <= key - query <= upper``: bool, [queries, keys]; None where all are."""
+    upper = keys if options.upper is None else max(options.upper, -queries)
+    lower = -queries if options.lower is None else min(options.lower, keys)
+    if upper >= keys - 1 and lower <= 1 - queries:
+        return None
+    return torch.ones((queries, keys), dtype=torch.bool, device=device).tril(upper).triu(lower)
 
 
 def masked_scores(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
     """Scaled scores plus a float mask, -inf where a bool mask or the band leaves a key out."""
-    allowed = band(scores, options)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            allowed = allowed & mask
-        else:
-            scores = scores + mask
-    return scores.masked_fill(~allowed, -math.inf)
+    allowed = band(scores.shape[-2], scores.shape[-1], options, scores.device)
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = mask if allowed is None else allowed & mask
+    elif mask is not None:
+        scores = scores + mask
+    return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
 
 
 def safe_softmax(
