@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tridrop
-from tridrop import fast, info, mask
+from tridrop import fast, fast_calls, info, mask
 from tridrop.backends.reference import fused
 from tridrop.check.measure import error, tolerance
 from tridrop.mask import Shard
@@ -294,7 +294,7 @@ def test_dropped_elements_are_exactly_zero(value):
 
 def unscaled(name, shape, *arguments):
     """Call a kernel that keeps everything, as far as a mask can, with a scale of 1."""
-    drop = fast.selection(tuple(shape), 1)
+    drop = fast_calls.selection(tuple(shape), 1)
     assert drop is not None
     return dataclasses.replace(drop, scale=1.0).call(name, pair(1), *arguments)
 
@@ -330,7 +330,7 @@ def test_numbers_of_kinds_and_functions_are_the_kernels():
     from tridrop import fast_math, fast_storage
 
     for name, dtype in (("FP32", "float32"), ("BF16", "bfloat16"), ("FP16", "float16")):
-        assert getattr(fast_storage, name) == fast.KINDS[getattr(torch, dtype)]
+        assert getattr(fast_storage, name) == fast_calls.KINDS[getattr(torch, dtype)]
     assert set(fused._FUNCTIONS) == {function for function, _ in ACTIVATIONS.values()}
     for name, number in fused._FUNCTIONS.items():
         assert getattr(fast_math, name.upper()) == number
@@ -499,8 +499,8 @@ def test_norms_of_rows_with_a_large_mean(monkeypatch):
 
 @needs_numba
 def test_large_results_are_whole():
-    n = fast._MAPPED_ANEW // 4
-    value = fast.empty((n // 1024 + 1, 1024), torch.float32, torch.empty(0)).fill_(1)
+    n = fast_calls._MAPPED_ANEW // 4
+    value = fast_calls.empty((n // 1024 + 1, 1024), torch.float32, torch.empty(0)).fill_(1)
     assert value.sum(dtype=torch.float64) == value.numel()
 
 
@@ -571,7 +571,7 @@ def test_a_broken_numba_is_reported(monkeypatch):
 
 def test_torch_by_choice(monkeypatch):
     monkeypatch.setenv("TRIDROP_CPU", "torch")
-    assert fast.selection((4, 8), 5) is None
+    assert fast_calls.selection((4, 8), 5) is None
     assert "torch (TRIDROP_CPU=torch" in info.render(info.collect())
 
 

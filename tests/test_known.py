@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import tridrop
-from tridrop import backends, fast
+from tridrop import backends, fast, fast_calls
 from tridrop.functional import known
 
 W, B = torch.randn(24), torch.randn(24)
@@ -233,7 +233,7 @@ def test_the_choice_of_a_backend_is_asked_each_time(monkeypatch):
 @pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
 def test_the_choice_of_numba_is_asked_each_time(monkeypatch):
     expected = tridrop.dropout(X, 0.5, seed=1)
-    monkeypatch.setattr(fast.Selection, "call", None)
+    monkeypatch.setattr(fast_calls.Selection, "call", None)
     with pytest.raises(TypeError):
         tridrop.dropout(X, 0.5, seed=1)  # this went to numba
     monkeypatch.setenv("TRIDROP_CPU", "torch")

@@ -9,17 +9,12 @@ tensors: "numba", "torch" (mask.py itself), or, where it is not set, numba if it
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import mmap
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +66,7 @@ def report() -> str:
     return f"numba {version('numba')} ({asked}; cache on disk {'off' if off else 'on'})"
 
 
-def _kernels() -> Any:
+def kernels() -> Any:
     """The kernels where the choice is numba, or None."""
     global _loaded, _broken
     if choose() != "numba":
@@ -100,14 +95,13 @@ def _kernels() -> Any:
 
 def serves() -> bool:
     """Whether numba makes the masks of CPU tensors: the choice, and that it can be imported."""
-    return _kernels() is not None
+    return kernels() is not None
 
 
-def readable(seed: Tensor) -> bool:
+def readable(seed: Tensor | None) -> bool:
     """Whether the host can read the seed: a CPU tensor with data, not one of a transformation."""
     return (
-        type(seed) is Tensor
-        and seed.device.type == "cpu"
+        (seed is None or (type(seed) is Tensor and seed.device.type == "cpu"))
         # Inside torch.func's transformations what torch.empty makes has no storage either.
         and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -145,7 +139,7 @@ def parts_of(rows: int, columns: int) -> Parts:
     return [(start, min(rows, start + step)) for start in range(0, rows, step or 1)]
 
 
-def _share(parts: Parts, elements: int, call: Callable[[int, int, int], object]) -> None:
+def share(parts: Parts, elements: int, call: Callable[[int, int, int], object]) -> None:
     """``call(number, start, stop)`` for all parts of so many elements, on at most torch's number of
     threads.
 
@@ -190,15 +184,30 @@ def _key(seed: Tensor) -> tuple[int, int]:
     return key % mask.ONE, key // mask.ONE
 
 
-def _mask_of(
-    where: mask.Coordinates, seed: Tensor, domain: str, t: int
+def mask_of(
+    where: mask.Coordinates, seed: Tensor | None, domain: str, t: int, factors: Tensor | None = None
 ) -> tuple[tuple[int, ...], Tensor | None]:
-    """What the kernels are told of the decisions, see ``fast_kernels.next_strip``, and the row
+    """What the kernels are told of the decisions, see ``fast_kernels.next_piece``, and the row
     coordinates that the first entry is the address of."""
-    rows = mask.row_coordinates(where, "cpu") if where.leading else None
+    rows = mask.row_coordinates(where, "cpu") if where.leading and t else None
     group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
-    address = 0 if rows is None else rows.data_ptr()
-    return (address, lane, group, *_key(seed), mask.DOMAINS[domain] << 28, t - 1), rows
+    places = 0 if rows is None else rows.data_ptr()
+    given = 0 if seed is None else seed.data_ptr()
+    by_row = 0 if factors is None else factors.data_ptr()
+    return (places, lane, group, given, mask.DOMAINS[domain] << 28, t - 1, by_row), rows
+
+
+def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: int) -> Tensor:
+    """The decisions of the first ``columns`` of all rows."""
+    keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
+    decisions, _rows = mask_of(where, seed, domain, t)
+    out = keep.data_ptr()
+
+    def call(_: int, start: int, stop: int) -> None:
+        _loaded.keep_rows(start, stop, columns, decisions, out)
+
+    share(parts_of(where.rows, columns), where.rows * columns, call)
+    return keep
 
 
 def keep_mask(
@@ -211,8 +220,8 @@ def keep_mask(
     domain: str = "elements",
 ) -> Tensor:
     """:func:`tridrop.mask.keep_mask`, by numba where that serves."""
-    kernels: Any = _kernels() if readable(seed) else None
-    t = 0 if kernels is None else int(drop_threshold)
+    loops: Any = kernels() if readable(seed) else None
+    t = 0 if loops is None else int(drop_threshold)
     if t == 0:
         return mask.keep_mask(
             seed, shape, drop_threshold, shared=shared, shard=shard, domain=domain
@@ -221,14 +230,7 @@ def keep_mask(
     if domain == "drop_path" and not where.col_shared:
         raise ValueError("the masks of drop_path are shared along the last dimension")
     columns = min(1, where.cols) if where.col_shared else where.cols
-    keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
-    decisions, _rows = _mask_of(where, seed, domain, t)
-    out = keep.data_ptr()
-
-    def call(_: int, start: int, stop: int) -> None:
-        kernels.keep_rows(start, stop, columns, decisions, out)
-
-    _share(parts_of(where.rows, columns), where.rows * columns, call)
+    keep = decide(where, columns, seed, domain, t)
     return keep.expand(where.rows, where.cols).reshape(tuple(shape)).contiguous()
 
 
@@ -240,8 +242,8 @@ def attention_keep_mask(
     origin: Sequence[int] = (0, 0, 0, 0),
 ) -> Tensor:
     """:func:`tridrop.mask.attention_keep_mask`, by numba where that serves."""
-    kernels: Any = _kernels() if readable(seed) else None
-    t = 0 if kernels is None else int(drop_threshold)
+    loops: Any = kernels() if readable(seed) else None
+    t = 0 if loops is None else int(drop_threshold)
     if t == 0:
         return mask.attention_keep_mask(seed, shape, drop_threshold, origin=origin)
     batch, heads, queries, keys = shape
@@ -253,121 +255,7 @@ def attention_keep_mask(
     others = (*sizes, *key, domain, last)
 
     def call(_: int, start: int, stop: int) -> None:
-        kernels.keep_scores(out[start:stop], np.uint64(start), *others)
+        loops.keep_scores(out[start:stop], np.uint64(start), *others)
 
-    _share(parts_of(rows, keys), rows * keys, call)
+    share(parts_of(rows, keys), rows * keys, call)
     return keep.view(tuple(shape))
-
-
-# ---------------------------------------------------------------------------------------- the ops
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in fast_storage.py
-# glibc maps what is larger than this anew for every allocation: DEFAULT_MMAP_THRESHOLD_MAX, see
-# mallopt(3).
-_MAPPED_ANEW = 32 << 20
-_MADV_HUGEPAGE = 14
-
-_madvise: Any = None
-if sys.platform == "linux":
-    _madvise = ctypes.CDLL(None).madvise
-    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A contiguous result; ``like`` is an operand, often of the same kind.
-
-    A large one asks the kernel for large pages: it is new memory, and 4 KiB at a time its page
-    faults take longer than the op. See madvise(2); a refusal changes nothing.
-    """
-    if like.dtype == dtype and like.shape == shape and like.is_contiguous():
-        result = torch.empty_like(like)  # half the time of the other
-    else:
-        result = torch.empty(shape, dtype=dtype, device="cpu")
-    if _madvise is not None and result.nbytes >= _MAPPED_ANEW:
-        page = mmap.PAGESIZE
-        start = -(-result.data_ptr() // page) * page
-        _madvise(start, (result.data_ptr() + result.nbytes - start) // page * page, _MADV_HUGEPAGE)
-    return result
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The random part of calls of one shape, without a mask in memory; see :func:`selection`."""
-
-    where: mask.Coordinates
-    threshold: int
-    scale: float
-    parts: Parts
-
-    def call(self, name: str, seed: Tensor, *arguments: Any) -> None:
-        """Call a kernel for all rows, by several threads, with its arguments after ``scale``.
-
-        Whoever calls keeps alive what they point to.
-        """
-        kernel = getattr(_loaded, name)
-        columns, scale = self.where.cols, self.scale
-        decisions, _rows = _mask_of(self.where, seed, "elements", self.threshold)
-        if len(self.parts) == 1:
-            kernel(*self.parts[0], columns, decisions, scale, *arguments)
-            return
-
-        def call(_: int, start: int, stop: int) -> None:
-            kernel(start, stop, columns, decisions, scale, *arguments)
-
-        _share(self.parts, self.where.rows * columns, call)
-
-    def sum(
-        self, name: str, seed: Tensor, widths: Sequence[int], *arguments: Any
-    ) -> list[Tensor | None]:
-        """Call a kernel that sums over the rows as well, and give the sums.
-
-        ``widths`` are theirs, 0 for one not wanted; ``arguments`` are those before their addresses,
-        and the last. They are made in fp32 within a part of the rows, then in fp64 in the order of
-        the parts.
-        """
-        kernel = getattr(_loaded, name)
-        columns, scale, count = self.where.cols, self.scale, len(self.parts)
-        decisions, _rows = _mask_of(self.where, seed, "elements", self.threshold)
-        sums = [seed.new_empty(count * w, dtype=torch.float32) if w else None for w in widths]
-        begin = [0 if s is None else s.data_ptr() for s in sums]
-        *before, options = arguments
-        if count == 1:
-            kernel(*self.parts[0], columns, decisions, scale, *before, tuple(begin), options)
-            return sums
-
-        def call(number: int, start: int, stop: int) -> None:
-            own = tuple(a and a + 4 * number * w for a, w in zip(begin, widths, strict=True))
-            kernel(start, stop, columns, decisions, scale, *before, own, options)
-
-        _share(self.parts, self.where.rows * columns, call)
-        return [
-            None if s is None else torch.from_numpy(s.view(count, -1).numpy().sum(0, np.float64))
-            for s in sums
-        ]
-
-
-@lru_cache(256)
-def _selection(
-    shape: tuple[int, ...], drop_threshold: int, shared: tuple[int, ...], shard: Shard | None
-) -> Selection | None:
-    where = mask.coordinates(shape, shared, shard)
-    if where.col_shared:
-        return None
-    parts = parts_of(where.rows, where.cols)
-    return Selection(where, drop_threshold, mask.scale(drop_threshold), parts)
-
-
-def selection(
-    shape: tuple[int, ...],
-    drop_threshold: int,
-    *,
-    shared: tuple[int, ...] = (),
-    shard: Shard | None = None,
-) -> Selection | None:
-    """What drops elements of a tensor of ``shape``; None where numba does not serve.
-
-    That is also where the mask is shared along the last dimension: then it is small, or a column.
-    """
-    if drop_threshold == 0 or 0 in shape or _kernels() is None:
-        return None
-    return _selection(shape, drop_threshold, shared, shard)

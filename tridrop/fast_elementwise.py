@@ -8,7 +8,6 @@ there is none; ``mask`` and pieces of rows are as in ``fast_kernels.next_piece``
 from __future__ import annotations
 
 import numpy as np
-from numba import uint32
 
 from .fast_kernels import (
     LANES,
@@ -21,6 +20,7 @@ from .fast_kernels import (
     next_piece,
     part,
     randoms,
+    rule,
     scratch,
 )
 from .fast_math import activate, derive, differentiate
@@ -82,12 +82,12 @@ def forward(start, stop, columns, mask, scale, out, x, bias, layer_scale, residu
     function, gated = options
     width = 2 * columns if gated else columns
     memory = strips(3)
-    bits, words = randoms(memory, STRIP * LANES)
+    bits, words = randoms(memory, STRIP * LANES, mask)
     u, v = strip(memory, 1), strip(memory, 2)
-    last, scale = uint32(mask[6]), np.float32(scale)
     r, done = start, 0
     while r < stop:
         rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)
+        last, factor = rule(mask, scale, r)
         at, count = r * columns + done, rows * size
         kept = bits[lane : lane + count]
         load_biased(x, bias, r, rows, width, done, size, u)
@@ -97,10 +97,10 @@ def forward(start, stop, columns, mask, scale, out, x, bias, layer_scale, residu
             multiply(u, count, v)
         multiply_vector(u, rows, size, layer_scale, done)
         if residual[0] != 0:
-            add_selected(residual, at, count, u, kept, last, scale)
+            add_selected(residual, at, count, u, kept, last, factor)
             store(out, at, count, u)
         else:
-            store_selected(out, at, count, u, kept, last, scale)
+            store_selected(out, at, count, u, kept, last, factor)
         r, done = following(r, rows, done + size, columns)
     held(memory)
 
@@ -116,15 +116,15 @@ def backward(start, stop, columns, mask, scale, grad, x, bias, layer_scale, dx, 
     dbias, dscale = sums
     width = 2 * columns if gated else columns
     memory = strips(6)
-    bits, words = randoms(memory, STRIP * LANES)
+    bits, words = randoms(memory, STRIP * LANES, mask)
     g, u, v = strip(memory, 1), strip(memory, 2), strip(memory, 3)
     w, product = strip(memory, 4), strip(memory, 5)
-    last, scale = uint32(mask[6]), np.float32(scale)
     clear(dbias, 0, width)
     clear(dscale, 0, columns)
     r, done = start, 0
     while r < stop:
         rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)
+        last, factor = rule(mask, scale, r)
         count = rows * size
         kept = bits[lane : lane + count]
         load(grad, r * columns + done, count, g)
@@ -139,17 +139,17 @@ def backward(start, stop, columns, mask, scale, grad, x, bias, layer_scale, dx, 
             copy(w, count, product)
             if gated:
                 multiply(product, count, v)
-            accumulate_selected(dscale, done, rows, size, product, kept, last, scale)
+            accumulate_selected(dscale, done, rows, size, product, kept, last, factor)
         multiply_vector(g, rows, size, layer_scale, done)
         if gated:
             multiply(g, count, v)
             multiply_vector(w, rows, size, layer_scale, done)
-            give(dx, dbias, r, rows, width, columns + done, size, w, kept, last, scale)
+            give(dx, dbias, r, rows, width, columns + done, size, w, kept, last, factor)
         # The selection comes last: a dropped element's gradient is 0 whatever its input was.
         if gated or dscale != 0:
             multiply(g, count, u)
         else:
             derive(function, u, g, count)
-        give(dx, dbias, r, rows, width, done, size, g, kept, last, scale)
+        give(dx, dbias, r, rows, width, done, size, g, kept, last, factor)
         r, done = following(r, rows, done + size, columns)
     held(memory)

@@ -17,11 +17,21 @@ import numpy as np
 from numba import carray, njit, types, uint32, uint64
 from numba.extending import intrinsic
 
-from .mask import LANES, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1, TILE
+from .mask import (
+    LANES,
+    PHILOX_M0,
+    PHILOX_M1,
+    PHILOX_ROUNDS,
+    PHILOX_W0,
+    PHILOX_W1,
+    STREAM_MULTIPLIER,
+    TILE,
+)
 
 M0, M1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1)
 W0, W1 = np.uint32(PHILOX_W0), np.uint32(PHILOX_W1)
 HALF, WORD = np.uint32(16), np.uint64(32)
+MULTIPLIER, ALL = np.uint64(STREAM_MULTIPLIER), np.uint32(0xFFFFFFFF)
 STRIP = 128  # calls a piece: 1024 columns, 6 KiB of words and bits
 
 LINE = 16  # words of a cache line
@@ -161,24 +171,51 @@ def even_rows(rows, row, most):
 
 
 @part(set())
+def key_words(seed):
+    """The words of the key of the seed at an address."""
+    pair = vector(seed, 2, np.uint64)
+    key = pair[0] + pair[1] * MULTIPLIER
+    return uint32(key), uint32(key >> WORD)
+
+
+@inline(set())
+def alike(factors, row, most):
+    """How many rows from ``row`` on, at most ``most``, have one factor."""
+    if factors == 0 or most < 2:
+        return most
+    values, count = vector(factors, row + most, np.float32), 1
+    while count < most and values[row + count] == values[row]:
+        count += 1
+    return count
+
+
+@part(set())
 def next_piece(bits, words, mask, row, done, stop, columns):
     """Make the bits from column ``done`` of a row on, in ``bits``: (rows, lane, size).
 
     A piece is ``size`` columns of a row, or ``rows`` whole rows, none of them ``stop`` or beyond:
-    as much as a strip holds. Its bits begin at ``lane``, row after row without a gap.
+    as much as a strip holds of rows with one factor. Its bits begin at ``lane``, row after row
+    without a gap.
 
     ``row`` is a local one. ``mask`` is what decides: the address of the row coordinates, 0 where
-    they are the local ones; the lane and the group of column 0; the words of the key; the domain;
-    and ``last``: an element is dropped iff its bits are at most that.
+    they are the local ones; the lane and the group of column 0; the address of the seed; the
+    domain; ``last``: an element is dropped iff its bits are at most that, and none is where it is
+    negative; and the address of the factors of rows, 0 where there are none: see :func:`rule`.
     """
-    places, skip, first, k0, k1, high, _ = mask
-    k0, k1, high = uint32(k0), uint32(k1), uint32(high)
+    places, skip, first, seed, high, last, factors = mask
+    if last < 0:
+        if done > 0 or 2 * columns > STRIP * LANES:
+            return 1, 0, min(columns - done, STRIP * LANES)
+        return alike(factors, row, min(stop - row, STRIP * LANES // columns)), 0, columns
+    k0, k1 = key_words(seed)
+    high = uint32(high)
     position = skip + done
     group, lane = position // LANES, position % LANES
     start = uint64(first) + uint64(group)
     groups = (columns - done + lane + LANES - 1) // LANES
     if 0 < 2 * groups <= STRIP and done == 0 and skip == 0 and columns % LANES == 0:
-        at, step, rows = even_rows(places, row, min(stop - row, STRIP // groups))
+        most = alike(factors, row, min(stop - row, STRIP // groups))
+        at, step, rows = even_rows(places, row, most)
         rows_words(words, k0, k1, high, at, step, start, groups, rows * groups)
         spread(bits, words, rows * groups)
         return rows, lane, columns
@@ -190,9 +227,26 @@ def next_piece(bits, words, mask, row, done, stop, columns):
 
 
 @inline(set())
-def randoms(memory, size):
+def rule(mask, scale, row):
+    """(last, scale) of a row: kept is what has bits above ``last``, and multiplied by ``scale``.
+
+    Where rows have factors, such as those of drop_path, these take the place of ``scale``. One of 0
+    drops the row.
+    """
+    last, factors = mask[5], mask[6]
+    last = uint32(last) if last >= 0 else uint32(0)
+    factor = np.float32(scale) if factors == 0 else vector(factors, row + 1, np.float32)[row]
+    return (ALL if factor == 0 else last), factor
+
+
+@inline(set())
+def randoms(memory, size, mask):
     """The arrays (bits, words) at the begin of scratch memory, for ``size`` bits."""
-    return cut(memory, 4 * STRIP, size, np.uint32), cut(memory, 0, (4, STRIP), np.uint32)
+    bits = cut(memory, 4 * STRIP, size, np.uint32)
+    if mask[5] < 0:
+        for j in range(size):
+            bits[j] = ALL
+    return bits, cut(memory, 0, (4, STRIP), np.uint32)
 
 
 @inline(set())
@@ -208,8 +262,8 @@ def keep_rows(start, stop, columns, mask, out):
     ``mask`` is as in :func:`next_piece`.
     """
     memory = scratch(12 * STRIP)
-    bits, words = randoms(memory, STRIP * LANES)
-    last = uint32(mask[6])
+    bits, words = randoms(memory, STRIP * LANES, mask)
+    last = rule(mask, 1.0, start)[0]
     r, done = start, 0
     while r < stop:
         rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)

@@ -7,7 +7,6 @@ rounded to its dtype before it is normalised. Arguments are as in ``fast_element
 from __future__ import annotations
 
 import numpy as np
-from numba import uint32
 
 from .fast_elementwise import give, load_biased
 from .fast_kernels import (
@@ -21,6 +20,7 @@ from .fast_kernels import (
     next_piece,
     part,
     randoms,
+    rule,
     scratch,
     vector,
 )
@@ -30,7 +30,6 @@ from .fast_vectors import (
     accumulate_selected,
     add,
     clear,
-    copy,
     fill,
     multiply,
     multiply_vector,
@@ -95,19 +94,15 @@ def project(d, normed, weight, along, mean, rstd):
 
 
 @part(set())
-def copy_or(address, into, absent):
-    """into = the fp32 vector at an address, or ``absent`` where there is none."""
-    if address != 0:
-        copy(vector(address, into.size, np.float32), into.size, into)
-    else:
-        fill(into, into.size, absent)
-
-
-@part(set())
-def put(address, values):
-    """The fp32 vector at an address = values; 0 is none."""
-    if address != 0:
-        copy(values, values.size, vector(address, values.size, np.float32))
+def gains(weight, centred, into):
+    """into = what a norm multiplies by: the weight, or that and 1; 1 where there is none."""
+    if weight[0] == 0:
+        fill(into, into.size, _ONE)
+        return
+    load(weight, 0, into.size, into)
+    if centred:
+        for j in range(into.size):
+            into[j] += _ONE
 
 
 @inline(set())
@@ -134,28 +129,31 @@ def row_bits(bits, words, mask, row, stop, columns):
 def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, vectors, options):
     """out, stream, mean and rstd of the rows from start to stop.
 
-    ``found`` are the addresses of mean and rstd; ``vectors`` bias, layer_scale, weight, norm_bias;
-    ``options`` whether it is RMSNorm, whether the dropout comes after the norm, and eps. Where the
-    stream is not kept, only its kind counts.
+    ``found`` are the addresses of mean and rstd; ``vectors`` bias, layer_scale, weight, norm_bias,
+    the last two as matrices of a row; ``options`` whether it is RMSNorm, whether the dropout comes
+    after the norm, whether 1 is added to the weight, and eps. Where the stream is not kept, only
+    its kind counts.
     """
     bias, layer_scale, weight, norm_bias = vectors
-    rms, after, eps = options
+    rms, after, centred, eps = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 5 * width)
-    bits, words = randoms(memory, width)
+    bits, words = randoms(memory, width, mask)
     u, spare = row_of_scratch(memory, 1, columns), row_of_scratch(memory, 2, columns)
     gain, shift = row_of_scratch(memory, 3, columns), row_of_scratch(memory, 4, columns)
     means = vector(found[0], stop, np.float32)
     rstds = vector(found[1], stop, np.float32)
-    last, scale, size = uint32(mask[6]), np.float32(scale), np.float32(columns)
-    lane, drawn = 0, start
-    copy_or(weight, gain, _ONE)
-    copy_or(norm_bias, shift, _ZERO)
+    size, lane, drawn = np.float32(columns), 0, start
+    gains(weight, centred, gain)
+    fill(shift, columns, _ZERO)
+    if norm_bias[0] != 0:
+        load(norm_bias, 0, columns, shift)
     own, unkept = (u.ctypes.data, FP32), (spare.ctypes.data, stream[1])
     for r in range(start, stop):
         if r == drawn:
             rows, lane = row_bits(bits, words, mask, r, stop, columns)
             drawn += rows
+        last, factor = rule(mask, scale, r)
         at, kept = r * columns, bits[lane : lane + columns]
         lane += columns
         load_biased(x, bias, r, 1, columns, 0, columns, u)
@@ -164,9 +162,9 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
         else:
             multiply_vector(u, 1, columns, layer_scale, 0)
             if residual[0] != 0:
-                add_selected(residual, at, columns, u, kept, last, scale)
+                add_selected(residual, at, columns, u, kept, last, factor)
             else:
-                select(u, columns, kept, last, scale)
+                select(u, columns, kept, last, factor)
             # What is normalised is what backward reads.
             if stream[0] != 0:
                 whole = store_rounded(stream, at, columns, u)
@@ -180,10 +178,10 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
             continue
         store_affine(own, 0, columns, u, mean, rstd, gain, shift)
         if residual[0] != 0:
-            add_selected(residual, at, columns, u, kept, last, scale)
+            add_selected(residual, at, columns, u, kept, last, factor)
             store(out, at, columns, u)
         else:
-            store_selected(out, at, columns, u, kept, last, scale)
+            store_selected(out, at, columns, u, kept, last, factor)
     held(memory)
 
 
@@ -193,24 +191,24 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
 
     ``given`` are dout, dstream, stream and x; ``found`` and ``vectors`` as in :func:`forward`,
     without norm_bias; ``results`` dx and dresidual; ``sums`` where the gradients of bias,
-    layer_scale, weight and norm_bias go, of these rows alone; ``options`` as in :func:`forward`.
+    layer_scale, weight and norm_bias go, of these rows alone, the last two as matrices of a row;
+    ``options`` as in :func:`forward`, without eps.
     """
     dout, dstream, stream, x = given
     bias, layer_scale, weight = vectors
     dx, dresidual = results
     dbias, dscale, dweight, dnorm_bias = sums
-    rms, after = options
+    rms, after, centred = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 6 * width)
-    bits, words = randoms(memory, width)
+    bits, words = randoms(memory, width, mask)
     d, u = row_of_scratch(memory, 1, columns), row_of_scratch(memory, 2, columns)
     gain = row_of_scratch(memory, 3, columns)
     of_weight, of_bias = row_of_scratch(memory, 4, columns), row_of_scratch(memory, 5, columns)
     means = vector(found[0], stop, np.float32)
     rstds = vector(found[1], stop, np.float32)
-    last, scale, size = uint32(mask[6]), np.float32(scale), np.float32(columns)
-    lane, drawn = 0, start
-    copy_or(weight, gain, _ONE)
+    size, lane, drawn = np.float32(columns), 0, start
+    gains(weight, centred, gain)
     fill(of_weight, columns, _ZERO)
     fill(of_bias, columns, _ZERO)
     clear(dbias, 0, columns)
@@ -219,11 +217,12 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
         if r == drawn:
             rows, lane = row_bits(bits, words, mask, r, stop, columns)
             drawn += rows
+        last, factor = rule(mask, scale, r)
         at, kept = r * columns, bits[lane : lane + columns]
         lane += columns
         load(dout, at, columns, d)
         if after:
-            select(d, columns, kept, last, scale)
+            select(d, columns, kept, last, factor)
         mean, rstd = means[r], rstds[r]
         load(stream, at, columns, u)
         along, whole = gather(d, u, mean, rstd, gain, of_weight, of_bias)
@@ -241,9 +240,11 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
         if dscale != 0:
             load_biased(x, bias, r, 1, columns, 0, columns, u)
             multiply(u, columns, d)
-            accumulate_selected(dscale, 0, 1, columns, u, kept, last, scale)
+            accumulate_selected(dscale, 0, 1, columns, u, kept, last, factor)
         multiply_vector(d, 1, columns, layer_scale, 0)
-        give(dx, dbias, r, 1, columns, 0, columns, d, kept, last, scale)
-    put(dweight, of_weight)
-    put(dnorm_bias, of_bias)
+        give(dx, dbias, r, 1, columns, 0, columns, d, kept, last, factor)
+    if dweight[0] != 0:
+        store(dweight, 0, columns, of_weight)
+    if dnorm_bias[0] != 0:
+        store(dnorm_bias, 0, columns, of_bias)
     held(memory)

@@ -1,8 +1,8 @@
 """The ops of elementwise.py and norm.py on a CPU, each pass a compiled loop of :mod:`tridrop.fast`.
 
 The formulas and the rounding are those of the two files, which compute what numba does not serve:
-fp64, a rate in a tensor, drop_path, and masks shared along the columns. What does not depend on
-data is prepared once for each shape and set of options.
+fp64, a rate in a tensor, alpha and Gaussian noise. What does not depend on data is prepared once
+for each shape and set of options.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import fast
+from ... import fast, fast_calls
 from ...spec import NormOptions, Options, output_shape
 from . import elementwise, norm
 
@@ -31,29 +31,21 @@ def _vector(t: Tensor | None) -> tuple[Tensor | None, int]:
     return t, t.data_ptr()
 
 
-def _gain_of(weight: Tensor | None, options: NormOptions) -> tuple[Tensor | None, int]:
-    """What a norm multiplies by."""
-    return _vector(norm.gain_of(_vector(weight)[0], options) if options.zero_centered else weight)
-
-
 def _matrix(t: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
     """A contiguous tensor, and how the kernels take it: (address, kind)."""
     if t is None:
         return None, _NONE
     if not t.is_contiguous():
         t = t.detach().contiguous()
-    return t, (t.data_ptr(), fast.KINDS[t.dtype])
-
-
-def _to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return t if t is None or dtype is None or t.dtype == dtype else t.to(dtype)
+    return t, (t.data_ptr(), fast_calls.KINDS[t.dtype])
 
 
 class PreparedElementwise(NamedTuple):
     """The elementwise family, for calls with results of one shape."""
 
-    drop: fast.Selection
+    drop: fast_calls.Selection
     shape: tuple[int, ...]
+    options: Options
     kind: tuple[int, bool]  # the number of f in fast_math, and whether it is gated
 
     def forward(
@@ -62,10 +54,14 @@ class PreparedElementwise(NamedTuple):
         bias: Tensor | None,
         layer_scale: Tensor | None,
         residual: Tensor | None,
-        seed: Tensor,
+        seed: Tensor | None,
     ) -> Tensor:
         """The op; arguments as in ``backends.Backend.forward``."""
-        out = fast.empty(self.shape, (x if residual is None else residual).dtype, x)
+        if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
+            nothing = elementwise.Multiplier(None, 1.0)
+            result = elementwise.compose(x, bias, layer_scale, residual, nothing, self.options)
+            return elementwise.own(result, x)
+        out = fast_calls.empty(self.shape, (x if residual is None else residual).dtype, x)
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
         self.drop.call("forward", seed, _matrix(out)[1], u, b, g, r, self.kind)
@@ -77,34 +73,50 @@ class PreparedElementwise(NamedTuple):
         x: Tensor | None,
         bias: Tensor | None,
         layer_scale: Tensor | None,
-        seed: Tensor,
+        seed: Tensor | None,
         dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The op's gradients; arguments as in ``backends.Backend.backward``."""
+        nothing = not self.drop.drops and self.kind[0] == 0 and layer_scale is None
+        if nothing and dtypes == (grad.dtype, None, None):
+            return grad, None, None
         columns = self.drop.where.cols
         width = 2 * columns if self.kind[1] else columns
         dx = None
         if dtypes[0] is not None:
             shape = (*self.shape[:-1], width) if self.shape else ()
-            dx = fast.empty(shape, dtypes[0], grad)
+            dx = fast_calls.empty(shape, dtypes[0], grad)
         (_grad, d), (_x, u) = _matrix(grad), _matrix(x)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
         given = (d, u, b, g, _matrix(dx)[1])
         if dtypes[1] is None and dtypes[2] is None:
             self.drop.call("backward", seed, *given, _NO_SUMS, self.kind)
             return dx, None, None
-        widths = (width if dtypes[1] else 0, columns if dtypes[2] else 0)
-        dbias, dlayer_scale = self.drop.sum("backward", seed, widths, *given, self.kind)
-        return dx, _to(dbias, dtypes[1]), _to(dlayer_scale, dtypes[2])
+        sums = (fast_calls.Sum(width, dtypes[1]), fast_calls.Sum(columns, dtypes[2]))
+        dbias, dlayer_scale = self.drop.sum("backward", seed, grad, sums, *given, self.kind)
+        return dx, dbias, dlayer_scale
+
+    def _is_torchs(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether torch gives the same without dropout, in no more passes or with its own bits.
+
+        The same is one rounding: fp32 throughout, or a single operation. Activations have torch's
+        bits in fp32.
+        """
+        given = [t for t in others if t is not None]
+        if any(t.dtype != x.dtype for t in given):
+            return False
+        function, gated = self.kind
+        steps = (function > 0) + gated + len(given)
+        return steps < 2 or (function > 1 and x.dtype == torch.float32)
 
 
 class PreparedNorm(NamedTuple):
     """The norm family, for calls with tensors of one shape."""
 
-    drop: fast.Selection
+    drop: fast_calls.Selection
     shape: tuple[int, ...]
     options: NormOptions
-    kind: tuple[bool, bool]  # whether it is RMSNorm, and whether the dropout comes after it
+    kind: tuple[bool, bool, bool]  # is RMSNorm; the dropout comes after it; adds 1 to the weight
 
     def forward(
         self,
@@ -114,20 +126,22 @@ class PreparedNorm(NamedTuple):
         residual: Tensor | None,
         weight: Tensor | None,
         norm_bias: Tensor | None,
-        seed: Tensor,
+        seed: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The op; arguments as in ``backends.Backend.norm_forward``."""
         options = self.options
-        out, stream = fast.empty(self.shape, options.out_dtype, x), None
+        out, stream = fast_calls.empty(self.shape, options.out_dtype, x), None
         if options.keep_stream and not options.after:
-            stream = fast.empty(self.shape, options.stream_dtype, x)
-        mean = seed.new_empty(self.drop.where.rows, dtype=torch.float32)
+            stream = fast_calls.empty(self.shape, options.stream_dtype, x)
+        mean = torch.empty(self.drop.where.rows, dtype=torch.float32, device="cpu")
         rstd = torch.empty_like(mean)
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
-        (_gain, w), (_norm_bias, n) = _gain_of(weight, options), _vector(norm_bias)
+        (_weight, w), (_norm_bias, n) = _matrix(weight), _matrix(norm_bias)
         # Where the stream is not kept, its kind still says how it is rounded.
-        stored = (0, fast.KINDS[options.stream_dtype]) if stream is None else _matrix(stream)[1]
+        stored = (
+            (0, fast_calls.KINDS[options.stream_dtype]) if stream is None else _matrix(stream)[1]
+        )
         found = (mean.data_ptr(), rstd.data_ptr())
         given = (_matrix(out)[1], u, stored, r, found, (b, g, w, n))
         self.drop.call("norm_forward", seed, *given, (*self.kind, float(options.eps)))
@@ -144,47 +158,49 @@ class PreparedNorm(NamedTuple):
         bias: Tensor | None,
         layer_scale: Tensor | None,
         weight: Tensor | None,
-        seed: Tensor,
+        seed: Tensor | None,
         dtypes: norm.Dtypes,
     ) -> tuple[Tensor | None, ...]:
         """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
         columns = self.drop.where.cols
         dx = dresidual = None
         if dtypes[0] is not None:
-            dx = fast.empty(self.shape, dtypes[0], dout)
+            dx = fast_calls.empty(self.shape, dtypes[0], dout)
         if dtypes[3] is not None and not self.options.after:
-            dresidual = fast.empty(self.shape, dtypes[3], dout)
+            dresidual = fast_calls.empty(self.shape, dtypes[3], dout)
         (_dout, d), (_dstream, ds) = _matrix(dout), _matrix(dstream)
         (_stream, s), (_x, u) = _matrix(stream), _matrix(x)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
-        _gain, w = _gain_of(weight, self.options)
+        _weight, w = _matrix(weight)
         (_mean, m), (_rstd, i) = _vector(mean), _vector(rstd)
         results = (_matrix(dx)[1], _matrix(dresidual)[1])
-        widths = [columns if dtypes[at] else 0 for at in (1, 2, 4, 5)]
+        sums = [fast_calls.Sum(columns, dtypes[at], at > 3) for at in (1, 2, 4, 5)]
         given = ((d, ds, s, u), (m, i), (b, g, w), results, self.kind)
-        sums = self.drop.sum("norm_backward", seed, widths, *given)
-        dbias, dscale = _to(sums[0], dtypes[1]), _to(sums[1], dtypes[2])
-        return dx, dbias, dscale, dresidual, _to(sums[2], dtypes[4]), _to(sums[3], dtypes[5])
+        found = self.drop.sum("norm_backward", seed, dout, sums, *given)
+        dbias, dscale, dweight, dnorm_bias = found
+        return dx, dbias, dscale, dresidual, dweight, dnorm_bias
 
 
 @lru_cache(256)
 def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise | PreparedNorm | None:
-    drop = fast.selection(
-        shape, options.thresholds()[0], shared=options.shared, shard=options.shard
+    elements, path = options.thresholds()
+    drop = fast_calls.selection(
+        shape, elements, shared=options.shared, shard=options.shard, path_threshold=path
     )
     if drop is None:
         return None
     if isinstance(options, NormOptions):
-        return PreparedNorm(drop, shape, options, (options.norm == "rms_norm", options.after))
-    return PreparedElementwise(drop, shape, (_FUNCTIONS[options.function], options.gated))
+        kind = (options.norm == "rms_norm", options.after, options.zero_centered)
+        return PreparedNorm(drop, shape, options, kind)
+    return PreparedElementwise(drop, shape, options, (_FUNCTIONS[options.function], options.gated))
 
 
 def prepare(shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> Any:
     """Both directions of calls with results of ``shape`` and such tensors, where numba serves them.
 
-    That is one mask of elements, on a CPU, and arithmetic in fp32.
+    That is with masks or nothing to drop, on a CPU, and in fp32.
     """
-    if options.noise != "mask" or options.drop_path > 0 or not fast.serves():
+    if (options.noise != "mask" and options.p > 0) or not fast.serves():
         return None
     for t in tensors:
         if t is not None and (t.dtype == torch.float64 or t.device.type != "cpu"):
@@ -200,7 +216,7 @@ def _prepared(
     *tensors: Tensor | None,
 ) -> Any:
     """The same, where the host can also read the random part."""
-    if seed is None or p is not None or not fast.readable(seed):
+    if p is not None or not fast.readable(seed):
         return None
     return prepare(shape, options, *tensors)
 
@@ -238,9 +254,8 @@ def backward(
     found = _prepared(seed, p, tuple(grad.shape), options, *tensors)
     if found is None:
         return elementwise.backward(*tensors, seed, p, options, dtypes)
-    results: tuple[Tensor | None, Tensor | None, Tensor | None]
-    results = found.backward(*tensors, seed, dtypes)
-    return results
+    dx, dbias, dlayer_scale = found.backward(*tensors, seed, dtypes)
+    return dx if dx is None else elementwise.own(dx, grad), dbias, dlayer_scale
 
 
 def norm_forward(

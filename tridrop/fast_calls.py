@@ -1,0 +1,191 @@
+"""Calls of the elementwise and norm families by the kernels of :mod:`tridrop.fast`.
+
+A :class:`Selection` is what does not depend on data in the random part of calls of one shape; the
+decisions themselves are made in the kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import fast, mask
+from .mask import Shard
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in fast_storage.py
+# glibc maps what is larger than this anew for every allocation: DEFAULT_MMAP_THRESHOLD_MAX, see
+# mallopt(3).
+_MAPPED_ANEW = 32 << 20
+_MADV_HUGEPAGE = 14
+
+_madvise: Any = None
+if sys.platform == "linux":
+    _madvise = ctypes.CDLL(None).madvise
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A contiguous result; ``like`` is an operand, often of the same kind.
+
+    A large one asks the kernel for large pages: it is new memory, and 4 KiB at a time its page
+    faults take longer than the op. See madvise(2); a refusal changes nothing.
+    """
+    if like.dtype == dtype and like.shape == shape and like.is_contiguous():
+        result = torch.empty_like(like)  # half the time of the other
+    else:
+        result = torch.empty(shape, dtype=dtype, device="cpu")
+    if _madvise is not None and result.nbytes >= _MAPPED_ANEW:
+        page = mmap.PAGESIZE
+        start = -(-result.data_ptr() // page) * page
+        _madvise(start, (result.data_ptr() + result.nbytes - start) // page * page, _MADV_HUGEPAGE)
+    return result
+
+
+class _Rows(NamedTuple):
+    """Decisions that whole rows share: drop_path's, or those of a mask shared along the columns."""
+
+    where: mask.Coordinates
+    domain: str
+    threshold: int
+
+
+class Sum(NamedTuple):
+    """A sum over the rows; its dtype is None where it is not wanted."""
+
+    width: int
+    dtype: torch.dtype | None
+    rounded: bool = False  # the kernel takes it as a matrix of a row, of any dtype
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The random part of calls of one shape, without a mask in memory; see :func:`selection`."""
+
+    loops: Any  # the kernels
+    where: mask.Coordinates
+    threshold: int  # of the elements' own decisions; 0 where they have none
+    scale: float
+    rows: tuple[_Rows, ...]
+    parts: fast.Parts
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped."""
+        return self.threshold > 0 or bool(self.rows)
+
+    def call(self, name: str, seed: Tensor | None, *arguments: Any) -> None:
+        """Call a kernel for all rows, by several threads, with its arguments after ``scale``.
+
+        Whoever calls keeps alive what they point to.
+        """
+        kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
+        decisions, _held = self._decisions(seed)
+        if len(self.parts) == 1:
+            kernel(*self.parts[0], columns, decisions, scale, *arguments)
+            return
+
+        def call(_: int, start: int, stop: int) -> None:
+            kernel(start, stop, columns, decisions, scale, *arguments)
+
+        fast.share(self.parts, self.where.rows * columns, call)
+
+    def sum(
+        self,
+        name: str,
+        seed: Tensor | None,
+        like: Tensor,
+        sums: Sequence[Sum],
+        *arguments: Any,
+    ) -> list[Tensor | None]:
+        """Call a kernel that sums over the rows as well, and give the sums.
+
+        ``arguments`` are those before the places of the sums, and the last. Sums are made in fp32
+        within a part of the rows, then in fp64 in the order of the parts.
+        """
+        kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
+        decisions, _held = self._decisions(seed)
+        count = len(self.parts)
+        found: list[Tensor | None] = []
+        begin: list[int] = []
+        kinds: list[int] = []
+        for width, dtype, rounded in sums:
+            t = None
+            if dtype is not None:
+                own = dtype if rounded and count == 1 else torch.float32
+                t = like.new_empty(count * width, dtype=own)
+            found.append(t)
+            begin.append(0 if t is None else t.data_ptr())
+            kinds.append(0 if t is None else KINDS[t.dtype])
+        *before, options = arguments
+
+        def call(number: int, start: int, stop: int) -> None:
+            places: list[Any] = []
+            for at, kind, (width, _, rounded) in zip(begin, kinds, sums, strict=True):
+                own = at and at + 4 * number * width
+                places.append((own, kind) if rounded else own)
+            kernel(start, stop, columns, decisions, scale, *before, tuple(places), options)
+
+        if count == 1:
+            call(0, *self.parts[0])
+        else:
+            fast.share(self.parts, self.where.rows * columns, call)
+        for i, (t, (_, dtype, _)) in enumerate(zip(found, sums, strict=True)):
+            if t is not None and count > 1:
+                t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))
+            found[i] = t if t is None or t.dtype == dtype else t.to(dtype)
+        return found
+
+    def _decisions(self, seed: Tensor | None) -> tuple[tuple[int, ...], Any]:
+        """What the kernels are told of them, and what that points to."""
+        factors = None
+        if self.rows:
+            assert seed is not None
+            shape = (self.where.rows, 1)
+            factors = torch.full(shape, self.scale, dtype=torch.float32, device="cpu")
+            for where, domain, t in self.rows:
+                factors *= fast.decide(where, 1, seed, domain, t)
+        decisions, rows = fast.mask_of(self.where, seed, "elements", self.threshold, factors)
+        return decisions, (rows, factors)
+
+
+@lru_cache(256)
+def _selection(
+    shape: tuple[int, ...], t: int, shared: tuple[int, ...], shard: Shard | None, path: int
+) -> Selection:
+    where = mask.coordinates(shape, shared, shard)
+    scale, rows = mask.scale(t) * mask.scale(path), []
+    if where.col_shared and t:
+        rows.append(_Rows(where, "elements", t))
+        t = 0
+    if path:
+        samples = mask.coordinates(shape, tuple(range(1, len(shape))), shard)
+        rows.append(_Rows(samples, "drop_path", path))
+    return Selection(
+        fast.kernels(), where, t, scale, tuple(rows), fast.parts_of(where.rows, where.cols)
+    )
+
+
+def selection(
+    shape: tuple[int, ...],
+    drop_threshold: int,
+    *,
+    shared: tuple[int, ...] = (),
+    shard: Shard | None = None,
+    path_threshold: int = 0,
+) -> Selection | None:
+    """What drops elements, and samples, of a tensor of ``shape``; None where numba does not serve.
+
+    Thresholds of 0 drop nothing.
+    """
+    if 0 in shape or fast.kernels() is None:
+        return None
+    return _selection(shape, drop_threshold, shared, shard, path_threshold)
