@@ -20,8 +20,10 @@ def _same_batch(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """Query, key and value as [B, H, L, E], and the result's dimensions before L."""
     tensors = [t[None] if t.dim() == 2 else t for t in (query, key, value)]
+    first, *others = (t.shape[:-3] for t in tensors)
     try:
-        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+        same = all(other == first for other in others)  # that is usual, and the other call slow
+        batch = first if same else torch.broadcast_shapes(first, *others)
     except RuntimeError:
         raise ValueError(
             f"the dimensions before the heads of query {tuple(query.shape)}, key "
@@ -215,7 +217,7 @@ def scaled_dot_product_attention(
         sinks, softcap, packing, shard, seed,
     )  # fmt: skip
     results: tuple[Tensor, Tensor] = apply(Attention, *arguments)
-    out, lse = (t.reshape(*outer, *t.shape[2:]) for t in results)
+    out, lse = (t if query.dim() == 4 else t.reshape(*outer, *t.shape[2:]) for t in results)
     return (out, lse) if return_lse else out
 
 
