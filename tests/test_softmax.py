@@ -268,6 +268,43 @@ def test_saved_bytes(backend):
     assert kept == inputs["scores"].nbytes + 4 * 2 * 2 * 9 + 16
 
 
+def test_without_dropout_it_is_torchs_own_softmax():
+    """One pass, and backward keeps the result alone, as torch's does."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        inputs = {"scores": draw(2, 2, 9, 40, dtype=dtype)}
+        with tridrop.backend("reference"):
+            for options in ({}, {"is_causal": True}, {"mask": draw(9, 40) > 0}):
+
+                def call(t, options=options):
+                    return softmax_dropout(t["scores"], 0.3, False, **options)
+
+                assert saved_bytes(call, inputs) == inputs["scores"].nbytes
+            x = inputs["scores"].requires_grad_()
+            found, expected = softmax_dropout(x, 0.0), torch.softmax(x, -1)
+        grad = draw(2, 2, 9, 40, seed=1, dtype=dtype)
+        (first,), (second,) = (torch.autograd.grad(t, x, grad) for t in (found, expected))
+        assert torch.equal(found, expected)
+        assert torch.equal(first, second)
+
+
+def test_second_derivatives_without_dropout():
+    scores = draw(2, 3, 5).double().requires_grad_()
+    with tridrop.backend("reference"):
+        for options in ({}, {"is_causal": True}, {"scale": 0.5}):
+            assert torch.autograd.gradgradcheck(
+                lambda x, options=options: softmax_dropout(x, 0.0, **options), scores
+            )
+
+
+def test_a_dropped_nan_is_exactly_zero(backend):
+    scores, p = draw(2, 4, 40), 0.4
+    scores[0, 1] = math.nan
+    keep = keep_of(scores.shape, p)
+    out = softmax_dropout(scores, p, seed=3)
+    assert (out[~keep] == 0).all()
+    assert out[0, 1][keep[0, 1]].isnan().all()
+
+
 def test_expected_value_of_the_gradient(backend):
     """The gradient is linear in the mask: its mean over seeds is that without dropout."""
     scores, grad = draw(2, 64).requires_grad_(), draw(2, 64, seed=1)

@@ -16,6 +16,16 @@ from ..ops.softmax import softmax_backward, softmax_forward
 from .common import apply_in_backward, differentiate, each_sample, wanted
 
 
+def _is_plain(
+    seed: Tensor | None, p: Tensor | None, packed: ops.PackedAttention, dtypes: Sequence[Any]
+) -> bool:
+    """Whether the result is the softmax of the scores, masked at most, and only they have a
+    gradient: then backward is torch's, and keeps what torch's would."""
+    options, backend = ops.unpack_attention(*packed), packed[-1]
+    drops = seed is not None or p is not None
+    return backend == "reference" and not drops and options.scale == 1 and dtypes[1] is None
+
+
 class SoftmaxDropout(torch.autograd.Function):
     """(out, softmax, log-sum-exp of each row); see ``backends/reference/softmax.py``."""
 
@@ -38,14 +48,18 @@ class SoftmaxDropout(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         scores, mask, seed, p, ctx.packed, ctx.return_softmax = inputs
-        _, softmax, lse = output
+        out, softmax, lse = output
         ctx.dtypes = tuple(
             t.dtype if t is not None and needed else None
             for t, needed in zip((scores, mask), ctx.needs_input_grad[:2], strict=True)
         )
         ctx.mark_non_differentiable(lse, *(() if ctx.return_softmax else (softmax,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scores, mask, lse, seed, p)
+        ctx.plain = _is_plain(seed, p, ctx.packed, ctx.dtypes) and not ctx.return_softmax
+        if ctx.plain:
+            ctx.save_for_backward(out)
+        else:
+            ctx.save_for_backward(scores, mask, lse, seed, p)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dsoftmax: Tensor | None, *_: Any) -> Any:
@@ -53,6 +67,8 @@ class SoftmaxDropout(torch.autograd.Function):
             dsoftmax = None  # compiled code makes a gradient for the empty result
         if dout is None and dsoftmax is None:
             return (None,) * 6
+        if ctx.plain and dout is not None:
+            return reference.of_scores(dout, *ctx.saved_tensors), *(None,) * 5
         given = (dout, dsoftmax, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
         found = apply_in_backward(SoftmaxBackward, *given)
         return *found, None, None, None, None

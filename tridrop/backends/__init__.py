@@ -129,7 +129,7 @@ class Backend(Protocol):
         """(out, softmax, lse): the formulas of ``backends/reference/softmax.py``.
 
         scores are [..., queries, keys] of any strides, and mask broadcasts to them; softmax is None
-        where it is not returned; lse is fp32, [..., queries].
+        where it is not returned; lse is fp32, [..., queries], 0 where backward does without.
         """
 
     def softmax_backward(

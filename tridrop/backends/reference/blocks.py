@@ -17,8 +17,8 @@ from ...spec_attention import AttentionInputs, AttentionOptions
 
 Index = tuple[slice, ...]
 
-# Scores of a block: 4 MiB in fp32. Of 2^18 to 2^23 scores 2^20 and 2^21 took the least time (4 x 8
-# heads of 512 tokens, two cores). On an accelerator the launches of small blocks would.
+# Scores of a block: 4 MiB in fp32. Of 2^18 to 2^21 scores 2^20 took the least time (4 x 8 heads of
+# 512 tokens, two cores). On an accelerator it would be the launches of small blocks that cost.
 _SCORES = {"cpu": 1 << 20}
 _MOST_SCORES = 1 << 26
 # Queries of a block where the keys that they see lie in a band.
