@@ -33,6 +33,7 @@ from .fast_vectors import (
     fill,
     multiply,
     multiply_vector,
+    row_of,
     select,
 )
 
@@ -112,8 +113,10 @@ def bits_of_row(columns):
 
 
 @inline(set())
-def row_of_scratch(memory, k, columns):
-    return cut(memory, 4 * STRIP + k * bits_of_row(columns), columns, np.float32)
+def rows_of_scratch(memory, k, columns):
+    """Array number k, of a row or several short ones, as many as there are bits."""
+    width = bits_of_row(columns)
+    return cut(memory, 4 * STRIP + k * width, width, np.float32)
 
 
 @part(set())
@@ -139,49 +142,51 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 5 * width)
     bits, words = randoms(memory, width, mask)
-    u, spare = row_of_scratch(memory, 1, columns), row_of_scratch(memory, 2, columns)
-    gain, shift = row_of_scratch(memory, 3, columns), row_of_scratch(memory, 4, columns)
+    u, spare = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
+    gain, shift = rows_of_scratch(memory, 3, columns), rows_of_scratch(memory, 4, columns)
     means = vector(found[0], stop, np.float32)
     rstds = vector(found[1], stop, np.float32)
-    size, lane, drawn = np.float32(columns), 0, start
-    gains(weight, centred, gain)
+    size, short = np.float32(columns), 2 * columns <= STRIP * LANES
+    gains(weight, centred, gain[:columns])
     fill(shift, columns, _ZERO)
     if norm_bias[0] != 0:
         load(norm_bias, 0, columns, shift)
     own, unkept = (u.ctypes.data, FP32), (spare.ctypes.data, stream[1])
-    for r in range(start, stop):
-        if r == drawn:
-            rows, lane = row_bits(bits, words, mask, r, stop, columns)
-            drawn += rows
+    r = start
+    while r < stop:
+        rows, lane = row_bits(bits, words, mask, r, stop, columns)
         last, factor = rule(mask, scale, r)
-        at, kept = r * columns, bits[lane : lane + columns]
-        lane += columns
-        load_biased(x, bias, r, 1, columns, 0, columns, u)
-        if after:
-            whole = total(u)
-        else:
-            multiply_vector(u, 1, columns, layer_scale, 0)
+        at, count, whole = r * columns, rows * columns, _ZERO
+        kept = bits[lane : lane + count]
+        load_biased(x, bias, r, rows, columns, 0, columns, u)
+        if not after:
+            multiply_vector(u, rows, columns, layer_scale, 0)
             if residual[0] != 0:
-                add_selected(residual, at, columns, u, kept, last, factor)
+                add_selected(residual, at, count, u, kept, last, factor)
             else:
-                select(u, columns, kept, last, factor)
+                select(u, count, kept, last, factor)
             # What is normalised is what backward reads.
             if stream[0] != 0:
-                whole = store_rounded(stream, at, columns, u)
+                whole = store_rounded(stream, at, count, u)
             else:
-                whole = store_rounded(unkept, 0, columns, u)
-        mean = _ZERO if rms else whole / size
-        rstd = _ONE / np.sqrt(squares(u, mean) / size + np.float32(eps))
-        means[r], rstds[r] = mean, rstd
-        if not after:
-            store_affine(out, at, columns, u, mean, rstd, gain, shift)
-            continue
-        store_affine(own, 0, columns, u, mean, rstd, gain, shift)
-        if residual[0] != 0:
-            add_selected(residual, at, columns, u, kept, last, factor)
-            store(out, at, columns, u)
-        else:
-            store_selected(out, at, columns, u, kept, last, factor)
+                whole = store_rounded(unkept, 0, count, u)
+        for k in range(rows):
+            v = row_of(u, k, columns)
+            if short or after:  # not by the number of rows, so that a row's sum is always the same
+                whole = total(v)
+            mean = _ZERO if rms else whole / size
+            rstd = _ONE / np.sqrt(squares(v, mean) / size + np.float32(eps))
+            means[r + k], rstds[r + k] = mean, rstd
+            if after:
+                store_affine(own, k * columns, columns, v, mean, rstd, gain, shift)
+            else:
+                store_affine(out, at + k * columns, columns, v, mean, rstd, gain, shift)
+        if after and residual[0] != 0:
+            add_selected(residual, at, count, u, kept, last, factor)
+            store(out, at, count, u)
+        elif after:
+            store_selected(out, at, count, u, kept, last, factor)
+        r += rows
     held(memory)
 
 
@@ -202,47 +207,49 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 6 * width)
     bits, words = randoms(memory, width, mask)
-    d, u = row_of_scratch(memory, 1, columns), row_of_scratch(memory, 2, columns)
-    gain = row_of_scratch(memory, 3, columns)
-    of_weight, of_bias = row_of_scratch(memory, 4, columns), row_of_scratch(memory, 5, columns)
+    d, u = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
+    gain = rows_of_scratch(memory, 3, columns)
+    of_weight, of_bias = rows_of_scratch(memory, 4, columns), rows_of_scratch(memory, 5, columns)
     means = vector(found[0], stop, np.float32)
     rstds = vector(found[1], stop, np.float32)
-    size, lane, drawn = np.float32(columns), 0, start
-    gains(weight, centred, gain)
+    size = np.float32(columns)
+    gains(weight, centred, gain[:columns])
     fill(of_weight, columns, _ZERO)
     fill(of_bias, columns, _ZERO)
     clear(dbias, 0, columns)
     clear(dscale, 0, columns)
-    for r in range(start, stop):
-        if r == drawn:
-            rows, lane = row_bits(bits, words, mask, r, stop, columns)
-            drawn += rows
+    r = start
+    while r < stop:
+        rows, lane = row_bits(bits, words, mask, r, stop, columns)
         last, factor = rule(mask, scale, r)
-        at, kept = r * columns, bits[lane : lane + columns]
-        lane += columns
-        load(dout, at, columns, d)
+        at, count = r * columns, rows * columns
+        kept = bits[lane : lane + count]
+        load(dout, at, count, d)
         if after:
-            select(d, columns, kept, last, factor)
-        mean, rstd = means[r], rstds[r]
-        load(stream, at, columns, u)
-        along, whole = gather(d, u, mean, rstd, gain, of_weight, of_bias)
-        project(d, u, gain, along / size, _ZERO if rms else whole / size, rstd)
+            select(d, count, kept, last, factor)
+        load(stream, at, count, u)
+        for k in range(rows):
+            v, n = row_of(d, k, columns), row_of(u, k, columns)
+            mean, rstd = means[r + k], rstds[r + k]
+            along, whole = gather(v, n, mean, rstd, gain, of_weight, of_bias)
+            project(v, n, gain, along / size, _ZERO if rms else whole / size, rstd)
         if dstream[0] != 0:
-            load(dstream, at, columns, u)
-            add(d, columns, u)
+            load(dstream, at, count, u)
+            add(d, count, u)
         if after:
             if dx[0] != 0:
-                store(dx, at, columns, d)
-            accumulate(dbias, 0, 1, columns, d)
-            continue
-        if dresidual[0] != 0:
-            store(dresidual, at, columns, d)
-        if dscale != 0:
-            load_biased(x, bias, r, 1, columns, 0, columns, u)
-            multiply(u, columns, d)
-            accumulate_selected(dscale, 0, 1, columns, u, kept, last, factor)
-        multiply_vector(d, 1, columns, layer_scale, 0)
-        give(dx, dbias, r, 1, columns, 0, columns, d, kept, last, factor)
+                store(dx, at, count, d)
+            accumulate(dbias, 0, rows, columns, d)
+        else:
+            if dresidual[0] != 0:
+                store(dresidual, at, count, d)
+            if dscale != 0:
+                load_biased(x, bias, r, rows, columns, 0, columns, u)
+                multiply(u, count, d)
+                accumulate_selected(dscale, 0, rows, columns, u, kept, last, factor)
+            multiply_vector(d, rows, columns, layer_scale, 0)
+            give(dx, dbias, r, rows, columns, 0, columns, d, kept, last, factor)
+        r += rows
     if dweight[0] != 0:
         store(dweight, 0, columns, of_weight)
     if dnorm_bias[0] != 0:
