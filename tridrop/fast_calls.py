@@ -58,6 +58,13 @@ class _Rows(NamedTuple):
     threshold: int
 
 
+def _further(place: Any, bytes_: int) -> Any:
+    """The place of a sum, an address or a matrix, so far behind another; 0 is none."""
+    if isinstance(place, tuple):
+        return _further(place[0], bytes_), place[1]
+    return place and place + bytes_
+
+
 class Sum(NamedTuple):
     """A sum over the rows; its dtype is None where it is not wanted."""
 
@@ -115,33 +122,34 @@ class Selection:
         decisions, _held = self._decisions(seed)
         count = len(self.parts)
         found: list[Tensor | None] = []
-        begin: list[int] = []
-        kinds: list[int] = []
+        places: list[Any] = []
         for width, dtype, rounded in sums:
-            t = None
-            if dtype is not None:
-                own = dtype if rounded and count == 1 else torch.float32
-                t = like.new_empty(count * width, dtype=own)
+            if dtype is None:
+                found.append(None)
+                places.append((0, 0) if rounded else 0)
+                continue
+            own = dtype if rounded and count == 1 else torch.float32
+            t = like.new_empty(count * width, dtype=own)
             found.append(t)
-            begin.append(0 if t is None else t.data_ptr())
-            kinds.append(0 if t is None else KINDS[t.dtype])
+            places.append((t.data_ptr(), KINDS[own]) if rounded else t.data_ptr())
         *before, options = arguments
-
-        def call(number: int, start: int, stop: int) -> None:
-            places: list[Any] = []
-            for at, kind, (width, _, rounded) in zip(begin, kinds, sums, strict=True):
-                own = at and at + 4 * number * width
-                places.append((own, kind) if rounded else own)
-            kernel(start, stop, columns, decisions, scale, *before, tuple(places), options)
-
         if count == 1:
-            call(0, *self.parts[0])
+            kernel(*self.parts[0], columns, decisions, scale, *before, tuple(places), options)
         else:
+
+            def call(number: int, start: int, stop: int) -> None:
+                own = tuple(
+                    _further(at, 4 * number * n.width) for at, n in zip(places, sums, strict=True)
+                )
+                kernel(start, stop, columns, decisions, scale, *before, own, options)
+
             fast.share(self.parts, self.where.rows * columns, call)
-        for i, (t, (_, dtype, _)) in enumerate(zip(found, sums, strict=True)):
-            if t is not None and count > 1:
-                t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))
-            found[i] = t if t is None or t.dtype == dtype else t.to(dtype)
+        for i, made in enumerate(found):
+            if made is not None and count > 1:
+                made = torch.from_numpy(made.view(count, -1).numpy().sum(0, np.float64))
+            if made is not None and made.dtype != sums[i].dtype:
+                made = made.to(sums[i].dtype)
+            found[i] = made
         return found
 
     def _decisions(self, seed: Tensor | None) -> tuple[tuple[int, ...], Any]:

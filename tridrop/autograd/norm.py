@@ -86,9 +86,8 @@ class FusedNorm(torch.autograd.Function):
         if found is None:
             given = (incoming, dstream, *saved, p, ctx.packed, ctx.dtypes)
             found = apply_in_backward(FusedNormBackward, *given)
-        found = list(found)
         if ctx.after and ctx.needs_input_grad[3]:
-            found[3] = dout
+            found = (*found[:3], dout, *found[4:])
         return *found, None, None, None
 
     @staticmethod

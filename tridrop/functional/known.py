@@ -53,10 +53,12 @@ def key_of(
     for t in tensors:
         if t is None:
             key.append(None)
-        elif type(t) not in PLAIN or t.is_neg() or t.is_meta:
+        elif type(t) not in PLAIN or t.is_neg():
             return None
         else:
             key += (t.shape, t.dtype, t.device)
+    if tensors[0].is_meta:  # type: ignore[union-attr]
+        return None
     return (*key, backends.explicit(), *map(_variable, _VARIABLES))
 
 

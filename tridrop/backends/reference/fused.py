@@ -110,6 +110,12 @@ class PreparedElementwise(NamedTuple):
         return steps < 2 or (function > 1 and x.dtype == torch.float32)
 
 
+@lru_cache(256)
+def _sums_of_norm(columns: int, dtypes: norm.Dtypes) -> tuple[fast_calls.Sum, ...]:
+    """Gradients of bias, layer_scale, weight and norm_bias."""
+    return tuple(fast_calls.Sum(columns, dtypes[i], rounded=i > 3) for i in (1, 2, 4, 5))
+
+
 class PreparedNorm(NamedTuple):
     """The norm family, for calls with tensors of one shape."""
 
@@ -133,7 +139,7 @@ class PreparedNorm(NamedTuple):
         out, stream = fast_calls.empty(self.shape, options.out_dtype, x), None
         if options.keep_stream and not options.after:
             stream = fast_calls.empty(self.shape, options.stream_dtype, x)
-        mean = torch.empty(self.drop.where.rows, dtype=torch.float32, device="cpu")
+        mean = x.new_empty(self.drop.where.rows, dtype=torch.float32)
         rstd = torch.empty_like(mean)
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
@@ -162,7 +168,6 @@ class PreparedNorm(NamedTuple):
         dtypes: norm.Dtypes,
     ) -> tuple[Tensor | None, ...]:
         """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
-        columns = self.drop.where.cols
         dx = dresidual = None
         if dtypes[0] is not None:
             dx = fast_calls.empty(self.shape, dtypes[0], dout)
@@ -174,7 +179,7 @@ class PreparedNorm(NamedTuple):
         _weight, w = _matrix(weight)
         (_mean, m), (_rstd, i) = _vector(mean), _vector(rstd)
         results = (_matrix(dx)[1], _matrix(dresidual)[1])
-        sums = [fast_calls.Sum(columns, dtypes[at], at > 3) for at in (1, 2, 4, 5)]
+        sums = _sums_of_norm(self.drop.where.cols, dtypes)
         given = ((d, ds, s, u), (m, i), (b, g, w), results, self.kind)
         found = self.drop.sum("norm_backward", seed, dout, sums, *given)
         dbias, dscale, dweight, dnorm_bias = found
