@@ -39,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     A large one asks the kernel for large pages: it is new memory, and 4 KiB at a time its page
     faults take longer than the op. See madvise(2); a refusal changes nothing.
     """
-    if like.dtype == dtype and like.shape == shape and like.is_contiguous():
+    if like.dtype is dtype and like.is_contiguous() and like.shape == shape:
         result = torch.empty_like(like)  # half the time of the other
     else:
         result = torch.empty(shape, dtype=dtype, device="cpu")

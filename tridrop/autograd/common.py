@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,12 @@ def straight(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     It binds the arguments to the signature of ``forward``, anew in each call: a third of the host's
     time of a call on a CPU. That is for default values, which there are none of.
     """
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    return _bare_apply(function)(*arguments)
+
+
+@cache
+def _bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
