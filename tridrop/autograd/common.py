@@ -14,6 +14,8 @@ from ..backends.reference import elementwise
 from ..distributed import dtensor
 from ..ops.library import PLAIN, Known, plain, unobserved, watched
 
+_SAVED = {*PLAIN, type(None)}
+
 
 def straight(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)`` without what torch's ``apply`` does first.
@@ -71,9 +73,8 @@ def prepared_backward(
     for grad in incoming:
         if grad is not None and not plain(grad):
             return None
-    for t in saved:  # a hook may give back what it likes
-        if t is not None and type(t) not in PLAIN:
-            return None
+    if not _SAVED.issuperset(map(type, saved)):  # a hook may give back what it likes
+        return None
     return ctx.prepared.backward(*incoming, *saved, ctx.dtypes)
 
 
