@@ -1,6 +1,7 @@
 """Time the ops of a transformer block on a CPU beside eager PyTorch, forward plus backward.
 
-    python benchmarks/cpu.py                   [8192, 1024] and [64, 64], fp32 and bf16 (minutes)
+    python benchmarks/cpu.py                   [8192, 1024] and [64, 64], fp32 and bf16, in training
+                                               and in evaluation (minutes)
     python benchmarks/cpu.py --threads 2       with this number of torch's threads
     python benchmarks/cpu.py --compile         torch.compile of the eager op as well
     python benchmarks/cpu.py --out DIR         write cpu.csv and cpu.json there
@@ -40,52 +41,52 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Op = Callable[..., Tensor]
 
 
-def _layer_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return F.layer_norm(r + F.dropout(x, P), w.shape, w, b)
+def _layer_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor, training: bool) -> Tensor:
+    return F.layer_norm(r + F.dropout(x, P, training), w.shape, w, b)
 
 
-def _swiglu(x: Tensor) -> Tensor:
+def _swiglu(x: Tensor, training: bool) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return F.dropout(F.silu(first) * second, P)
+    return F.dropout(F.silu(first) * second, P, training)
 
 
 def _activation(name: str, eager: Op) -> tuple[Op, Op]:
     return (
-        lambda x, r, w, b: F.dropout(eager(x), P),
-        lambda x, r, w, b: tridrop.activation_dropout(x, P, activation=name),
+        lambda x, r, w, b, t: F.dropout(eager(x), P, t),
+        lambda x, r, w, b, t: tridrop.activation_dropout(x, P, t, activation=name),
     )
 
 
-# name -> (eager, tridrop), of x, a residual, and a norm's weight and bias
+# name -> (eager, tridrop), of x, a residual, a norm's weight and bias, and whether to drop
 OPS: dict[str, tuple[Op, Op]] = {
     "dropout_add": (
-        lambda x, r, w, b: r + F.dropout(x, P),
-        lambda x, r, w, b: tridrop.dropout_add(x, r, P),
+        lambda x, r, w, b, t: r + F.dropout(x, P, t),
+        lambda x, r, w, b, t: tridrop.dropout_add(x, r, P, t),
     ),
     "activation_dropout (gelu)": _activation("gelu", F.gelu),
     "dropout_add_layer_norm": (
         _layer_norm,
-        lambda x, r, w, b: tridrop.dropout_add_layer_norm(x, r, w, b, P),
+        lambda x, r, w, b, t: tridrop.dropout_add_layer_norm(x, r, w, b, P, t),
     ),
     "activation_dropout (gelu_tanh)": _activation("gelu_tanh", partial(F.gelu, approximate="tanh")),
     "activation_dropout (relu)": _activation("relu", F.relu),
     "activation_dropout (silu)": _activation("silu", F.silu),
     "activation_dropout (swiglu)": (  # of half as many rows, twice as wide
-        lambda x, r, w, b: _swiglu(x.view(-1, 2 * x.shape[1])),
-        lambda x, r, w, b: tridrop.activation_dropout(
-            x.view(-1, 2 * x.shape[1]), P, activation="swiglu"
+        lambda x, r, w, b, t: _swiglu(x.view(-1, 2 * x.shape[1]), t),
+        lambda x, r, w, b, t: tridrop.activation_dropout(
+            x.view(-1, 2 * x.shape[1]), P, t, activation="swiglu"
         ),
     ),
     "dropout_add_rms_norm": (
-        lambda x, r, w, b: F.rms_norm(r + F.dropout(x, P), w.shape, w, EPS),
-        lambda x, r, w, b: tridrop.dropout_add_rms_norm(x, r, w, p=P, eps=EPS),
+        lambda x, r, w, b, t: F.rms_norm(r + F.dropout(x, P, t), w.shape, w, EPS),
+        lambda x, r, w, b, t: tridrop.dropout_add_rms_norm(x, r, w, p=P, training=t, eps=EPS),
     ),
 }
 
 
-def both_ways(op: Op, leaves: list[Tensor], grad: Tensor) -> Any:
+def both_ways(op: Op, leaves: list[Tensor], grad: Tensor, training: bool) -> Any:
     """Forward and backward."""
-    out = op(*leaves)
+    out = op(*leaves, training)
     return torch.autograd.grad(out, leaves, grad[: len(out)], allow_unused=True)
 
 
@@ -108,7 +109,9 @@ def measure(
     return times, faults
 
 
-def rows(shape: tuple[int, int], rounds: int, compiled: bool) -> list[dict[str, Any]]:
+def rows(
+    shape: tuple[int, int], rounds: int, compiled: bool, training: bool
+) -> list[dict[str, Any]]:
     """A row for every op, dtype and provider."""
     found = []
     for dtype_name, dtype in DTYPES.items():
@@ -119,7 +122,9 @@ def rows(shape: tuple[int, int], rounds: int, compiled: bool) -> list[dict[str, 
             providers = {"eager": eager, "tridrop": ours}
             if compiled:
                 providers["torch.compile"] = torch.compile(eager)
-            calls = {k: partial(both_ways, op, leaves, grad) for k, op in providers.items()}
+            calls = {
+                k: partial(both_ways, op, leaves, grad, training) for k, op in providers.items()
+            }
             times, faults = measure(calls, rounds)
             best = {k: min(v) for k, v in times.items()}
             median = {k: statistics.median(v) for k, v in times.items()}
@@ -129,6 +134,7 @@ def rows(shape: tuple[int, int], rounds: int, compiled: bool) -> list[dict[str, 
                         "op": name,
                         "shape": "x".join(map(str, shape)),
                         "dtype": dtype_name,
+                        "training": training,
                         "provider": provider,
                         "best_ms": round(best[provider] * 1e3, 4),
                         "median_ms": round(median[provider] * 1e3, 4),
@@ -175,7 +181,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     about = circumstances()
-    table = [row for shape, n in SIZES.items() for row in rows(shape, n, options.compile)]
+    table = [
+        row
+        for training in (True, False)
+        for shape, n in SIZES.items()
+        for row in rows(shape, n, options.compile, training)
+    ]
     for row in table:
         print(*row.values(), sep="\t")
     if options.out is not None:

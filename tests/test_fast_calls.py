@@ -117,6 +117,18 @@ def test_shards_of_samples(monkeypatch):
             assert torch.equal(part, whole[rows])
 
 
+def test_a_seed_of_any_strides():
+    x = torch.ones(8, 64)
+    seed = torch.arange(6).view(2, 3)[:, 1]
+    assert not seed.is_contiguous()
+    for options in ({}, {"noise_shape": (8, 1)}):
+        found = tridrop.dropout(x, 0.5, seed=seed, **options)
+        assert torch.equal(found, tridrop.dropout(x, 0.5, seed=seed.clone(), **options))
+    assert torch.equal(
+        tridrop.keep_mask(seed, x.shape, 0.5), tridrop.dropout(x, 0.5, seed=seed) > 0
+    )
+
+
 # --------------------------------------------------------------------------- nothing is dropped
 
 

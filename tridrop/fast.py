@@ -186,21 +186,23 @@ def _key(seed: Tensor) -> tuple[int, int]:
 
 def mask_of(
     where: mask.Coordinates, seed: Tensor | None, domain: str, t: int, factors: Tensor | None = None
-) -> tuple[tuple[int, ...], Tensor | None]:
-    """What the kernels are told of the decisions, see ``fast_kernels.next_piece``, and the row
-    coordinates that the first entry is the address of."""
+) -> tuple[tuple[int, ...], Any]:
+    """What the kernels are told of the decisions, see ``fast_kernels.next_piece``, and the tensors
+    that it has addresses of."""
     rows = mask.row_coordinates(where, "cpu") if where.leading and t else None
+    pair = seed if seed is None or seed.is_contiguous() else seed.contiguous()
     group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
     places = 0 if rows is None else rows.data_ptr()
-    given = 0 if seed is None else seed.data_ptr()
+    given = 0 if pair is None else pair.data_ptr()
     by_row = 0 if factors is None else factors.data_ptr()
-    return (places, lane, group, given, mask.DOMAINS[domain] << 28, t - 1, by_row), rows
+    decisions = (places, lane, group, given, mask.DOMAINS[domain] << 28, t - 1, by_row)
+    return decisions, (rows, pair, factors)
 
 
 def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: int) -> Tensor:
     """The decisions of the first ``columns`` of all rows."""
     keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
-    decisions, _rows = mask_of(where, seed, domain, t)
+    decisions, _held = mask_of(where, seed, domain, t)
     out = keep.data_ptr()
 
     def call(_: int, start: int, stop: int) -> None:

@@ -161,8 +161,7 @@ class Selection:
             factors = torch.full(shape, self.scale, dtype=torch.float32, device="cpu")
             for where, domain, t in self.rows:
                 factors *= fast.decide(where, 1, seed, domain, t)
-        decisions, rows = fast.mask_of(self.where, seed, "elements", self.threshold, factors)
-        return decisions, (rows, factors)
+        return fast.mask_of(self.where, seed, "elements", self.threshold, factors)
 
 
 @lru_cache(256)
