@@ -1,6 +1,5 @@
 """The masks and blocks of tridrop.fast: the bits of mask.py, the numbers of the reference."""
 
-import dataclasses
 import json
 import math
 import os
@@ -294,9 +293,7 @@ def test_dropped_elements_are_exactly_zero(value):
 
 def unscaled(name, shape, *arguments):
     """Call a kernel that keeps everything, as far as a mask can, with a scale of 1."""
-    drop = fast_calls.selection(tuple(shape), 1)
-    assert drop is not None
-    return dataclasses.replace(drop, scale=1.0).call(name, pair(1), *arguments)
+    return fast_calls.selection(tuple(shape), 1, 1.0).call(name, pair(1), *arguments)
 
 
 def convert(value, dtype):
@@ -571,7 +568,8 @@ def test_a_broken_numba_is_reported(monkeypatch):
 
 def test_torch_by_choice(monkeypatch):
     monkeypatch.setenv("TRIDROP_CPU", "torch")
-    assert fast_calls.selection((4, 8), 5) is None
+    assert not fast.serves()
+    assert fused.prepare((4, 8), tridrop.spec.Options(p=0.5)) is None
     assert "torch (TRIDROP_CPU=torch" in info.render(info.collect())
 
 

@@ -165,6 +165,26 @@ def test_without_dropout_a_gradient_goes_through_as_it_is():
     assert torch.equal(dx, incoming.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_dropout_the_gradients_of_activations_are_torchs(dtype):
+    x, r, a, b, _ = operands((6, 40), dtype)
+    for name, function in {"gelu": F.gelu, "silu": F.silu}.items():
+        for bias in (None, a) if dtype == torch.float32 else (None,):
+            ours = tridrop.activation_dropout(x, 0.0, activation=name, bias=bias)
+            theirs = function(x if bias is None else x + bias)
+            given = [t for t in (x, bias) if t is not None]
+            for found, wanted in zip(
+                *(torch.autograd.grad(o, given, r.detach()) for o in (ours, theirs)), strict=True
+            ):
+                assert torch.equal(found, wanted) or found.dim() == 1
+                torch.testing.assert_close(found, wanted)
+    # A gain is not passed over.
+    out = tridrop.dropout_add(x, r, 0.0, activation="gelu", layer_scale=b)
+    (found,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    (wanted,) = torch.autograd.grad(F.gelu(x) * b, x, torch.ones_like(out))
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+
+
 def test_without_dropout_no_number_is_drawn():
     state = torch.get_rng_state()
     for op in KEEPS.values():

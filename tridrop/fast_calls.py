@@ -165,34 +165,25 @@ class Selection:
 
 
 @lru_cache(256)
-def _selection(
-    shape: tuple[int, ...], t: int, shared: tuple[int, ...], shard: Shard | None, path: int
-) -> Selection:
-    where = mask.coordinates(shape, shared, shard)
-    scale, rows = mask.scale(t) * mask.scale(path), []
-    if where.col_shared and t:
-        rows.append(_Rows(where, "elements", t))
-        t = 0
-    if path:
-        samples = mask.coordinates(shape, tuple(range(1, len(shape))), shard)
-        rows.append(_Rows(samples, "drop_path", path))
-    return Selection(
-        fast.kernels(), where, t, scale, tuple(rows), fast.parts_of(where.rows, where.cols)
-    )
-
-
 def selection(
     shape: tuple[int, ...],
     drop_threshold: int,
+    scale: float,
     *,
     shared: tuple[int, ...] = (),
     shard: Shard | None = None,
     path_threshold: int = 0,
-) -> Selection | None:
-    """What drops elements, and samples, of a tensor of ``shape``; None where numba does not serve.
+) -> Selection:
+    """What drops elements, and samples, of a tensor of ``shape`` that has any.
 
-    Thresholds of 0 drop nothing.
+    Thresholds of 0 drop nothing. ``scale`` is what is multiplied by where nothing drops.
     """
-    if 0 in shape or fast.kernels() is None:
-        return None
-    return _selection(shape, drop_threshold, shared, shard, path_threshold)
+    where, rows = mask.coordinates(shape, shared, shard), []
+    if where.col_shared and drop_threshold:
+        rows.append(_Rows(where, "elements", drop_threshold))
+        drop_threshold = 0
+    if path_threshold:
+        samples = mask.coordinates(shape, tuple(range(1, len(shape))), shard)
+        rows.append(_Rows(samples, "drop_path", path_threshold))
+    parts = fast.parts_of(where.rows, where.cols)
+    return Selection(fast.kernels(), where, drop_threshold, scale, tuple(rows), parts)

@@ -7,7 +7,9 @@ for each shape and set of options.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,12 @@ from . import elementwise, norm
 
 # As numbered in fast_math.py.
 _FUNCTIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+# grad, u -> grad * f'(u), torch's own.
+_BACKWARD: dict[int, Callable[..., Tensor]] = {
+    2: torch.ops.aten.gelu_backward.default,
+    3: partial(torch.ops.aten.gelu_backward.default, approximate="tanh"),
+    4: torch.ops.aten.silu_backward.default,
+}
 _NONE = _NO_SUMS = (0, 0)  # an absent matrix; the addresses of two absent sums
 
 
@@ -77,11 +85,17 @@ class PreparedElementwise(NamedTuple):
         dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The op's gradients; arguments as in ``backends.Backend.backward``."""
-        nothing = not self.drop.drops and self.kind[0] == 0 and layer_scale is None
-        if nothing and dtypes == (grad.dtype, None, None):
-            return grad, None, None
+        function, gated = self.kind
+        if not self.drop.drops and not gated and layer_scale is None:
+            if function == 0 and dtypes == (grad.dtype, None, None):
+                return grad, None, None
+            alike = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
+            if x is not None and alike and function in _BACKWARD:
+                found = _BACKWARD[function](grad, x if bias is None else x + bias)
+                dbias = None if dtypes[1] is None else elementwise.sum_rows(found)
+                return (None if dtypes[0] is None else found), dbias, None
         columns = self.drop.where.cols
-        width = 2 * columns if self.kind[1] else columns
+        width = 2 * columns if gated else columns
         dx = None
         if dtypes[0] is not None:
             shape = (*self.shape[:-1], width) if self.shape else ()
@@ -187,13 +201,16 @@ class PreparedNorm(NamedTuple):
 
 
 @lru_cache(256)
-def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise | PreparedNorm | None:
+def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise | PreparedNorm:
     elements, path = options.thresholds()
     drop = fast_calls.selection(
-        shape, elements, shared=options.shared, shard=options.shard, path_threshold=path
+        shape,
+        elements,
+        math.prod(options.scales()),
+        shared=options.shared,
+        shard=options.shard,
+        path_threshold=path,
     )
-    if drop is None:
-        return None
     if isinstance(options, NormOptions):
         kind = (options.norm == "rms_norm", options.after, options.zero_centered)
         return PreparedNorm(drop, shape, options, kind)
@@ -205,7 +222,7 @@ def prepare(shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -
 
     That is with masks or nothing to drop, on a CPU, and in fp32.
     """
-    if (options.noise != "mask" and options.p > 0) or not fast.serves():
+    if 0 in shape or (options.noise != "mask" and options.p > 0) or not fast.serves():
         return None
     for t in tensors:
         if t is not None and (t.dtype == torch.float64 or t.device.type != "cpu"):
