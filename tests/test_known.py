@@ -169,6 +169,8 @@ X, R = torch.randn(4, 24), torch.randn(4, 24)
         (TypeError, lambda: tridrop.dropout_add(X, R, 1.0, activation=["relu"])),
         (TypeError, lambda: tridrop.dropout_add(X.int(), R, 1.0)),
         (TypeError, lambda: tridrop.dropout_add(X, [1.0], 1.0)),
+        (TypeError, lambda: tridrop.dropout_add(None, R, 1.0)),
+        (TypeError, lambda: tridrop.dropout_add_layer_norm(None, R, W, B, 1.0)),
         (ValueError, lambda: tridrop.dropout_add(X, R, 1.0, bias=W[:5])),
         (ValueError, lambda: tridrop.dropout_add(X, R, 1.0, noise_shape=(4, 7))),
         (ValueError, lambda: tridrop.dropout_add(X, R, 1.0, shard=((2, 24), (0, 0)))),

@@ -11,7 +11,6 @@ import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,7 +163,6 @@ class Selection:
         return fast.mask_of(self.where, seed, "elements", self.threshold, factors)
 
 
-@lru_cache(256)
 def selection(
     shape: tuple[int, ...],
     drop_threshold: int,

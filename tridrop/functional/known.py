@@ -57,7 +57,7 @@ def key_of(
             return None
         else:
             key += (t.shape, t.dtype, t.device)
-    if tensors[0].is_meta:  # type: ignore[union-attr]
+    if tensors[0] is None or tensors[0].is_meta:
         return None
     return (*key, backends.explicit(), *map(_variable, _VARIABLES))
 
