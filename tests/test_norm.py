@@ -354,11 +354,11 @@ def test_opcheck(backend, norm):
         first = None if after else bias
         arguments = (x, first, first, residual, weight, bias, seed, None, *packed)
         torch.library.opcheck(torch.ops.tridrop.norm_forward, arguments)
-        _, stream, mean, rstd = torch.ops.tridrop.norm_forward(*arguments)
+        _, stream, statistics = torch.ops.tridrop.norm_forward(*arguments)
         dtype = None if after else x.dtype
         dtypes = (x.dtype, dtype, dtype, x.dtype, x.dtype, x.dtype)
         stream, dstream = (x, None) if after else (stream, residual)
-        saved = (stream, mean, rstd, None if after else x, first, first, weight, seed, None)
+        saved = (stream, statistics, None if after else x, first, first, weight, seed, None)
         torch.library.opcheck(
             torch.ops.tridrop.norm_backward, (x, dstream, *saved, *packed, *dtypes)
         )

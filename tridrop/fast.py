@@ -184,19 +184,33 @@ def _key(seed: Tensor) -> tuple[int, int]:
     return key % mask.ONE, key // mask.ONE
 
 
+def pair_of(seed: Tensor | None) -> tuple[Tensor | None, int]:
+    """The two numbers of a seed side by side, and their address; 0 where there is none."""
+    if seed is None:
+        return None, 0
+    pair = seed if seed.is_contiguous() else seed.contiguous()
+    return pair, pair.data_ptr()
+
+
+def rule_of(
+    where: mask.Coordinates, domain: str, t: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What :func:`mask_of` says without looking at data: (lane, group) and (domain, last)."""
+    group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
+    return (lane, group), (mask.DOMAINS[domain] << 28, t - 1)
+
+
 def mask_of(
     where: mask.Coordinates, seed: Tensor | None, domain: str, t: int, factors: Tensor | None = None
 ) -> tuple[tuple[int, ...], Any]:
     """What the kernels are told of the decisions, see ``fast_kernels.next_piece``, and the tensors
     that it has addresses of."""
     rows = mask.row_coordinates(where, "cpu") if where.leading and t else None
-    pair = seed if seed is None or seed.is_contiguous() else seed.contiguous()
-    group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
+    first, rule = rule_of(where, domain, t)
+    pair, address = pair_of(seed)
     places = 0 if rows is None else rows.data_ptr()
-    given = 0 if pair is None else pair.data_ptr()
     by_row = 0 if factors is None else factors.data_ptr()
-    decisions = (places, lane, group, given, mask.DOMAINS[domain] << 28, t - 1, by_row)
-    return decisions, (rows, pair, factors)
+    return (places, *first, address, *rule, by_row), (rows, pair, factors)
 
 
 def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import fast, mask
 from .mask import Shard
 
+Matrix = tuple[int, int]  # how the kernels take one: (address, kind); an address of 0 is none
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in fast_storage.py
 # glibc maps what is larger than this anew for every allocation: DEFAULT_MMAP_THRESHOLD_MAX, see
 # mallopt(3).
@@ -32,21 +33,27 @@ if sys.platform == "linux":
     _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A contiguous result; ``like`` is an operand, often of the same kind.
+def result(
+    like: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None
+) -> tuple[Tensor, Matrix]:
+    """A new contiguous tensor, and how the kernels take it: (address, kind).
 
-    A large one asks the kernel for large pages: it is new memory, and 4 KiB at a time its page
-    faults take longer than the op. See madvise(2); a refusal changes nothing.
+    It has the shape of the contiguous tensor ``like``, or ``shape``. A large one asks the kernel
+    for large pages: it is new memory, and 4 KiB at a time its page faults take longer than the op.
+    See madvise(2); a refusal changes nothing.
     """
-    if like.dtype is dtype and like.is_contiguous() and like.shape == shape:
-        result = torch.empty_like(like)  # half the time of the other
+    if shape is not None:
+        made = torch.empty(shape, dtype=dtype, device="cpu")
+    elif like.dtype is dtype:
+        made = torch.empty_like(like)  # half the time of the others
     else:
-        result = torch.empty(shape, dtype=dtype, device="cpu")
-    if _madvise is not None and result.nbytes >= _MAPPED_ANEW:
+        made = torch.empty_like(like, dtype=dtype)
+    address = made.data_ptr()
+    if _madvise is not None and made.nbytes >= _MAPPED_ANEW:
         page = mmap.PAGESIZE
-        start = -(-result.data_ptr() // page) * page
-        _madvise(start, (result.data_ptr() + result.nbytes - start) // page * page, _MADV_HUGEPAGE)
-    return result
+        start = -(-address // page) * page
+        _madvise(start, (address + made.nbytes - start) // page * page, _MADV_HUGEPAGE)
+    return made, (address, KINDS[dtype])
 
 
 class _Rows(NamedTuple):
@@ -82,6 +89,8 @@ class Selection:
     scale: float
     rows: tuple[_Rows, ...]
     parts: fast.Parts
+    # As fast.rule_of gives it, where a row has the coordinate of its number and no factor.
+    fixed: tuple[tuple[int, int], tuple[int, int]] | None
 
     @property
     def drops(self) -> bool:
@@ -122,6 +131,7 @@ class Selection:
         count = len(self.parts)
         found: list[Tensor | None] = []
         places: list[Any] = []
+        unfinished: list[tuple[int, Tensor, torch.dtype]] = []
         for width, dtype, rounded in sums:
             if dtype is None:
                 found.append(None)
@@ -129,8 +139,10 @@ class Selection:
                 continue
             own = dtype if rounded and count == 1 else torch.float32
             t = like.new_empty(count * width, dtype=own)
-            found.append(t)
             places.append((t.data_ptr(), KINDS[own]) if rounded else t.data_ptr())
+            if count > 1 or own is not dtype:
+                unfinished.append((len(found), t, dtype))
+            found.append(t)
         *before, options = arguments
         if count == 1:
             kernel(*self.parts[0], columns, decisions, scale, *before, tuple(places), options)
@@ -143,16 +155,17 @@ class Selection:
                 kernel(start, stop, columns, decisions, scale, *before, own, options)
 
             fast.share(self.parts, self.where.rows * columns, call)
-        for i, made in enumerate(found):
-            if made is not None and count > 1:
-                made = torch.from_numpy(made.view(count, -1).numpy().sum(0, np.float64))
-            if made is not None and made.dtype != sums[i].dtype:
-                made = made.to(sums[i].dtype)
-            found[i] = made
+        for i, t, dtype in unfinished:
+            if count > 1:
+                t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))
+            found[i] = t.to(dtype)
         return found
 
     def _decisions(self, seed: Tensor | None) -> tuple[tuple[int, ...], Any]:
         """What the kernels are told of them, and what that points to."""
+        if self.fixed is not None:
+            pair, address = fast.pair_of(seed)
+            return (0, *self.fixed[0], address, *self.fixed[1], 0), pair
         factors = None
         if self.rows:
             assert seed is not None
@@ -184,4 +197,7 @@ def selection(
         samples = mask.coordinates(shape, tuple(range(1, len(shape))), shard)
         rows.append(_Rows(samples, "drop_path", path_threshold))
     parts = fast.parts_of(where.rows, where.cols)
-    return Selection(fast.kernels(), where, drop_threshold, scale, tuple(rows), parts)
+    fixed = None
+    if not rows and (not where.leading or drop_threshold == 0):
+        fixed = fast.rule_of(where, "elements", drop_threshold)
+    return Selection(fast.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed)

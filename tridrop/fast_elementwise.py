@@ -18,13 +18,19 @@ from .fast_kernels import (
     inline,
     kernel,
     next_piece,
-    part,
     randoms,
     rule,
     scratch,
 )
 from .fast_math import activate, derive, differentiate
-from .fast_storage import add_selected, load, store, store_selected
+from .fast_storage import (
+    add_selected,
+    load,
+    load_rows,
+    store,
+    store_selected,
+    store_selected_rows,
+)
 from .fast_vectors import (
     accumulate_selected,
     add_vector,
@@ -32,7 +38,6 @@ from .fast_vectors import (
     copy,
     multiply,
     multiply_vector,
-    row_of,
 )
 
 
@@ -47,18 +52,18 @@ def strip(memory, k):
     return cut(memory, (4 + k * LANES) * STRIP, STRIP * LANES, np.float32)
 
 
-@part(set())
+@inline(set())
 def load_biased(x, bias, row, rows, width, column, size, into):
     """x + bias of a piece, from ``column`` on in rows of ``width``."""
     if size == width:
         load(x, row * width, rows * size, into)
     else:
-        for k in range(rows):
-            load(x, (row + k) * width + column, size, row_of(into, k, size))
+        reach = (rows - 1) * width + size
+        load_rows(x, row * width + column, reach, rows, width, size, into)
     add_vector(into, rows, size, bias, column)
 
 
-@part(set())
+@inline(set())
 def give(dx, dbias, row, rows, width, column, size, u, bits, last, scale):
     """Drop elements of u, store that to dx from ``column`` on in rows of ``width``, sum it up."""
     accumulate_selected(dbias, column, rows, size, u, bits, last, scale)
@@ -67,9 +72,8 @@ def give(dx, dbias, row, rows, width, column, size, u, bits, last, scale):
     if size == width:
         store_selected(dx, row * width, rows * size, u, bits, last, scale)
     else:
-        for k in range(rows):
-            at, v, b = (row + k) * width + column, row_of(u, k, size), row_of(bits, k, size)
-            store_selected(dx, at, size, v, b, last, scale)
+        at, reach = row * width + column, (rows - 1) * width + size
+        store_selected_rows(dx, at, reach, rows, width, size, u, bits, last, scale)
 
 
 @kernel

@@ -53,16 +53,17 @@ def kernel(function):
 
 
 def part(fastmath):
-    """What kernels call: a loop of its own, compiled with the first kernel that needs it.
+    """What kernels call: loops of their own, compiled with the first kernel that needs them.
 
-    The only liberties taken with floating-point numbers are those named: "contract", a product and
-    a sum in one instruction; "reassoc", a sum in any order.
+    For what would make kernels several times as long: a call that hands arrays over takes as long
+    as some sixty elements. The only liberties taken with floating-point numbers are those named:
+    "contract", a product and a sum in one instruction; "reassoc", a sum in any order.
     """
     return njit(error_model="numpy", fastmath=fastmath, **_INNER)
 
 
 def inline(fastmath):
-    """What is compiled into the loops that call it."""
+    """What becomes part of whatever calls it; liberties as in :func:`part`."""
     return njit(error_model="numpy", fastmath=fastmath, forceinline=True, **_INNER)
 
 

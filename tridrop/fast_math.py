@@ -19,6 +19,9 @@ from .fast_kernels import inline, part
 from .fast_storage import bits_of, value_of
 
 NONE, RELU, GELU, GELU_TANH, SILU = range(5)
+# Added to the last three, for results of 16 bits: right to 2e-5, a tenth of the rounding of fp16,
+# in two thirds of the time.
+SHORT = 3
 
 _fused = {"contract"}
 _ZERO, _HALF, _ONE, _TWO = (np.float32(v) for v in (0, 0.5, 1, 2))
@@ -60,6 +63,17 @@ _CENTRE = tuple(
         0.009973322972655296, -0.06649035960435867, 0.3989422917366028,
     )
 )  # fmt: skip
+# Fitted in the same way for SHORT: 6e-6 and 5e-6.
+_LN2 = np.float32(0.6931471805599453)
+_SHORT_EXP = tuple(np.float32(v) for v in (0.04126245, 0.16757017, 0.50005533))
+_SHORT_RATE = np.float32(0.31)
+_SHORT_TAIL = tuple(
+    np.float32(v)
+    for v in (
+        -0.07392921052086832, 0.18045055351231254, 0.015744476832751,
+        0.13342990805747695, 0.12044124599676045, 0.12386070486838859,
+    )
+)  # fmt: skip
 _DENSITY = np.float32(0.3989422804014327)  # 1 / sqrt(2 pi)
 _UPPER_BITS = np.uint32(0xFFFFF000)
 
@@ -78,6 +92,11 @@ def horner(t, coefficients):
 
 
 @inline(_fused)
+def power_of_two(shifted):
+    return value_of(uint32(bits_of(shifted) << _MANTISSA))
+
+
+@inline(_fused)
 def exp(z, rest):
     """exp(z + rest) for z <= 0 and a small ``rest``, down to the least subnormal."""
     z = _LOWEST if z < _LOWEST else z
@@ -86,7 +105,22 @@ def exp(z, rest):
     r = z - n * _LN2_HIGH
     r = r - n * _LN2_LOW + rest
     value = horner(r, _EXP) * (r * r) + r + _ONE
-    return value * value_of(uint32(bits_of(shifted) << _MANTISSA)) * _BACK
+    return value * power_of_two(shifted) * _BACK
+
+
+@inline(_fused)
+def exp_of(z):
+    return exp(z, _ZERO)
+
+
+@inline(_fused)
+def short_exp(z):
+    """exp(z) for z <= 0."""
+    z = _LOWEST if z < _LOWEST else z
+    shifted = z * _LOG2_E + _ROUND
+    r = z - (shifted - _ROUND) * _LN2
+    value = horner(r, _SHORT_EXP) * (r * r) + r + _ONE
+    return value * power_of_two(shifted) * _BACK
 
 
 @inline(_fused)
@@ -104,12 +138,13 @@ def normal(x):
 
 
 @inline(_fused)
-def sigmoid(y):
-    """(sigmoid(y), its derivative)."""
-    e = exp(-abs(y), _ZERO)
-    t = _ONE / (_ONE + e)
-    tail = e * t
-    return tail if y < _ZERO else t, tail * t
+def short_normal(x):
+    a = abs(x)
+    a = _FARTHEST if a > _FARTHEST else a
+    e = short_exp(-_HALF * (a * a))
+    t = _ONE / (_ONE + _SHORT_RATE * a)
+    tail = e * (t * horner(t, _SHORT_TAIL))
+    return tail if x < _ZERO else _ONE - tail, e
 
 
 @inline(_fused)
@@ -131,31 +166,44 @@ def relu(x):
     return (_ZERO, _ZERO) if x <= _ZERO else (x, _ONE)
 
 
-@inline(_fused)
-def gelu(x):
-    cdf, e = normal(x)
-    return x * cdf, cdf + x * (e * _DENSITY)
+def smooth(exp, normal):
+    """gelu, gelu_tanh and silu by such an exp and normal distribution."""
+
+    @inline(_fused)
+    def sigmoid(y):
+        """(sigmoid(y), its derivative)."""
+        e = exp(-abs(y))
+        t = _ONE / (_ONE + e)
+        tail = e * t
+        return tail if y < _ZERO else t, tail * t
+
+    @inline(_fused)
+    def gelu(x):
+        cdf, e = normal(x)
+        return x * cdf, cdf + x * (e * _DENSITY)
+
+    @inline(_fused)
+    def gelu_tanh(x):
+        y, dy = bend(x)
+        s, ds = sigmoid(y)
+        return x * s, s + x * (ds * dy)
+
+    @inline(_fused)
+    def silu(x):
+        s, ds = sigmoid(x)
+        return x * s, s + x * ds
+
+    return gelu, gelu_tanh, silu
 
 
-@inline(_fused)
-def gelu_tanh(x):
-    y, dy = bend(x)
-    s, ds = sigmoid(y)
-    return x * s, s + x * (ds * dy)
-
-
-@inline(_fused)
-def silu(x):
-    s, ds = sigmoid(x)
-    return x * s, s + x * ds
+_ALL = (identity, relu, *smooth(exp_of, normal), *smooth(short_exp, short_normal))
 
 
 def of_function(make):
     """Make loops over (u, ...) a function of (function, u, ...), a loop for each function."""
-    of_relu, of_gelu, of_gelu_tanh, of_silu = (
-        part(_fused)(make(f)) for f in (relu, gelu, gelu_tanh, silu)
+    of_none, of_relu, of_gelu, of_gelu_tanh, of_silu, short_gelu, short_gelu_tanh, short_silu = (
+        part(_fused)(make(f)) for f in _ALL
     )
-    of_none = part(_fused)(make(identity))
 
     @part(_fused)
     def call(function, u, *others):
@@ -165,6 +213,12 @@ def of_function(make):
             of_gelu_tanh(u, *others)
         elif function == SILU:
             of_silu(u, *others)
+        elif function == GELU + SHORT:
+            short_gelu(u, *others)
+        elif function == GELU_TANH + SHORT:
+            short_gelu_tanh(u, *others)
+        elif function == SILU + SHORT:
+            short_silu(u, *others)
         elif function == RELU:
             of_relu(u, *others)
         else:

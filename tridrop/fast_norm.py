@@ -18,13 +18,12 @@ from .fast_kernels import (
     inline,
     kernel,
     next_piece,
-    part,
     randoms,
     rule,
     scratch,
     vector,
 )
-from .fast_storage import FP32, add_selected, load, of_kind, store, store_rounded, store_selected
+from .fast_storage import add_selected, load, of_kind, store, store_rounded, store_selected
 from .fast_vectors import (
     accumulate,
     accumulate_selected,
@@ -41,7 +40,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 _any_order = {"reassoc", "contract", "nsz"}  # sums of a row, in as many parts as a vector has
 
 
-@part(_any_order)
+@inline(_any_order)
 def total(u):
     found = _ZERO
     for j in range(u.size):
@@ -49,7 +48,7 @@ def total(u):
     return found
 
 
-@part(_any_order)
+@inline(_any_order)
 def squares(u, mean):
     found = _ZERO
     for j in range(u.size):
@@ -57,22 +56,52 @@ def squares(u, mean):
     return found
 
 
-@of_kind({"contract"})
-def store_affine(read, write):
-    """The elements = (u - mean) * rstd * weight + bias."""
+@inline(set())
+def find_moments(statistics, u, rows, columns, summed, whole, rms, eps):
+    """mean and rstd of the rows, side by side; ``whole`` is the sum of the only one if summed."""
+    size = np.float32(columns)
+    for k in range(rows):
+        v = row_of(u, k, columns)
+        if not summed:
+            whole = total(v)
+        mean = _ZERO if rms else whole / size
+        rstd = _ONE / np.sqrt(squares(v, mean) / size + np.float32(eps))
+        statistics[2 * k], statistics[2 * k + 1] = mean, rstd
 
-    def loop(elements, u, mean, rstd, weight, bias):
-        for j in range(elements.size):
-            elements[j] = write((u[j] - mean) * rstd * weight[j] + bias[j])
+
+@inline({"contract"})
+def affine(value, mean, rstd, gain, shift):
+    return (value - mean) * rstd * gain + shift
+
+
+@inline(set())
+def normalise(u, rows, columns, statistics, gain, shift):
+    """u = (u - mean) * rstd * gain + shift."""
+    for k in range(rows):
+        mean, rstd, v = statistics[2 * k], statistics[2 * k + 1], row_of(u, k, columns)
+        for j in range(columns):
+            v[j] = affine(v[j], mean, rstd, gain[j], shift[j])
+
+
+@of_kind(set())
+def store_normalised(read, write):
+    """The elements = (u - mean) * rstd * gain + shift."""
+
+    def loop(elements, u, rows, columns, statistics, gain, shift):
+        for k in range(rows):
+            mean, rstd = statistics[2 * k], statistics[2 * k + 1]
+            row, v = row_of(elements, k, columns), row_of(u, k, columns)
+            for j in range(columns):
+                row[j] = write(affine(v[j], mean, rstd, gain[j], shift[j]))
 
     return loop
 
 
-@part(_any_order)
-def gather(d, u, mean, rstd, weight, dweight, dbias):
+@inline(_any_order)
+def gather(d, u, mean, rstd, gain, dweight, dbias):
     """Normalise a row of the stream, and make the sums over the rows and along this one.
 
-    Those along it are of d * weight * u and of d * weight.
+    Those along it are of d * gain * u and of d * gain.
     """
     along, whole = _ZERO, _ZERO
     for j in range(u.size):
@@ -81,20 +110,34 @@ def gather(d, u, mean, rstd, weight, dweight, dbias):
         grad = d[j]
         dbias[j] += grad
         dweight[j] += grad * normed
-        grad *= weight[j]
+        grad *= gain[j]
         along += grad * normed
         whole += grad
     return along, whole
 
 
-@part({"contract"})
-def project(d, normed, weight, along, mean, rstd):
-    """d = (d * weight - normed * along - mean) * rstd."""
+@inline({"contract"})
+def project(d, normed, gain, along, mean, rstd):
+    """d = (d * gain - normed * along - mean) * rstd."""
     for j in range(d.size):
-        d[j] = (d[j] * weight[j] - normed[j] * along - mean) * rstd
+        d[j] = (d[j] * gain[j] - normed[j] * along - mean) * rstd
 
 
-@part(set())
+@inline(set())
+def differentiate(d, u, rows, columns, statistics, gain, dweight, dbias, rms):
+    """The gradients of rows of the stream ``u`` take the place of those of their affine parts, d.
+
+    The sums over the rows are added to.
+    """
+    size = np.float32(columns)
+    for k in range(rows):
+        v, n = row_of(d, k, columns), row_of(u, k, columns)
+        mean, rstd = statistics[2 * k], statistics[2 * k + 1]
+        along, whole = gather(v, n, mean, rstd, gain, dweight, dbias)
+        project(v, n, gain, along / size, _ZERO if rms else whole / size, rstd)
+
+
+@inline(set())
 def gains(weight, centred, into):
     """into = what a norm multiplies by: the weight, or that and 1; 1 where there is none."""
     if weight[0] == 0:
@@ -119,7 +162,7 @@ def rows_of_scratch(memory, k, columns):
     return cut(memory, 4 * STRIP + k * width, width, np.float32)
 
 
-@part(set())
+@inline(set())
 def row_bits(bits, words, mask, row, stop, columns):
     """Make the bits of a whole row, or of several short ones: (rows, lane)."""
     rows, lane, done = next_piece(bits, words, mask, row, 0, stop, columns)
@@ -130,12 +173,12 @@ def row_bits(bits, words, mask, row, stop, columns):
 
 @kernel
 def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, vectors, options):
-    """out, stream, mean and rstd of the rows from start to stop.
+    """out, stream, and mean and rstd of the rows from start to stop.
 
-    ``found`` are the addresses of mean and rstd; ``vectors`` bias, layer_scale, weight, norm_bias,
-    the last two as matrices of a row; ``options`` whether it is RMSNorm, whether the dropout comes
-    after the norm, whether 1 is added to the weight, and eps. Where the stream is not kept, only
-    its kind counts.
+    ``found`` is the address of the last two, side by side; ``vectors`` are bias,
+    layer_scale, weight, norm_bias, the last two as matrices of a row; ``options`` whether it is
+    RMSNorm, whether the dropout comes after the norm, whether 1 is added to the weight, and eps.
+    Where the stream is not kept, only its kind counts.
     """
     bias, layer_scale, weight, norm_bias = vectors
     rms, after, centred, eps = options
@@ -144,14 +187,13 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
     bits, words = randoms(memory, width, mask)
     u, spare = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
     gain, shift = rows_of_scratch(memory, 3, columns), rows_of_scratch(memory, 4, columns)
-    means = vector(found[0], stop, np.float32)
-    rstds = vector(found[1], stop, np.float32)
-    size, short = np.float32(columns), 2 * columns <= STRIP * LANES
+    statistics = vector(found, 2 * stop, np.float32)
+    short = 2 * columns <= STRIP * LANES
     gains(weight, centred, gain[:columns])
     fill(shift, columns, _ZERO)
     if norm_bias[0] != 0:
         load(norm_bias, 0, columns, shift)
-    own, unkept = (u.ctypes.data, FP32), (spare.ctypes.data, stream[1])
+    unkept = (spare.ctypes.data, stream[1])
     r = start
     while r < stop:
         rows, lane = row_bits(bits, words, mask, r, stop, columns)
@@ -170,17 +212,13 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
                 whole = store_rounded(stream, at, count, u)
             else:
                 whole = store_rounded(unkept, 0, count, u)
-        for k in range(rows):
-            v = row_of(u, k, columns)
-            if short or after:  # not by the number of rows, so that a row's sum is always the same
-                whole = total(v)
-            mean = _ZERO if rms else whole / size
-            rstd = _ONE / np.sqrt(squares(v, mean) / size + np.float32(eps))
-            means[r + k], rstds[r + k] = mean, rstd
-            if after:
-                store_affine(own, k * columns, columns, v, mean, rstd, gain, shift)
-            else:
-                store_affine(out, at + k * columns, columns, v, mean, rstd, gain, shift)
+        # Not by the number of rows: a row's sum is always the same.
+        moments = statistics[2 * r : 2 * (r + rows)]
+        find_moments(moments, u, rows, columns, not (short or after), whole, rms, eps)
+        if after:
+            normalise(u, rows, columns, moments, gain, shift)
+        else:
+            store_normalised(out, at, count, u, rows, columns, moments, gain, shift)
         if after and residual[0] != 0:
             add_selected(residual, at, count, u, kept, last, factor)
             store(out, at, count, u)
@@ -210,9 +248,7 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
     d, u = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
     gain = rows_of_scratch(memory, 3, columns)
     of_weight, of_bias = rows_of_scratch(memory, 4, columns), rows_of_scratch(memory, 5, columns)
-    means = vector(found[0], stop, np.float32)
-    rstds = vector(found[1], stop, np.float32)
-    size = np.float32(columns)
+    statistics = vector(found, 2 * stop, np.float32)
     gains(weight, centred, gain[:columns])
     fill(of_weight, columns, _ZERO)
     fill(of_bias, columns, _ZERO)
@@ -228,11 +264,8 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
         if after:
             select(d, count, kept, last, factor)
         load(stream, at, count, u)
-        for k in range(rows):
-            v, n = row_of(d, k, columns), row_of(u, k, columns)
-            mean, rstd = means[r + k], rstds[r + k]
-            along, whole = gather(v, n, mean, rstd, gain, of_weight, of_bias)
-            project(v, n, gain, along / size, _ZERO if rms else whole / size, rstd)
+        moments = statistics[2 * r : 2 * (r + rows)]
+        differentiate(d, u, rows, columns, moments, gain, of_weight, of_bias, rms)
         if dstream[0] != 0:
             load(dstream, at, count, u)
             add(d, count, u)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uint16, uint32
 
-from .fast_kernels import inline, part, vector
+from .fast_kernels import inline, vector
 
 FP32, BF16, FP16 = 0, 1, 2
 
@@ -84,11 +84,11 @@ def of_kind(fastmath):
     """
 
     def decorate(make):
-        of_fp32 = part(fastmath)(make(same, same))
-        of_bf16 = part(fastmath)(make(from_bf16, to_bf16))
-        of_fp16 = part(fastmath)(make(from_fp16, to_fp16))
+        of_fp32 = inline(fastmath)(make(same, same))
+        of_bf16 = inline(fastmath)(make(from_bf16, to_bf16))
+        of_fp16 = inline(fastmath)(make(from_fp16, to_fp16))
 
-        @part(fastmath)
+        @inline(fastmath)
         def call(matrix, start, size, *others):
             address, kind = matrix
             if kind == FP32:
@@ -108,6 +108,19 @@ def load(read, write):
     def loop(elements, into):
         for j in range(elements.size):
             into[j] = read(elements[j])
+
+    return loop
+
+
+@of_kind(set())
+def load_rows(read, write):
+    """into = ``rows`` rows of ``size`` elements, each ``stride`` after the one before, in fp32."""
+
+    def loop(elements, rows, stride, size, into):
+        for k in range(rows):
+            row, u = elements[k * stride : k * stride + size], into[k * size : (k + 1) * size]
+            for j in range(size):
+                u[j] = read(row[j])
 
     return loop
 
@@ -157,5 +170,19 @@ def store_selected(read, write):
     def loop(elements, u, bits, last, scale):
         for j in range(elements.size):
             elements[j] = write((u[j] if bits[j] > last else _ZERO) * scale)
+
+    return loop
+
+
+@of_kind(set())
+def store_selected_rows(read, write):
+    """The same for ``rows`` rows of ``size`` elements, each ``stride`` after the one before."""
+
+    def loop(elements, rows, stride, size, u, bits, last, scale):
+        for k in range(rows):
+            row, at = elements[k * stride : k * stride + size], k * size
+            v, b = u[at : at + size], bits[at : at + size]
+            for j in range(size):
+                row[j] = write((v[j] if b[j] > last else _ZERO) * scale)
 
     return loop

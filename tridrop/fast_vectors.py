@@ -2,47 +2,48 @@
 
 A piece is a strip of a row, or several whole rows one after the other. Pieces are arrays in fp32
 that stay in the first-level cache, so that a step apart costs little, and each loop is simple
-enough to become vector instructions.
+enough to become vector instructions. They become part of the kernels: to hand arrays over takes as
+long as some sixty elements.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .fast_kernels import inline, part, vector
+from .fast_kernels import inline, vector
 
 _ZERO = np.float32(0)
 
 
-@part(set())
+@inline(set())
 def select(u, size, bits, last, scale):
     """u = u * scale where kept, exactly 0 elsewhere, whatever it was."""
     for j in range(size):
         u[j] = (u[j] if bits[j] > last else _ZERO) * scale
 
 
-@part(set())
+@inline(set())
 def copy(u, size, into):
     """into = u."""
     for j in range(size):
         into[j] = u[j]
 
 
-@part(set())
+@inline(set())
 def fill(u, size, value):
     """u = value."""
     for j in range(size):
         u[j] = value
 
 
-@part(set())
+@inline(set())
 def add(u, size, v):
     """u = v + u."""
     for j in range(size):
         u[j] = v[j] + u[j]
 
 
-@part(set())
+@inline(set())
 def multiply(u, size, v):
     """u = u * v."""
     for j in range(size):
@@ -55,43 +56,52 @@ def row_of(u, k, size):
     return u[k * size : (k + 1) * size]
 
 
-@part(set())
+@inline(set())
 def add_vector(u, rows, size, address, start):
     """u = u + the fp32 vector at ``address`` from ``start`` on, in every row; 0 is none."""
     if address != 0:
+        v = vector(address + 4 * start, size, np.float32)
         for k in range(rows):
-            add(row_of(u, k, size), size, vector(address + 4 * start, size, np.float32))
+            row = row_of(u, k, size)
+            for j in range(size):
+                row[j] += v[j]
 
 
-@part(set())
+@inline(set())
 def multiply_vector(u, rows, size, address, start):
     """u = u * the fp32 vector at ``address`` from ``start`` on, in every row; 0 is none."""
     if address != 0:
+        v = vector(address + 4 * start, size, np.float32)
         for k in range(rows):
-            multiply(row_of(u, k, size), size, vector(address + 4 * start, size, np.float32))
+            row = row_of(u, k, size)
+            for j in range(size):
+                row[j] *= v[j]
 
 
-@part(set())
+@inline(set())
 def clear(address, start, size):
     """Set to 0 a part of the fp32 vector at ``address``, unless that is 0."""
     if address != 0:
         fill(vector(address + 4 * start, size, np.float32), size, _ZERO)
 
 
-@part(set())
+@inline(set())
 def accumulate(address, start, rows, size, u):
     """Add the rows of ``u`` in turn to a part of the fp32 vector at ``address``; 0 is none."""
     if address != 0:
+        sums = vector(address + 4 * start, size, np.float32)
         for k in range(rows):
-            add(vector(address + 4 * start, size, np.float32), size, row_of(u, k, size))
+            row = row_of(u, k, size)
+            for j in range(size):
+                sums[j] += row[j]
 
 
-@part(set())
+@inline(set())
 def accumulate_selected(address, start, rows, size, u, bits, last, scale):
     """The same with u * scale where kept, exactly 0 elsewhere, in place of u."""
     if address != 0:
         sums = vector(address + 4 * start, size, np.float32)
         for k in range(rows):
-            v, b = row_of(u, k, size), row_of(bits, k, size)
+            row, b = row_of(u, k, size), row_of(bits, k, size)
             for j in range(size):
-                sums[j] = (v[j] if b[j] > last else _ZERO) * scale + sums[j]
+                sums[j] += (row[j] if b[j] > last else _ZERO) * scale

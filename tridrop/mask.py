@@ -145,7 +145,7 @@ def new_seed(
         place = torch.empty(2, dtype=torch.int64, device=device)
         drawn: Tensor = torch.ops.tridrop.new_seed(place)
         return drawn
-    return torch.randint((1 << 63) - 1, (2,), dtype=torch.int64, device=device, generator=generator)
+    return torch.randint((1 << 63) - 1, (2,), device=device, generator=generator)
 
 
 def fold_in(seed: int | Tensor, stream: int | Tensor) -> Tensor:

@@ -44,11 +44,8 @@ def all_samples(
     results = function(*arguments)
     if isinstance(results, Tensor):
         return results, 0
-    # A norm: its statistics have a number a row, all in one dimension, and a stream that is not
-    # kept is empty.
-    rows = results[0].dim()
-    out = [t if t.dim() == rows or not t.numel() else t.view(batch, -1) for t in results]
-    return tuple(out), tuple(0 if t.numel() or t.dim() == rows else None for t in out)
+    # A norm: a stream that is not kept is empty, of one dimension.
+    return results, tuple(0 if t.dim() == results[0].dim() else None for t in results)
 
 
 def _with_samples(packed: tuple[Any, ...], batch: int) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from .common import (
 
 
 class FusedNorm(torch.autograd.Function):
-    """(out, stream, mean, rstd) of dropout, add and norm; see ``backends/reference/norm.py``."""
+    """(out, stream, statistics) of dropout, add and norm; see ``backends/reference/norm.py``."""
 
     sharding = staticmethod(layouts.norm)
 
@@ -52,7 +52,7 @@ class FusedNorm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, bias, layer_scale, residual, weight, norm_bias, seed, p, packed = inputs
-        _, stream, mean, rstd = output
+        _, stream, statistics = output
         ctx.packed, ctx.prepared = opened(packed)
         ctx.after = after = ops.is_after(ctx.packed)
         needs = ctx.needs_input_grad
@@ -65,14 +65,14 @@ class FusedNorm(torch.autograd.Function):
             norm_bias.dtype if needs[5] else None,
         )
         if after:
-            ctx.mark_non_differentiable(mean, rstd, *(() if stream is None else (stream,)))
+            ctx.mark_non_differentiable(statistics, *(() if stream is None else (stream,)))
             stream = x
         else:
-            ctx.mark_non_differentiable(mean, rstd)
+            ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         if not needs[2]:
             x = bias = None
-        ctx.save_for_backward(stream, mean, rstd, x, bias, layer_scale, weight, seed, p)
+        ctx.save_for_backward(stream, statistics, x, bias, layer_scale, weight, seed, p)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
@@ -110,14 +110,14 @@ class FusedNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dstream, stream, _, _, x, bias, layer_scale, weight, seed, p = ctx.saved_tensors
+        dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = ctx.saved_tensors
         options = ops.unpack_norm(*ctx.packed)
         drop = elementwise.multiplier(tuple(dout.shape), seed, p, options)
         # The statistics are functions of the stream, and are computed from it again.
         given = {"dout": dout, "dstream": dstream, "stream": stream, "x": x, "bias": bias}
         given |= {"layer_scale": layer_scale, "weight": weight}
         found = differentiate(norm.norm_gradients, given, cotangents, drop, options, ctx.dtypes)
-        return *found[:3], None, None, *found[3:], None, None, None, None
+        return *found[:3], None, *found[3:], None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

@@ -69,10 +69,11 @@ class Backend(Protocol):
         seed: Tensor | None,
         p: Tensor | None,
         options: NormOptions,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(out, stream, mean, rstd): the formulas of ``backends/reference/norm.py``.
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(out, stream, statistics): the formulas of ``backends/reference/norm.py``.
 
-        mean and rstd are fp32, of shape [rows]. stream is None where it is x, or not kept.
+        statistics are mean and rstd of every row, fp32, [..., 2]. stream is None where it is x, or
+        not kept.
         """
 
     def norm_backward(
@@ -80,8 +81,7 @@ class Backend(Protocol):
         dout: Tensor,
         dstream: Tensor | None,
         stream: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        statistics: Tensor,
         x: Tensor | None,
         bias: Tensor | None,
         layer_scale: Tensor | None,

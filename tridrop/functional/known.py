@@ -56,7 +56,7 @@ def key_of(
         elif type(t) not in PLAIN or t.is_neg():
             return None
         else:
-            key += (t.shape, t.dtype, t.device)
+            key += (t.shape, t.dtype, t.is_cpu or t.device)
     if tensors[0] is None or tensors[0].is_meta:
         return None
     return (*key, backends.explicit(), *map(_variable, _VARIABLES))

@@ -43,8 +43,9 @@ def _fused_norm(
     keep_stream = prenorm or torch.is_grad_enabled()
     key = None
     if type(drop_path) is float and (eps is None or type(eps) is float):
-        choices = map(bool, (training, zero_centered, keep_stream, residual_in_fp32))
-        settings = (norm, after, drop_path, eps, out_dtype, *choices)
+        # Not the options themselves, which may be of any type.
+        choices = (not training, not zero_centered, not keep_stream, not residual_in_fp32)
+        settings = (norm, after, drop_path, eps, out_dtype, choices)
         key = known.key_of(settings, p, noise_shape, shard, *operands)
     found = known.recall(key)
     if found is not None:

@@ -140,10 +140,10 @@ def _norm_backward(
 ) -> object:
     options = _norm_options(dtype, method, norm, after)
     matrices = [_empty(ROWS, COLS, dtype=dtype) for _ in range(3)]
-    mean, rstd = (_empty(ROWS, dtype=torch.float32) for _ in range(2))
+    statistics = _empty(ROWS, 2, dtype=torch.float32)
     last = dtype if norm == "layer_norm" else None
     return backend.norm_backward(
-        matrices[0], None if after else matrices[1], matrices[2], mean, rstd, None, None, None,
+        matrices[0], None if after else matrices[1], matrices[2], statistics, None, None, None,
         _empty(COLS, dtype=dtype), _seed(method), None, options,
         (dtype, None, None, None if after else dtype, dtype, last),
     )  # fmt: skip

@@ -22,27 +22,29 @@ _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")
 PLAIN = (Tensor, nn.Parameter)
 
+_is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+_transformation, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_legacy = torch._C._functorch.is_legacy_batchedtensor
+
 
 def watched() -> bool:
     """Whether more than the backend has to see calls: torch.compile, tracing, a dispatch mode,
     torch.func, forward-mode derivatives, a profiler."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _is_compiling()
+        or _modes() > 0
+        or _transformation() is not None
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
-        or torch._C._get_tracing_state() is not None
+        or _trace() is not None
     )
 
 
 def plain(t: Tensor) -> bool:
     """Whether a tensor is its data: not meta, wrapped, negated lazily or of a subclass."""
     return type(t) in PLAIN and not (
-        t.is_meta
-        or t.is_neg()
-        or torch._C._functorch.is_functorch_wrapped_tensor(t)
-        or torch._C._functorch.is_legacy_batchedtensor(t)  # of is_grads_batched
+        t.is_meta or t.is_neg() or _is_wrapped(t) or _is_legacy(t)  # of is_grads_batched
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -52,23 +51,23 @@ def _norm_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _norm_forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     options = unpack_norm(*arguments[7:])
-    rows = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)  # numel() would be static
+    statistics = x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
     has_stream = options.keep_stream and not options.after
     stream = x.new_empty(x.shape if has_stream else 0, dtype=options.stream_dtype)
     out = x.new_empty(x.shape, dtype=options.out_dtype)
-    return out, stream if has_stream else x.new_empty(0), rows, torch.empty_like(rows)
+    return out, stream if has_stream else x.new_empty(0), statistics
 
 
 def _norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, p_tensor, packed = arguments[:10], arguments[10], arguments[11:-6]
+    tensors, p_tensor, packed = arguments[:9], arguments[9], arguments[10:-6]
     p_tensor, options = read_rate(p_tensor, unpack_norm(*packed))
-    module = backends.serving(packed[_BACKEND], tensors[0], *tensors[5:9])
+    module = backends.serving(packed[_BACKEND], tensors[0], *tensors[4:8])
     results = module.norm_backward(*tensors, p_tensor, options, arguments[-6:])  # type: ignore[call-arg]
     return filled(results, tensors[0])
 
 
 def _norm_backward_fake(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    dtypes, options = arguments[-6:], unpack_norm(*arguments[10:-6])
+    dtypes, options = arguments[-6:], unpack_norm(*arguments[9:-6])
     vector = dout.shape[-1:]
     shapes = (dout.shape, vector, vector, dout.shape, vector, vector)
     wanted = [*dtypes[:3], None if options.after else dtypes[3], *dtypes[4:]]
@@ -81,12 +80,12 @@ def _norm_backward_fake(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 norm_forward = define(
     "norm_forward(Tensor x, Tensor? bias, Tensor? layer_scale, Tensor? residual, Tensor? weight, "
     f"Tensor? norm_bias, Tensor? seed, Tensor? p_tensor, {_NORM}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     _norm_forward,
     _norm_forward_fake,
 )
 norm_backward = define(
-    "norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor mean, Tensor rstd, "
+    "norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor statistics, "
     "Tensor? x, Tensor? bias, Tensor? layer_scale, Tensor? weight, Tensor? seed, "
     f"Tensor? p_tensor, {_NORM}, ScalarType? x_dtype, ScalarType? bias_dtype, "
     "ScalarType? layer_scale_dtype, ScalarType? residual_dtype, ScalarType? weight_dtype, "

@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ... import fast, fast_calls
+from ...fast_calls import KINDS, Matrix
 from ...spec import NormOptions, Options, output_shape
 from . import elementwise, norm
 
 # As numbered in fast_math.py.
 _FUNCTIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_SHORT = 3
 # grad, u -> grad * f'(u), torch's own.
 _BACKWARD: dict[int, Callable[..., Tensor]] = {
     2: torch.ops.aten.gelu_backward.default,
@@ -39,13 +41,17 @@ def _vector(t: Tensor | None) -> tuple[Tensor | None, int]:
     return t, t.data_ptr()
 
 
-def _matrix(t: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
-    """A contiguous tensor, and how the kernels take it: (address, kind)."""
+@overload
+def _matrix(t: Tensor) -> tuple[Tensor, Matrix]: ...
+@overload
+def _matrix(t: Tensor | None) -> tuple[Tensor | None, Matrix]: ...
+def _matrix(t: Tensor | None) -> tuple[Tensor | None, Matrix]:
+    """A contiguous tensor, and how the kernels take it."""
     if t is None:
         return None, _NONE
     if not t.is_contiguous():
         t = t.detach().contiguous()
-    return t, (t.data_ptr(), fast_calls.KINDS[t.dtype])
+    return t, (t.data_ptr(), KINDS[t.dtype])
 
 
 class PreparedElementwise(NamedTuple):
@@ -69,10 +75,11 @@ class PreparedElementwise(NamedTuple):
             nothing = elementwise.Multiplier(None, 1.0)
             result = elementwise.compose(x, bias, layer_scale, residual, nothing, self.options)
             return elementwise.own(result, x)
-        out = fast_calls.empty(self.shape, (x if residual is None else residual).dtype, x)
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
-        self.drop.call("forward", seed, _matrix(out)[1], u, b, g, r, self.kind)
+        dtype = x.dtype if residual is None else residual.dtype
+        out, o = fast_calls.result(_x, dtype, self.shape if self.kind[1] else None)
+        self.drop.call("forward", seed, o, u, b, g, r, self._kind(dtype))
         return out
 
     def backward(
@@ -96,19 +103,25 @@ class PreparedElementwise(NamedTuple):
                 return (None if dtypes[0] is None else found), dbias, None
         columns = self.drop.where.cols
         width = 2 * columns if gated else columns
-        dx = None
-        if dtypes[0] is not None:
-            shape = (*self.shape[:-1], width) if self.shape else ()
-            dx = fast_calls.empty(shape, dtypes[0], grad)
         (_grad, d), (_x, u) = _matrix(grad), _matrix(x)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
-        given = (d, u, b, g, _matrix(dx)[1])
+        dx, place = None, _NONE
+        if dtypes[0] is not None:
+            shape = (*self.shape[:-1], width) if gated else None
+            dx, place = fast_calls.result(_grad, dtypes[0], shape)
+        given, kind = (d, u, b, g, place), self._kind(*dtypes)
         if dtypes[1] is None and dtypes[2] is None:
-            self.drop.call("backward", seed, *given, _NO_SUMS, self.kind)
+            self.drop.call("backward", seed, *given, _NO_SUMS, kind)
             return dx, None, None
         sums = (fast_calls.Sum(width, dtypes[1]), fast_calls.Sum(columns, dtypes[2]))
-        dbias, dlayer_scale = self.drop.sum("backward", seed, grad, sums, *given, self.kind)
+        dbias, dlayer_scale = self.drop.sum("backward", seed, grad, sums, *given, kind)
         return dx, dbias, dlayer_scale
+
+    def _kind(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
+        """``kind`` for results of these dtypes: what is rounded to 16 bits needs no more."""
+        if self.kind[0] < 2 or torch.float32 in dtypes:
+            return self.kind
+        return self.kind[0] + _SHORT, self.kind[1]
 
     def _is_torchs(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether torch gives the same without dropout, in no more passes or with its own bits.
@@ -147,33 +160,28 @@ class PreparedNorm(NamedTuple):
         weight: Tensor | None,
         norm_bias: Tensor | None,
         seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The op; arguments as in ``backends.Backend.norm_forward``."""
         options = self.options
-        out, stream = fast_calls.empty(self.shape, options.out_dtype, x), None
-        if options.keep_stream and not options.after:
-            stream = fast_calls.empty(self.shape, options.stream_dtype, x)
-        mean = x.new_empty(self.drop.where.rows, dtype=torch.float32)
-        rstd = torch.empty_like(mean)
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
+        out, o = fast_calls.result(_x, options.out_dtype)
+        # Where the stream is not kept, its kind still says how it is rounded.
+        stream, stored = None, (0, KINDS[options.stream_dtype])
+        if options.keep_stream and not options.after:
+            stream, stored = fast_calls.result(_x, options.stream_dtype)
+        statistics = x.new_empty((*self.shape[:-1], 2), dtype=torch.float32)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
         (_weight, w), (_norm_bias, n) = _matrix(weight), _matrix(norm_bias)
-        # Where the stream is not kept, its kind still says how it is rounded.
-        stored = (
-            (0, fast_calls.KINDS[options.stream_dtype]) if stream is None else _matrix(stream)[1]
-        )
-        found = (mean.data_ptr(), rstd.data_ptr())
-        given = (_matrix(out)[1], u, stored, r, found, (b, g, w, n))
+        given = (o, u, stored, r, statistics.data_ptr(), (b, g, w, n))
         self.drop.call("norm_forward", seed, *given, (*self.kind, float(options.eps)))
-        return out, stream, mean, rstd
+        return out, stream, statistics
 
     def backward(
         self,
         dout: Tensor,
         dstream: Tensor | None,
         stream: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        statistics: Tensor,
         x: Tensor | None,
         bias: Tensor | None,
         layer_scale: Tensor | None,
@@ -182,19 +190,19 @@ class PreparedNorm(NamedTuple):
         dtypes: norm.Dtypes,
     ) -> tuple[Tensor | None, ...]:
         """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
-        dx = dresidual = None
-        if dtypes[0] is not None:
-            dx = fast_calls.empty(self.shape, dtypes[0], dout)
-        if dtypes[3] is not None and not self.options.after:
-            dresidual = fast_calls.empty(self.shape, dtypes[3], dout)
         (_dout, d), (_dstream, ds) = _matrix(dout), _matrix(dstream)
+        dx, place = None, _NONE
+        if dtypes[0] is not None:
+            dx, place = fast_calls.result(_dout, dtypes[0])
+        dresidual, further = None, _NONE
+        if dtypes[3] is not None and not self.options.after:
+            dresidual, further = fast_calls.result(_dout, dtypes[3])
         (_stream, s), (_x, u) = _matrix(stream), _matrix(x)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
         _weight, w = _matrix(weight)
-        (_mean, m), (_rstd, i) = _vector(mean), _vector(rstd)
-        results = (_matrix(dx)[1], _matrix(dresidual)[1])
+        _statistics, m = _vector(statistics)
         sums = _sums_of_norm(self.drop.where.cols, dtypes)
-        given = ((d, ds, s, u), (m, i), (b, g, w), results, self.kind)
+        given = ((d, ds, s, u), m, (b, g, w), (place, further), self.kind)
         found = self.drop.sum("norm_backward", seed, dout, sums, *given)
         dbias, dscale, dweight, dnorm_bias = found
         return dx, dbias, dscale, dresidual, dweight, dnorm_bias
@@ -290,13 +298,13 @@ def norm_forward(
     seed: Tensor | None,
     p: Tensor | None,
     options: NormOptions,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The op; arguments as in ``backends.Backend.norm_forward``."""
     tensors = (x, bias, layer_scale, residual, weight, norm_bias)
     found = _prepared(seed, p, tuple(x.shape), options, *tensors)
     if found is None:
         return norm.norm_forward(*tensors, seed, p, options)
-    results: tuple[Tensor, Tensor | None, Tensor, Tensor] = found.forward(*tensors, seed)
+    results: tuple[Tensor, Tensor | None, Tensor] = found.forward(*tensors, seed)
     return results
 
 
@@ -304,8 +312,7 @@ def norm_backward(
     dout: Tensor,
     dstream: Tensor | None,
     stream: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     x: Tensor | None,
     bias: Tensor | None,
     layer_scale: Tensor | None,
@@ -316,7 +323,7 @@ def norm_backward(
     dtypes: norm.Dtypes,
 ) -> tuple[Tensor | None, ...]:
     """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
-    tensors = (dout, dstream, stream, mean, rstd, x, bias, layer_scale, weight)
+    tensors = (dout, dstream, stream, statistics, x, bias, layer_scale, weight)
     found = _prepared(seed, p, tuple(dout.shape), options, *tensors)
     if found is None:
         return norm.norm_backward(*tensors, seed, p, options, dtypes)

@@ -20,7 +20,7 @@ from .elementwise import Multiplier, compute, multiplier, own, sum_rows
 Dtypes = tuple[torch.dtype | None, ...]
 
 
-def statistics(stream: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
+def moments(stream: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
     """(mean, rstd) of each row, keeping the last dimension; two passes over the data."""
     if options.norm == "rms_norm":
         mean = torch.zeros_like(stream[..., :1])
@@ -46,7 +46,7 @@ def normalise(
     stream: Tensor, weight: Tensor | None, norm_bias: Tensor | None, options: NormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(affine(stream), mean, rstd)."""
-    mean, rstd = statistics(stream, options)
+    mean, rstd = moments(stream, options)
     return _affine((stream - mean) * rstd, weight, norm_bias, options), mean, rstd
 
 
@@ -58,7 +58,7 @@ def normalise_gradients(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of stream, weight and norm_bias through :func:`normalise`; differentiable."""
-    mean, rstd = statistics(stream, options)
+    mean, rstd = moments(stream, options)
     normed = (stream - mean) * rstd
     gain = gain_of(weight, options)
     dnormed = dout if gain is None else dout * gain
@@ -81,8 +81,8 @@ def norm_compose(
     norm_bias: Tensor | None,
     drop: Multiplier,
     options: NormOptions,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(out, stream, mean, rstd) in the dtype of the arguments, the stream in its own."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(out, stream, statistics) in the dtype of the arguments, the stream in its own."""
     stream: Tensor | None = None
     if options.after:
         normalised = x
@@ -94,7 +94,7 @@ def norm_compose(
     out, mean, rstd = normalise(normalised, weight, norm_bias, options)
     if options.after:
         out = drop(out) if residual is None else residual + drop(out)
-    return out, stream, mean, rstd
+    return out, stream, torch.cat((mean, rstd), -1)
 
 
 def norm_forward(
@@ -107,16 +107,15 @@ def norm_forward(
     seed: Tensor | None,
     p: Tensor | None,
     options: NormOptions,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The op; arguments as in ``backends.Backend.norm_forward``."""
     drop = multiplier(tuple(x.shape), seed, p, options)
     wide = compute(x, bias, layer_scale, residual, weight, norm_bias)
-    out, stream, mean, rstd = norm_compose(*wide, drop, options)  # type: ignore[arg-type, call-arg]
+    out, stream, statistics = norm_compose(*wide, drop, options)  # type: ignore[arg-type, call-arg]
     return (
         out.to(options.out_dtype).contiguous(),
         None if stream is None or not options.keep_stream else own(stream, x),
-        mean.reshape(-1).to(torch.float32),
-        rstd.reshape(-1).to(torch.float32),
+        statistics.to(torch.float32),
     )
 
 
@@ -164,8 +163,7 @@ def norm_backward(
     dout: Tensor,
     dstream: Tensor | None,
     stream: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     x: Tensor | None,
     bias: Tensor | None,
     layer_scale: Tensor | None,

@@ -28,12 +28,12 @@ from .tiles import (
 )
 
 # What forward writes besides out; stream is None where nobody needs it.
-Kept = namedtuple("Kept", "stream mean rstd")
+Kept = namedtuple("Kept", "stream statistics")
 # The affine part, and eps.
 Affine = namedtuple("Affine", "weight bias eps")
 # What backward reads: both incoming gradients and what forward kept. [rows, cols] with contiguous
 # rows, but for dout, whose row stride is Shape.other_stride.
-Incoming = namedtuple("Incoming", "dout dstream stream mean rstd")
+Incoming = namedtuple("Incoming", "dout dstream stream statistics")
 # What backward writes; None where not needed. The last four are partial sums [strips, cols].
 Gradients = namedtuple("Gradients", "x residual weight norm_bias bias layer_scale")
 
@@ -105,8 +105,8 @@ def norm_forward_kernel(
         else:
             square += tl.sum(tl.where(inside, stream * stream, 0.0), axis=1)
     rstd = tl.rsqrt(square / cols + affine.eps)
-    tl.store(kept.mean + row, mean, mask=row < shape.rows)
-    tl.store(kept.rstd + row, rstd, mask=row < shape.rows)
+    tl.store(kept.statistics + 2 * row, mean, mask=row < shape.rows)
+    tl.store(kept.statistics + 2 * row + 1, rstd, mask=row < shape.rows)
 
     if CHUNKS > 1:
         tl.debug_barrier()  # what other threads of this program stored is read again
@@ -154,8 +154,8 @@ def _incoming(
         stream = load_matrix(incoming.stream, stride, row, col, inside)
     else:
         stream = load_matrix(incoming.stream, cols, row, col, inside)
-    mean = tl.load(incoming.mean + row, mask=row < shape.rows, other=0.0)
-    rstd = tl.load(incoming.rstd + row, mask=row < shape.rows, other=0.0)
+    mean = tl.load(incoming.statistics + 2 * row, mask=row < shape.rows, other=0.0)
+    rstd = tl.load(incoming.statistics + 2 * row + 1, mask=row < shape.rows, other=0.0)
     normed = tl.where(inside, (stream - mean[:, None]) * rstd[:, None], 0.0)
     dnormed = dout
     if affine.weight is not None:

@@ -27,20 +27,19 @@ def norm_forward(
     seed: Tensor | None,
     p: Tensor | None,
     options: NormOptions,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Launch the forward kernel; arguments as in ``backends.Backend.norm_forward``."""
     shape = tuple(x.shape)
     plan = launch.plan(shape, options, launch.norm_forward_tile, whole_rows=True)
-    rows, cols = plan.where.rows, plan.where.cols
+    cols = plan.where.cols
     out = torch.empty(shape, dtype=options.out_dtype, device=x.device)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    statistics = torch.empty((*shape[:-1], 2), dtype=torch.float32, device=x.device)
     stream = None
     # A row that does not fit a program is written once and read again.
     if not options.after and (options.keep_stream or plan.col_blocks > 1):
         stream = torch.empty(shape, dtype=options.stream_dtype, device=x.device)
     if plan.empty:
-        return out, stream if options.keep_stream else None, mean, rstd
+        return out, stream if options.keep_stream else None, statistics
     rule = launch.rule(plan, p)
     matrix = launch.matrix(x, cols)
     other = None if residual is None else launch.matrix(residual, cols)
@@ -49,7 +48,7 @@ def norm_forward(
         plan,
         out.device,
         out,
-        Kept(stream, mean, rstd),
+        Kept(stream, statistics),
         Operands(matrix, launch.vector(bias), launch.vector(layer_scale), other, seed, rule.rate),
         Affine(launch.vector(weight), launch.vector(norm_bias), options.eps),
         plan.sizes(matrix.stride(0), 0 if other is None else other.stride(0)),
@@ -60,15 +59,14 @@ def norm_forward(
         VECTOR=launch.vector_width(plan, matrix, other),
         CHUNKS=plan.col_blocks,
     )
-    return out, stream if options.keep_stream else None, mean, rstd
+    return out, stream if options.keep_stream else None, statistics
 
 
 def norm_backward(
     dout: Tensor,
     dstream: Tensor | None,
     stream: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     x: Tensor | None,
     bias: Tensor | None,
     layer_scale: Tensor | None,
@@ -103,7 +101,7 @@ def norm_backward(
             norm_backward_kernel,
             plan,
             dout.device,
-            Incoming(matrix, None if dstream is None else dstream.contiguous(), source, mean, rstd),
+            Incoming(matrix, None if dstream is None else dstream.contiguous(), source, statistics),
             Gradients(dx, dresidual, *partial),
             Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, rule.rate),
             Affine(launch.vector(weight), None, options.eps),
