@@ -11,6 +11,7 @@ from tridrop import backends, fast, fast_calls
 from tridrop.functional import known
 
 W, B = torch.randn(24), torch.randn(24)
+SEEN = torch.tensor([[True, True, True, False, True]])
 
 CALLS = {
     "dropout": lambda x, r, seed: tridrop.dropout(x, 0.3, seed=seed),
@@ -27,6 +28,25 @@ CALLS = {
     ),
     "rms": lambda x, r, seed: tridrop.dropout_add_rms_norm(x, r, W, p=0.3, seed=seed),
     "after": lambda x, r, seed: tridrop.layer_norm_dropout(x, W, B, 0.3, residual=r, seed=seed),
+    "softmax": lambda x, r, seed: tridrop.softmax_dropout(
+        x, 0.3, mask=r, scale=0.5, return_softmax=True, seed=seed
+    ),
+    "softmax zero": lambda x, r, seed: tridrop.softmax_dropout(x, 0.0, is_causal=True, seed=seed),
+    "attention": lambda x, r, seed: tridrop.scaled_dot_product_attention(
+        x[None],
+        r[None],
+        x[None],
+        torch.zeros(5, 5),
+        0.3,
+        is_causal=True,
+        window=(2, None),
+        sinks=torch.ones(3),
+        return_lse=True,
+        seed=seed,
+    ),
+    "attention zero": lambda x, r, seed: tridrop.scaled_dot_product_attention(
+        x[None], r[None], r[None], key_mask=SEEN, seed=seed
+    ),
 }
 
 
@@ -85,6 +105,7 @@ def test_known_calls_give_what_checked_ones_do(monkeypatch, name, dtype, backend
         first = results(call, *given)
         assert len(known._known) == 1
         monkeypatch.setattr(tridrop.spec, "check_input", None)  # not needed any more
+        monkeypatch.setattr(tridrop.spec_attention, "check_dtypes", None)
         assert_equal(first, expected)
         assert_equal(results(call, *given), expected)
     assert len(known._known) == 1
@@ -103,7 +124,7 @@ def test_a_known_call_takes_any_strides(monkeypatch, name):
     assert len(known._known) == 1
 
 
-@pytest.mark.parametrize("name", ["add", "norm"])
+@pytest.mark.parametrize("name", ["add", "norm", "softmax", "attention"])
 def test_seeds_are_drawn_as_before(monkeypatch, name):
     call, given = CALLS[name], operands()
     for seed in (None, 3, tridrop.fold_in(3, 4)):
@@ -154,7 +175,7 @@ def test_gradients_of_vectors_alone(monkeypatch):
 # ------------------------------------------------------------------------------ the same errors
 
 
-X, R = torch.randn(4, 24), torch.randn(4, 24)
+X, R, Q = torch.randn(4, 24), torch.randn(4, 24), torch.randn(1, 2, 4, 8)
 
 
 @pytest.mark.parametrize(
@@ -179,10 +200,23 @@ X, R = torch.randn(4, 24), torch.randn(4, 24)
         (ValueError, lambda: tridrop.dropout_add_layer_norm(X, R, W, B, 1.0, eps=-1.0)),
         (ValueError, lambda: tridrop.dropout_add_layer_norm(X, R, W, B[:7], 1.0)),
         (ValueError, lambda: tridrop.dropout_add_layer_norm(X, R, W, B, 1.0, out_dtype=torch.int)),
+        (TypeError, lambda: tridrop.softmax_dropout(X, 1.0, scale=True)),
+        (TypeError, lambda: tridrop.softmax_dropout(X, 1.0, scale=torch.ones(()))),
+        (ValueError, lambda: tridrop.softmax_dropout(X, 1.0, scale=float("inf"))),
+        (ValueError, lambda: tridrop.softmax_dropout(X, 1.0, mask=R[:3])),
+        (TypeError, lambda: tridrop.scaled_dot_product_attention(Q, Q, Q, None, 1.0, scale=True)),
+        (TypeError, lambda: tridrop.scaled_dot_product_attention(Q, Q, Q, None, 1.0, window=True)),
+        (TypeError, lambda: tridrop.scaled_dot_product_attention(Q, Q, Q, None, True)),
+        (TypeError, lambda: tridrop.scaled_dot_product_attention(Q, Q, Q.half(), None, 1.0)),
+        (ValueError, lambda: tridrop.scaled_dot_product_attention(Q, Q, Q[..., :1, :], None, 1.0)),
+        (ValueError, lambda: tridrop.scaled_dot_product_attention(Q, Q, Q, None, 1.0, softcap=0.0)),
     ],
 )
 def test_what_is_refused_stays_refused(error, bad):
     for _ in range(2):
+        tridrop.softmax_dropout(X, 1.0, scale=1.0)
+        for more in ({}, {"scale": 1.0}, {"window": 1}, {"softcap": 1.0}):
+            tridrop.scaled_dot_product_attention(Q, Q, Q, None, 1.0, **more)
         tridrop.dropout_add(X, R, 1.0)
         tridrop.dropout_add_layer_norm(X, R, W, B, 1.0)
         with pytest.raises(error):

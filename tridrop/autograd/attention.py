@@ -12,8 +12,16 @@ from .. import ops
 from ..backends.reference import attention
 from ..distributed import layouts
 from ..ops.attention import attention_backward, attention_forward
+from ..ops.library import Known
 from ..spec_attention import AttentionInputs
-from .common import apply_in_backward, differentiate, each_sample, wanted
+from .common import (
+    apply_in_backward,
+    differentiate,
+    each_sample,
+    opened,
+    prepared_backward,
+    wanted,
+)
 
 _WIDTH = len(AttentionInputs._fields)
 # Of the inputs: query, key, value, mask and sinks.
@@ -45,29 +53,34 @@ class Attention(torch.autograd.Function):
         cu_key: Tensor | None,
         seed: Tensor | None,
         p: Tensor | None,
-        packed: ops.PackedAttention,
+        packed: ops.PackedAttention | Known,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = attention_forward(
-            query, key, value, mask, key_mask, sinks, cu_query, cu_key, seed, p, *packed
-        )
+        inputs = (query, key, value, mask, key_mask, sinks, cu_query, cu_key, seed)
+        if isinstance(packed, Known):
+            out, lse = packed.prepared.forward(*inputs)
+        else:
+            out, lse = attention_forward(*inputs, p, *packed)
         return out, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.packed = inputs
+        *tensors, packed = inputs
+        ctx.packed, ctx.prepared = opened(packed)
         ctx.needs = tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        out, lse, *tensors = ctx.saved_tensors
+        *saved, p = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * (_WIDTH + 1)
         if dout is None:
-            dout = torch.zeros_like(out)
-        given = (dout, dlse, out, lse, *tensors, ctx.packed, ctx.needs)
-        found = apply_in_backward(AttentionBackward, *given)
+            dout = torch.zeros_like(saved[0])
+        found = prepared_backward(ctx, (dout, dlse), saved, ctx.needs)
+        if found is None:
+            given = (dout, dlse, *saved, p, ctx.packed, ctx.needs)
+            found = apply_in_backward(AttentionBackward, *given)
         return *_spread(found, _WIDTH), None
 
     @staticmethod

@@ -65,9 +65,12 @@ def opened(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:
 
 
 def prepared_backward(
-    ctx: Any, incoming: tuple[Tensor | None, ...], saved: Sequence[Tensor | None]
+    ctx: Any, incoming: tuple[Tensor | None, ...], saved: Sequence[Tensor | None], needed: Any
 ) -> Any:
-    """The gradients, where the call is known and nothing but the backend has to see them."""
+    """The gradients, where the call is known and nothing but the backend has to see them.
+
+    ``needed`` tells the backend which: their dtypes, or whether they are wanted.
+    """
     if ctx.prepared is None or torch.is_grad_enabled() or watched():
         return None
     for grad in incoming:
@@ -75,7 +78,7 @@ def prepared_backward(
             return None
     if not _SAVED.issuperset(map(type, saved)):  # a hook may give back what it likes
         return None
-    return ctx.prepared.backward(*incoming, *saved, ctx.dtypes)
+    return ctx.prepared.backward(*incoming, *saved, needed)
 
 
 def each_sample(

@@ -66,7 +66,7 @@ class Fused(torch.autograd.Function):
         found = (None, None, None)
         if any(ctx.needs_input_grad[:3]):
             *tensors, p = ctx.saved_tensors
-            found = prepared_backward(ctx, (grad,), tensors)
+            found = prepared_backward(ctx, (grad,), tensors, ctx.dtypes)
             if found is None:
                 given = (grad, *tensors, p, ctx.packed, ctx.dtypes)
                 found = apply_in_backward(FusedBackward, *given)

@@ -82,7 +82,7 @@ class FusedNorm(torch.autograd.Function):
         if dout is None and dstream is None:
             return (None,) * 9
         incoming = torch.zeros_like(saved[0]) if dout is None else dout
-        found = prepared_backward(ctx, (incoming, dstream), saved)
+        found = prepared_backward(ctx, (incoming, dstream), saved, ctx.dtypes)
         if found is None:
             given = (incoming, dstream, *saved, p, ctx.packed, ctx.dtypes)
             found = apply_in_backward(FusedNormBackward, *given)

@@ -12,8 +12,16 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import softmax as reference
 from ..distributed import layouts
+from ..ops.library import Known
 from ..ops.softmax import softmax_backward, softmax_forward
-from .common import apply_in_backward, differentiate, each_sample, wanted
+from .common import (
+    apply_in_backward,
+    differentiate,
+    each_sample,
+    opened,
+    prepared_backward,
+    wanted,
+)
 
 
 def _is_plain(
@@ -21,9 +29,9 @@ def _is_plain(
 ) -> bool:
     """Whether the result is the softmax of the scores, masked at most, and only they have a
     gradient: then backward is torch's, and keeps what torch's would."""
-    options, backend = ops.unpack_attention(*packed), packed[-1]
-    drops = seed is not None or p is not None
-    return backend == "reference" and not drops and options.scale == 1 and dtypes[1] is None
+    if seed is not None or p is not None or dtypes[1] is not None or packed[-1] != "reference":
+        return False
+    return ops.unpack_attention(*packed).scale == 1
 
 
 class SoftmaxDropout(torch.autograd.Function):
@@ -37,23 +45,27 @@ class SoftmaxDropout(torch.autograd.Function):
         mask: Tensor | None,
         seed: Tensor | None,
         p: Tensor | None,
-        packed: ops.PackedAttention,
-        return_softmax: bool,
+        packed: ops.PackedAttention | Known,
     ) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = softmax_forward(
-            scores, mask, seed, p, *packed, return_softmax
-        )
+        results: tuple[Tensor, ...]
+        if isinstance(packed, Known):
+            results = packed.prepared.forward(scores, mask, seed, packed.packed[-1])
+        else:
+            results = softmax_forward(scores, mask, seed, p, *packed)
         return results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        scores, mask, seed, p, ctx.packed, ctx.return_softmax = inputs
+        scores, mask, seed, p, packed = inputs
+        (*packed, ctx.return_softmax), ctx.prepared = opened(packed)
+        ctx.packed = tuple(packed)
         out, softmax, lse = output
         ctx.dtypes = tuple(
             t.dtype if t is not None and needed else None
             for t, needed in zip((scores, mask), ctx.needs_input_grad[:2], strict=True)
         )
-        ctx.mark_non_differentiable(lse, *(() if ctx.return_softmax else (softmax,)))
+        unused = () if ctx.return_softmax or softmax is None else (softmax,)
+        ctx.mark_non_differentiable(lse, *unused)
         ctx.set_materialize_grads(False)
         ctx.plain = _is_plain(seed, p, ctx.packed, ctx.dtypes) and not ctx.return_softmax
         if ctx.plain:
@@ -66,12 +78,15 @@ class SoftmaxDropout(torch.autograd.Function):
         if not ctx.return_softmax:
             dsoftmax = None  # compiled code makes a gradient for the empty result
         if dout is None and dsoftmax is None:
-            return (None,) * 6
+            return (None,) * 5
         if ctx.plain and dout is not None:
-            return reference.of_scores(dout, *ctx.saved_tensors), *(None,) * 5
-        given = (dout, dsoftmax, *ctx.saved_tensors, ctx.packed, ctx.dtypes)
-        found = apply_in_backward(SoftmaxBackward, *given)
-        return *found, None, None, None, None
+            return reference.of_scores(dout, *ctx.saved_tensors), *(None,) * 4
+        *saved, p = ctx.saved_tensors
+        found = prepared_backward(ctx, (dout, dsoftmax), saved, ctx.dtypes)
+        if found is None:
+            given = (dout, dsoftmax, *saved, p, ctx.packed, ctx.dtypes)
+            found = apply_in_backward(SoftmaxBackward, *given)
+        return *found, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

@@ -189,34 +189,72 @@ class Backend(Protocol):
         """Why the backend cannot serve tensors of this device and dtypes; None where it can."""
 
     def prepare(self, shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> Any:
-        """The backend, prepared for calls like this one, or None: see :func:`prepare`."""
+        """An elementwise op or a norm, prepared for calls like this one; None for no more than its
+        options: see :func:`prepare`."""
 
 
 class Prepared(Protocol):
-    """The elementwise or the norm family, for calls that differ in data and in nothing else."""
+    """One op, for calls that differ in data and in nothing else.
 
-    def forward(self, *operands: Any) -> Any:
-        """As ``Backend.forward`` or ``norm_forward``, of their arguments up to ``seed``."""
+    Its functions are those of :class:`Backend` without ``p`` and the options.
+    """
 
-    def backward(self, *operands: Any) -> Any:
-        """As ``Backend.backward`` or ``norm_backward``, without ``p`` and ``options``."""
+    def forward(self, *arguments: Any) -> Any:
+        """The op."""
+
+    def backward(self, *arguments: Any) -> Any:
+        """Its gradients."""
 
 
 class _Held(NamedTuple):
-    """A backend that can prepare nothing but its options."""
+    """A backend that can prepare nothing but its options: of an elementwise op."""
 
-    module: Backend
-    options: Options
+    module: Any
+    options: Any
 
-    def forward(self, *operands: Any) -> Any:
-        norm = isinstance(self.options, NormOptions)
-        call: Any = self.module.norm_forward if norm else self.module.forward
-        return call(*operands, None, self.options)
+    def forward(self, *arguments: Any) -> Any:
+        return self.module.forward(*arguments, None, self.options)
 
-    def backward(self, *operands: Any) -> Any:
-        norm = isinstance(self.options, NormOptions)
-        call: Any = self.module.norm_backward if norm else self.module.backward
-        return call(*operands[:-1], None, self.options, operands[-1])
+    def backward(self, *arguments: Any) -> Any:
+        return self.module.backward(*arguments[:-1], None, self.options, arguments[-1])
+
+
+class _HeldNorm(_Held):
+    def forward(self, *arguments: Any) -> Any:
+        return self.module.norm_forward(*arguments, None, self.options)
+
+    def backward(self, *arguments: Any) -> Any:
+        return self.module.norm_backward(*arguments[:-1], None, self.options, arguments[-1])
+
+
+class _HeldSoftmax(_Held):
+    def forward(self, *arguments: Any) -> Any:
+        return self.module.softmax_forward(*arguments[:-1], None, self.options, arguments[-1])
+
+    def backward(self, *arguments: Any) -> Any:
+        return self.module.softmax_backward(*arguments[:-1], None, self.options, arguments[-1])
+
+
+class _HeldAttention(_Held):
+    """Its inputs one by one, up to the seed."""
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.module.attention_forward(
+            AttentionInputs._make((*arguments, None)), self.options
+        )
+
+    def backward(self, *arguments: Any) -> Any:
+        dout, dlse, out, lse, *inputs, needs = arguments
+        given = AttentionInputs._make((*inputs, None))
+        return self.module.attention_backward(dout, dlse, out, lse, given, self.options, needs)
+
+
+_HELD = {
+    "elementwise": _Held,
+    "norm": _HeldNorm,
+    "softmax": _HeldSoftmax,
+    "attention": _HeldAttention,
+}
 
 
 class _State:
@@ -301,15 +339,17 @@ def serving(name: str, *tensors: Tensor | None) -> Backend:
 
 
 def prepare(
-    name: str, shape: tuple[int, ...], options: Options, *tensors: Tensor | None
+    name: str, family: str, shape: tuple[int, ...], options: Any, *tensors: Tensor | None
 ) -> Prepared:
     """The backend ``name``, prepared for calls with results of ``shape`` and tensors like these.
 
-    Raises as :func:`serving` does.
+    ``family`` is "elementwise", "norm", "softmax" or "attention". Raises as :func:`serving` does.
     """
-    module = serving(name, *tensors)
-    found: Prepared | None = module.prepare(shape, options, *tensors)
-    return _Held(module, options) if found is None else found
+    module = serving(name, *(t for t in tensors if t is None or t.is_floating_point()))
+    found: Prepared | None = None
+    if family in ("elementwise", "norm"):
+        found = module.prepare(shape, options, *tensors)
+    return _HELD[family](module, options) if found is None else found
 
 
 def report() -> list[dict[str, Any]]:

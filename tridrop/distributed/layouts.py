@@ -167,7 +167,7 @@ def _settle_scores(
 
 def softmax(*arguments: Any) -> Layout:
     """Of ``SoftmaxDropout``: any dimension but the keys may be cut."""
-    scores, mask, _, _, packed, _ = arguments
+    scores, mask, _, _, packed = arguments
     count = scores.dim()
     inner: Names = ("heads", "queries", "keys")[max(0, 3 - count) :]
     outer: Names = tuple(f"dimension {i}" for i in range(count - len(inner)))

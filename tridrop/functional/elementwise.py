@@ -14,13 +14,13 @@ from ..autograd import Fused, apply
 from ..distributed import agree
 from ..distributed.dtensor import is_dtensor
 from ..mask import Shard
-from ..ops.library import Known
 from ..seeds import seed_for
 from ..spec import Options
 from . import known
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
 
+_FAMILY = known.Family("elementwise", Fused, ops.pack)
 
 _O = TypeVar("_O", bound=Options)
 
@@ -86,7 +86,7 @@ def again(
 ) -> Tensor | None:
     """The call of x, bias, layer_scale and residual, where one with that key has been checked."""
     found = known.recall(key)
-    return None if found is None else known.call(Fused, found, seed, *operands)
+    return None if found is None else known.call(_FAMILY, found, seed, *operands)
 
 
 def fused(
@@ -107,15 +107,10 @@ def fused(
     spec.check_vector(bias, "bias", x.shape[-1] if x.dim() else 1, x)
     operands = (x, bias, layer_scale, residual)
     out: Tensor
-    if key is not None:
-        options, _, draws = rated(p, training, options)
-        name = backends.choose(x.device)
-        shape = spec.output_shape(x, options.activation)
-        prepared = backends.prepare(name, shape, options, *operands)
-        found = known.remember(key, Known(ops.pack(options, name), prepared, draws))
-        out = known.call(Fused, found, seed, *operands)
-        return out
     options, p_tensor, drawn = settle(x, p, training, seed, options)
+    if key is not None:
+        shape = spec.output_shape(x, options.activation)
+        known.learn(_FAMILY, key, shape, options, drawn is not None, *operands)
     packed = ops.pack(options, backends.choose(x.device))
     out = apply(Fused, *distinct(*operands), drawn, p_tensor, packed)
     return out

@@ -8,8 +8,8 @@ and not the arithmetic, is most of the time of a small call.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .. import backends, fast, seeds
 from ..autograd import apply, straight
 from ..ops.library import PLAIN, Known, watched
 
-Key = tuple[Hashable, ...]
+Key = tuple[Any, ...]
 
 _MOST = 1024  # calls that are known at a time: the lengths of sentences, say, times sites
 _known: dict[Key, Known] = {}
@@ -49,7 +49,7 @@ def key_of(
         return None
     if seeds.in_batch() or watched():
         return None
-    key: list[Hashable] = [p, settings]
+    key: list[Any] = [p, settings]
     for t in tensors:
         if t is None:
             key.append(None)
@@ -70,21 +70,42 @@ def recall(key: Key | None) -> Known | None:
         return None
 
 
-def remember(key: Key, known: Known) -> Known:
-    """Keep it for the next call."""
+class Family(NamedTuple):
+    """What the ops of a family share."""
+
+    name: str  # as backends.prepare takes it
+    function: type[torch.autograd.Function]  # of the operands, a seed, p as a tensor, and options
+    pack: Callable[[Any, str], tuple[Any, ...]]  # options and a backend, as operators take them
+
+
+def learn(
+    family: Family,
+    key: Key,
+    shape: tuple[int, ...],
+    options: Any,
+    draws: bool,
+    *operands: Tensor | None,
+) -> Known:
+    """Prepare the backend for the calls of a key, which has results of ``shape``, and keep it.
+
+    The first operand is a tensor.
+    """
+    name = backends.choose(operands[0].device)  # type: ignore[union-attr]
+    prepared = backends.prepare(name, family.name, shape, options, *operands)
     if len(_known) >= _MOST:
         _known.clear()
-    _known[key] = known
+    _known[key] = known = Known(family.pack(options, name), prepared, draws)
     return known
 
 
 def call(
-    function: type[torch.autograd.Function],
+    family: Family,
     known: Known,
     seed: int | Tensor | None,
     *operands: Tensor | None,
 ) -> Any:
     """The call itself; the first operand is a tensor."""
+    function = family.function
     drawn = seeds.seed_for(operands[0].device, seed) if known.draws else None  # type: ignore[union-attr]
     if drawn is not None and type(drawn) is not Tensor:
         return apply(function, *operands, drawn, None, known.packed)

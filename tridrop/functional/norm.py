@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .. import backends, ops, spec
 from ..autograd import FusedNorm, apply
-from ..ops.library import Known
 from ..spec import NormOptions
 from . import known
-from .elementwise import ShardLike, distinct, rated, settle
+from .elementwise import ShardLike, distinct, settle
+
+_FAMILY = known.Family("norm", FusedNorm, ops.pack_norm)
 
 
 def _fused_norm(
@@ -49,7 +50,7 @@ def _fused_norm(
         key = known.key_of(settings, p, noise_shape, shard, *operands)
     found = known.recall(key)
     if found is not None:
-        return known.call(FusedNorm, found, seed, *operands)[:2]
+        return known.call(_FAMILY, found, seed, *operands)[:2]
     spec.check_input(x)
     if x.dim() == 0:
         raise ValueError("x has no dimension to normalise over: give it one or more")
@@ -87,14 +88,10 @@ def _fused_norm(
         stream_dtype=torch.float32 if residual_in_fp32 else stream_dtype,
         out_dtype=out_dtype,
     )
-    name = backends.choose(x.device)
-    if key is not None:
-        options, _, draws = rated(p, training, options)
-        prepared = backends.prepare(name, tuple(x.shape), options, *operands)
-        found = known.remember(key, Known(ops.pack_norm(options, name), prepared, draws))
-        return known.call(FusedNorm, found, seed, *operands)[:2]
     options, p_tensor, drawn = settle(x, p, training, seed, options)
-    packed = ops.pack_norm(options, name)
+    if key is not None:
+        known.learn(_FAMILY, key, tuple(x.shape), options, drawn is not None, *operands)
+    packed = ops.pack_norm(options, backends.choose(x.device))
     results: tuple[Tensor, ...] = apply(FusedNorm, *distinct(*operands), drawn, p_tensor, packed)
     return results[0], results[1]
 

@@ -8,10 +8,12 @@ interpreter a constexpr on the left of an operator swallows the tile.
 import triton
 import triton.language as tl
 
-SQRT_HALF = tl.constexpr(0.7071067811865476)
-INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
-GELU_CUBIC = tl.constexpr(0.044715)
+from .constant import Constant
+
+SQRT_HALF = Constant(0.7071067811865476)
+INV_SQRT_2PI = Constant(0.3989422804014327)
+SQRT_8_OVER_PI = Constant(1.5957691216057308)  # 2 sqrt(2 / pi)
+GELU_CUBIC = Constant(0.044715)
 
 
 @triton.jit

@@ -9,17 +9,18 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from .constant import Constant
 from .mask import keep_scores, load_rate
 from .mask import load_key as load_philox_key
 from .tiles import known, to_float
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = Constant(1.4426950408889634)
+LN2 = Constant(0.6931471805599453)
 
 # What a tile needs: nothing, bounds of the rows that it loads, or of its scores as well.
-INNER = tl.constexpr(0)
-ROWS = tl.constexpr(1)
-EDGE = tl.constexpr(2)
+INNER = Constant(0)
+ROWS = Constant(1)
+EDGE = Constant(2)
 
 # Pointers; None where absent. `rate` is the (threshold, scale) pair on the device.
 Tensors = namedtuple("Tensors", "query key value mask key_mask sinks cu_query cu_key seed rate")

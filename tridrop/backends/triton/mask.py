@@ -9,23 +9,25 @@ tensor core's accumulator.
 import triton
 import triton.language as tl
 
-M0 = tl.constexpr(0xD2511F53)
-M1 = tl.constexpr(0xCD9E8D57)
-W0 = tl.constexpr(0x9E3779B9)
-W1 = tl.constexpr(0xBB67AE85)
-STREAM_MULTIPLIER = tl.constexpr(0x9E3779B97F4A7C15)
-LANES = tl.constexpr(8)
+from .constant import Constant
+
+M0 = Constant(0xD2511F53)
+M1 = Constant(0xCD9E8D57)
+W0 = Constant(0x9E3779B9)
+W1 = Constant(0xBB67AE85)
+STREAM_MULTIPLIER = Constant(0x9E3779B97F4A7C15)
+LANES = Constant(8)
 
 # What a mask covers.
-NO_MASK = tl.constexpr(0)
-ELEMENTS = tl.constexpr(1)  # a decision an element
-ROWS = tl.constexpr(2)  # a decision a row: the mask is shared along the columns
+NO_MASK = Constant(0)
+ELEMENTS = Constant(1)  # a decision an element
+ROWS = Constant(2)  # a decision a row: the mask is shared along the columns
 
 # Domains: which family of masks a counter belongs to.
-DOMAIN_ELEMENTS = tl.constexpr(0)
-DOMAIN_DROP_PATH = tl.constexpr(1)
-DOMAIN_ATTENTION = tl.constexpr(2)
-DOMAIN_NORMAL = tl.constexpr(3)
+DOMAIN_ELEMENTS = Constant(0)
+DOMAIN_DROP_PATH = Constant(1)
+DOMAIN_ATTENTION = Constant(2)
+DOMAIN_NORMAL = Constant(3)
 
 
 @triton.jit

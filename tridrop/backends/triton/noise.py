@@ -7,16 +7,17 @@ or sine: backends differ by how a compiler joins products with sums, a few of th
 import triton
 import triton.language as tl
 
+from .constant import Constant
 from .mask import DOMAIN_NORMAL, ELEMENTS, words_of
 
 # The places of noise.KINDS; 0 is the mask.
-ALPHA = tl.constexpr(1)
-GAUSSIAN = tl.constexpr(2)
+ALPHA = Constant(1)
+GAUSSIAN = Constant(2)
 
-FILL = tl.constexpr(-1.7580993408473766)  # noise.ALPHA
-TO_UNIT = tl.constexpr(2.0**-32)
-EIGHTH = tl.constexpr(1.5707963267948966 * 2.0**-32)
-SQRT_HALF = tl.constexpr(0.7071067811865476)
+FILL = Constant(-1.7580993408473766)  # noise.ALPHA
+TO_UNIT = Constant(2.0**-32)
+EIGHTH = Constant(1.5707963267948966 * 2.0**-32)
+SQRT_HALF = Constant(0.7071067811865476)
 
 
 @triton.jit

@@ -12,11 +12,12 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from .constant import Constant
 from .mask import keep_score_rows, load_key, load_rate
 from .tiles import MAX_GRID_Y, in_bounds, known, to_float
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = Constant(1.4426950408889634)
+LN2 = Constant(0.6931471805599453)
 
 # What both kernels read; None where absent. `rate` is the (threshold, scale) pair on the device.
 Operands = namedtuple("Operands", "scores mask seed rate")

@@ -5,6 +5,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from .constant import Constant
 from .mask import (
     DOMAIN_DROP_PATH,
     DOMAIN_ELEMENTS,
@@ -19,7 +20,7 @@ from .mask import (
 )
 
 # grid axis 1 holds at most 65,535 column blocks; axis 2 goes on where that is not enough
-MAX_GRID_Y = tl.constexpr(65535)
+MAX_GRID_Y = Constant(65535)
 
 # Operands of both kernels; None where absent. `rate` is the (threshold, scale) pair on the device.
 Operands = namedtuple("Operands", "x bias layer_scale residual seed rate")
