@@ -289,14 +289,16 @@ def test_blocks_are_pieces_of_the_whole(monkeypatch, options, scores):
     tensors = inputs(1 if "cu_seqlens_q" in options else 2, shared=2)
     options = {**options, "enable_gqa": True, "dropout_p": 0.3, "seed": 3}
     whole = results(tensors, with_lse=True, **options)
+    monkeypatch.setattr(blocks, "_SMALL", 0)
     sizes = []
-    real = attention.safe_softmax
+    real = attention.scores
 
-    def recorded(score, sinks=None):
+    def recorded(*call):
+        score, capped = real(*call)
         sizes.append(score.numel())
-        return real(score, sinks)
+        return score, capped
 
-    monkeypatch.setattr(attention, "safe_softmax", recorded)
+    monkeypatch.setattr(attention, "scores", recorded)
     monkeypatch.setitem(blocks._SCORES, "cpu", scores)
     found = results(tensors, with_lse=True, **options)
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
@@ -313,6 +315,7 @@ def test_gradients_of_masks_and_sinks_sum_over_blocks(monkeypatch, shape):
         return torch.autograd.grad(out.square().sum(), (bias, sinks))
 
     whole = gradients()
+    monkeypatch.setattr(blocks, "_SMALL", 0)
     monkeypatch.setitem(blocks._SCORES, "cpu", 200)
     torch.testing.assert_close(gradients(), whole, rtol=1e-4, atol=1e-5)
 
@@ -321,6 +324,7 @@ def test_blocks_have_the_exported_mask(monkeypatch):
     query, key, _ = inputs()
     identity = torch.eye(37).expand(2, 4, 37, 37)
     keep = tridrop.attention_keep_mask(3, (2, 4, 19, 37), 0.4)
+    monkeypatch.setattr(blocks, "_SMALL", 0)
     monkeypatch.setitem(blocks._SCORES, "cpu", 50)
     assert torch.equal(sdpa(query, key, identity, dropout_p=0.4, seed=3) != 0, keep)
     causal = sdpa(query, key, identity, dropout_p=0.4, is_causal=True, seed=3)
@@ -328,6 +332,7 @@ def test_blocks_have_the_exported_mask(monkeypatch):
 
 
 def test_second_derivatives_go_through_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_SMALL", 0)
     monkeypatch.setitem(blocks._SCORES, "cpu", 8)
     tensors = [t.double().requires_grad_() for t in inputs(1, 2, 3, 4, 2)]
     bias = draw(3, 4).double().requires_grad_()

@@ -29,7 +29,7 @@ LAYERS = [
     ["spec", "spec_attention", "spec_product"],
     ["fast_calls"],
     ["fast"],
-    ["fast_elementwise", "fast_norm"],
+    ["fast_elementwise", "fast_norm", "fast_softmax"],
     ["fast_kernels", "fast_math", "fast_storage", "fast_vectors"],
     ["choice", "noise"],
     ["mask"],

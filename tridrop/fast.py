@@ -1,10 +1,10 @@
 """The mask contract on a CPU, fast: the functions of :mod:`tridrop.mask` with compiled loops.
 
 The decisions are those of mask.py, bit for bit, from kernels that numba compiles
-(``fast_kernels.py``); so are the elementwise and norm families (``fast_elementwise.py``,
-``fast_norm.py``). numba is optional. ``TRIDROP_CPU`` in the environment says what serves CPU
-tensors: "numba", "torch" (mask.py itself), or, where it is not set, numba if it can be imported.
-``tridrop info`` reports the choice.
+(``fast_kernels.py``); so are the elementwise and norm families and the softmax
+(``fast_elementwise.py``, ``fast_norm.py``, ``fast_softmax.py``). numba is optional. ``TRIDROP_CPU``
+in the environment says what serves CPU tensors: "numba", "torch" (mask.py itself), or, where it is
+not set, numba if it can be imported. ``tridrop info`` reports the choice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +72,7 @@ def kernels() -> Any:
         return None
     if _loaded is None:
         try:
-            from . import fast_elementwise, fast_kernels, fast_norm
+            from . import fast_elementwise, fast_kernels, fast_norm, fast_softmax
         except ImportError as error:  # numba refuses a NumPy that is too new for it
             if os.environ.get(ENVIRONMENT):
                 raise
@@ -85,6 +84,8 @@ def kernels() -> Any:
         _loaded = SimpleNamespace(
             keep_rows=fast_kernels.keep_rows,
             keep_scores=fast_kernels.keep_scores,
+            softmax_forward=fast_softmax.forward,
+            softmax_backward=fast_softmax.backward,
             forward=fast_elementwise.forward,
             backward=fast_elementwise.backward,
             norm_forward=fast_norm.forward,
@@ -177,13 +178,6 @@ def share(parts: Parts, elements: int, call: Callable[[int, int, int], object]) 
 # ------------------------------------------------------------------------------------------ masks
 
 
-def _key(seed: Tensor) -> tuple[int, int]:
-    """:func:`mask.key_of` on the host."""
-    first, stream = seed.tolist()
-    key = (first + stream * mask.STREAM_MULTIPLIER) % (1 << 64)
-    return key % mask.ONE, key // mask.ONE
-
-
 def pair_of(seed: Tensor | None) -> tuple[Tensor | None, int]:
     """The two numbers of a seed side by side, and their address; 0 where there is none."""
     if seed is None:
@@ -265,13 +259,12 @@ def attention_keep_mask(
     batch, heads, queries, keys = shape
     rows = batch * heads * queries
     keep = torch.empty((rows, keys), dtype=torch.bool, device="cpu")
-    out, key = keep.numpy(), (np.uint32(word) for word in _key(seed))
-    sizes = (np.uint64(heads), np.uint64(queries), np.array(origin, np.uint64))
-    domain, last = np.uint32(mask.DOMAINS["attention"] << 28), np.uint32(t - 1)
-    others = (*sizes, *key, domain, last)
+    _pair, address = pair_of(seed)
+    domain, sizes = mask.DOMAINS["attention"] << 28, (heads, queries)
+    others = (keys, sizes, address, domain, t - 1, tuple(origin), keep.data_ptr())
 
     def call(_: int, start: int, stop: int) -> None:
-        loops.keep_scores(out[start:stop], np.uint64(start), *others)
+        loops.keep_scores(start, stop, *others)
 
     share(parts_of(rows, keys), rows * keys, call)
     return keep.view(tuple(shape))

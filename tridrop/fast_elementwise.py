@@ -86,7 +86,7 @@ def forward(start, stop, columns, mask, scale, out, x, bias, layer_scale, residu
     function, gated = options
     width = 2 * columns if gated else columns
     memory = strips(3)
-    bits, words = randoms(memory, STRIP * LANES, mask)
+    bits, words = randoms(memory, STRIP * LANES, mask[5])
     u, v = strip(memory, 1), strip(memory, 2)
     r, done = start, 0
     while r < stop:
@@ -120,7 +120,7 @@ def backward(start, stop, columns, mask, scale, grad, x, bias, layer_scale, dx, 
     dbias, dscale = sums
     width = 2 * columns if gated else columns
     memory = strips(6)
-    bits, words = randoms(memory, STRIP * LANES, mask)
+    bits, words = randoms(memory, STRIP * LANES, mask[5])
     g, u, v = strip(memory, 1), strip(memory, 2), strip(memory, 3)
     w, product = strip(memory, 4), strip(memory, 5)
     clear(dbias, 0, width)

@@ -241,10 +241,10 @@ def rule(mask, scale, row):
 
 
 @inline(set())
-def randoms(memory, size, mask):
+def randoms(memory, size, last):
     """The arrays (bits, words) at the begin of scratch memory, for ``size`` bits."""
     bits = cut(memory, 4 * STRIP, size, np.uint32)
-    if mask[5] < 0:
+    if last < 0:
         for j in range(size):
             bits[j] = ALL
     return bits, cut(memory, 0, (4, STRIP), np.uint32)
@@ -263,7 +263,7 @@ def keep_rows(start, stop, columns, mask, out):
     ``mask`` is as in :func:`next_piece`.
     """
     memory = scratch(12 * STRIP)
-    bits, words = randoms(memory, STRIP * LANES, mask)
+    bits, words = randoms(memory, STRIP * LANES, mask[5])
     last = rule(mask, 1.0, start)[0]
     r, done = start, 0
     while r < stop:
@@ -276,37 +276,66 @@ def keep_rows(start, stop, columns, mask, out):
     held(memory)
 
 
-@kernel
-def keep_scores(out, first, heads, queries, origin, k0, k1, domain, last):
-    """Decisions of attention: bool, [rows, keys]; row 0 is number ``first`` of all queries.
+@part(set())
+def score_tiles(bits, words, key, domain, place, first, count):
+    """The bits of ``count`` keys from the coordinate ``first`` on, or of fewer: (lane, size).
 
-    ``origin`` is where index (0, 0, 0, 0) lies; keys begin anywhere in a tile.
+    ``place`` is (batch, head, query). Keys begin anywhere in a tile, of which the lane says where.
     """
-    bits = np.empty((STRIP // 4, 4, 4, 2), np.uint32)  # tile, octet, pair, half
-    words = np.empty((4, STRIP), np.uint32)
-    flat = bits.reshape(-1)
-    keys = out.shape[1]
-    for r in range(out.shape[0]):
-        row = first + uint64(r)
-        query = uint32(row % queries + origin[2])
-        head = uint32(row // queries % heads + origin[1]) | domain
-        batch = uint32(row // queries // heads + origin[0])
-        done, skip = 0, np.int64(origin[3] % uint64(TILE))
-        group = uint32(origin[3] // uint64(TILE) * uint64(4))
+    k0, k1 = key
+    batch, head, query = uint32(place[0]), uint32(place[1]) | uint32(domain), uint32(place[2])
+    lane = np.int64(uint64(first) % uint64(TILE))
+    group = uint32(uint64(first) // uint64(TILE) * uint64(4))
+    tiles = min(STRIP // 4, (count + lane + TILE - 1) // TILE)
+    for g in range(4 * tiles):
+        words[0, g], words[1, g], words[2, g], words[3, g] = philox(
+            query, uint32(group + uint32(g)), batch, head, k0, k1
+        )
+    for t in range(tiles):
+        for octet in range(4):
+            for pair in range(4):
+                word, at = words[octet, 4 * t + pair], TILE * t + LANES * octet + 2 * pair
+                bits[at], bits[at + 1] = word, rotate(word)
+    return lane, min(count, TILE * tiles - lane)
+
+
+@part(set())
+def score_bits(bits, words, key, domain, place, first, count):
+    """The bits of all the keys: they begin at the lane that is returned."""
+    lane, done = score_tiles(bits, words, key, domain, place, first, count)
+    while done < count:
+        done += score_tiles(
+            bits[lane + done :], words, key, domain, place, first + done, count - done
+        )[1]
+    return lane
+
+
+@inline(set())
+def place_of_row(row, sizes, origin):
+    """(batch, head, query) of a row of scores, whose ``sizes`` are the heads and the queries."""
+    heads, queries = sizes
+    return (
+        origin[0] + row // queries // heads,
+        origin[1] + row // queries % heads,
+        origin[2] + row % queries,
+    )
+
+
+@kernel
+def keep_scores(start, stop, keys, sizes, seed, domain, last, origin, out):
+    """Decisions of attention in the rows from start to stop: bool, at the address ``out``.
+
+    ``origin`` is where index (0, 0, 0, 0) lies.
+    """
+    memory = scratch(12 * STRIP)
+    bits, words = randoms(memory, STRIP * LANES, last)
+    key = key_words(seed)
+    for r in range(start, stop):
+        place, done = place_of_row(r, sizes, origin), 0
         while done < keys:
-            tiles = min(STRIP // 4, (keys - done + skip + TILE - 1) // TILE)
-            for g in range(4 * tiles):
-                words[0, g], words[1, g], words[2, g], words[3, g] = philox(
-                    query, uint32(group + uint32(g)), batch, head, k0, k1
-                )
-            for t in range(tiles):
-                for octet in range(4):
-                    for pair in range(4):
-                        word = words[octet, 4 * t + pair]
-                        bits[t, octet, pair, 0] = word
-                        bits[t, octet, pair, 1] = rotate(word)
-            size = min(keys - done, TILE * tiles - skip)
-            b, o = flat[skip : skip + size], out[r, done : done + size]
+            lane, size = score_tiles(bits, words, key, domain, place, origin[3] + done, keys - done)
+            b, o = bits[lane : lane + size], vector(out + r * keys + done, size, np.bool_)
             for j in range(size):
-                o[j] = b[j] > last
-            done, skip, group = done + size, 0, uint32(group + uint32(4 * tiles))
+                o[j] = b[j] > uint32(last)
+            done += size
+    held(memory)

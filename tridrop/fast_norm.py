@@ -34,18 +34,11 @@ from .fast_vectors import (
     multiply_vector,
     row_of,
     select,
+    total,
 )
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _any_order = {"reassoc", "contract", "nsz"}  # sums of a row, in as many parts as a vector has
-
-
-@inline(_any_order)
-def total(u):
-    found = _ZERO
-    for j in range(u.size):
-        found += u[j]
-    return found
 
 
 @inline(_any_order)
@@ -184,7 +177,7 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
     rms, after, centred, eps = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 5 * width)
-    bits, words = randoms(memory, width, mask)
+    bits, words = randoms(memory, width, mask[5])
     u, spare = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
     gain, shift = rows_of_scratch(memory, 3, columns), rows_of_scratch(memory, 4, columns)
     statistics = vector(found, 2 * stop, np.float32)
@@ -244,7 +237,7 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
     rms, after, centred = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 6 * width)
-    bits, words = randoms(memory, width, mask)
+    bits, words = randoms(memory, width, mask[5])
     d, u = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
     gain = rows_of_scratch(memory, 3, columns)
     of_weight, of_bias = rows_of_scratch(memory, 4, columns), rows_of_scratch(memory, 5, columns)

@@ -50,6 +50,15 @@ def multiply(u, size, v):
         u[j] = u[j] * v[j]
 
 
+@inline({"reassoc", "contract", "nsz"})
+def total(u):
+    """The sum, in as many parts as a vector has."""
+    found = _ZERO
+    for j in range(u.size):
+        found += u[j]
+    return found
+
+
 @inline(set())
 def row_of(u, k, size):
     """Row number k of a piece."""

@@ -10,6 +10,7 @@ A score that a mask excludes is -inf. A query with no score left has P = 0, out 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from ...spec_attention import AttentionInputs, AttentionOptions, empty_output
 from . import flash
-from .blocks import blocks
+from . import scores as loops
+from .blocks import blocks, is_block
 from .elementwise import compute
 from .softmax import attention_multiplier, masked_scores, safe_softmax
 
@@ -41,6 +43,16 @@ def scores(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, 
     if key_mask is not None:
         score = score.masked_fill(~key_mask[:, None, None, :], -torch.inf)
     return score, capped
+
+
+def _by_loops(inputs: AttentionInputs, *others: Tensor) -> bool:
+    """Whether compiled loops make the probabilities, and their gradient, of such a block."""
+    given = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.key_mask, *others)
+    return inputs.sinks is None and loops.serves(inputs.seed, inputs.p, *given)
+
+
+def _without_band(options: AttentionOptions) -> AttentionOptions:
+    return replace(options, lower=None, upper=None)
 
 
 def _has_float_mask(inputs: AttentionInputs) -> bool:
@@ -72,10 +84,16 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
         lse.fill_(-torch.inf)
     for block in blocks(inputs, options):
         one = _wide(block.inputs)
-        score, _ = scores(one, block.options)
-        probabilities, log_sum, _ = safe_softmax(score, one.sinks)
-        drop = attention_multiplier(tuple(score.shape), one.seed, one.p, block.options)
-        out[block.query] = drop(probabilities) @ _repeat(one.value, one.query.shape[1])
+        if _by_loops(one):
+            kept, _ = scores(one, _without_band(block.options))
+            log_sum = kept.new_empty(kept.shape[:-1])
+            loops.forward(kept, one.seed, block.options, 1.0, kept, lse=log_sum)
+        else:
+            score, _ = scores(one, block.options)
+            probabilities, log_sum, _ = safe_softmax(score, one.sinks)
+            drop = attention_multiplier(tuple(score.shape), one.seed, one.p, block.options)
+            kept = drop(probabilities)
+        out[block.query] = kept @ _repeat(one.value, one.query.shape[1])
         lse[block.query] = log_sum
     return out, lse
 
@@ -92,19 +110,27 @@ def _gradients(
     """Of one block; see :func:`attention_gradients`."""
     query, key, mask = inputs.query, inputs.key, inputs.mask
     heads, groups = query.shape[1], key.shape[1]
-    score, capped = scores(inputs, options)
-    drop = attention_multiplier(tuple(score.shape), inputs.seed, inputs.p, options)
-    probabilities, _, sink = safe_softmax(score, inputs.sinks)
-    if lse is not None:
-        lse = lse.unsqueeze(-1)
-        probabilities = torch.where(lse == -torch.inf, 0, torch.exp(score - lse))
-    kept = drop(probabilities)
+    dkept = dout @ _repeat(inputs.value, heads).transpose(-1, -2)
+    sink: Tensor | None = None
+    if out is None and _by_loops(inputs, dkept):
+        kept, capped = scores(inputs, _without_band(options))
+        dlse = None if dlse is None else dlse.contiguous()
+        loops.backward(kept, inputs.seed, options, 1.0, dkept, dkept, dlse=dlse, kept=kept)
+        dscore = dkept
+    else:
+        score, capped = scores(inputs, options)
+        drop = attention_multiplier(tuple(score.shape), inputs.seed, inputs.p, options)
+        probabilities, _, sink = safe_softmax(score, inputs.sinks)
+        if lse is not None:
+            lse = lse.unsqueeze(-1)
+            probabilities = torch.where(lse == -torch.inf, 0, torch.exp(score - lse))
+        kept = drop(probabilities)
+        terms = kept * dkept
+        delta = (terms if out is None else dout * out).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta = delta - dlse.unsqueeze(-1)
+        dscore = torch.addcmul(terms, probabilities, delta, value=-1)
     dvalue = kept.transpose(-1, -2) @ dout
-    terms = kept * (dout @ _repeat(inputs.value, heads).transpose(-1, -2))
-    delta = (terms if out is None else dout * out).sum(-1, keepdim=True)
-    if dlse is not None:
-        delta = delta - dlse.unsqueeze(-1)
-    dscore = torch.addcmul(terms, probabilities, delta, value=-1)
     draw = dscore if capped is None else dscore * (1 - capped * capped)
 
     def of_groups(t: Tensor) -> Tensor:
@@ -150,6 +176,10 @@ def attention_gradients(
     given = given._replace(query=query, key=key, value=value, mask=mask, sinks=sinks)
     like = (query, key, value, mask, sinks)
     wide = reduce(torch.promote_types, (t.dtype for t in like if t is not None), torch.float32)
+    if is_block(given):
+        grad, dlse, out, lse = (None if t is None else t.to(wide) for t in (dout, dlse, out, lse))
+        assert grad is not None
+        return _gradients(grad, dlse, out, lse, _wide(given), its, needs)
     totals = [
         None if t is None or not need else dout.new_zeros(t.shape, dtype=wide)
         for t, need in zip(like, needs, strict=True)

@@ -21,6 +21,9 @@ Index = tuple[slice, ...]
 # 512 tokens, two cores). On an accelerator it would be the launches of small blocks that cost.
 _SCORES = {"cpu": 1 << 20}
 _MOST_SCORES = 1 << 26
+# So few that a band is not worth a cut.
+_SMALL = 1 << 16
+_WHOLE: Index = (slice(None),)
 # Queries of a block where the keys that they see lie in a band.
 _BAND = 128
 
@@ -85,8 +88,17 @@ def shared(mask: Tensor | None, where: Index) -> Index:
     )
 
 
+def is_block(inputs: AttentionInputs) -> bool:
+    """Whether the call is one block as it is: to cut it would take longer than what it saves."""
+    batch, heads, queries, _ = inputs.query.shape
+    return inputs.cu_query is None and batch * heads * queries * inputs.key.shape[2] <= _SMALL
+
+
 def blocks(inputs: AttentionInputs, options: AttentionOptions) -> Iterator[Block]:
     """The call as calls that are not packed, each with few scores; in order."""
+    if is_block(inputs):
+        yield Block(inputs, options, _WHOLE, _WHOLE, _WHOLE, slice(None))
+        return
     packed = inputs.cu_query is not None
     group = inputs.query.shape[1] // max(1, inputs.key.shape[1])
     for number, (tokens, others) in enumerate(_spans(inputs)):

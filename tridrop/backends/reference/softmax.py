@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from ... import fast
 from ... import mask as contract
 from ...spec_attention import AttentionOptions, four
+from . import scores as loops
 from .elementwise import Multiplier, compute, own
 
 Dtypes = tuple[torch.dtype | None, ...]
@@ -130,6 +132,12 @@ def softmax_forward(
 
     The log-sum-exp is left at 0, for this file's backward makes the softmax anew.
     """
+    if not _is_torchs(mask, options) and loops.serves(seed, p, scores, mask):
+        x, scale = _scaled(scores, mask, options)
+        out = torch.empty(scores.shape, dtype=scores.dtype, device="cpu")
+        both = torch.empty_like(out) if return_softmax else None
+        loops.forward(x, seed, options, scale, out, both)
+        return out, both, scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
     drop = attention_multiplier(scores.shape, seed, p, options)
     if drop.keep is None and options.scale == 1 and (mask is None or mask.dtype == torch.bool):
         score = masked_scores(scores, mask, options)  # torch's softmax is fp32 inside
@@ -182,6 +190,17 @@ def softmax_backward(
     dtypes: Dtypes,
 ) -> tuple[Tensor | None, ...]:
     """The op's gradients; arguments as in ``backends.Backend.softmax_backward``."""
+    if loops.serves(seed, p, scores, mask):
+        x, scale = _scaled(scores, mask, options)
+        g, h = (None if t is None else t.contiguous() for t in (dout, dsoftmax))
+        dx = torch.empty(scores.shape, dtype=x.dtype, device="cpu")
+        loops.backward(x, seed, options, scale, g, dx, h)
+        dscores = dmask = None
+        if dtypes[0] is not None:
+            dscores = (dx if scale == options.scale else dx * options.scale).to(dtypes[0])
+        if dtypes[1] is not None and mask is not None:
+            dmask = own(dx.sum_to_size(mask.shape).to(dtypes[1]), dx)
+        return dscores, dmask
     drop = attention_multiplier(scores.shape, seed, p, options)
     wide, added = _compute(scores, mask)
     g, h = compute(dout, dsoftmax)
@@ -192,6 +211,21 @@ def softmax_backward(
         for t, dtype in zip(results, dtypes, strict=True)
     )
     return dscores, None if dmask is None else own(dmask, scores)
+
+
+def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
+    """Whether nothing is left of the op but torch's softmax."""
+    whole = options.lower is None and options.upper is None
+    return options.threshold() == 0 and mask is None and options.scale == 1 and whole
+
+
+def _scaled(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> tuple[Tensor, float]:
+    """Contiguous scores with their mask but not the band, and what is still their factor."""
+    if mask is None:
+        return scores.contiguous(), options.scale
+    wide, added = _compute(scores, mask)
+    band_apart = replace(options, lower=None, upper=None)
+    return masked_scores(options.scale * wide, added, band_apart).contiguous(), 1.0
 
 
 def _compute(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

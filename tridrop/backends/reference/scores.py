@@ -1,0 +1,99 @@
+"""Softmax and dropout of scores on a CPU, each direction a compiled loop of :mod:`tridrop.fast`.
+
+The formulas and the rounding are those of softmax.py and attention.py, which compute what numba
+does not serve: fp64, a rate in a tensor, sinks, blocks of keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import fast
+from ... import mask as contract
+from ...fast_calls import KINDS, Matrix
+from ...spec_attention import AttentionOptions, four
+
+_NONE: Matrix = (0, 0)
+_FAR = 1 << 62  # beyond all indices
+
+
+def serves(seed: Tensor | None, p: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether the loops take such scores and masks."""
+    for t in tensors:
+        if t is not None and (t.dtype == torch.float64 or t.device.type != "cpu" or not t.numel()):
+            return False
+    return p is None and fast.readable(seed) and fast.serves()
+
+
+def _place(t: Tensor | None) -> Matrix:
+    return _NONE if t is None else (t.data_ptr(), KINDS[t.dtype])
+
+
+def _vector(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _call(
+    name: str, x: Tensor, seed: Tensor | None, options: AttentionOptions, *arguments: Any
+) -> None:
+    """Call a kernel for all rows of the scores ``x``, by several threads."""
+    batch, heads, queries, keys = four(x.shape)
+    rows = batch * heads * queries
+    threshold = options.threshold()
+    _pair, address = fast.pair_of(seed)
+    decisions = (address, contract.DOMAINS["attention"] << 28, threshold - 1, *options.origin)
+    band = (
+        -_FAR if options.lower is None else options.lower,
+        _FAR if options.upper is None else options.upper,
+    )
+    kernel = getattr(fast.kernels(), name)
+    given = (keys, (heads, queries), decisions, options.keep_scale(), band, *arguments)
+
+    def call(_: int, start: int, stop: int) -> None:
+        kernel(start, stop, *given)
+
+    fast.share(fast.parts_of(rows, keys), rows * keys, call)
+
+
+def forward(
+    x: Tensor,
+    seed: Tensor | None,
+    options: AttentionOptions,
+    scale: float,
+    out: Tensor,
+    probabilities: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> None:
+    """Fill ``out``, the softmax of scale * x within the band after dropout, and what else is given.
+
+    All are contiguous, ``lse`` of fp32; ``out`` may be ``x``.
+    """
+    _call(
+        "softmax_forward", x, seed, options,
+        float(scale), _place(x), _place(out), _place(probabilities), _vector(lse),
+    )  # fmt: skip
+
+
+def backward(
+    x: Tensor,
+    seed: Tensor | None,
+    options: AttentionOptions,
+    scale: float,
+    dout: Tensor | None,
+    dx: Tensor,
+    dsoftmax: Tensor | None = None,
+    dlse: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """Fill ``dx``, the gradient of x, and ``kept``, the result of :func:`forward`, where given.
+
+    All are contiguous, ``dlse`` of fp32; ``kept`` may be ``x``, and ``dx`` may be ``dout``.
+    """
+    given = (_place(x), _place(dout), _place(dsoftmax), _vector(dlse))
+    _call(
+        "softmax_backward", x, seed, options,
+        float(scale), given, _place(kept), _place(dx),
+    )  # fmt: skip
