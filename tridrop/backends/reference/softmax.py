@@ -190,7 +190,7 @@ def softmax_backward(
     dtypes: Dtypes,
 ) -> tuple[Tensor | None, ...]:
     """The op's gradients; arguments as in ``backends.Backend.softmax_backward``."""
-    if loops.serves(seed, p, scores, mask):
+    if not _is_torchs(mask, options) and loops.serves(seed, p, scores, mask):
         x, scale = _scaled(scores, mask, options)
         g, h = (None if t is None else t.contiguous() for t in (dout, dsoftmax))
         dx = torch.empty(scores.shape, dtype=x.dtype, device="cpu")
