@@ -57,6 +57,26 @@ def _activation(name: str, eager: Op) -> tuple[Op, Op]:
     )
 
 
+def _scores(x: Tensor) -> Tensor:
+    """[batch, heads, queries, keys], as many queries as keys."""
+    return x.view(1, -1, x.shape[1], x.shape[1])
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[batch, heads, length, 64], of 2048 rows at most, in sequences of 1024 or less."""
+    rows = x[:2048]
+    return rows.view(-1, min(1024, len(rows)), x.shape[1] // 64, 64).transpose(1, 2)
+
+
+def _attention(attend: Op) -> Op:
+    def op(x: Tensor, r: Tensor, w: Tensor, b: Tensor, training: bool) -> Tensor:
+        query, key = _heads(x), _heads(r)
+        out = attend(query, key, query, None, P if training else 0.0)
+        return out.transpose(1, 2).reshape(-1, x.shape[1])
+
+    return op
+
+
 # name -> (eager, tridrop), of x, a residual, a norm's weight and bias, and whether to drop
 OPS: dict[str, tuple[Op, Op]] = {
     "dropout_add": (
@@ -80,6 +100,14 @@ OPS: dict[str, tuple[Op, Op]] = {
     "dropout_add_rms_norm": (
         lambda x, r, w, b, t: F.rms_norm(r + F.dropout(x, P, t), w.shape, w, EPS),
         lambda x, r, w, b, t: tridrop.dropout_add_rms_norm(x, r, w, p=P, training=t, eps=EPS),
+    ),
+    "softmax_dropout": (
+        lambda x, r, w, b, t: F.dropout(torch.softmax(_scores(x), -1), P, t).view_as(x),
+        lambda x, r, w, b, t: tridrop.softmax_dropout(_scores(x), P, t).view_as(x),
+    ),
+    "scaled_dot_product_attention": (
+        _attention(F.scaled_dot_product_attention),
+        _attention(tridrop.scaled_dot_product_attention),
     ),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ... import fast
 from ... import mask as contract
+from ...fast_calls import result
 from ...spec_attention import AttentionOptions, four
 from . import scores as loops
 from .elementwise import Multiplier, compute, own
@@ -134,7 +135,7 @@ def softmax_forward(
     """
     if not _is_torchs(mask, options) and loops.serves(seed, p, scores, mask):
         x, scale = _scaled(scores, mask, options)
-        out = torch.empty(scores.shape, dtype=scores.dtype, device="cpu")
+        out, _ = result(x, scores.dtype)
         both = torch.empty_like(out) if return_softmax else None
         loops.forward(x, seed, options, scale, out, both)
         return out, both, scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
@@ -193,7 +194,7 @@ def softmax_backward(
     if not _is_torchs(mask, options) and loops.serves(seed, p, scores, mask):
         x, scale = _scaled(scores, mask, options)
         g, h = (None if t is None else t.contiguous() for t in (dout, dsoftmax))
-        dx = torch.empty(scores.shape, dtype=x.dtype, device="cpu")
+        dx, _ = result(x, x.dtype)
         loops.backward(x, seed, options, scale, g, dx, h)
         dscores = dmask = None
         if dtypes[0] is not None:
