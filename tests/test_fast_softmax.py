@@ -149,6 +149,27 @@ def test_incoming_gradients_of_dropped_elements_do_not_matter():
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("numba", ["numba", "torch"])
+@pytest.mark.parametrize("length", [12, 300])
+def test_autocast_changes_the_operands_and_nothing_else(monkeypatch, numba, length):
+    monkeypatch.setenv("TRIDROP_CPU", numba)
+    wide = [draw(1, 2, length, 16, seed=n).requires_grad_() for n in (1, 2, 3)]
+    narrow = [t.detach().bfloat16().requires_grad_() for t in wide]
+
+    def call(q, k, v):
+        return tridrop.scaled_dot_product_attention(
+            q, k, v, dropout_p=0.3, is_causal=True, return_lse=True, seed=2
+        )
+
+    expected = results(lambda: call(*narrow), narrow)
+    for _ in range(2):  # a call that is checked, and a known one
+        with torch.autocast("cpu", torch.bfloat16):
+            found = results(lambda: call(*wide), wide)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=0, atol=0)
+    assert found[1].dtype == torch.float32
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     x = draw(2, 3, 500, 300).requires_grad_()
     before, found = torch.get_num_threads(), []

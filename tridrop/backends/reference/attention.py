@@ -10,8 +10,11 @@ A score that a mask excludes is -inf. A query with no score left has P = 0, out 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import reduce
+from functools import reduce, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ from .elementwise import compute
 from .softmax import attention_multiplier, masked_scores, safe_softmax
 
 Gradients = tuple[Tensor | None, ...]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def _repeat(t: Tensor, heads: int) -> Tensor:
@@ -70,6 +75,21 @@ def _wide(inputs: AttentionInputs) -> AttentionInputs:
     return inputs._replace(query=q, key=k, value=v, mask=mask, sinks=sinks)
 
 
+def _as_given(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Without autocast, which would make 16 bits of products of fp32 operands."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_as_given
 def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """The op; arguments as in ``backends.Backend.attention_forward``."""
     found = flash.forward(inputs, options)
@@ -86,7 +106,8 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
         one = _wide(block.inputs)
         if _by_loops(one):
             kept, _ = scores(one, _without_band(block.options))
-            log_sum = kept.new_empty(kept.shape[:-1])
+            log_sum = kept.new_empty(kept.shape[:-1], dtype=torch.float32)
+            kept = kept.contiguous()
             loops.forward(kept, one.seed, block.options, 1.0, kept, lse=log_sum)
         else:
             score, _ = scores(one, block.options)
@@ -114,6 +135,7 @@ def _gradients(
     sink: Tensor | None = None
     if out is None and _by_loops(inputs, dkept):
         kept, capped = scores(inputs, _without_band(options))
+        kept, dkept = kept.contiguous(), dkept.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
         loops.backward(kept, inputs.seed, options, 1.0, dkept, dkept, dlse=dlse, kept=kept)
         dscore = dkept
@@ -205,6 +227,7 @@ def _like(t: Tensor, source: Tensor) -> Tensor:
     return t if t.dtype == room.dtype and t.stride() == room.stride() else room.copy_(t)
 
 
+@_as_given
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -29,10 +29,12 @@ def serves(seed: Tensor | None, p: Tensor | None, *tensors: Tensor | None) -> bo
 
 
 def _place(t: Tensor | None) -> Matrix:
+    assert t is None or t.is_contiguous()
     return _NONE if t is None else (t.data_ptr(), KINDS[t.dtype])
 
 
 def _vector(t: Tensor | None) -> int:
+    assert t is None or (t.is_contiguous() and t.dtype == torch.float32)
     return 0 if t is None else t.data_ptr()
 
 
