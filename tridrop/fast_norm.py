@@ -25,6 +25,7 @@ from .fast_kernels import (
 )
 from .fast_storage import add_selected, load, of_kind, store, store_rounded, store_selected
 from .fast_vectors import (
+    ANY_ORDER,
     accumulate,
     accumulate_selected,
     add,
@@ -38,10 +39,9 @@ from .fast_vectors import (
 )
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_any_order = {"reassoc", "contract", "nsz"}  # sums of a row, in as many parts as a vector has
 
 
-@inline(_any_order)
+@inline(ANY_ORDER)
 def squares(u, mean):
     found = _ZERO
     for j in range(u.size):
@@ -90,7 +90,7 @@ def store_normalised(read, write):
     return loop
 
 
-@inline(_any_order)
+@inline(ANY_ORDER)
 def gather(d, u, mean, rstd, gain, dweight, dbias):
     """Normalise a row of the stream, and make the sums over the rows and along this one.
 

@@ -32,13 +32,12 @@ from .fast_kernels import (
 )
 from .fast_math import exp
 from .fast_storage import load, store
-from .fast_vectors import add, copy, fill, select, total
+from .fast_vectors import ANY_ORDER, add, copy, fill, select, total
 from .mask import TILE
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _NOTHING, _MAGNITUDE, _SIGN = np.float32(-np.inf), np.int32(0x7FFFFFFF), np.int32(31)
 _LEAST = np.int32(-0x7F800001)  # ordered, of minus infinity
-_any_order = {"reassoc", "contract", "nsz"}
 
 
 @inline(set())
@@ -78,7 +77,7 @@ def rescale(u, factor):
         u[j] *= factor
 
 
-@part(_any_order)
+@part(ANY_ORDER)
 def inner(u, v):
     """The sum of u * v."""
     found = _ZERO

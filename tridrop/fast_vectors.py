@@ -13,6 +13,7 @@ import numpy as np
 from .fast_kernels import inline, vector
 
 _ZERO = np.float32(0)
+ANY_ORDER = {"reassoc", "contract", "nsz"}  # of sums, in as many parts as a vector has
 
 
 @inline(set())
@@ -50,7 +51,7 @@ def multiply(u, size, v):
         u[j] = u[j] * v[j]
 
 
-@inline({"reassoc", "contract", "nsz"})
+@inline(ANY_ORDER)
 def total(u):
     """The sum, in as many parts as a vector has."""
     found = _ZERO

@@ -85,7 +85,7 @@ def learn(
     options: Any,
     draws: bool,
     *operands: Tensor | None,
-) -> Known:
+) -> None:
     """Prepare the backend for the calls of a key, which has results of ``shape``, and keep it.
 
     The first operand is a tensor.
@@ -94,8 +94,7 @@ def learn(
     prepared = backends.prepare(name, family.name, shape, options, *operands)
     if len(_known) >= _MOST:
         _known.clear()
-    _known[key] = known = Known(family.pack(options, name), prepared, draws)
-    return known
+    _known[key] = Known(family.pack(options, name), prepared, draws)
 
 
 def call(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import reduce, wraps
 from typing import ParamSpec, TypeVar
 
@@ -54,10 +53,6 @@ def _by_loops(inputs: AttentionInputs, *others: Tensor) -> bool:
     """Whether compiled loops make the probabilities, and their gradient, of such a block."""
     given = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.key_mask, *others)
     return inputs.sinks is None and loops.serves(inputs.seed, inputs.p, *given)
-
-
-def _without_band(options: AttentionOptions) -> AttentionOptions:
-    return replace(options, lower=None, upper=None)
 
 
 def _has_float_mask(inputs: AttentionInputs) -> bool:
@@ -105,7 +100,7 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
     for block in blocks(inputs, options):
         one = _wide(block.inputs)
         if _by_loops(one):
-            kept, _ = scores(one, _without_band(block.options))
+            kept, _ = scores(one, loops.without_band(block.options))
             log_sum = kept.new_empty(kept.shape[:-1], dtype=torch.float32)
             kept = kept.contiguous()
             loops.forward(kept, one.seed, block.options, 1.0, kept, lse=log_sum)
@@ -134,7 +129,7 @@ def _gradients(
     dkept = dout @ _repeat(inputs.value, heads).transpose(-1, -2)
     sink: Tensor | None = None
     if out is None and _by_loops(inputs, dkept):
-        kept, capped = scores(inputs, _without_band(options))
+        kept, capped = scores(inputs, loops.without_band(options))
         kept, dkept = kept.contiguous(), dkept.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
         loops.backward(kept, inputs.seed, options, 1.0, dkept, dkept, dlse=dlse, kept=kept)

@@ -6,6 +6,7 @@ does not serve: fp64, a rate in a tensor, sinks, blocks of keys.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def serves(seed: Tensor | None, p: Tensor | None, *tensors: Tensor | None) -> bo
         if t is not None and (t.dtype == torch.float64 or t.device.type != "cpu" or not t.numel()):
             return False
     return p is None and fast.readable(seed) and fast.serves()
+
+
+def without_band(options: AttentionOptions) -> AttentionOptions:
+    """For scores that the loops are given: they see to the band themselves."""
+    return replace(options, lower=None, upper=None)
 
 
 def _place(t: Tensor | None) -> Matrix:

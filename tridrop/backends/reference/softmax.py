@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -225,8 +224,8 @@ def _scaled(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> t
     if mask is None:
         return scores.contiguous(), options.scale
     wide, added = _compute(scores, mask)
-    band_apart = replace(options, lower=None, upper=None)
-    return masked_scores(options.scale * wide, added, band_apart).contiguous(), 1.0
+    masked = masked_scores(options.scale * wide, added, loops.without_band(options))
+    return masked.contiguous(), 1.0
 
 
 def _compute(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
