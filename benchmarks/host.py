@@ -25,16 +25,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import triton
+from gpu_plan import stub
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 import tridrop
-from tridrop import backends
 from tridrop.bench.machine import Machine
 
 P = 0.1
@@ -76,56 +73,14 @@ OPS: dict[str, tuple[Op, Op]] = {
 }
 
 
-class _NoLauncher:
-    """Takes what a launcher takes, and launches nothing."""
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        pass
-
-    def __call__(self, *arguments: Any) -> None:
-        pass
-
-
-class NoDriver:
-    """A driver of Triton's for an sm_90 that is not there."""
-
-    launcher_cls = _NoLauncher
-
-    class utils:
-        """What Triton asks of the device."""
-
-        @staticmethod
-        def get_device_properties(device: int) -> dict[str, int]:
-            return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-        @staticmethod
-        def load_binary(*_: Any) -> tuple[int, int, int, int, int]:
-            return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
-
-    @staticmethod
-    def get_current_device() -> int:
-        return 0
-
-    @staticmethod
-    def get_current_stream(device: int) -> int:
-        return 0
-
-    @staticmethod
-    def get_current_target() -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 @contextmanager
 def launching() -> Iterator[str]:
     """Calls go to Triton inside; the device of their tensors."""
-    with ExitStack() as stack:
-        stack.enter_context(tridrop.backend("triton"))
-        if torch.cuda.is_available():
+    if torch.cuda.is_available():
+        with tridrop.backend("triton"):
             yield "cuda"
-            return
-        triton.runtime.driver.set_active(NoDriver())  # for good: there is none to go back to
-        module = backends.load("triton")
-        stack.enter_context(mock.patch.object(module, "why_not", return_value=None))
+        return
+    with stub.launching(90):
         yield "cpu"
 
 

@@ -28,7 +28,7 @@ COLUMNS = 4
 Panel = tuple[str, str, str]
 
 
-def draw(records: Sequence[Record], stem: Path) -> list[Path]:
+def draw(records: Sequence[Record], stem: Path, title: str = "") -> list[Path]:
     """Write STEM.png of the speeds and STEM-attention.png of the TFLOP/s, of what was timed."""
     timed = [r for r in records if not r.why_not and (r.p > 0 or r.provider == COPY)]
     modes = {r.mode for r in timed}
@@ -41,7 +41,7 @@ def draw(records: Sequence[Record], stem: Path) -> list[Path]:
         (rates, Path(f"{stem}-attention.png"), _tflops, _length, ("length", "TFLOP/s")),
     ):
         if chosen:
-            _figure(chosen, x, y, labels).savefig(path, dpi=100)
+            _figure(chosen, x, y, labels, title).savefig(path, dpi=100)
             found.append(path)
     return found
 
@@ -76,6 +76,7 @@ def _figure(
     x: Callable[[Record], float],
     y: Callable[[Record], float],
     labels: tuple[str, str],
+    title: str,
 ) -> Figure:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -93,6 +94,8 @@ def _figure(
             axes.set_title(", ".join(panel), fontsize=7)
         figure.supxlabel(labels[0])
         figure.supylabel(labels[1])
+        if title:
+            figure.suptitle(title)
         handles = {t: h for a in grid for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(
             handles.values(), handles.keys(), frameon=False, ncols=5, loc="outside upper center"

@@ -99,20 +99,19 @@ def reasons(records: Sequence[StepRecord]) -> list[str]:
     return [f"{r.model}, {r.provider}, p = {r.p:g}: {r.why_not}" for r in records if r.why_not]
 
 
-def draw(records: Sequence[StepRecord], stem: Path) -> list[Path]:
+def draw(records: Sequence[StepRecord], stem: Path, title: str = "") -> list[Path]:
     """Write STEM.png: bars of the times at both rates, over eager's without dropout."""
     timed = [r for r in records if r.median_ms is not None]
     bases = {r.model: r.median_ms for r in timed if r.provider == EAGER and not r.p}
     timed = [r for r in timed if r.model in bases]
     if not timed:
         return []
-    _figure(timed, {name: base or 1.0 for name, base in bases.items()}).savefig(
-        path := Path(f"{stem}.png"), dpi=100
-    )
+    figure = _figure(timed, {name: base or 1.0 for name, base in bases.items()}, title)
+    figure.savefig(path := Path(f"{stem}.png"), dpi=100)
     return [path]
 
 
-def _figure(records: Sequence[StepRecord], bases: dict[str, float]) -> Figure:
+def _figure(records: Sequence[StepRecord], bases: dict[str, float], title: str) -> Figure:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -131,6 +130,8 @@ def _figure(records: Sequence[StepRecord], bases: dict[str, float]) -> Figure:
             axes.grid(axis="y", alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         figure.supylabel("time of a step, over eager's at p = 0")
+        if title:
+            figure.suptitle(title)
         handles = {t: h for a in grid for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(
             handles.values(), handles.keys(), frameon=False, ncols=2, loc="outside upper center"

@@ -1,0 +1,238 @@
+"""Kernels compiled before the clock runs: Triton's cache, filled without the GPU it is for.
+
+A kernel's place in the cache follows from its text, its arguments, the architecture and Triton's
+own files, but not from the folder of the clone or of the cache. Only the lists of a kernel's files
+name folders: :func:`take` writes them anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .archive import kernels, write_json
+from .headline import LENGTHS, MEMORY_OPS, MEMORY_SIZE, WIDTHS
+from .pieces import ROOT, Piece
+from .running import environment
+
+MANIFEST = "manifest.json"
+SETS = ("tests", "headline")
+ARCHS = (80, 90, 100)
+P = 0.1
+Job = tuple[str, int]
+"""what, and which of it"""
+
+
+class Mismatch(ValueError):
+    """A cache that is of no use here; what it says is the reason."""
+
+
+def identity() -> dict[str, str]:
+    """Triton as its cache tells it from others: its version and the content of its files."""
+    import hashlib
+
+    import triton
+    from triton.runtime.cache import triton_key
+
+    return {
+        "triton": triton.__version__,
+        "triton_files": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+    }
+
+
+def count(folder: Path) -> int:
+    """The compiled kernels of a cache."""
+    return sum(1 for _ in folder.glob("*/*.cubin"))
+
+
+# Taking it.
+
+
+def take(source: Path, target: Path, arch: int) -> str:
+    """Make ``target`` Triton's cache with what ``source``, a folder or its .tar.gz, holds.
+
+    Returns what it holds. Raises Mismatch where this Triton or ``arch`` would not look at it.
+    """
+    if source.is_file():
+        with tarfile.open(source) as packed:
+            packed.extractall(target, filter="data")
+    elif source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        raise Mismatch(f"there is no {source}")
+    file = target / MANIFEST
+    if not file.exists():
+        raise Mismatch(f"{source} has no {MANIFEST}: fill it with --precompile")
+    found, wanted = json.loads(file.read_text()), identity() | {"arch": arch}
+    if others := [f"{k} {found.get(k)}, here {v}" for k, v in wanted.items() if found.get(k) != v]:
+        raise Mismatch(f"it is for {'; '.join(others)}")
+    relocate(target)
+    changed = "" if found["kernels"] == kernels() else ", of kernels that have changed since"
+    return f"{count(target)} kernels for sm_{arch}, Triton {found['triton']}{changed}"
+
+
+def relocate(folder: Path) -> None:
+    """Let the lists of a cache's files name the folder in which they are."""
+    for group in folder.glob("*/__grp__*.json"):
+        names = json.loads(group.read_text())["child_paths"]
+        paths = {name: str(group.parent / name) for name in names}
+        group.write_text(json.dumps({"child_paths": paths}))
+
+
+def complete(folder: Path, wanted: str) -> bool:
+    """Whether a cache was filled with this set, of the kernels as they are now."""
+    file = folder / MANIFEST
+    if not file.exists():
+        return False
+    about = json.loads(file.read_text())
+    return wanted in about["sets"] and about["kernels"] == kernels()
+
+
+# Filling it.
+
+
+def precompile(
+    folder: Path, sets: Sequence[str], arch: int, workers: int, tests: Sequence[Piece]
+) -> dict[str, Any]:
+    """Compile what the sets need into ``folder``, on all ``workers``; what was done.
+
+    Args:
+        folder: becomes, or is, a cache of Triton's.
+        sets: of "tests", the right-or-wrong pieces, and "headline", what is timed first.
+        arch: such as 90.
+        workers: processes.
+        tests: the pieces of the first set.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = count(folder)
+    environ = environment(folder) | {"TRITON_STORE_BINARY_ONLY": "1"}
+    if "headline" in sets:
+        _compile_headline(environ, arch, workers)
+    if "tests" in sets:
+        for piece in tests:
+            _compile_tests(piece, environ, arch, workers)
+    about = {**identity(), "arch": arch, "kernels": kernels(), "sets": sorted(sets)}
+    if complete(folder, ""):
+        about["sets"] = sorted({*sets, *json.loads((folder / MANIFEST).read_text())["sets"]})
+    write_json(about, folder / MANIFEST)
+    return about | {"count": count(folder), "compiled": count(folder) - before}
+
+
+def _compile_tests(piece: Piece, environ: dict[str, str], arch: int, workers: int) -> None:
+    """Run a piece's tests with a driver that launches nothing; that they fail is no matter."""
+    command = [*piece.command, "-p", "gpu_plan.stub_device", "-q", "--tb=no", "--maxfail=1000000"]
+    command[command.index("-n") + 1] = str(workers)
+    command = [part for part in command if not part.startswith("--junitxml")]
+    found = subprocess.run(
+        command, cwd=ROOT, env=environ | {"GPU_PLAN_ARCH": str(arch)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    if found.returncode not in (0, 1):
+        raise RuntimeError(f"{piece.name} did not run:\n{found.stdout[-3000:]}{found.stderr}")
+
+
+def _compile_headline(environ: dict[str, str], arch: int, workers: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    saved = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)  # which new processes inherit
+    try:
+        with ProcessPoolExecutor(workers, context, _install, (arch,)) as pool:
+            for _ in pool.map(_do, list(jobs())):
+                pass
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def _install(arch: int) -> None:
+    import torch
+
+    from . import stub
+
+    torch.set_num_threads(1)
+    stub.launching(arch).__enter__()
+
+
+def _rows() -> list[Any]:
+    from tridrop.bench.options import Options
+
+    attention = Options.of(
+        "cuda", ops=["scaled_dot_product_attention"], lengths=LENGTHS, head_dims=WIDTHS
+    )
+    memory = Options.of("cuda", ops=MEMORY_OPS, sizes=[MEMORY_SIZE])
+    return [*memory.rows, *attention.rows]
+
+
+def jobs() -> Iterator[Job]:
+    """What the headline needs, in parts that share nothing."""
+    yield ("step", 0)
+    yield from itertools.product(("row", "check"), range(len(_rows())))
+
+
+def _do(job: Job) -> None:
+    perform(*job)
+
+
+def perform(kind: str, index: int) -> None:
+    """Call what a headline row calls; for a process in which no kernel runs."""
+    actions: dict[str, Callable[[int], None]] = {"row": _row, "check": _check, "step": _step}
+    actions[kind](index)
+
+
+def _row(index: int) -> None:
+    """Forward and backward at the size that is timed, with dropout and without."""
+    import torch
+
+    from tridrop.bench.providers import tridrop_call
+    from tridrop.bench.timing import Operands, results
+
+    row = _rows()[index]
+    for p in (P, 0.0):
+        case = row.sized(p)
+        operands = Operands(case.inputs(torch.bfloat16, "cpu", torch.Generator().manual_seed(0)))
+        operands.backward(results(tridrop_call(case)(operands.leaves)))
+
+
+def _check(index: int) -> None:
+    """What holds a row's kernels right before they are timed."""
+    import torch
+
+    from tridrop.bench.gate import SEEDS
+    from tridrop.check import check_case
+    from tridrop.check.measure import run_with_gradients
+
+    row = _rows()[index]
+    check_case(row.case, torch.bfloat16, "triton", "cpu", SEEDS)
+    case = row.checked(P)
+    inputs = case.inputs(torch.bfloat16, "cpu", torch.Generator().manual_seed(0))
+    run_with_gradients(lambda i: case.call(i, 7, P, True), inputs, None)
+
+
+def _step(index: int) -> None:
+    """A step of GPT-2 small, of which one layer and few words have all kernels."""
+    import torch
+
+    import tridrop
+    from tridrop.bench import models
+
+    architecture = models.ARCHITECTURES["gpt2"]
+    size = replace(architecture.full, layers=1, vocabulary=64)
+    for p in (P, 0.0):
+        model = architecture.build(size, p).train()
+        tridrop.swap(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**architecture.data(size, "cpu")).loss
+        loss.backward()
