@@ -45,6 +45,8 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "others": ("*",),
 }  # fmt: skip
 NEED_NO_GPU = ("compile",)
+# The table of cases where the kernels compute: of test_check.py what is run first.
+TABLE = "triton and (test_every_case_holds or test_every_invariant_holds)"
 # run.py sets up an environment, which these tests describe.
 ENVIRONMENT = (
     "tests/test_environment.py",
@@ -271,7 +273,7 @@ def _first(out: Path, cache: Path) -> Iterator[Piece]:
     # The table of cases, every row in three dtypes, where the kernels compute.
     yield _tests(
         out, "check", files["check"], 170.0, RIGHT,
-        ["-k", "triton and (test_every_case_holds or test_every_invariant_holds)"], 180.0,
+        ["-k", TABLE], 180.0,
     )  # fmt: skip
     # Nothing that is timed may wait for a compiler, and all cores are quicker than one.
     yield Piece(
@@ -301,7 +303,9 @@ def _more(out: Path) -> Iterator[Piece]:
 def _everything(out: Path) -> Iterator[Piece]:
     """The whole suite, every size of every op, all that is profiled and tuned: hours."""
     for name, files in groups(ROOT / "tests").items():
-        if name not in ("cuda", "check", *NEED_NO_GPU):
+        if name == "check":
+            yield _tests(out, "check-others", files, 200.0, ALL, ["-k", f"not ({TABLE})"])
+        elif name != "cuda" and name not in NEED_NO_GPU:
             yield _tests(out, name, files, 200.0, ALL)
     for name, ops in BENCH.items():
         seconds = 1700.0 if name in ("norms", "attention") else 900.0
