@@ -55,7 +55,7 @@ class RingAttention(torch.autograd.Function):
                 )
                 out, lse = combine(out, lse, *more)
             block = pass_on(block, group)
-        out = out.to(query.dtype)
+        out = out.to(query.dtype, copy=True)  # torch.compile of 2.11 wants a tensor of its own
         ctx.save_for_backward(query, key, value, out, lse, seed)
         ctx.given = p, is_causal, group
         return out

@@ -86,6 +86,18 @@ class NormOptions(Options):
     out_dtype: torch.dtype = torch.float32
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch.autocast casts operands on ``device`` to; None where it is off.
+
+    Asked by the device's type and not by torch.amp.is_autocast_available, which torch.compile
+    cannot trace before torch 2.13: of the devices that run anything, only meta has no autocast.
+    """
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: bool = False) -> None:
     """Raise unless ``p`` is a probability: a number in [0, 1] or, where allowed, a 0-d tensor."""
     if isinstance(p, Tensor):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .spec import Options, check_device, check_input
+from .spec import Options, autocast_dtype, check_device, check_input
 
 MAX_RANK = 256
 # Products of one call, and their rows together: what the sums leave of a thread's registers.
@@ -82,7 +82,5 @@ def check_same_dtype(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that a product is computed in: the weight's; autocast's where it is on."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    dtype = autocast_dtype(x.device)
+    return weight.dtype if dtype is None or weight.dtype == torch.float64 else dtype

@@ -24,7 +24,9 @@ class Masked(torch.autograd.Function):
     def forward(x: Tensor, seed: Tensor, rule: Rule, options: tuple[Any, ...]) -> Tensor:
         keep, scale = rule(seed, tuple(x.shape), *options)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.where(keep, wide * scale.to(wide.dtype), 0.0).to(x.dtype)
+        out = torch.where(keep, wide * scale.to(wide.dtype), 0.0)
+        # Dynamo of torch 2.11 gives no gradient to a result that `.to` returned as it was.
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -50,10 +50,9 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     """The tensors as torch's own function takes them under torch.autocast."""
     if not all(isinstance(t, Tensor) for t in tensors):
         return list(tensors)  # refused below
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    dtype = spec.autocast_dtype(tensors[0].device)
+    if dtype is None:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) if t.dtype in spec.FLOATS[:3] else t for t in tensors]
 
 

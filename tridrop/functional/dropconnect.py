@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,7 +62,7 @@ def dropconnect_linear(
         raise ValueError("x is a scalar; a linear layer takes [..., in]")
     check_matrix(weight, "weight", None, x.shape[-1], x, f"x has {x.shape[-1]} features")
     spec.check_vector(bias, "bias", weight.shape[0], x)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = spec.autocast_dtype(x.device) is not None
     if not autocast:
         check_same_dtype(x, weight, ("x", "weight"))
     if not spec.drops(p, training):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, relu
 
 from .. import functional as F
+from .. import spec
 from .attention import MultiheadAttention
 from .modules import Dropout
 
@@ -366,8 +367,8 @@ def _add_norm(
     """The end of a post-norm branch, whose ``last`` linear still lacks its bias."""
     # The op's result has the branch's dtype. Under autocast, where the branch is narrow, torch's
     # has the stream's, and on accelerators float32.
-    kind, dtype = x.device.type, residual.dtype
-    if kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind):
+    dtype = residual.dtype
+    if x.device.type != "cpu" and spec.autocast_dtype(x.device) is not None:
         dtype = torch.promote_types(dtype, torch.float32)
     x = x.to(dtype)
     out = F.dropout_add_layer_norm(
