@@ -24,7 +24,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import tridrop
-from tridrop.distributed.dtensor import _pieces
+from tridrop.distributed.dtensor import _Ordered, _pieces
 from tridrop.distributed.layouts import Layout
 
 WORLD = 4
@@ -569,6 +569,35 @@ def _one_of_two(rank, folder):
         tridrop.distributed.check_seed(5)
     except RuntimeError as error:
         Path(folder, "error").write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "order", "expected"),
+    [
+        ((1, 3, 10), (60, 10, 1), (0, 1, 2), (30, 10, 1)),  # a shard of one index
+        ((2, 1, 10), (10, 40, 1), (0, 1, 2), (10, 10, 1)),
+        ((3, 2, 1), (2, 1, 7), (0, 1, 2), (2, 1, 1)),
+        ((0, 3, 10), (1, 2, 3), (0, 1, 2), (30, 10, 1)),
+        ((2, 3, 4), (12, 4, 1), (0, 1, 2), (12, 4, 1)),
+        ((2, 3, 4), (12, 1, 3), (0, 1, 2), (12, 4, 1)),  # another order: copied
+        ((2, 3, 4), (12, 4, 1), (1, 0, 2), (4, 8, 1)),
+        ((2, 1, 4), (4, 4, 1), (1, 0, 2), (4, 8, 1)),
+        ((), (), (), ()),
+    ],
+)
+def test_the_strides_of_a_gradient_do_not_depend_on_the_shard(shape, given, order, expected):
+    """With torch 2.11 processes whose strides differ wait for each other in different calls."""
+    x = torch.randn(shape, requires_grad=True)
+    weights = torch.empty_strided(shape, given).normal_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: 1 / 0, lambda t: t):
+        out = _Ordered.apply(x * 1.0, order)
+    assert torch.equal(out, x)
+    seen = []
+    inner = x * 1.0
+    inner.register_hook(lambda grad: seen.append(grad.stride()))
+    _Ordered.apply(inner, order).backward(weights)
+    assert seen == [expected]
+    assert torch.equal(x.grad, weights)
 
 
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])

@@ -221,7 +221,43 @@ def _local(
             gradient.append(Replicate() if cut is None else Partial())
     if tuple(wanted) != tuple(t.placements):  # of whole ones: nothing is sent
         t = t.redistribute(placements=wanted)
-    return t.to_local(grad_placements=gradient)
+    local = t.to_local(grad_placements=gradient)
+    if not local.requires_grad:
+        return local
+    found: Tensor = _Ordered.apply(local, sorted(range(t.dim()), key=t.stride, reverse=True))
+    return found
+
+
+class _Ordered(torch.autograd.Function):
+    """The tensor as it is, with a gradient whose dimensions lie in memory in this order.
+
+    A dimension of one index may have any stride, and uneven shards leave one index to some
+    processes alone. torch computes the strides of a gradient's DTensor from those of its piece, and
+    copies a gradient whose strides are not its leaf's: with torch 2.11 by collectives, which would
+    wait for processes that found no difference.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, order: Sequence[int]) -> Tensor:
+        ctx.order = order
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        strides = _strides(grad.shape, ctx.order)
+        if grad.stride() == strides:
+            return grad, None
+        return grad.permute(ctx.order).contiguous().as_strided(grad.shape, strides), None
+
+
+def _strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Of a tensor without gaps whose dimensions lie in memory in ``order``, outermost first."""
+    strides = [0] * len(shape)
+    step = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return tuple(strides)
 
 
 def _whole(
@@ -238,11 +274,5 @@ def _whole(
     order = list(range(len(names)))
     if t.dim() == 4 and t.stride(1) < t.stride(2):  # attention's, laid out as its query
         order[1:3] = 2, 1
-    strides = [0] * len(names)
-    step = 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(1, shape[dim])
-    return DTensor.from_local(
-        t, mesh, placements, run_check=False, shape=shape, stride=tuple(strides)
-    )
+    strides = _strides(shape, order)
+    return DTensor.from_local(t, mesh, placements, run_check=False, shape=shape, stride=strides)
