@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from dataclasses import fields, replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -356,7 +357,7 @@ def test_the_command_writes_records_a_table_and_plots(tmp_path, capsys, compiled
     for path in (written[0], written[3]):
         assert path.read_bytes().startswith(b"\x89PNG")
     content = json.loads(written[2].read_text())
-    assert content["about"]["versions"]["torch"] == torch.__version__
+    assert content["about"]["versions"]["torch"] == metadata.version("torch")
     assert tridrop.__version__ in content["about"]["versions"]["tridrop"]
     assert {"device", "backend", "threads", "cache_bytes", "date"} <= content["about"].keys()
     with written[1].open() as file:

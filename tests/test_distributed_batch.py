@@ -7,6 +7,7 @@ from torch import nn
 import tridrop
 from tridrop.distributed import batch_slice, number_microbatches
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 P, SEED = 0.4, 9
 
 
@@ -16,7 +17,7 @@ def kept(out):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_rows_of_the_whole_mask(backend):
-    device = "cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"
+    device = DEVICE if backend == "triton" else "cpu"
     seed = tridrop.fold_in(SEED, 0).to(device)
     whole = tridrop.keep_mask(seed, (6, 3, 10), P)
     x = torch.ones(2, 3, 10, device=device)
@@ -108,9 +109,10 @@ def test_samples_that_come_second_and_weights_that_are_none():
         words = tridrop.word_dropout(torch.ones(2, 8, dtype=torch.int64), P, token=0, seed=SEED)
         assert torch.equal(words == 1, whole[4:])
         for backend in ("reference", "triton"):
+            eye = torch.eye(8, device=DEVICE)
             with tridrop.backend(backend):
-                out = tridrop.dropconnect_linear(torch.eye(8), weight, p=P, seed=SEED)
-            assert torch.equal(kept(out), whole.T)
+                out = tridrop.dropconnect_linear(eye, weight.to(DEVICE), p=P, seed=SEED)
+            assert torch.equal(kept(out).cpu(), whole.T)
         table = tridrop.embedding_dropout(torch.arange(6), weight, P, seed=SEED)
         words = tridrop.keep_mask(SEED, (6, 1), P)
         assert torch.equal(kept(table), words.expand(6, 8))

@@ -21,6 +21,7 @@ import tridrop
 peft = pytest.importorskip("peft")
 from peft.tuners.lora import layer as peft_layer  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 7
 WIDTH, TOKENS = 24, (3, 5)
 RATES = [0.0, 0.05, 0.5, 0.9]
@@ -97,7 +98,7 @@ def step(model: nn.Module, x: Tensor, **arguments) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
     out = model(x, **arguments)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.device)
     (out.float() * weights).sum().backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"out": out.detach(), "x": x.grad, **gradients}
@@ -166,12 +167,13 @@ def test_the_expected_value_is_that_of_pefts_eager():
 
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 def test_the_kernels_do_the_same(dora):
-    model = adapted(0.3, use_dora=dora)
+    model = adapted(0.3, use_dora=dora).to(DEVICE)
     tridrop.swap(model)
-    with tridrop.rng(SEED):
-        expected = step(model, data())
-    with tridrop.rng(SEED), tridrop.backend("triton"):
-        assert_equal_steps(step(model, data()), expected)
+    found = []
+    for backend in ("reference", "triton"):
+        with tridrop.rng(SEED), tridrop.backend(backend):
+            found.append(step(model, data().to(DEVICE)))
+    assert_equal_steps(found[1], found[0])
 
 
 def test_a_schedule_of_the_rate_takes_the_adapters():

@@ -12,6 +12,7 @@ import tridrop
 from tridrop.mask import ONE, fold_in, threshold
 from tridrop.nn import LockedDropout, VariationalCell, VariationalRNN
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = torch.tensor([3, 5, 1, 5])
 STEPS, BATCH, INPUTS, HIDDEN = 5, 4, 6, 8
 
@@ -40,9 +41,10 @@ def close(a, b):
 @pytest.mark.parametrize("form", ["time", "batch", "packed", "alone"])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_mask_for_all_steps_whatever_the_layout(form, backend, as_tensor):
-    p = torch.tensor(0.4, dtype=torch.float64) if as_tensor else 0.4
-    x = inputs().requires_grad_()
-    drop = factor(7, INPUTS, 0.4, x.dtype)
+    device = DEVICE if backend == "triton" else "cpu"
+    p = torch.tensor(0.4, dtype=torch.float64, device=device) if as_tensor else 0.4
+    x = inputs().to(device).requires_grad_()
+    drop = factor(7, INPUTS, 0.4, x.dtype).to(device)
     with tridrop.backend(backend):
         if form == "time":
             out, expected = tridrop.locked_dropout(x, p, seed=7), x * drop

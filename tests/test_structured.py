@@ -61,7 +61,7 @@ def test_bits_are_those_that_a_mask_compares(shape, backend):
 @pytest.mark.parametrize("k", [0, 1, 5, 8])
 def test_kept_indices_are_those_that_a_rising_rate_drops_last(k, backend):
     shape = (3, 4, 8)
-    kept = tridrop.kept_indices(7, shape, k)
+    kept = tridrop.kept_indices(7, shape, k, device=DEVICE).cpu()
     bits = choice.bits(mask.as_seed(7), shape)
     chosen = torch.zeros(shape, dtype=torch.bool).scatter(-1, kept, True)
     assert kept.shape == (3, 4, k)

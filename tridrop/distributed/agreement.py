@@ -18,9 +18,9 @@ _check = os.environ.get("TRIDROP_CHECK_SEEDS", "0") not in ("", "0")
 
 def _groups(where: Any) -> list[Any]:
     """The process groups of a mesh, one a dimension; or the one that was given."""
-    if where is not None and hasattr(where, "get_coordinate"):
-        return [where.get_group(dim) for dim in range(where.ndim)]
-    return [dist.group.WORLD if where is None else where]
+    if where is None or isinstance(where, dist.ProcessGroup):
+        return [dist.group.WORLD if where is None else where]
+    return [where.get_group(dim) for dim in range(where.ndim)]
 
 
 def _device(where: Any) -> torch.device:

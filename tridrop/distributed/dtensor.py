@@ -110,7 +110,7 @@ def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) 
 
     Raises ValueError where the operands' placements do not go together.
     """
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
 
     chosen: str | None = None
     first: tuple[Operand, Any] | None = None
@@ -126,7 +126,7 @@ def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) 
                     f"{_advice(o, t, dim, Replicate())} or a Shard(...) there"
                 )
             name = _PARTIAL
-        elif type(placement) is not Shard:
+        elif not placement.is_shard():  # Dynamo of torch 2.11 knows no types of placements
             raise ValueError(
                 f"{where}; known are Replicate, Shard and Partial: use "
                 f"{_advice(o, t, dim, Replicate())}"
