@@ -261,7 +261,7 @@ def attention_dmask_kernel(
     """A tile of the mask's gradient: dS summed over the dimensions along which it is shared.
 
     ``shared`` holds the sizes (batches, heads, blocks of queries, blocks of keys) to sum over, 1
-    where the mask has its own; SHARED is whether the last two are summed.
+    where the mask has its own, and their product; SHARED is whether the last two are summed.
     """
     shape = problem.shape
     rule = load_rule(problem, threshold, scale, FEATURES)
@@ -275,7 +275,7 @@ def attention_dmask_kernel(
     own_head = program // key_blocks // query_blocks % own_heads
     own_batch = program // key_blocks // query_blocks // own_heads
     total = tl.full([BLOCKS.M, BLOCKS.N], 0.0, tl.float32)
-    for i in range(shared[0] * shared[1] * shared[2] * shared[3]):
+    for i in range(shared[4]):
         padded = (own_key + i % shared[3]) * BLOCKS.N
         q0 = (own_query + i // shared[3] % shared[2]) * BLOCKS.M
         head = own_head + i // shared[3] // shared[2] % shared[1]

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 
 from ...mask import TILE
 from ...spec_attention import HEAD_DIM_LIMIT, AttentionInputs, AttentionOptions, empty_output
-from . import launch
+from . import gpu, launch
 from .attention import attention_forward_kernel
 from .attention_backward import (
     Incoming,
@@ -31,6 +30,7 @@ from .attention_tiles import (
     Strides,
     Tensors,
 )
+from .gpu import Gpu
 
 
 class Tile(NamedTuple):
@@ -40,19 +40,6 @@ class Tile(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
-
-
-def generation() -> int:
-    """90 for Hopper, 100 for data centre Blackwell, 80 for GPUs with less shared memory.
-
-    Settings follow the kind of GPU because a tile that fills one does not fit the other. Masks do
-    not depend on them; the order of sums, and so the last bits of results, does.
-    """
-    if launch.interpreting():
-        return 80
-    target = driver.active.get_current_target()
-    arch = int(target.arch) if target.backend == "cuda" else 0
-    return 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
 
 
 # The tiles are read off the machine code (docs/design.md has the figures): for bf16 at head
@@ -66,38 +53,38 @@ def generation() -> int:
 # Only a GPU can tell what that costs (benchmarks/tune.py).
 
 
-def forward_tile(width: int, element_size: int, gpu: int) -> Tile:
+def forward_tile(width: int, element_size: int, kind: Gpu) -> Tile:
     """The forward's tile, for the larger of the padded head dimensions."""
     if element_size == 4:
         return Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 8, 1)
     if width <= 128:
-        return Tile(128, 128, 8, 2) if gpu >= 90 else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 2) if gpu >= 90 else Tile(32, 32, 4, 2)
+        return Tile(128, 128, 8, 2) if kind.generation >= 90 else Tile(128, 64, 8, 2)
+    return Tile(128, 64, 8, 2) if kind.generation >= 90 else Tile(32, 32, 4, 2)
 
 
-def dquery_tile(width: int, element_size: int, gpu: int) -> Tile:
+def dquery_tile(width: int, element_size: int, kind: Gpu) -> Tile:
     """The tile of the gradient of queries, and of the mask's."""
     if element_size == 4:
         return Tile(32 if width <= 64 else 16, 32, 4, 1)
-    if width <= 64 or (width <= 128 and gpu >= 90):
+    if width <= 64 or (width <= 128 and kind.generation >= 90):
         return Tile(128, 64, 8, 2)
-    return Tile(128, 32, 8, 1) if width <= 128 or gpu >= 90 else Tile(64, 32, 8, 1)
+    return Tile(128, 32, 8, 1) if width <= 128 or kind.generation >= 90 else Tile(64, 32, 8, 1)
 
 
-def dkey_tile(width: int, element_size: int, gpu: int) -> Tile:
+def dkey_tile(width: int, element_size: int, kind: Gpu) -> Tile:
     """The tile of the gradients of keys and values."""
     if element_size == 4:
         return Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
     if width <= 64:
         return Tile(64, 64, 4, 2)
     if width <= 128:
-        if gpu == 100:
+        if kind.generation == 100:
             # 128 x 64 with one stage takes 30.1 instructions a score, 29.2 and spills 160 bytes
             # where attention is causal; this one 27.4 and 25.3, spills none and loads ahead. With a
             # mask in fp32 it has 230,400 bytes of shared memory, of the 232,448 that there are.
             return Tile(64, 128, 8, 2)
-        return Tile(128, 64, 8, 2) if gpu == 90 else Tile(32, 64, 4, 1)
-    return Tile(128, 32, 8, 2) if gpu == 90 else Tile(32, 32, 4, 1)
+        return Tile(128, 64, 8, 2) if kind.generation == 90 else Tile(32, 64, 4, 1)
+    return Tile(128, 32, 8, 2) if kind.generation == 90 else Tile(32, 32, 4, 1)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:
@@ -209,7 +196,7 @@ class Call:
     def tile(self, choose: Any) -> Tile:
         size = torch.finfo(self.dtype).bits // 8
         widest = max(_padded(self.shape.width), _padded(self.shape.value_width))
-        chosen: Tile = choose(widest, size, generation())
+        chosen: Tile = choose(widest, size, gpu.of(self.device))
         return chosen
 
 
@@ -313,7 +300,7 @@ def _mask_gradient(call: Call, incoming: Incoming, dmask: Tensor) -> None:
         incoming.dout,
         dmask,
         _strides(dmask),
-        shared,
+        (*shared, math.prod(shared)),
         incoming,
         SHARED=(dmask.shape[2] == 1, dmask.shape[3] == 1),
     )

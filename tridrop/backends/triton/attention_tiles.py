@@ -122,7 +122,11 @@ def load_rows(
     """Rows `first` and on, [HEIGHT, COLS], zeros outside. WIDTH is the width, or 0 if not COLS."""
     # With a constant row stride a thread needs one address, not one for each row that it loads.
     row, col = tl.arange(0, HEIGHT), tl.arange(0, COLS)
-    pointers = base + tl.cast(first, tl.int64) * STEP + (row[:, None] * STEP + col[None, :])
+    if HEIGHT * STEP + COLS < 1 << 31:
+        inner = row[:, None] * STEP + col[None, :]
+    else:
+        inner = row.to(tl.int64)[:, None] * STEP + col[None, :]
+    pointers = base + tl.cast(first, tl.int64) * STEP + inner
     if BOUNDS != INNER:
         at = first + row
         inside = ((at >= 0) & (at < length))[:, None]
@@ -193,7 +197,8 @@ def store_rows(
     base, step, first, length, width, value, HEIGHT: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     row, col = tl.arange(0, HEIGHT), tl.arange(0, COLS)
-    pointers = base + tl.cast(first, tl.int64) * step + (row[:, None] * step + col[None, :])
+    inner = row.to(tl.int64)[:, None] * step + col[None, :]
+    pointers = base + tl.cast(first, tl.int64) * step + inner
     at = first + row
     inside = ((at >= 0) & (at < length))[:, None] & (col < width)[None, :]
     tl.store(pointers, value.to(base.dtype.element_ty), mask=inside)
@@ -290,7 +295,7 @@ def make_scores(
         base = tensors.mask + tl.cast(place.batch, tl.int64) * strides.mask[0]
         base += tl.cast(place.head, tl.int64) * strides.mask[1]
         base += tl.cast(q0, tl.int64) * strides.mask[2] + tl.cast(k0, tl.int64) * strides.mask[3]
-        row, col = tl.arange(0, BLOCKS.M), tl.arange(0, BLOCKS.N)
+        row, col = tl.arange(0, BLOCKS.M).to(tl.int64), tl.arange(0, BLOCKS.N).to(tl.int64)
         pointers = base + (row[:, None] * strides.mask[2] + col[None, :] * strides.mask[3])
         if BOUNDS == EDGE:  # noqa: SIM108 (the compiler takes no conditional expression here)
             mask = tl.load(pointers, mask=inside, other=0)

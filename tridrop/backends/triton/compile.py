@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 
 from . import (
@@ -32,9 +34,23 @@ from . import (
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that a program may have. NVIDIA: CUDA C++ Programming Guide, technical
+# specifications by compute capability; AMD: CDNA 3 ISA, the local data share of a compute unit.
+SHARED = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
 }
 LAUNCHERS = (
     attention_launch,
@@ -55,13 +71,17 @@ class Compiled:
     kernel: str
     arch: str
     text: str
-    """what cuobjdump says of the machine code and its resources, or AMD's assembly"""
+    """what cuobjdump says of the machine code and its resources, or AMD's assembly; or the text of
+    the stage that was asked for"""
+    grid: tuple[int, ...]
+    numbers: tuple[int | float, ...]
+    """the numbers among the arguments, in order"""
     constants: dict[str, Any]
     """the compile-time arguments: tiles, features"""
     threads: int
     """of a program"""
     shared_bytes: int
-    """shared memory of a program"""
+    """shared memory of a program; 0 where the compiler was stopped before it was laid out"""
     tensor_bytes: int
     """all tensors that the kernel is given, each once"""
 
@@ -79,8 +99,9 @@ class Compiled:
 class _Driver:
     """Stands for the driver of a GPU that is not there; nothing is launched."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, arch: str) -> None:
+        self.target, self.shared = TARGETS[arch], SHARED[arch]
+        self.utils = self
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -91,28 +112,69 @@ class _Driver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.shared}
+
+
+class _Stopped(Exception):
+    """The compiler has come to the stage that it was to stop behind."""
+
+    def __init__(self, text: str, metadata: dict[str, Any]) -> None:
+        super().__init__()
+        self.text, self.metadata = text, metadata
+
+
+@contextmanager
+def _stopping(arch: str, until: str) -> Iterator[None]:
+    """Compilers for ``arch`` raise :class:`_Stopped` behind the stage ``until``."""
+    kind = type(make_backend(TARGETS[arch]))
+    original = kind.add_stages
+
+    def stop(module: Any, metadata: dict[str, Any]) -> None:
+        raise _Stopped(str(module), metadata)
+
+    def add_stages(self: Any, stages: dict[str, Any], *args: Any) -> None:
+        original(self, stages, *args)
+        names = list(stages)
+        stages[names[names.index(until) + 1]] = stop
+
+    kind.add_stages = add_stages
+    try:
+        yield
+    finally:
+        kind.add_stages = original
+
 
 class _Recorder:
     """Takes a kernel's place in its launcher."""
 
-    def __init__(self, name: str, kernel: Any, arch: str, found: list[Compiled]) -> None:
-        self.name, self.kernel, self.arch, self.found = name, kernel, arch, found
+    def __init__(
+        self, name: str, kernel: Any, arch: str, until: str | None, found: list[Compiled]
+    ) -> None:
+        self.name, self.kernel, self.arch, self.until, self.found = name, kernel, arch, until, found
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def compile_only(*args: Any, **kwargs: Any) -> None:
             # Kernels are cached by device, and all targets are the same device here.
             self.kernel.device_caches.clear()
-            compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
-            tensors = {id(t): t for t in _tensors(args)}
+            try:
+                compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+                metadata = compiled.metadata._asdict()
+                text = _text(compiled.asm) if self.until is None else compiled.asm[self.until]
+            except _Stopped as stopped:
+                text, metadata = stopped.text, stopped.metadata
+            tensors = {id(t): t for t in _leaves(args) if isinstance(t, Tensor)}
             warp = TARGETS[self.arch].warp_size
             self.found.append(
                 Compiled(
                     kernel=self.name,
                     arch=self.arch,
-                    text=_text(compiled.asm),
+                    text=text,
+                    grid=grid,
+                    numbers=tuple(n for n in _leaves(args) if isinstance(n, int | float)),
                     constants={k: v for k, v in kwargs.items() if k.isupper()},
-                    threads=compiled.metadata.num_warps * warp,
-                    shared_bytes=compiled.metadata.shared,
+                    threads=metadata["num_warps"] * warp,
+                    shared_bytes=metadata.get("shared", 0),
                     tensor_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
                 )
             )
@@ -120,12 +182,13 @@ class _Recorder:
         return compile_only
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What the kernel is given, one by one: named tuples of arguments are taken apart."""
+    if isinstance(value, tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from _leaves(item)
+    else:
+        yield value
 
 
 def _text(asm: dict[str, Any]) -> str:
@@ -139,16 +202,18 @@ def _text(asm: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _recording(arch: str) -> Iterator[list[Compiled]]:
+def _recording(
+    arch: str, until: str | None, launchers: Sequence[ModuleType]
+) -> Iterator[list[Compiled]]:
     found: list[Compiled] = []
     places = [
         (module, name, kernel)
-        for module in LAUNCHERS
+        for module in launchers
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     ]
     for module, name, kernel in places:
-        setattr(module, name, _Recorder(name, kernel, arch, found))
+        setattr(module, name, _Recorder(name, kernel, arch, until, found))
     try:
         yield found
     finally:
@@ -156,8 +221,17 @@ def _recording(arch: str) -> Iterator[list[Compiled]]:
             setattr(module, name, kernel)
 
 
-def capture(arch: str, call: Callable[[], object]) -> list[Compiled]:
+def capture(
+    arch: str,
+    call: Callable[[], object],
+    until: str | None = None,
+    launchers: Sequence[ModuleType] = LAUNCHERS,
+) -> list[Compiled]:
     """The kernels that ``call`` would launch on ``arch``, compiled, in order.
+
+    ``until`` names the stage of the compiler to stop behind, whose text is returned: "ttir",
+    "ttgir", or "llir", where the shared memory is laid out. ``launchers`` are the modules whose
+    kernels are compiled.
 
     For a process of its own: Triton's driver is another one from here on.
     """
@@ -166,7 +240,8 @@ def capture(arch: str, call: Callable[[], object]) -> list[Compiled]:
             "kernels of Triton's interpreter cannot be compiled: unset TRITON_INTERPRET in the "
             "environment before the first import of triton"
         )
-    driver.set_active(_Driver(TARGETS[arch]))
-    with _recording(arch) as found:
+    driver.set_active(_Driver(arch))
+    stopping = _stopping(arch, until) if until else nullcontext()
+    with _recording(arch, until, launchers) as found, stopping:
         call()
     return found

@@ -17,6 +17,7 @@ import triton.language as tl
 from .mask import NO_MASK
 from .tiles import (
     columns_at,
+    first_of,
     in_bounds,
     keep_tile,
     known,
@@ -94,8 +95,9 @@ def norm_forward_kernel(
             stream = to_float(rounded)
         if LAYER:
             # Chan, Golub and LeVeque (1979): the moments of a chunk join those before it.
-            before = tl.minimum(chunk * BLOCK_COLS, cols).to(tl.float32)
-            size = tl.minimum(cols - chunk * BLOCK_COLS, BLOCK_COLS).to(tl.float32)
+            start = first_of(chunk, cols, BLOCK_COLS)
+            before = tl.minimum(start, cols).to(tl.float32)
+            size = tl.minimum(cols - start, BLOCK_COLS).to(tl.float32)
             centre = tl.sum(stream, axis=1) / size
             deviation = tl.where(inside, stream - centre[:, None], 0.0)
             delta = centre - mean

@@ -42,7 +42,7 @@ def _load_weight(operands, stride, first, rank, col, cols, RANK: tl.constexpr):
     """The rows first..first + rank of the weight: [RANK, BLOCK_COLS], 0 beyond."""
     at = tl.arange(0, RANK)
     inside = (at < rank)[:, None] & ((col >= 0) & (col < cols))[None, :]
-    return _load(operands.weight, stride, first + at, col, inside)
+    return _load(operands.weight, stride, (first + at).to(tl.int64), col, inside)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .constant import Constant
 from .mask import keep_score_rows, load_key, load_rate
-from .tiles import MAX_GRID_Y, in_bounds, known, to_float
+from .tiles import MAX_GRID_Y, first_of, in_bounds, known, to_float
 
 LOG2E = Constant(1.4426950408889634)
 LN2 = Constant(0.6931471805599453)
@@ -40,13 +40,12 @@ Gradients = namedtuple("Gradients", "scores attended")
 def _rows(sizes, strides, VECTOR: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """The queries of this program, and where their rows begin: in scores, mask, dout and out."""
     block = tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y
-    query = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    wide = query.to(tl.int64)
-    scores = wide * known(strides.scores, VECTOR)
-    mask = wide * known(strides.mask, VECTOR)
-    dout = wide * known(strides.dout, VECTOR)
+    query = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    scores = query * known(strides.scores, VECTOR)
+    mask = query * known(strides.mask, VECTOR)
+    dout = query * known(strides.dout, VECTOR)
     outer = tl.program_id(0)
-    out = (outer.to(tl.int64) * sizes.queries + wide) * known(sizes.keys, VECTOR)
+    out = (outer.to(tl.int64) * sizes.queries + query) * known(sizes.keys, VECTOR)
     for i in tl.static_range(len(sizes.leading)):
         at = (outer % sizes.leading[i][0]).to(tl.int64)
         outer = outer // sizes.leading[i][0]
@@ -62,14 +61,24 @@ def _keys(
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """The keys of a chunk, which scores lie in the matrix, and which of them need be read."""
-    key = chunk * BLOCK_COLS - origin.shift + tl.arange(0, BLOCK_COLS)
-    inside = in_bounds(query, key, sizes.queries, known(sizes.keys, VECTOR), WHOLE)
+    keys = known(sizes.keys, VECTOR)
+    key = first_of(chunk, keys, BLOCK_COLS) - origin.shift + tl.arange(0, BLOCK_COLS)
+    inside = in_bounds(query, key, sizes.queries, keys, WHOLE)
     needed = inside
     if sizes.upper is not None:
         # By groups of eight keys, so that a load stays 16 bytes wide.
         first = key // 8 * 8
-        needed = inside & (first[None, :] - query[:, None] <= sizes.upper)
+        needed = inside & (first[None, :] <= _last(query, keys, sizes)[:, None])
     return key, inside, needed
+
+
+@triton.jit
+def _last(query, keys, sizes):
+    """The last key that each query sees, in the type of keys."""
+    # A query has 64 bits, its last key as many as keys have: no comparison of scores is wider.
+    zero = (tl.zeros([], tl.int32) + keys) * 0
+    last = tl.minimum(tl.maximum(query + sizes.upper, -1), zero + keys)
+    return last.to(zero.dtype)
 
 
 @triton.jit
@@ -90,7 +99,8 @@ def _attended(operands, sizes, strides, rows, key, needed, scale):
         else:
             value += to_float(mask)
     if sizes.upper is not None:
-        takes_part = takes_part & (key[None, :] - rows[0][:, None] <= sizes.upper)
+        last = _last(rows[0], sizes.keys, sizes)
+        takes_part = takes_part & (key[None, :] <= last[:, None])
     return tl.where(takes_part, value, -float("inf"))
 
 

@@ -44,6 +44,16 @@ def to_float(x):
 
 
 @triton.jit
+def first_of(block, size, BLOCK: tl.constexpr):
+    """The first index of a block along a dimension of that size.
+
+    Triton types sizes by their value: the product has 64 bits where the size needs them, and 32
+    where it does not. There the indices of blocks behind the last wrap to negative ones.
+    """
+    return ((tl.zeros([], tl.int32) + size) * 0 + block) * BLOCK
+
+
+@triton.jit
 def columns(cols, origin, BLOCK_COLS: tl.constexpr):
     """Local columns of this program, [BLOCK_COLS], and the column groups of its masks."""
     return columns_at(tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y, cols, origin, BLOCK_COLS)
@@ -52,11 +62,11 @@ def columns(cols, origin, BLOCK_COLS: tl.constexpr):
 @triton.jit
 def columns_at(block, cols, origin, BLOCK_COLS: tl.constexpr):
     """The columns of a block, and the column groups of their masks."""
-    # 64 bits only where the row length needs them: Triton types cols by its value.
-    start = (tl.zeros([], tl.int32) + cols) * 0 + block * BLOCK_COLS
     # A shard may begin inside a group: tiles begin where groups do, so some columns lie outside.
-    col = start - origin.shift + tl.arange(0, BLOCK_COLS)
-    group = origin.group + (start // LANES).to(tl.int64) + tl.arange(0, BLOCK_COLS // LANES)
+    col = first_of(block, cols, BLOCK_COLS) - origin.shift + tl.arange(0, BLOCK_COLS)
+    # Groups are coordinates, which have 64 bits whatever the size of this piece.
+    first = tl.cast(block, tl.int64) * (BLOCK_COLS // LANES)
+    group = origin.group + first + tl.arange(0, BLOCK_COLS // LANES)
     return col, group
 
 

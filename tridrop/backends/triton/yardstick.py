@@ -14,7 +14,7 @@ from torch import Tensor
 from ...spec import Options
 from . import launch
 from .mask import load_key, philox
-from .tiles import MAX_GRID_Y, to_float
+from .tiles import MAX_GRID_Y, first_of, to_float
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -25,7 +25,7 @@ def naive_kernel(
     """out = residual + where(keep, x, 0) * scale, whole blocks."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     block = tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y
-    col = (block * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
+    col = (first_of(block, cols, BLOCK_COLS) + tl.arange(0, BLOCK_COLS))[None, :]
     key = load_key(seed)
     zero = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.uint32)
     low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)
