@@ -102,14 +102,14 @@ def attention(
 
 
 def attentions() -> dict[str, Callable[[], object]]:
-    # Samples outermost in memory but for the tokens: 2^25 numbers from a query to the next.
-    batch, heads, dim = 1 << 13, 64, 64
+    # Samples outermost in memory but for the tokens: 2^26 numbers from a query to the next.
+    batch, heads, dim = 1 << 14, 64, 64
     apart = strided((batch, heads * dim), (heads, dim), (256, batch * heads * dim), (dim, 1))
-    long = (1 << 30) - 2048
+    long = (1 << 30) - 1024
     longest = empty(1, 1, long, 16)
     one, wide = empty(1, 2, 128, 16), empty(1, 2, 1 << 26, 16)
     mask = empty(1, 2, 128, 1 << 26, dtype=BF16)
-    turned = strided((1, 0), (2, 1 << 33), (128, 1), (1 << 26, 128))
+    turned = strided((1, 0), (2, 1 << 33), (1 << 26, 1), (128, 1 << 26))
     packed = empty(1, 64, 1 << 27, 64).transpose(1, 2).contiguous().transpose(1, 2)
     offsets = empty(9, dtype=torch.int32)
     heads_of = empty(1, 2, 1 << 27, 16)
@@ -117,7 +117,7 @@ def attentions() -> dict[str, Callable[[], object]]:
         "attention: tokens far apart": lambda: attention(apart, apart, upper=0),
         "attention: the longest": lambda: attention(longest, longest, upper=100, lower=-100),
         "attention: a wide mask": lambda: attention(one, wide, mask),
-        "attention: a mask of turned strides": lambda: attention(one, wide, turned),
+        "attention: a mask of turned strides": lambda: attention(wide, one, turned),
         "attention: one mask for all scores": lambda: attention(
             heads_of, heads_of, empty(1, 1, 1, 1)
         ),
@@ -162,8 +162,9 @@ def calls() -> dict[str, Callable[[], object]]:
             SEED, (2, 3, 5, LONG), None, scores
         ),
         "decision_bits": lambda: backend.decision_bits(SEED, (3, LONG)),
+        # Blocks that the grid's axes divide: 65,535 along one of them.
         "yardstick": lambda: backend.yardstick.naive(
-            empty(4, 1 << 32), empty(4, 1 << 32), SEED, drop
+            empty(4, 65535 << 16), empty(4, 65535 << 16), SEED, drop
         ),
         **attentions(),
         **{

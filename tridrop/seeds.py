@@ -30,6 +30,7 @@ class _Context:
         self.calls = 0
         self.sites: set[tuple[int, int]] = set()  # and the batch's origins there
         self.tables: dict[tuple[bool, torch.device], Tensor] = {}
+        self.captured = _capturing()
         if isinstance(seed, Tensor):  # known device: nothing is left to do inside a compiled call
             for numbered in (True, False):
                 self.tables[numbered, seed.device] = self._table(seed, numbered, _TABLE)
@@ -45,10 +46,24 @@ class _Context:
     def take(self, index: int, numbered: bool, device: torch.device) -> Tensor:
         table = self.tables.get((numbered, device))
         if table is None or index >= len(table):
+            if device.type == "cuda" and not self.captured and _capturing():
+                raise RuntimeError(
+                    f"a CUDA graph is being captured, and the tridrop.rng block around it has no "
+                    f"seed number {index} on {device} yet: it would be made in the graph's own "
+                    "memory, where only replays fill it in. Give rng a seed tensor on that device, "
+                    "make one such call before the capture, or enter rng inside the capture"
+                )
             size = max(_TABLE, 2 * index)
             table = self._table(as_seed(self.seed, device), numbered, size)
             self.tables[numbered, device] = table
         return table[index]
+
+
+def _capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph, and runs when that is replayed."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 class _State:

@@ -50,12 +50,12 @@ def attention_delta_kernel(
 ):  # fmt: skip
     """delta = sum over values of dout * out - dlse, [B, H, tokens]"""
     blocks = tl.cdiv(shape.tokens, BLOCK)
-    row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(0) // blocks % shape.heads
     batch = tl.program_id(0) // blocks // shape.heads
     col = tl.arange(0, VALUES)
     inside = (row < shape.tokens)[:, None] & (col < shape.value_width)[None, :]
-    at = row.to(tl.int64)[:, None]
+    at = row[:, None]
     base = batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[1]
     value = tl.load(out + base + at * out_strides[2] + col[None, :], mask=inside, other=0.0)
     base = batch.to(tl.int64) * dout_strides[0] + head.to(tl.int64) * dout_strides[1]
@@ -171,6 +171,13 @@ def _over_queries(
     """Add dS^T query and (P * keep)^T dout over the queries from start to stop."""
     dkey, dvalue = state
     for q0 in range(start, stop, BLOCKS.M):
+        if BLOCKS.AGAIN:
+            # At an index that is another one each time for all the compiler knows: it would read
+            # them once, and hold them in shared memory beside what the products take.
+            k0 = padded - problem.origin.shift + (q0 < 0).to(tl.int32)
+            key_base, value_base = key_bases(problem, place, FEATURES, LAYOUT)
+            key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
+            value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
         query = load_query(bases[0], problem, place, q0, BLOCKS, LAYOUT, BOUNDS)
         lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
         dout = load_dout(bases[1], problem, place, q0, BLOCKS, LAYOUT, BOUNDS)

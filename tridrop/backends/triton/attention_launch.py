@@ -34,12 +34,20 @@ from .gpu import Gpu
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile (keys a multiple of 32), warps and pipeline stages."""
+    """Queries and keys of a tile (keys a multiple of 32), warps and pipeline stages.
+
+    ``again``: the gradients of keys read keys and values again for each block of queries.
+    """
 
     queries: int
     keys: int
     num_warps: int
     num_stages: int
+    again: bool = False
+
+
+# So that sums and differences of positions fit 32 bits, those of a tile's last row included.
+LENGTH_LIMIT = (1 << 30) - (1 << 10)
 
 
 # The tiles are read off the machine code (docs/design.md has the figures): for bf16 at head
@@ -74,7 +82,13 @@ def dquery_tile(width: int, element_size: int, kind: Gpu) -> Tile:
 def dkey_tile(width: int, element_size: int, kind: Gpu) -> Tile:
     """The tile of the gradients of keys and values."""
     if element_size == 4:
-        return Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
+        tile = Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
+        # On NVIDIA's GPUs the operands of products in fp32 lie in shared memory: keys, values,
+        # queries and gradients, the last two twice as TF32, the other time transposed. At 256
+        # columns that is 131,072 bytes, or 102,400 with the scores where products are exact, and
+        # 99 KiB are all there is on some. Read again, it is 65,536, or up to 99,328.
+        held = (2 * tile.queries + tile.keys) * 2 * width * element_size
+        return tile._replace(again=kind.generation > 0 and held > kind.shared)
     if width <= 64:
         return Tile(64, 64, 4, 2)
     if width <= 128:
@@ -117,6 +131,12 @@ class Call:
         heads, tokens = query.shape[1:3]
         self.queries = options.max_query if self.packed else tokens
         self.keys = options.max_key if self.packed else key.shape[2]
+        if max(self.queries, self.keys) > LENGTH_LIMIT:
+            raise ValueError(
+                f"{self.queries} queries and {self.keys} keys; the Triton backend takes up to "
+                f"{LENGTH_LIMIT} of each: call it for parts of the queries with shard=, or use "
+                "tridrop.backend('reference')"
+            )
         self.heads, self.shared_heads = heads, key.shape[1]
         drops = inputs.p is not None or options.threshold() > 0
         shift = options.origin[3] % TILE if drops else 0
@@ -181,7 +201,9 @@ class Call:
                 Problem(t, strides, self.shape, self.origin, self.factors),
                 self.threshold,
                 self.scale,
-                BLOCKS=Blocks(tile.queries, tile.keys, _padded(width), _padded(value_width)),
+                BLOCKS=Blocks(
+                    tile.queries, tile.keys, _padded(width), _padded(value_width), tile.again
+                ),
                 FEATURES=Features(**self.flags, VECTOR=vector),
                 LAYOUT=layout,
                 num_warps=tile.num_warps,

@@ -42,8 +42,9 @@ Problem = namedtuple("Problem", "tensors strides shape origin factors")
 Features = namedtuple(
     "Features", "LOWER UPPER SHIFTED DROPS MAYBE_ZERO SOFTCAP PACKED PRECISION VECTOR"
 )
-# Compile-time: queries, keys, width and value width of a tile.
-Blocks = namedtuple("Blocks", "M N E V")
+# Compile-time: queries, keys, width and value width of a tile; and whether the gradients of keys
+# read keys and values again for each block of queries.
+Blocks = namedtuple("Blocks", "M N E V AGAIN")
 # Compile-time: the width and value width, or 0 where they are smaller than their blocks, and the
 # strides between rows of query, key, value and out or dout.
 Layout = namedtuple("Layout", "WIDTH VALUE_WIDTH QUERY KEY VALUE OUT")

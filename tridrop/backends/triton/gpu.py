@@ -15,7 +15,7 @@ class Gpu(NamedTuple):
     """The figures that settings follow."""
 
     generation: int
-    """90 for Hopper, 100 for data centre Blackwell, 80 for all others"""
+    """90 for Hopper, 100 for data centre Blackwell, 80 for NVIDIA's others, 0 for AMD's"""
     shared: int
     """bytes of shared memory that a program may have"""
 
@@ -42,7 +42,8 @@ def _current() -> Gpu:
     """The current device of Triton's driver."""
     active = driver.active
     target = active.get_current_target()
-    arch = int(target.arch) if target.backend == "cuda" else 0
-    generation = 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
+    generation = 0
+    if target.backend == "cuda":
+        generation = {9: 90, 10: 100, 11: 100}.get(int(target.arch) // 10, 80)
     properties = active.utils.get_device_properties(active.get_current_device())
     return Gpu(generation, int(properties["max_shared_mem"]))
