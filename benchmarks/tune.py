@@ -42,14 +42,13 @@ from triton.runtime.errors import OutOfResources
 from tune_cases import DTYPES, FAMILIES, Call, Family, Settings, Size, replaced
 
 from tridrop import inspection
-from tridrop.backends.triton import attention_launch
+from tridrop.backends.triton import gpu
+from tridrop.backends.triton.compile import SHARED
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-# Bytes of shared memory a program may have; of sm_80 the least of its kind (8.6 and 8.9), which the
-# same settings serve: CUDA C++ Programming Guide, technical specifications by compute capability.
-SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448}
+GENERATIONS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+ARCHS = {arch: gpu.Gpu(generation, SHARED[arch]) for arch, generation in GENERATIONS.items()}
 FLUSHED = 256 << 20  # bytes written before a run: more than any cache
 BUSY = 500_000  # clocks that the device waits while the host launches: a quarter of a millisecond
 WORTH = 1.02  # a gain that is more than noise
@@ -136,7 +135,7 @@ def timed(problem: Problem, tried: list[Settings], rounds: int) -> list[list[flo
 def measure(family: Family, size: Size, dtype: str, rounds: int, device: str = "cuda") -> list[Row]:
     """A row for every candidate, timed or with the reason why not; the present setting first."""
     problem = Problem(family, size, DTYPES[dtype], device)
-    present = family.present(size, DTYPES[dtype], attention_launch.generation())
+    present = family.present(size, DTYPES[dtype], gpu.of(torch.device(device)))
     tried = candidates(family, size, present)
     about = {"family": family.name, "size": list(size), "dtype": dtype}
     rows: list[Row] = [about | {"settings": shown(s), "present": s is present} for s in tried]

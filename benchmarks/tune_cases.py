@@ -21,6 +21,7 @@ from torch import Tensor
 
 import tridrop
 from tridrop.backends.triton import attention_launch, launch, softmax_launch
+from tridrop.backends.triton.gpu import Gpu
 
 P, SEED = 0.1, 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,12 +48,12 @@ class Family:
     rows: dict[str, Size]
     """row of ``tridrop inspect`` that compiles the kernel without a GPU -> its size"""
 
-    def present(self, size: Size, dtype: torch.dtype, gpu: int) -> Settings:
+    def present(self, size: Size, dtype: torch.dtype, kind: Gpu) -> Settings:
         """What the function returns now."""
         function = getattr(self.module, self.setting)
         if self.module is attention_launch:
             bytes_ = torch.finfo(dtype).bits // 8
-            return {self.setting: function(size[-1], bytes_, gpu)}
+            return {self.setting: function(size[-1], bytes_, kind)}
         return {self.setting: function(*size[-2:])}
 
 

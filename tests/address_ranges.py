@@ -122,9 +122,7 @@ class Kernel:
     def _loop(self, line: str, found: re.Match[str]) -> None:
         index, start, stop, _, carried = found.groups()
         low, high = self.values[start], self.values[stop]
-        self.values[index] = Value(
-            low.lo, max(low.lo, high.hi - 1), self._all([low, high])
-        )
+        self.values[index] = Value(low.lo, max(low.lo, high.hi - 1), self._all([low, high]))
         results = line.split(" = scf.for")[0] if line.startswith("%") else ""
         # no type has a comma outside its brackets
         kinds = line.rsplit("-> (", 1)[1].split(") : ")[0] if carried else ""
@@ -191,9 +189,7 @@ class Kernel:
             choose = min if op == "arith.minsi" else max
             return Value(choose(a.lo, b.lo), choose(a.hi, b.hi), faults)
         if op == "arith.select" and len(operands) == 3:
-            return Value(
-                min(v.lo for v in operands[1:]), max(v.hi for v in operands[1:]), faults
-            )
+            return Value(min(v.lo for v in operands[1:]), max(v.hi for v in operands[1:]), faults)
         if op == "arith.divsi" and b.lo > 0:
             found = [abs(x) // y * (1 if x >= 0 else -1) for x, y in corners]
             return Value(min(found), max(found), faults)

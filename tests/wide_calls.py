@@ -92,9 +92,7 @@ def attention(
         p=0.1, scale=0.125, upper=upper, lower=lower, max_query=min(lengths[0], 4096),
         max_key=min(lengths[1], 4096), origin=(3, 5, 7, 70),
     )  # fmt: skip
-    inputs = AttentionInputs(
-        query, key, key, mask, cu_query=offsets, cu_key=offsets, seed=SEED
-    )
+    inputs = AttentionInputs(query, key, key, mask, cu_query=offsets, cu_key=offsets, seed=SEED)
     backend.attention_forward(inputs, options)
     lse = empty(*query.shape[:-1], dtype=FP32)
     needs = (True, True, True, mask is not None, False)
@@ -138,9 +136,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "elementwise: rows of half that, gated": lambda: elementwise(3, LONG // 2, gated),
         "elementwise: long rows of a shard": lambda: elementwise(3, LONG, late),
         "elementwise: long rows, p on the device": lambda: elementwise(3, LONG, drop, RATE),
-        "elementwise: gaussian": lambda: elementwise(
-            3, LONG, Options(p=0.1, noise="gaussian")
-        ),
+        "elementwise: gaussian": lambda: elementwise(3, LONG, Options(p=0.1, noise="gaussian")),
         "elementwise: many rows": lambda: elementwise(LONG, 24, full),
         "keep_mask": lambda: backend.keep_mask(SEED, (3, LONG), None, drop, "elements"),
         "keep_mask: many rows": lambda: backend.keep_mask(SEED, (LONG, 24), None, drop, "elements"),
@@ -229,9 +225,7 @@ def main() -> None:
     records = []
     # Lengths of packed sequences are read from memory; the launcher was told how long they are.
     found = [(name, calls, LAUNCHERS, (0, 4096)) for name, calls in calls().items()]
-    found += [
-        (name, call, (sys.modules[__name__],), None) for name, call in known().items()
-    ]
+    found += [(name, call, (sys.modules[__name__],), None) for name, call in known().items()]
     only = sys.argv[1:]
     for name, call, launchers, loaded in found:
         if only and not any(part in name for part in only):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,14 +25,19 @@ def compile_row(name: str, arch: str, dtype: str, method: str) -> list[dict[str,
 
     row = TABLE[name]
     found = compiler.capture(arch, lambda: row.call(triton, DTYPES[dtype], method))
+    # Of several sums of one launcher's partial sums, the first: they are alike.
+    sums = [kernel for kernel in found if kernel.kernel == "sum_kernel"]
+    found = [kernel for kernel in found if kernel not in sums[1:]]
     return [_record(row, kernel, dtype, method) for kernel in found if _is_new(row, kernel, method)]
 
 
 def _is_new(row: Row, kernel: Any, method: str) -> bool:
-    """The sums of dout * out know nothing of masks: they come once, without dropout."""
-    if kernel.kernel != "attention_delta_kernel":
-        return True
-    return method == NONE and row.direction == "backward"
+    """What knows nothing of masks comes once, without dropout."""
+    if kernel.kernel == "attention_delta_kernel":
+        return method == NONE and row.direction == "backward"
+    if kernel.kernel == "sum_kernel":
+        return method == NONE and row.op == "dropout_add_layer_norm"
+    return True
 
 
 def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
@@ -40,6 +46,8 @@ def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
     elements = row.elements
     if kernel.kernel == "attention_delta_kernel":
         elements = BATCH * HEADS * TOKENS * kernel.constants["VALUES"]
+    if kernel.kernel == "sum_kernel":
+        elements = math.prod(kernel.numbers)  # partial sums
     held = kernel.tile / kernel.threads
     done = held * _turns(row, kernel, code, held * size)
     used = {name: n / done for name, n in units(code.main, code.amd).items()}

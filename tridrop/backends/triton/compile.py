@@ -29,6 +29,7 @@ from . import (
     norm_launch,
     product_launch,
     softmax_launch,
+    sums,
     yardstick,
 )
 
@@ -59,6 +60,7 @@ LAUNCHERS = (
     norm_launch,
     product_launch,
     softmax_launch,
+    sums,
     yardstick,
 )
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

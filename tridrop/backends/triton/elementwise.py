@@ -21,6 +21,7 @@ from . import launch, mask
 from .activations import FUNCTIONS
 from .mask import ELEMENTS, NO_MASK, keep_elements, keep_rows, load_key, load_rate, row_coordinates
 from .noise import ALPHA, FILL, GAUSSIAN, alpha_shift, gaussian
+from .sums import total
 from .tiles import (
     Operands,
     columns,
@@ -264,7 +265,7 @@ def backward(
         None if dtypes[2] is None else plan.where.cols,
     )
     if plan.empty:
-        return dx, launch.total(partial[0], dtypes[1]), launch.total(partial[1], dtypes[2])
+        return dx, total(partial[0], dtypes[1]), total(partial[1], dtypes[2])
     rule = launch.rule(plan, p)
     grad = launch.matrix(grad, plan.where.cols)
     matrix = None if x is None else launch.matrix(x, width)
@@ -284,7 +285,7 @@ def backward(
         VECTOR=launch.vector_width(plan, matrix, grad),
         STRIP=plan.strip,
     )
-    return dx, launch.total(partial[0], dtypes[1]), launch.total(partial[1], dtypes[2])
+    return dx, total(partial[0], dtypes[1]), total(partial[1], dtypes[2])
 
 
 def keep_mask(

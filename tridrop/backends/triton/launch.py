@@ -1,7 +1,9 @@
 """Launch settings of the Triton backend, and what its launchers share.
 
-Settings are pure functions of sizes: no autotuner, so that the first call is quick and the order of
-every sum is the same on every GPU. The mask depends on none of them.
+Settings are pure functions of sizes: no autotuner, so that the first call is quick. Nothing here
+asks for the device, so a sum over rows or columns has one order on all of NVIDIA's GPUs; AMD's have
+wider warps, and other trees. Sums in tensor cores, and attention's tiles (gpu.py), are the kind of
+GPU's own. The mask depends on none of it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ ROW_CHUNK = 4096
 ROW_SUMS = 1 << 22
 # Row strips of a reduction, over all column blocks: enough programs for 132 processors with a few
 # resident blocks each, few enough that the partial sums stay small beside the data. Not a function
-# of the device: the order of the sum is the same everywhere.
+# of the device, as the order of the sum.
 REDUCTION_PROGRAMS = 512
 MAX_GRID_Y = 65535
 
@@ -211,14 +213,6 @@ def partial_sums(
         None if n is None else torch.empty((plan.strips, n), dtype=torch.float32, device=device)
         for n in widths
     )
-
-
-def total(partial: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """The second stage of a reduction; of no strips it is zero.
-
-    torch's sum over the first dimension uses no atomics: it is deterministic too.
-    """
-    return None if partial is None or dtype is None else partial.sum(0).to(dtype)
 
 
 def matrix(x: Tensor, cols: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ...spec import NormOptions
 from . import launch
 from .norm import Affine, Gradients, Incoming, Kept, norm_backward_kernel, norm_forward_kernel
+from .sums import total
 from .tiles import Operands
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -113,5 +114,5 @@ def norm_backward(
             VECTOR=launch.vector_width(plan, strided, matrix),
             LOOPS=(plan.strip, plan.col_blocks),
         )
-    dweight, dnorm_bias, dbias, dlayer_scale = map(launch.total, partial, sums)
+    dweight, dnorm_bias, dbias, dlayer_scale = map(total, partial, sums)
     return dx, dbias, dlayer_scale, dresidual, dweight, dnorm_bias

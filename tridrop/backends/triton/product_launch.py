@@ -14,6 +14,7 @@ from ...spec_product import ProductOptions
 from . import launch
 from .launch import Tile
 from .product import product_backward_kernel, product_kernel
+from .sums import total
 
 # x is [rows, cols]; `rate` is the (threshold, scale) pair on the device, where p is a tensor.
 Matrices = namedtuple("Matrices", "x weight seeds rate")
@@ -135,7 +136,8 @@ def product_forward(
         RANK=rank,
         CHUNK=size,
     )
-    whole = out[0] if splits == 1 else out.sum(0).to(weight.dtype)
+    whole = out[0] if splits == 1 else total(out, weight.dtype)
+    assert whole is not None
     return whole.view(out_shape)
 
 
@@ -185,4 +187,4 @@ def product_backward(
         RANK=rank,
         STRIP=plan.strip,
     )
-    return dx, launch.total(partial, weight.dtype)
+    return dx, total(partial, weight.dtype)

@@ -1,0 +1,65 @@
+"""The last stage of a sum over rows: partial sums are added up in an order that sizes decide.
+
+torch.sum would do for one GPU. How it splits a dimension follows the number of multiprocessors, so
+that its last bits may differ from one kind of GPU to the next; and it would be two launches where a
+result is not fp32, the sum and the conversion.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import Tile
+from .tiles import first_of
+
+# 16 elements a thread, as in launch.row_tile. At most 128 strips at a time: the 16 columns beside
+# them are two sectors of the memory each, and 4096 columns are 256 programs.
+STRIPS = 128
+
+
+class _Programs(NamedTuple):
+    tile: Tile
+    grid: tuple[int, int, int]
+
+
+def tile(strips: int, cols: int) -> Tile:
+    """The tile of partial sums: a function of their sizes alone."""
+    height = min(STRIPS, launch.next_power_of_2(strips))
+    width = min(launch.REDUCTION_TILE // height, launch.next_power_of_2(cols))
+    return Tile(height, width, launch.NUM_WARPS)
+
+
+@triton.jit
+def sum_kernel(
+    out, partial, strips, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):  # fmt: skip
+    """out = sum over the strips of partial, [strips, cols] in fp32, rounded once."""
+    col = first_of(tl.program_id(0), cols, BLOCK_COLS) + tl.arange(0, BLOCK_COLS)
+    inside = (col >= 0) & (col < cols)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    for first in range(0, strips, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        offsets = row.to(tl.int64)[:, None] * cols + col[None, :]
+        needed = (row < strips)[:, None] & inside[None, :]
+        total += tl.load(partial + offsets, mask=needed, other=0.0)
+    tl.store(out + col, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=inside)
+
+
+def total(partial: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """The sum over the first dimension, in ``dtype``; of no strips it is zero."""
+    if partial is None or dtype is None:
+        return None
+    out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
+    strips, cols = partial.shape[0], out.numel()
+    if strips * cols == 0:
+        return out.zero_()
+    own = tile(strips, cols)
+    programs = _Programs(own, (launch.cdiv(cols, own.cols), 1, 1))
+    launch.run(sum_kernel, programs, out.device, out, partial, strips, cols)
+    return out
