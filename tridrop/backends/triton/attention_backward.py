@@ -174,7 +174,7 @@ def _over_queries(
         if BLOCKS.AGAIN:
             # At an index that is another one each time for all the compiler knows: it would read
             # them once, and hold them in shared memory beside what the products take.
-            k0 = padded - problem.origin.shift + (q0 < 0).to(tl.int32)
+            k0 = padded - problem.origin.shift + tl.minimum(q0, 0)
             key_base, value_base = key_bases(problem, place, FEATURES, LAYOUT)
             key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
             value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)

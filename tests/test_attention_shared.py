@@ -1,0 +1,94 @@
+"""The shared memory of attention's kernels, laid out without a GPU, and the tile that saves it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tridrop
+from tridrop.backends.triton import attention_launch
+
+PROGRAM = Path(__file__).with_name("attention_shared.py")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def records(*arguments):
+    """Compiled in a process of its own: in this one Triton may be interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def too_much(found):
+    return [r for r in found if r["shared"] > r["limit"]]
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_widest_heads_fit_every_mask(arch, dtype):
+    found = records(arch, dtype, "256")
+    assert {r["limit"] for r in found} == {101376}
+    assert len({r["kind"] for r in found}) == 11
+    assert {r["kernel"].split("_")[1] for r in found} == {
+        "forward",
+        "delta",
+        "dquery",
+        "dkey",
+        "dmask",
+    }
+    assert too_much(found) == []
+
+
+def test_every_width_and_dtype_fits():
+    kinds = "plain,float mask,own bool mask,causal"
+    found = records("sm_86", "fp32,fp16,bf16", "16,32,64,128,256", kinds)
+    assert len({(r["width"], r["dtype"]) for r in found}) == 15
+    assert too_much(found) == []
+
+
+def test_tf32_fits():
+    found = records("sm_86,sm_89", "fp32", "128,256", "plain,float mask,causal", "high,medium")
+    assert too_much(found) == []
+
+
+def test_other_gpus_have_room_as_well():
+    found = records("sm_80,sm_90,sm_100,sm_120,gfx942", "fp32,bf16", "128,256", "plain,float mask")
+    assert len({r["limit"] for r in found}) == 4
+    assert too_much(found) == []
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_keys_and_values_that_are_read_again_are_the_same(monkeypatch, masked, heads):
+    """The gradients are those of the tile that holds them, to the bit."""
+    torch.manual_seed(0)
+    query = torch.randn(2, heads[0], 40, 16, device=DEVICE, requires_grad=True)
+    key, value = (
+        torch.randn(2, heads[1], 70, 16, device=DEVICE, requires_grad=True) for _ in range(2)
+    )
+    mask = torch.rand(2, 1, 40, 70, device=DEVICE) < 0.7 if masked else None
+    asked = []
+
+    def gradients(again):
+        def tile(*_):
+            asked.append(again)
+            return attention_launch.Tile(16, 32, 4, 1, again)
+
+        monkeypatch.setattr(attention_launch, "dkey_tile", tile)
+        with tridrop.backend("triton"):
+            out = tridrop.scaled_dot_product_attention(
+                query, key, value, mask, 0.2, not masked, enable_gqa=heads[0] != heads[1], seed=3
+            )
+            return torch.autograd.grad(out.square().sum(), (query, key, value))
+
+    for held, read in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(held, read)
+        assert held.abs().max() > 0
+    assert asked == [False, True]

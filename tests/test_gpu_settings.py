@@ -1,0 +1,113 @@
+"""Launch settings follow the GPU that the operands are on; the GPUs here are made up."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from tridrop.backends.triton import attention_launch, gpu, launch
+from tridrop.backends.triton.compile import SHARED, TARGETS
+from tridrop.spec_attention import AttentionInputs, AttentionOptions
+
+
+class Machine:
+    """A driver of several GPUs, and the kernels that were launched, with their settings."""
+
+    def __init__(self, *archs):
+        self.archs, self.current, self.utils, self.launched = archs, 0, self, []
+
+    def get_current_device(self):
+        return self.current
+
+    def get_current_target(self):
+        return TARGETS[self.archs[self.current]]
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": SHARED[self.archs[device]]}
+
+    @contextmanager
+    def on(self, device):
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    def __getitem__(self, grid):
+        return lambda *args, **settings: self.launched.append((self.current, settings))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    own = Machine("sm_90", "sm_86", "sm_100", "gfx942")
+    monkeypatch.setattr(driver, "_active", own)
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(launch, "on", own.on)
+    for name in vars(attention_launch):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(attention_launch, name, own)
+    gpu._there.cache_clear()
+    yield own
+    gpu._there.cache_clear()
+
+
+def test_each_device_is_asked_for_its_own_figures(machine):
+    found = [gpu.of(torch.device("cuda", i)) for i in range(4)]
+    assert found == [(90, 232448), (80, 101376), (100, 232448), (0, 65536)]
+    machine.current = 1
+    assert gpu.of(torch.device("cuda", 0)) == (90, 232448)
+
+
+@pytest.mark.parametrize("current", [0, 1, 2])
+def test_tiles_are_those_of_the_operands_device(machine, current):
+    machine.current = current
+    options = AttentionOptions(scale=1.0, max_query=300, max_key=300)
+    needs = (True, True, True, False, False)
+    for index in range(4):
+        machine.launched.clear()
+        device = torch.device("cuda", index)
+        with FakeTensorMode():  # tensors of a device that is not there
+            query = torch.empty(1, 2, 300, 256, dtype=torch.float32, device=device)
+            lse = torch.empty(1, 2, 300, device=device)
+            inputs = AttentionInputs(query, query, query)
+            attention_launch.attention_forward(inputs, options)
+            attention_launch.attention_backward(query, None, query, lse, inputs, options, needs)
+        assert {at for at, _ in machine.launched} == {index}
+        blocks = [s["BLOCKS"] for _, s in machine.launched if "BLOCKS" in s]
+        kind = gpu.Gpu({"sm_90": 90, "sm_86": 80, "sm_100": 100, "gfx942": 0}[machine.archs[index]],
+                       SHARED[machine.archs[index]])  # fmt: skip
+        choices = ("forward_tile", "dquery_tile", "dkey_tile")
+        tiles = [getattr(attention_launch, name)(256, 4, kind) for name in choices]
+        assert [(b.M, b.N, b.AGAIN) for b in blocks] == [
+            (t.queries, t.keys, t.again) for t in tiles
+        ]
+        # only the GPU with little of it cannot hold keys and values beside the products' operands
+        assert blocks[2].AGAIN == (machine.archs[index] == "sm_86")
+
+
+def test_tiles_of_16_bits_follow_the_generation(machine):
+    tiles = [
+        attention_launch.forward_tile(128, 2, gpu.of(torch.device("cuda", i))) for i in range(4)
+    ]
+    assert [t.keys for t in tiles] == [128, 64, 128, 64]
+
+
+@pytest.mark.parametrize(
+    ("arch", "generation"), [(80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80)]
+)
+def test_generations(machine, monkeypatch, arch, generation):
+    target = GPUTarget("cuda", arch, 32)
+    monkeypatch.setattr(machine, "get_current_target", lambda: target)
+    assert gpu.of(torch.device("meta")).generation == generation
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lengths_whose_positions_do_not_fit_32_bits_are_refused(packed):
+    long = attention_launch.LENGTH_LIMIT + 1
+    tensor = torch.empty(1, 1, long, 16, device="meta")
+    offsets = torch.empty(3, dtype=torch.int32, device="meta") if packed else None
+    inputs = AttentionInputs(tensor, tensor, tensor, cu_query=offsets, cu_key=offsets)
+    options = AttentionOptions(scale=1.0, max_query=long, max_key=long)
+    with pytest.raises(ValueError, match=rf"{long} queries and {long} keys; .*up to {long - 1}"):
+        attention_launch.attention_forward(inputs, options)
