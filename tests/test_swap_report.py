@@ -81,7 +81,7 @@ def test_figures_of_bert_are_those_counted_by_hand():
     rows = 4 * BATCH * LENGTH
     indices = 8 * BATCH * LENGTH + 8 * LENGTH  # of tokens and types
     model = bert()
-    found = tridrop.swap(model).measure(IDS)
+    found = tridrop.swap(model).verify(IDS).cost
     assert found.before == Cost(
         dropouts=4,  # embeddings, probabilities, the ends of both branches
         operators=6  # type indices, three embeddings and their two sums
@@ -122,7 +122,7 @@ def test_figures_of_bert_are_those_counted_by_hand():
 def test_masks_are_gone_from_what_is_saved():
     model = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)).train()
     x = torch.ones(4, 8, requires_grad=True)
-    found = tridrop.swap(model).measure(x)
+    found = tridrop.swap(model).verify(x).cost
     assert found.before == Cost(2, 6, 2 * x.nbytes)
     assert found.after.dropouts == 2
     assert found.after.saved_bytes == 2 * 16
@@ -131,7 +131,7 @@ def test_masks_are_gone_from_what_is_saved():
 def test_rates_of_0_are_no_dropouts():
     config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = bert(**config)
-    found = tridrop.swap(model).measure(IDS)
+    found = tridrop.swap(model).verify(IDS).cost
     assert (found.before.dropouts, found.after.dropouts) == (0, 0)
 
 
@@ -147,7 +147,7 @@ def test_attention_with_a_dropout_inside_is_one_launch():
 def test_what_is_left_is_counted_after_the_swap():
     model = nn.Sequential(nn.Dropout(0.5)).train()
     model.append(type("Own", (nn.AlphaDropout,), {})(0.5).train())  # a subclass may do anything
-    found = tridrop.swap(model).measure(torch.ones(4, 8))
+    found = tridrop.swap(model).verify(torch.ones(4, 8)).cost
     assert (found.before.dropouts, found.after.dropouts) == (2, 2)
 
 
@@ -189,7 +189,7 @@ def test_views_and_allocations_compute_nothing():
 
 
 def state(model: nn.Module) -> list[object]:
-    """All that a measurement might leave changed."""
+    """All that a verification might leave changed."""
     found: list[object] = [torch.get_rng_state().tolist(), random.getstate()]
     found.append(numpy.random.get_state()[1].tolist())
     for module in model.modules():
@@ -223,7 +223,7 @@ def test_everything_is_restored(name, train, dry_run):
     tridrop.nn.number_sites(model, first=1000)
     before = state(model)
     with torch.no_grad():
-        report.measure(x)
+        report.verify(x)
     assert state(model) == before
     if not dry_run:
         tridrop.unswap(model)
@@ -235,17 +235,17 @@ def test_everything_is_restored_where_the_forward_raises():
     report = tridrop.swap(model)
     before = state(model)
     with pytest.raises(IndexError):
-        report.measure(IDS + 1000)
+        report.verify(IDS + 1000)
     assert state(model) == before
-    assert report.measurement is None
-    report.measure(IDS)
+    assert report.verification is None
+    report.verify(IDS)
 
 
 def test_no_graph_is_kept():
     model, outputs = Caller(), []
     report = tridrop.swap(model)
     model.norm.register_forward_hook(lambda m, args, out: outputs.append(weakref.ref(out)))
-    report.measure(torch.ones(2, 3, 8))
+    report.verify(torch.ones(2, 3, 8))
     gc.collect()
     assert len(outputs) == 2
     assert not any(ref() is not None for ref in outputs)
@@ -254,29 +254,29 @@ def test_no_graph_is_kept():
 def test_parts_in_eval_mode_stay_there_in_a_model_that_trains():
     model = Caller().train()
     model.first.eval()
-    assert tridrop.swap(model).measure(torch.ones(2, 3, 8)).before.dropouts == 1
-    assert tridrop.swap(model.eval()).measure(torch.ones(2, 3, 8)).before.dropouts == 2
+    assert tridrop.swap(model).verify(torch.ones(2, 3, 8)).cost.before.dropouts == 1
+    assert tridrop.swap(model.eval()).verify(torch.ones(2, 3, 8)).cost.before.dropouts == 2
 
 
 def test_a_dry_run_and_an_unswapped_model_are_swapped_for_the_time():
     model = Caller().train()
     x = torch.ones(2, 3, 8)
-    wanted = tridrop.swap(model).measure(x)
+    wanted = tridrop.swap(model).verify(x).cost
     assert wanted.after.operators < wanted.before.operators
     late = tridrop.swap(model)
     tridrop.unswap(model)
-    assert late.measure(x) == wanted
-    assert tridrop.swap(model, dry_run=True).measure(x) == wanted
+    assert late.verify(x).cost == wanted
+    assert tridrop.swap(model, dry_run=True).verify(x).cost == wanted
     assert type(model) is Caller
 
 
-def test_a_report_measures_its_own_levels():
+def test_a_report_verifies_its_own_levels():
     model, x = Caller().train(), torch.ones(2, 3, 8)
     everything = tridrop.swap(model)
-    wanted = everything.measure(x)
-    alone = tridrop.swap(model, inside=False, across=False).measure(x)
+    wanted = everything.verify(x).cost
+    alone = tridrop.swap(model, inside=False, across=False).verify(x).cost
     assert wanted.after.operators < alone.after.operators
-    assert everything.measure(x) == wanted
+    assert everything.verify(x).cost == wanted
 
 
 def test_a_report_does_not_keep_its_model():
@@ -289,7 +289,7 @@ def test_a_report_does_not_keep_its_model():
     assert gone() is None
     assert str(report) == text
     with pytest.raises(ValueError, match="no longer exists"):
-        report.measure(IDS)
+        report.verify(IDS)
     with pytest.raises(ValueError, match="no longer exists"):
         report.source("")
 
@@ -327,7 +327,7 @@ def test_the_table_has_a_line_a_kind_of_site_and_the_figures():
     assert "left: tridrop has no such module" in text
     assert "6 fused, 0 swapped, 1 left" in text
     assert "saved for backward" not in text
-    found = report.measure(torch.ones(2, 3, 8))
+    found = report.verify(torch.ones(2, 3, 8)).cost
     last = str(report).splitlines()[-4:]
     assert [line.split() for line in last[1:3]] == [
         ["dropout", "launches", "7", "7", "1.00"],
@@ -354,12 +354,12 @@ def test_a_model_without_dropout_says_so():
 def test_json_and_pickle_have_everything():
     model = Caller()
     report = tridrop.swap(model)
-    assert report.to_dict()["measurement"] is None
-    found = report.measure(torch.ones(2, 3, 8))
+    assert report.to_dict()["verification"] is None
+    found = report.verify(torch.ones(2, 3, 8)).cost
     there = report.to_dict()
     assert json.loads(json.dumps(there, allow_nan=False)) == there
-    assert there["measurement"]["ratios"] == found.ratios()
-    assert there["measurement"]["before"]["dropouts"] == 2
+    assert there["verification"]["cost"]["ratios"] == found.ratios()
+    assert there["verification"]["cost"]["before"]["dropouts"] == 2
     assert [site["became"] for site in there["sites"]] == report.became()
     assert there["counts"] == {"fused": 2, "swapped": 0, "left": 0}
     again = pickle.loads(pickle.dumps(report))
@@ -407,7 +407,7 @@ def test_on_a_gpu_the_figures_are_those_of_its_operators():
         pytest.skip("there is no GPU")
     model = Caller().cuda().train()
     state = torch.cuda.get_rng_state()
-    found = tridrop.swap(model).measure(torch.ones(2, 3, 8, device="cuda"))
+    found = tridrop.swap(model).verify(torch.ones(2, 3, 8, device="cuda")).cost
     assert (found.before.dropouts, found.after.dropouts) == (2, 2)
     assert found.after.saved_bytes < found.before.saved_bytes
     assert torch.equal(torch.cuda.get_rng_state(), state)

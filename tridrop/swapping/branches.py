@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import seeds, spec
 from ..spec_product import MAX_RANK
+from . import lazy
 from .lazy import free, heard
 from .pending import fits
 
@@ -96,9 +97,9 @@ def _rate(drop: Any) -> Any:
 
 def _seed(drop: Any, x: Tensor) -> Tensor | None:
     """The seed of an adapter's dropout under tridrop.rng; None leaves it to the op."""
-    if not _drops(drop) or not seeds.active():
+    if not _drops(drop) or (not seeds.active() and lazy.watcher is None):
         return None
-    return seeds.seed_for(x.device, None, getattr(drop, "site", None))
+    return lazy.watched(seeds.seed_for(x.device, None, getattr(drop, "site", None)), drop)
 
 
 def cast(module: Any, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -43,7 +43,7 @@ def swap(
         dry_run: report only, and change nothing.
 
     Returns:
-        A :class:`Report`: print it, and see its ``measure``, ``source`` and ``to_dict``.
+        A :class:`Report`: print it, and see its ``verify``, ``source`` and ``to_dict``.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -44,11 +44,22 @@ def heard(module: nn.Module) -> bool:
     )
 
 
+# While a report is being verified: told whose place takes which seed.
+watcher: Callable[[Tensor, nn.Module, int | None], None] | None = None
+
+
 def _seed(owner: nn.Module, place: int, x: Tensor) -> Tensor | None:
     """The seed of a place under tridrop.rng; None leaves it to the op."""
-    if not seeds.active():
+    if not seeds.active() and watcher is None:
         return None
-    return seeds.seed_for(x.device, None, _number(owner, place))
+    return watched(seeds.seed_for(x.device, None, _number(owner, place)), owner, place)
+
+
+def watched(seed: Tensor, owner: nn.Module, place: int | None = None) -> Tensor:
+    """A seed that somebody may want to know the place of: of ``owner`` itself by default."""
+    if watcher is not None:
+        watcher(seed, owner, place)
+    return seed
 
 
 def _number(owner: nn.Module, place: int) -> int | None:
@@ -105,10 +116,12 @@ def drop_path(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     """A call of a module that drops samples."""
     if free(module, "drop_path") is None:
         return _at(owner, place, module, x)
-    return samples(module, x, _number(owner, place))
+    return samples(module, x, _number(owner, place), (owner, place))
 
 
-def samples(module: nn.Module, x: Any, site: int | None) -> Any:
+def samples(
+    module: nn.Module, x: Any, site: int | None, at: tuple[nn.Module, int] | None = None
+) -> Any:
     """What a module that drops samples does, under the number of its place."""
     kind = KNOWN[type(module)]
     assert kind is not None
@@ -117,10 +130,12 @@ def samples(module: nn.Module, x: Any, site: int | None) -> Any:
         return x
     scaled = "scale_by_keep" not in kind.names or kind.get(module, "scale_by_keep")
     branch = _branch(x, "softmax") if scaled else Pending(value(x))
-    if seeds.active():
-        if branch.seed is not None:  # an op has one seed, and each place its own number
-            branch = Pending(value(branch))
-        branch.seed = seeds.seed_for(branch.x.device, None, site)
+    if seeds.active() and branch.seed is not None:
+        branch = Pending(value(branch))  # an op has one seed, and each place its own number
+    if seeds.active() or watcher is not None:
+        if branch.seed is None:
+            branch.seed = seeds.seed_for(branch.x.device, None, site)
+        watched(branch.seed, *(at or (module,)))
     if not scaled:
         return drop_samples(branch.x, p, branch.seed, scaled=False)
     branch.path = p

@@ -7,7 +7,6 @@ is left as it was, whatever happens.
 from __future__ import annotations
 
 import copy
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -19,9 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .generators import Generators
+
 # torch's operators that draw random numbers as dropouts do; a seed's randint is none of them.
 _DRAWS = {"bernoulli", "bernoulli_", "rand", "rand_like", "uniform_", "native_dropout",
           "_fused_dropout"}  # fmt: skip
+_RATES = ("dropout_p", "dropout")  # the arguments of torch's operators for a rate
 # Neither computes anything, though torch does not call them views.
 _FREE = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty",
          "new_empty_strided"}  # fmt: skip
@@ -102,25 +104,39 @@ def _in_bytes(n: int) -> str:
     return f"{n} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
 
 
-def cost_of(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}) -> Cost:
+# What is told of each operator: it, its arguments, and the states of torch's generators before.
+Observer = Callable[[torch._ops.OpOverload, Sequence[Any], Mapping[str, Any], list[Tensor]], None]
+
+
+def cost_of(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = {},
+    watch: Callable[[Generators], AbstractContextManager[Observer]] | None = None,
+) -> Cost:
     """The cost of one training forward; modes, buffers and random generators are left as they are.
 
     A model in training mode runs in the modes that its parts have; one in eval mode is put into
-    training mode for the time.
+    training mode for the time. ``watch`` is entered around the forward, and what it gives is told
+    of each operator.
     """
-    counter, saved = _Counter(), _Saved()
+    saved = _Saved()
     own = [*model.parameters(), *model.buffers()]
     tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+    generators = Generators(model, tensors)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_generators_kept([*own, *tensors]))
+        stack.enter_context(generators.kept())
         stack.enter_context(_modes_and_buffers_kept(model))
         if "torch._dynamo" in sys.modules:  # what was compiled counts as what it is made of
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if not model.training:
             model.train()
-        with saved.hooks(), counter:
+        with ExitStack() as running:
+            running.enter_context(saved.hooks())
+            observer = None if watch is None else running.enter_context(watch(generators))
+            counter = running.enter_context(_Counter(generators, observer))
             outputs = model(*args, **kwargs)
         saved.add_attributes(outputs)
         return Cost(counter.dropouts, counter.operators, saved.size(own))
@@ -129,8 +145,9 @@ def cost_of(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
 class _Counter(TorchDispatchMode):
     """Counts what is dispatched."""
 
-    def __init__(self) -> None:
+    def __init__(self, generators: Generators, observer: Observer | None) -> None:
         super().__init__()
+        self.generators, self.observer = generators, observer
         self.dropouts = 0
         self.operators = 0
 
@@ -138,8 +155,11 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        states = [] if self.observer is None else self.generators.torch_state()
         result = func(*args, **kwargs)
         if isinstance(func, torch._ops.OpOverload):
+            if self.observer is not None:
+                self.observer(func, args, kwargs, states)
             self.dropouts += _drops(func, args, kwargs)
             touched = tree_leaves((args, kwargs, result))
             computes = not func.is_view and func.overloadpacket.__name__ not in _FREE
@@ -149,20 +169,27 @@ class _Counter(TorchDispatchMode):
 
 def _drops(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of an operator draws what it drops by."""
-    if func.overloadpacket.__name__ in _DRAWS:
-        return True
-    ours = func.namespace == "tridrop"
-    rates = ("p", "p_tensor", "drop_path") if ours else ("dropout_p", "dropout")
-    given = {**{a.name: a.default_value for a in func._schema.arguments if a.has_default_value()},
-             **{a.name: x for a, x in zip(func._schema.arguments, args, strict=False)},
+    return func.overloadpacket.__name__ in _DRAWS or any(
+        True if p is None else p > 0 for p in rates_of(func, args, kwargs)
+    )
+
+
+def rates_of(
+    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[float | None]:
+    """The rates that an operator is given by name; None for one that only its device knows."""
+    schema = func._schema.arguments
+    given = {**{a.name: a.default_value for a in schema if a.has_default_value()},
+             **{a.name: x for a, x in zip(schema, args, strict=False)},
              **kwargs}  # fmt: skip
-    for name in rates:
-        p = given.get(name)
-        if isinstance(p, Tensor) and (p.device.type != "cpu" or bool(p > 0)):
-            return True
-        if isinstance(p, (int, float)) and p > 0:
-            return True
-    return False
+    names = ("p", "p_tensor", "drop_path") if func.namespace == "tridrop" else _RATES
+    found: list[float | None] = []
+    for p in (given[name] for name in names if name in given):
+        if isinstance(p, Tensor):
+            found.append(float(p) if p.device.type == "cpu" else None)
+        elif isinstance(p, (int, float)):
+            found.append(float(p))
+    return found
 
 
 class _Saved:
@@ -207,28 +234,6 @@ class _Saved:
 def _plain(outputs: Any) -> Any:
     """Outputs as the tree functions know them: a library's own mapping as a dict."""
     return dict(outputs) if isinstance(outputs, Mapping) else outputs
-
-
-@contextmanager
-def _generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Every random generator that a forward may draw from, as it was."""
-    places: dict[str, set[int]] = {}
-    for device in {x.device for x in tensors}:
-        if device.type not in ("cpu", "meta"):
-            places.setdefault(device.type, set()).add(device.index or 0)
-    numpy: Any = sys.modules.get("numpy")
-    states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            for kind, indices in places.items():
-                forked = torch.random.fork_rng(devices=sorted(indices), device_type=kind)
-                stack.enter_context(forked)
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy is not None:
-            numpy.random.set_state(states[1])
 
 
 @contextmanager

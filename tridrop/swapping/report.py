@@ -7,16 +7,18 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import InitVar, asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .measure import Measurement, changed, cost_of
 from .rewrite import Levels
-from .wording import Plans, is_swapped
+from .wording import Plans
+
+if TYPE_CHECKING:
+    from .verify import Verification
 
 _BESIDES = 76  # columns of the table for all but the code
 
@@ -59,13 +61,15 @@ class Site:
 class Report:
     """The result of :func:`tridrop.swap`. Printed, it is a table of all sites, alike ones together.
 
-    It does not keep the model alive; :meth:`measure` and :meth:`source` need it.
+    It does not keep the model alive; :meth:`verify` and :meth:`source` need it.
 
     Attributes:
         sites: everything that drops, in the order of ``model.modules()`` and of the code.
         levels: what the swap was allowed to do.
         dry_run: whether nothing was changed.
-        measurement: the last result of :meth:`measure`.
+        certain: whether reading saw all there is: modules of torch's that do not drop, and nothing
+            else. Where no site was found and this is False, only :meth:`verify` can tell.
+        verification: the last result of :meth:`verify`.
 
     >>> import tridrop
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -78,7 +82,8 @@ class Report:
     levels: Levels
     dry_run: bool = False
     model: InitVar[nn.Module | None] = None
-    measurement: Measurement | None = None
+    certain: bool = False
+    verification: Verification | None = None
     _model: weakref.ref[nn.Module] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -104,47 +109,75 @@ class Report:
         """What became of each site, in words: "linear + dropout, added by GPT2Block"."""
         return list(self._words)
 
-    def measure(self, *args: Any, **kwargs: Any) -> Measurement:
-        """Count what one training forward of the model costs before and after the swap.
+    def verify(self, *args: Any, **kwargs: Any) -> Verification:
+        """Run the model and hold every random number that it draws against the sites.
 
-        The model runs twice on the given inputs: with every module's own class and attention
-        function, and swapped. After :func:`tridrop.unswap`, and for a dry run, it is swapped for
-        the time. Afterwards everything is as it was: classes, numbers of sites, modes, buffers,
-        gradients, the random generators of torch, NumPy and Python. No backward is run.
+        One training forward runs on the given inputs with every module's own class and attention
+        function, and one swapped. After :func:`tridrop.unswap`, and for a dry run, the model is
+        swapped for the time; so ``tridrop.swap(model, dry_run=True).verify(batch)`` says whether a
+        model drops at all, and where. Seen are the operators of torch's dispatcher and tridrop's,
+        Python's ``random`` and NumPy's global generator, and generators that modules hold.
 
-        A model in training mode runs as it is; one in eval mode is put into training mode. Hooks
-        run. What the forward does to its inputs, such as filling a cache, it does twice.
+        Of each site it says "drops as reported", "does not drop as reported", "draws nothing",
+        "never called" or "p read but not used here", and of the draws that belong to no site the
+        line of code. It also counts what both forwards cost: launches that drop, operators, and
+        bytes saved for backward.
+
+        Afterwards everything is as it was: classes, numbers of sites, modes, buffers, gradients,
+        and the random generators of torch (of the CPU and of accelerators), NumPy and Python. No
+        backward is run. A model in training mode runs as it is; one in eval mode is put into
+        training mode. Hooks run. What the forward does to its inputs, such as filling a cache, it
+        does twice. While it runs, ``sys.setprofile`` is taken.
 
         Returns:
-            The figures, which the report then prints below its table and has in ``measurement``.
+            What was seen, which the report then prints below its table and has in
+            ``verification``. Draws of a forward that did not happen, in another branch say, are
+            not seen: give inputs like those of training.
 
         Raises:
             ValueError: the model no longer exists.
             RuntimeError: its modules were given other classes after the swap, by fully_shard for
-                instance. Measure before that.
+                instance. Verify before that.
 
         >>> import torch, tridrop
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        >>> found = tridrop.swap(model).measure(torch.ones(2, 5, 8))
-        >>> found.before.dropouts, found.after.dropouts
-        (4, 4)
-        >>> found.after.operators < found.before.operators
+        >>> found = tridrop.swap(model).verify(torch.ones(2, 5, 8))
+        >>> [checked.verdict for checked in found.sites] == 4 * ["drops as reported"]
         True
-        >>> found.after.saved_bytes < found.before.saved_bytes
+        >>> found.unreported
+        ()
+        >>> found.cost.before.dropouts, found.cost.after.dropouts
+        (4, 4)
+        >>> found.cost.after.saved_bytes < found.cost.before.saved_bytes
         True
         """
-        from .core import swap, unswap  # which imports this module
+        from .verify import verify  # which needs what imports this module
 
-        model = self._alive()
-        with changed(model, unswap):
-            before = cost_of(model, args, kwargs)
-        if is_swapped(model, self.levels):
-            after = cost_of(model, args, kwargs)
-        else:
-            with changed(model, lambda m: swap(m, **asdict(self.levels))):
-                after = cost_of(model, args, kwargs)
-        self.measurement = Measurement(before, after)
-        return self.measurement
+        self.verification = verify(self, self._alive(), args, kwargs)
+        return self.verification
+
+    def raise_if_unaccounted(self) -> None:
+        """Raise where :meth:`verify` saw what the report does not account for.
+
+        That is a site that does not drop as reported, or a draw that belongs to no site. It is an
+        exit for scripts; a site that was never called is no error.
+
+        Raises:
+            RuntimeError: there is such, each named with its line of code; or the report has not
+                been verified.
+
+        >>> import torch, tridrop
+        >>> report = tridrop.swap(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+        >>> _ = report.verify(torch.ones(1, 2))
+        >>> report.raise_if_unaccounted()
+        """
+        if self.verification is None:
+            raise RuntimeError("nothing was verified yet: call report.verify(batch) first")
+        found = self.verification.unaccounted()
+        if found:
+            raise RuntimeError(
+                "the report does not account for all that the model draws:\n" + "\n".join(found)
+            )
 
     def source(self, name: str) -> str:
         """The methods of a module that were rewritten, as Python, without comments.
@@ -183,7 +216,8 @@ class Report:
                 {**asdict(site), "parts": list(site.parts), "status": site.status, "became": text}
                 for site, text in zip(self.sites, words, strict=True)
             ],
-            "measurement": None if self.measurement is None else self.measurement.to_dict(),
+            "certain": self.certain,
+            "verification": None if self.verification is None else self.verification.to_dict(),
         }
 
     def _alive(self) -> nn.Module:
@@ -203,7 +237,7 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not self.sites:
-            yield "Nothing in this model drops: it is unchanged."
+            yield self._nothing()
         else:
             table = Table(title="tridrop.swap" + (" (dry run)" if self.dry_run else ""))
             for column in ("sites", "in", "code", "p", "became"):
@@ -219,20 +253,51 @@ class Report:
             yield ", ".join(f"{n} {status}" for status, n in counts.items())
             if counts["left"] == len(self.sites):
                 yield "Nothing matched: the model is unchanged."
-        if self.measurement is not None:
-            footer = Table(box=None, padding=(0, 3, 0, 0))
-            for column in ("one training forward", "before", "after", "ratio"):
-                justify = "left" if column == "one training forward" else "right"
-                footer.add_column(column, justify=justify)
-            for row in self.measurement.rows():
-                footer.add_row(*row)
-            yield footer
+        if self.verification is not None:
+            yield from _verified(self.verification)
+
+    def _nothing(self) -> str:
+        """What is to be said where no site was found."""
+        seen = self.verification
+        if seen.drops() if seen is not None else not self.certain:
+            text = "Nothing that drops was found by reading: the model is unchanged. "
+            if seen is None:
+                return text + "Whether it drops is unknown: run report.verify(batch)."
+            return text + "Running it drew random numbers, see below."
+        return "Nothing in this model drops: it is unchanged."
 
     def __str__(self) -> str:
         console = Console(width=120, file=io.StringIO())
         with console.capture() as captured:
             console.print(self)
         return captured.get()
+
+
+def _verified(seen: Verification) -> Iterator[Any]:
+    """The end of a report that was verified: what does not hold, the counts and the cost."""
+    table = Table(title="verified")
+    for column in ("seen", "in", "code", "what"):
+        table.add_column(column, justify="right" if column == "seen" else "left")
+    groups: Counter[tuple[str, str, str, str]] = Counter()
+    for c in seen.sites:
+        if c.verdict != "drops as reported":
+            style = "red" if c.verdict == "does not drop as reported" else ""
+            code = _cut(c.site.code, 40)
+            groups[c.site.kind, code, f"{c.verdict}: {c.detail}", style] += 1
+    for draw in seen.unreported:
+        text = f"{draw.by}, which belongs to no site: {draw.line}"
+        groups[draw.module, _cut(draw.code, 40), text, "red"] += 1
+    for (kind, code, text, style), count in groups.items():
+        table.add_row(*(Text(cell) for cell in (str(count), kind, code, text)), style=style)
+    if groups:
+        yield table
+    yield "verified: " + (", ".join(f"{n} {w}" for w, n in seen.counts().items() if n) or "no draw")
+    footer = Table(box=None, padding=(0, 3, 0, 0))
+    for column in ("one training forward", "before", "after", "ratio"):
+        footer.add_column(column, justify="left" if column == "one training forward" else "right")
+    for row in seen.cost.rows():
+        footer.add_row(*row)
+    yield footer
 
 
 def _words(became: str, reason: str) -> str:

@@ -45,7 +45,7 @@ class Survey:
             self.recipe(module)
         for module in self.recipes:
             for i, (_, place) in enumerate(self.work(module).places):
-                for child in self.dropped_by(module, place.op):
+                for child in dropped_by(module, place.op):
                     self.places.setdefault(child, []).append((module, i))
         todo = list(self.recipes)
         while todo:
@@ -94,16 +94,6 @@ class Survey:
                 if op.name.startswith("call") and op.method == "forward":
                     found.append(called_by(module, op))
         return found
-
-    def dropped_by(self, module: nn.Module, op: Op) -> list[nn.Module]:
-        """The modules of torch whose masks or rates an op uses."""
-        if op.name in ("dropout", "drop_path"):
-            return [called_by(module, op)]
-        if op.name not in ("attention", "interface"):
-            return []
-        paths = [ast.unparse(n.value) for n in ast.walk(op.rest[0]) if isinstance(n, ast.Attribute)]
-        found = [resolve(module, path.partition(".")[2]) for path in paths if "." in path]
-        return [child for child in found if isinstance(child, nn.Dropout)]
 
     def drops(self, module: nn.Module) -> bool:
         """Whether a module is itself a dropout that tridrop knows."""
@@ -159,7 +149,13 @@ class Survey:
         """The p of an op in a method of ``module``, where that can be told without running it."""
         if op.name in ("dropout", "drop_path"):
             return self.rate_of_module(called_by(module, op))
-        where = op.rest[-2 if op.name in ("rate", "dropout_add") else 0] if op.rest else op.node
+        if not op.rest:
+            return None
+        where = op.rest[-2 if op.name in ("rate", "dropout_add") else 0]
+        if isinstance(where, ast.Constant):
+            return float(where.value) if isinstance(where.value, (int, float)) else None
+        if any(isinstance(node, ast.BinOp) for node in ast.walk(where)):
+            return None  # it is computed
         for node in ast.walk(where):
             if isinstance(node, ast.Attribute) and node.attr != "training":
                 p: Any = module
@@ -168,6 +164,17 @@ class Survey:
                 if isinstance(p, (int, float)):
                     return float(p)
         return None
+
+
+def dropped_by(module: nn.Module, op: Op) -> list[nn.Module]:
+    """The modules of torch whose masks or rates an op uses."""
+    if op.name in ("dropout", "drop_path"):
+        return [called_by(module, op)]
+    if op.name not in ("attention", "interface"):
+        return []
+    paths = [ast.unparse(n.value) for n in ast.walk(op.rest[0]) if isinstance(n, ast.Attribute)]
+    found = [resolve(module, path.partition(".")[2]) for path in paths if "." in path]
+    return [child for child in found if isinstance(child, nn.Dropout)]
 
 
 def is_torchs(base: type) -> bool:

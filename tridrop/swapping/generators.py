@@ -1,0 +1,106 @@
+"""The random generators that a forward may draw from: kept as they were, and seen to move."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Generators:
+    """Every generator within a model's reach.
+
+    These are torch's own of the CPU and of each accelerator that tensors are on, NumPy's and
+    Python's global ones, and those that the modules hold as attributes.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Sequence[Tensor] = ()) -> None:
+        # Each as a way to read its state and a way to set it.
+        Pair = tuple[Callable[[], Any], Callable[[Any], Any]]
+        self.of_torch: list[Pair] = [(torch.get_rng_state, torch.set_rng_state)]
+        self.of_python: list[Pair] = [(random.getstate, random.setstate)]
+        self.of_numpy: list[Any] = []
+        own = [*model.parameters(), *model.buffers()]
+        for device in sorted({x.device for x in (*own, *tensors)} | _in_use(), key=str):
+            if device.type not in ("cpu", "meta"):
+                self.of_torch.append(_of_device(device))
+        numpy: Any = sys.modules.get("numpy.random")
+        if numpy is not None:
+            self.of_numpy.append(numpy.get_state.__self__)
+        for held in _held(model):
+            if isinstance(held, torch.Generator):
+                self.of_torch.append((held.get_state, held.set_state))
+            elif isinstance(held, random.Random) and not isinstance(held, random.SystemRandom):
+                self.of_python.append((held.getstate, held.setstate))
+            elif numpy is not None and isinstance(held, (numpy.Generator, numpy.RandomState)):
+                self.of_numpy.append(held)
+
+    def torch_state(self) -> list[Tensor]:
+        """The states of torch's generators."""
+        return [read() for read, _ in self.of_torch]
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put all of them back as they were."""
+        pairs = [*self.of_torch, *self.of_python, *map(_of_numpy, self.of_numpy)]
+        states = [read() for read, _ in pairs]
+        try:
+            yield
+        finally:
+            for (_, write), state in zip(pairs, states, strict=True):
+                write(state)
+
+
+def moved(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether two states of torch's generators differ."""
+    return not all(map(torch.equal, before, after))
+
+
+def _in_use() -> set[torch.device]:
+    """The devices of CUDA, once a program uses it: a forward may draw on any of them."""
+    if not torch.cuda.is_initialized():
+        return set()
+    return {torch.device("cuda", i) for i in range(torch.cuda.device_count())}
+
+
+def _of_device(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    module: Any = torch.get_device_module(device.type)
+    if device.type == "mps":  # it has one generator, and its functions take no device
+        return module.get_rng_state, module.set_rng_state
+    return (
+        lambda: module.get_rng_state(device),
+        lambda state: module.set_rng_state(state, device),
+    )
+
+
+def _of_numpy(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    if hasattr(generator, "get_state"):  # a RandomState also keeps a second normal number
+        return generator.get_state, generator.set_state
+    bits = generator.bit_generator
+    return lambda: bits.state, lambda state: setattr(bits, "state", state)
+
+
+def _held(model: nn.Module) -> Iterator[Any]:
+    """What the modules of a model have as attributes, and in lists and dicts there."""
+    seen: set[int] = set()
+    for module in model.modules():
+        todo = [v for n, v in module.__dict__.items() if n not in _TORCHS]
+        while todo:
+            value = todo.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, dict):
+                todo += value.values()
+            elif isinstance(value, (list, tuple, set)):
+                todo += value
+            else:
+                yield value
+
+
+_TORCHS = frozenset(nn.Module().__dict__)  # torch's own tables in a module

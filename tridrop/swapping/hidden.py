@@ -1,0 +1,52 @@
+"""Modules that a model keeps where torch does not look: in plain lists, tuples and dicts.
+
+torch knows the modules that are attributes, or in its own ModuleList and ModuleDict. The others are
+in no ``model.modules()``: ``train()``, ``eval()`` and ``to()`` do not reach them, but a forward
+calls them, and they may drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_TORCHS = frozenset(nn.Module().__dict__)  # torch's own tables in a module
+
+
+def hidden(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that no ``named_modules()`` has, by the names that lead to them."""
+    known = {id(module) for module in model.modules()}
+    found: dict[str, nn.Module] = {}
+    todo = list(model.named_modules())
+    while todo:
+        name, owner = todo.pop(0)
+        for key, value in owner.__dict__.items():
+            if key in _TORCHS or not isinstance(value, (list, tuple, set, dict)):
+                continue
+            path = f"{name}.{key}" if name else key
+            for where, module in _within(value, path, depth=3):
+                for inner, part in module.named_modules(prefix=where):
+                    if id(part) not in known:
+                        known.add(id(part))
+                        found[inner] = part
+                        todo.append((inner, part))
+    return found
+
+
+def with_hidden(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a model by name, with those that are hidden."""
+    return {**dict(model.named_modules(remove_duplicate=False)), **hidden(model)}
+
+
+def _within(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a container, and in containers in it."""
+    if isinstance(value, nn.Module):
+        yield path, value
+    elif isinstance(value, dict) and depth:
+        for key, item in value.items():
+            yield from _within(item, f"{path}[{key!r}]", depth - 1)
+    elif isinstance(value, (list, tuple, set)) and depth:
+        for i, item in enumerate(value):
+            yield from _within(item, f"{path}[{i}]", depth - 1)

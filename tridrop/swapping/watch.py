@@ -1,0 +1,258 @@
+"""What draws random numbers while a model runs, and at which place of its code.
+
+Four eyes see a run, so that no route is past all of them. torch's dispatcher names every operator,
+of torch and of tridrop, and beside each the state of the generators says whether it drew. A profile
+function sees calls, and with them Python's ``random`` and NumPy's generators, which no dispatcher
+does; it also says which places were reached at all. Rewritten forwards, whose values wait, say
+whose place a seed is for (:data:`tridrop.swapping.lazy.watcher`). And a property in the place of
+``nn.Dropout.p`` sees who reads a rate without a call of its module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dis
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..mask import new_seed
+from . import lazy
+from .generators import Generators, moved
+from .locate import Locator
+from .measure import Observer, rates_of
+
+
+class Draw(NamedTuple):
+    """A drawing of random numbers.
+
+    Attributes:
+        by: the operator or function: "aten.bernoulli_", "tridrop.forward", "random.random".
+        p: the rate, where it can be told.
+        module: the name in the model of the innermost module that was running.
+        line: "file.py:12", of the innermost code that is not torch's or tridrop's.
+        code: the text of that line.
+    """
+
+    by: str
+    p: float | None
+    module: str
+    line: str
+    code: str
+
+
+@dataclass
+class Run:
+    """What was seen in one forward, by the numbers of the report's sites; None is no site."""
+
+    draws: dict[int | None, Counter[Draw]] = field(default_factory=dict)
+    reached: set[int] = field(default_factory=set)
+    reads: dict[int, str] = field(default_factory=dict)  # where the rate of a module was read
+
+    def note(self, site: int | None, draw: Draw) -> None:
+        self.draws.setdefault(site, Counter())[draw] += 1
+
+    def of(self, site: int | None) -> Counter[Draw]:
+        """The draws of a site, and how often each."""
+        return self.draws.get(site, Counter())
+
+    def rates(self, site: int) -> set[float]:
+        """The rates of a site's draws, as far as they are known."""
+        return {round(draw.p, 6) for draw in self.of(site) if draw.p is not None}
+
+    def by_tridrop(self, site: int) -> set[bool]:
+        """Whether tridrop drew there; both, where both did."""
+        return {draw.by.startswith("tridrop.") for draw in self.of(site)}
+
+
+class Watch:
+    """Sees one forward of a model."""
+
+    def __init__(self, locator: Locator) -> None:
+        self.locator, self.run = locator, Run()
+        # Seeds as numbers, since operators may be given them stacked: whose they are.
+        self.seeds: dict[tuple[int, ...], set[int]] = {}
+        self.last: tuple[FrameType, int] | None = None  # of the profiled events
+        self.numpy: list[Any] = []
+        self.states: list[Any] = []
+
+    @contextmanager
+    def __call__(self, generators: Generators) -> Iterator[Observer]:
+        self.generators, self.numpy = generators, generators.of_numpy
+        self.states = [_fingerprint(g) for g in self.numpy]
+        profile = sys.getprofile()
+        with ExitStack() as stack:
+            stack.enter_context(_rates_watched(self))
+            stack.callback(setattr, lazy, "watcher", lazy.watcher)
+            lazy.watcher = self.seed
+            stack.callback(sys.setprofile, profile)
+            sys.setprofile(self.profile)
+            yield self.operator
+
+    # ------------------------------------------------------------------ torch's and tridrop's draws
+
+    def seed(self, seed: Tensor, owner: nn.Module, place: int | None) -> None:
+        """A place of a rewritten forward takes a seed."""
+        site = self.locator.of_place(owner, place)
+        if site is not None:
+            self.seeds.setdefault(tuple(seed.tolist()), set()).add(site)
+
+    def operator(
+        self,
+        func: torch._ops.OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        before: list[Tensor],
+    ) -> None:
+        """An operator has run."""
+        name = func.overloadpacket.__name__
+        if func.namespace == "tridrop":
+            if name != "new_seed":
+                self.ours(func, args, kwargs)
+            return
+        rates = rates_of(func, args, kwargs)
+        drew = any(p is None or p > 0 for p in rates)
+        if not rates and torch.Tag.nondeterministic_seeded in func.tags:
+            drew = True  # with a generator of the caller's, say
+        if not drew and not moved(before, self.generators.torch_state()):
+            return
+        frame = sys._getframe(1)
+        if _draws_a_seed(frame):
+            return
+        p = next((p for p in rates if p), None)
+        if name in ("bernoulli_", "bernoulli") and isinstance(args[-1], float):
+            p = 1 - args[-1]
+        elif name == "native_dropout":
+            p = args[1]
+        self.note(f"{func.namespace}.{name}", p, frame)
+
+    def ours(
+        self, func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """An operator of tridrop's has run."""
+        rates = rates_of(func, args, kwargs)
+        arguments = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)}
+        given = [x for n, x in {**arguments, **kwargs}.items() if n in ("seed", "seeds")]
+        given = [x for x in given if isinstance(x, Tensor) and x.numel()]
+        if not given or (rates and all(p == 0 for p in rates)):
+            return
+        name = f"tridrop.{func.overloadpacket.__name__}"
+        keys = [tuple(row) for x in given for row in x.reshape(-1, x.shape[-1]).tolist()]
+        sites = sorted(set().union(*(self.seeds.get(key, set()) for key in keys)))
+        frame = sys._getframe(2)
+        for site in sites:
+            # Of an op with two rates, the drop path's is the second.
+            path = self.locator.drops_samples(site)
+            p = rates[-1] if path and len(rates) > 1 else next((p for p in rates if p), None)
+            self.run.note(site, Draw(name, p, *self.locator.where(frame)))
+        if not sites:
+            self.note(name, next((p for p in rates if p), None), frame)
+
+    def note(self, by: str, p: float | None, frame: FrameType) -> None:
+        """Note a draw at the place that the stack names."""
+        p = None if p is None else round(p, 9)
+        self.run.note(self.locator.site(frame), Draw(by, p, *self.locator.where(frame)))
+
+    # ----------------------------------------------------------- calls, and what no dispatcher sees
+
+    def profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        """An event of sys.setprofile."""
+        owner = getattr(arg, "__self__", None) if event == "c_call" else None
+        if isinstance(owner, random.Random) and not isinstance(owner, random.SystemRandom):
+            if arg.__name__ in ("random", "getrandbits"):
+                self.note(f"random.{arg.__name__}", None, frame)
+        for i, generator in enumerate(self.numpy):
+            state = _fingerprint(generator)
+            if state != self.states[i]:
+                self.states[i] = state
+                self.moved(generator, frame.f_back if event == "call" else frame)
+        self.last = frame, frame.f_lasti
+        if event == "call":
+            if frame.f_code.co_name == "_call_impl":
+                self.locator.entered(frame, self.run.reached)
+            if frame.f_back is not None:
+                self.locator.reach(frame.f_back, self.run.reached)
+        elif event == "c_call":
+            self.locator.reach(frame, self.run.reached)
+
+    def moved(self, generator: Any, frame: FrameType | None) -> None:
+        """A generator of NumPy's has moved since the last event: its calls are no events."""
+        if frame is None:
+            return
+        line = None
+        if self.last is not None and self.last[0] is frame:
+            line = _line_of_call(frame.f_code, self.last[1], frame.f_lasti)
+        by = f"numpy.{type(generator).__name__}"
+        site = self.locator.site(frame, line)
+        self.run.note(site, Draw(by, None, *self.locator.where(frame, line)))
+
+
+def _fingerprint(generator: Any) -> Any:
+    """What changes whenever a generator of NumPy's is drawn from."""
+    bits = getattr(generator, "bit_generator", None) or generator._bit_generator
+    if type(bits).__name__ == "MT19937":
+        # 624 words and a position, of which two tell; reading all of them takes 80 microseconds.
+        words = ctypes.cast(bits.ctypes.state_address, ctypes.POINTER(ctypes.c_uint32))
+        return words[0], words[624]
+    return repr(bits.state)
+
+
+def _line_of_call(code: CodeType, first: int, last: int) -> int | None:
+    """The line of the only call between two instructions, if there is one line of such."""
+    line, found = None, set()
+    for at in dis.get_instructions(code):
+        line = at.starts_line if isinstance(at.starts_line, int) and at.starts_line else line
+        if sys.version_info >= (3, 11) and at.positions is not None and at.positions.lineno:
+            line = at.positions.lineno
+        if first < at.offset < last and at.opname.startswith("CALL"):
+            found.add(line)
+    return found.pop() if len(found) == 1 else None
+
+
+def _draws_a_seed(frame: FrameType | None) -> bool:
+    """Whether an operator is that of tridrop.new_seed: the ops that take the seed are the draws."""
+    for _ in range(6):
+        if frame is None:
+            return False
+        if frame.f_code is new_seed.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_DROPOUTS = nn.modules.dropout._DropoutNd
+
+
+@contextmanager
+def _rates_watched(watch: Watch) -> Iterator[None]:
+    """Note who reads the ``p`` of a dropout of torch's or tridrop's that does not run itself."""
+
+    def read(module: nn.Module) -> Any:
+        try:
+            p = module.__dict__["p"]
+        except KeyError:
+            raise AttributeError("p") from None
+        site = watch.locator.own_site(module)
+        frame = sys._getframe(1)
+        if site is not None and watch.locator.owner(frame) is not module:
+            if not watch.locator.is_library(frame):
+                watch.run.reads.setdefault(site, watch.locator.where(frame)[1])
+        return p
+
+    def write(module: nn.Module, p: Any) -> None:
+        module.__dict__["p"] = p
+
+    # A property of a base class goes before the attributes of all instances.
+    _DROPOUTS.p = property(read, write)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        del _DROPOUTS.p
