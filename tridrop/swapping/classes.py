@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from . import adapters, emission, kinds, lazy, rewrite, source
+from . import adapters, draws, emission, kinds, lazy, rewrite, source
+from .draws import mentions_dropout
 from .flow import Unfollowed, analyse
 from .modules import drop_path_forward
 from .recognise import (
@@ -27,7 +28,7 @@ from .recognise import (
     Tail,
     calls,
     label_of,
-    mentions_dropout,
+    path_of,
     resolve,
     self_of,
 )
@@ -131,12 +132,29 @@ def labels_of(module: nn.Module, base: type, tails: Callable[[nn.Module], Tail |
     text = text_of(base, children_of(module, base))
     for method in text.methods.values():
         for path in calls(method.node, self_of(method.node)):
-            label = label_of(resolve(module, path), tails)
+            found = resolve(module, path)
+            label = label_of(draws.held(module, path) if found is None else found, tails)
             if text.caught(base, path):
                 label = "within"
             if label is not None:
                 labels[path] = label
+        labels |= _tables(module, method)
     return labels
+
+
+def _tables(module: nn.Module, method: Method) -> Labels:
+    """What the functions draw by that a method takes from a list or dict of its module."""
+    found: Labels = {}
+    for n in ast.walk(method.node):
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript):
+            path = path_of(n.func.value, self_of(method.node))
+            table = resolve(module, path) if path else None
+            values = table.values() if isinstance(table, dict) else table
+            if isinstance(values, (list, tuple, type({}.values()))):
+                kinds_of = {draws.within(f) for f in values} - {None}
+                if kinds_of:
+                    found[f"{path}[]"] = max(str(kind) for kind in kinds_of)
+    return found
 
 
 @dataclass(frozen=True)
@@ -156,6 +174,7 @@ class Work:
     plans: dict[str, Plan] = field(default_factory=dict)
     bare: dict[str, Plan] = field(default_factory=dict)
     places: list[tuple[str, Place]] = field(default_factory=list)
+    drawn: list[tuple[str, Place]] = field(default_factory=list)  # by nobody's number
     lora: adapters.Rewritten | None = None  # the forward of a layer with adapters
 
     def changes(self) -> bool:
@@ -218,6 +237,7 @@ def _plan(base: type, recipe: Recipe) -> Work:
     for name in methods:
         made = work.bare.get(name, work.plans[name])
         work.places += [(name, place) for place in made.places]
+        work.drawn += [(name, place) for place in made.drawn]
     return work
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-
 from torch import nn
 
 from ..seeds import number_sites
-from . import classes, kinds
+from . import classes, found, kinds
 from .interfaces import Interfaces
 from .modules import REPLACEMENTS
-from .report import Report, Site
-from .rewrite import ATTENTION_PARTS, Levels
-from .survey import Survey, base_of, is_torchs
+from .report import Report
+from .rewrite import Levels
+from .survey import Survey, base_of
 
 
 def swap(
@@ -63,8 +61,8 @@ def swap(
     if not dry_run:
         _apply(survey, interfaces)
         _number(model, survey)
-    sites = [site for module in survey.names for site in _sites(module, survey, interfaces)]
-    return Report(sites, levels, dry_run, model)
+    sites = found.sites_of(model, survey, interfaces)
+    return Report(sites, levels, dry_run, model, certain=found.is_certain(model))
 
 
 def _apply(survey: Survey, interfaces: Interfaces) -> None:
@@ -100,62 +98,6 @@ def _number(model: nn.Module, survey: Survey) -> None:
         if "site" in module.__dict__ and (given or len(users) == 1):
             owner, i = (given or users)[0]
             module.site = owner.__dict__["_tridrop_site"] + i
-
-
-def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Site]:
-    """What is to be reported of one module."""
-    name, kind = survey.names[module], base_of(module).__name__
-    first = module.__dict__.get("_tridrop_site")
-    found = []
-    if module in survey.recipes:
-        for i, (_, place) in enumerate(survey.work(module).places):
-            parts, reason = place.parts, ""
-            if place.op.name == "interface":
-                reason = interfaces.reason(module)
-                parts = () if reason else ATTENTION_PARTS
-            elif place.op.name == "other":
-                reason = place.op.reason
-            elif not parts:
-                reason = "its level is off"
-            stream = None if first is None or not parts else first + i
-            p = survey.rate(module, place.op)
-            found.append(Site(name, kind, place.text, place.line, p, parts, reason, stream))
-        text = classes.text_of(base_of(module), survey.recipes[module].children)
-        for method, reason in text.unread.items():
-            if text.caught(base_of(module), method) and survey.levels.dropout:
-                continue  # one of the places above
-            if _mentions_dropout(base_of(module), method):
-                found.append(Site(name, kind, method, None, None, (), reason, None))
-    elif module in survey.left and _mentions_dropout(base_of(module), "forward"):
-        found.append(Site(name, kind, "forward", None, None, (), survey.left[module], None))
-    # What attention is given the rate of may be called by it, where that is not tridrop's.
-    held = any(
-        interfaces.reason(owner)
-        for owner, i in survey.places.get(module, ())
-        if survey.work(owner).places[i][1].op.name == "interface"
-    )
-    if (held or module not in survey.places) and (
-        survey.drops(module) or _looks_like_dropout(module)
-    ):
-        reason = survey.why_left(module) or survey.why_not_fused(module)
-        parts = () if survey.why_left(module) else survey.parts(module)
-        stream = None if not parts else getattr(module, "site", first)
-        p = survey.rate_of_module(module)
-        found.append(Site(name, kind, str(module), None, p, parts, reason, stream))
-    return found
-
-
-def _mentions_dropout(base: type, method: str) -> bool:
-    """Whether a method's code names a dropout, by its names alone."""
-    function = getattr(base, method, None)
-    function = inspect.unwrap(function) if function is not None else None
-    names = getattr(getattr(function, "__code__", None), "co_names", ())
-    return not is_torchs(base) and any("drop" in name.lower() for name in names)
-
-
-def _looks_like_dropout(module: nn.Module) -> bool:
-    name = base_of(module).__name__.lower()
-    return "dropout" in name or "droppath" in name or "stochasticdepth" in name
 
 
 def unswap(model: nn.Module) -> None:

@@ -15,8 +15,11 @@ from torch import nn
 _TORCHS = frozenset(nn.Module().__dict__)  # torch's own tables in a module
 
 
-def hidden(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that no ``named_modules()`` has, by the names that lead to them."""
+def hidden_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules in containers of Python's, by the names that lead to them; without their parts.
+
+    Those that have a place in the model as well are none.
+    """
     known = {id(module) for module in model.modules()}
     found: dict[str, nn.Module] = {}
     todo = list(model.named_modules())
@@ -25,19 +28,21 @@ def hidden(model: nn.Module) -> dict[str, nn.Module]:
         for key, value in owner.__dict__.items():
             if key in _TORCHS or not isinstance(value, (list, tuple, set, dict)):
                 continue
-            path = f"{name}.{key}" if name else key
-            for where, module in _within(value, path, depth=3):
-                for inner, part in module.named_modules(prefix=where):
-                    if id(part) not in known:
-                        known.add(id(part))
-                        found[inner] = part
-                        todo.append((inner, part))
+            for where, module in _within(value, f"{name}.{key}" if name else key, depth=3):
+                if id(module) not in known:
+                    found[where] = module
+                    parts = list(module.named_modules(prefix=where))
+                    known |= {id(part) for _, part in parts}
+                    todo += parts
     return found
 
 
 def with_hidden(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of a model by name, with those that are hidden."""
-    return {**dict(model.named_modules(remove_duplicate=False)), **hidden(model)}
+    found = dict(model.named_modules(remove_duplicate=False))
+    for name, module in hidden_roots(model).items():
+        found |= dict(module.named_modules(prefix=name))
+    return found
 
 
 def _within(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:

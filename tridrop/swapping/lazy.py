@@ -100,8 +100,12 @@ def _at(owner: nn.Module, place: int, module: Any, x: Any) -> Any:
         setattr(module, name, before)
 
 
-def rate(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
+def rate(
+    owner: nn.Module, place: int, x: Any, p: Any, training: bool, inplace: bool = False
+) -> Any:
     """A call of torch.nn.functional.dropout."""
+    if inplace:
+        return torch.nn.functional.dropout(value(x), p, training, inplace)
     branch = _branch(x, "dropped")
     if not fits(branch.x):
         return torch.nn.functional.dropout(value(branch), p, training)
@@ -338,30 +342,47 @@ def within(
 
 
 class _Catch(TorchFunctionMode):
-    """Exchanges the calls of torch.nn.functional.dropout while it is active."""
+    """Exchanges the calls of torch's dropout and attention while it is active."""
 
     def __init__(self, owner: nn.Module, place: int) -> None:
         super().__init__()
         self.owner, self.place, self.calls = owner, place, 0
+        self.levels = type(owner)._tridrop_recipe.levels  # type: ignore[attr-defined]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.dropout:
-            return func(*args, **kwargs)
-        return self.dropout(*args, **kwargs)
+        if func is torch.dropout:  # whose last argument has another name
+            kwargs = {"training" if n == "train" else n: x for n, x in kwargs.items()}
+        if func in (torch.nn.functional.dropout, torch.dropout) and self.levels.dropout:
+            return self.dropout(*args, **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention and self.levels.attention:
+            return self.attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def seed(self, x: Tensor) -> Tensor | None:
+        seed = _seed(self.owner, self.place, x)
+        if seed is not None and self.calls:  # one number, several calls
+            seed = watched(fold_in(seed, self.calls), self.owner, self.place)
+        self.calls += 1
+        return seed
 
     def dropout(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
         if inplace or not training or p == 0 or not fits(input):
             return torch.nn.functional.dropout(input, p, training, inplace)
-        seed = _seed(self.owner, self.place, input)
-        if seed is not None and self.calls:  # one number, several calls
-            seed = fold_in(seed, self.calls)
-        self.calls += 1
-        return F.dropout(input, p, seed=seed)
+        return F.dropout(input, p, seed=self.seed(input))
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        given = (query, key, value, attn_mask, dropout_p, *args)
+        if dropout_p == 0 or not fits(query):
+            return torch.nn.functional.scaled_dot_product_attention(*given, **kwargs)
+        return F.scaled_dot_product_attention(*given, **kwargs, seed=self.seed(query))
 
 
 def attention(

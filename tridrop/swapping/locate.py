@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import classes, kinds
-from .hidden import with_hidden
+from .hidden import hidden_roots, with_hidden
 from .rewrite import Levels
 from .survey import base_of, dropped_by
 from .wording import Plans
@@ -37,7 +37,9 @@ class Locator:
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], levels: Levels) -> None:
-        self.plans = Plans(model, levels)
+        works = dict(Plans(model, levels).works)
+        for hidden in hidden_roots(model).values():
+            works |= Plans(hidden, levels).works
         modules = with_hidden(model)
         self.sites = sites
         self.names = {module: name for name, module in reversed(modules.items())}
@@ -52,8 +54,8 @@ class Locator:
         for i, site in enumerate(sites):
             of_name.setdefault(site.module, []).append(i)
         for name, module in modules.items():
-            work = self.plans.works.get(module)
-            for n, (method, place) in enumerate(work.places if work is not None else ()):
+            work = works.get(module)
+            for n, (method, place) in enumerate((*work.places, *work.drawn) if work else ()):
                 text = (place.line, place.text)
                 same = (i for i in of_name.get(name, ()) if _text(sites[i]) == text and i in left)
                 i = next(same, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import inspect
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -13,20 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import kinds
+from . import draws, kinds
+from .draws import mentions_dropout
 from .flow import Flow
-from .rewrite import Op
+from .rewrite import CAUGHT, Op
 
 Labels = dict[str, str]  # what stands under an attribute of self: path -> kind
 
-_FUNCTIONS: dict[Any, str] = {
-    F.dropout: "rate",
-    F.softmax: "softmax",
-    torch.softmax: "softmax",
-    F.scaled_dot_product_attention: "attention",
-}
-_OTHERS = (F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-_FUNCTIONS.update(dict.fromkeys(_OTHERS, "other"))
+_SOFTMAX = (F.softmax, torch.softmax)
 _UNARY = {"linear", "activation", "norm", "scale", "identity", "dropout", "drop_path"}
 _NAMES = {"layer_norm": "norm", "rms_norm": "norm", "layer_scale": "scale", "softmax": "softmax"}
 
@@ -94,7 +88,9 @@ def called_by(module: nn.Module, op: Op) -> Any:
 
 def label_of(found: Any, tails: Callable[[nn.Module], Tail | None]) -> str | None:
     if not isinstance(found, nn.Module):
-        return "activation" if callable(found) and kinds.activation_name(found) else None
+        if not callable(found):
+            return None
+        return "activation" if kinds.activation_name(found) else draws.within(found)
     kind = kinds.kind_of(found)
     if kind is not None and kind.get(found, "inplace"):
         return None
@@ -124,16 +120,24 @@ class Classifier:
         if not isinstance(e, ast.Call):
             return None
         starred = any(isinstance(a, ast.Starred) for a in e.args)
-        if starred or None in {k.arg for k in e.keywords if self.drops_by_name(e.func)}:
-            unread = self.drops_by_name(e.func)
-            return Op("other", e, (), reason="its arguments are computed") if unread else None
+        if starred or None in {k.arg for k in e.keywords}:
+            kind = draws.known(self.global_of(e.func))
+            if kind in ("rate", "attention"):  # its arguments are computed: it is caught
+                return self.caught(e, _WITHIN[kind])
+            if kind == "other":
+                return Op("other", e, (), reason="its arguments are computed")
+        if starred:  # nothing but what is caught while it runs
+            op = self.of_callee(e)
+            return op if op is not None and op.name in (*CAUGHT, "draw") else None
+        return self.of_callee(e)
+
+    def of_callee(self, e: ast.Call) -> Op | None:
+        """What a call is, by what it calls."""
         path = path_of(e.func, self.owner)
         if path is not None:
             return self.of_self(e, path)
         if isinstance(e.func, ast.Name) and e.func.id in self.flow.locals:
-            # An attention function that was looked up, in the way of transformers.
-            p = next((k.value for k in e.keywords if k.arg == "dropout"), None)
-            return None if p is None else Op("interface", e, (), (p,))
+            return self.of_local(e)
         if isinstance(e.func, ast.Subscript):
             return self.of_table(e, e.func)
         if isinstance(e.func, ast.Call):
@@ -151,16 +155,58 @@ class Classifier:
         if label.startswith("call"):
             name, _, drop = label.partition("+")
             return Op(name, e, (), carries=drop == "drop")
-        if label == "within":
-            return Op(label, e, ())
+        if label in CAUGHT:
+            return self.caught(e, label)
+        if label == "draw" or ("." in path and path.rpartition(".")[2] in draws.METHODS):
+            return _drawing(e)
         if label == "softmax" and len(e.args) == 1 and not e.keywords:
             return Op("softmax_of", e, (), (e.args[0],))
         if label in _UNARY and len(e.args) == 1 and not e.keywords:
             return Op(label, e, (e.args[0],))
         return None
 
+    @staticmethod
+    def caught(e: ast.Call, name: str) -> Op:
+        """A call that is made as it is, and caught while it runs; with its rate, where given."""
+        rates = [k.value for k in e.keywords if k.arg in ("dropout_p", "p", "dropout")]
+        return Op(name, e, (), tuple(rates[:1]))
+
+    def of_local(self, e: ast.Call) -> Op | None:
+        """A call of a variable: another name of a function, or one that was looked up or given."""
+        assert isinstance(e.func, ast.Name)
+        for i in self.flow.reaching.get(e.func, ()):
+            value, default = self.flow.definitions[i].value, None
+            if value is None:
+                default = self.default_of(e.func.id)
+            elif isinstance(value, ast.Call) and self.global_of(value.func) is functools.partial:
+                value = value.args[0] if value.args else value
+            function = default if value is None else self.global_of(value)
+            name = None if function is None else draws.within(function)
+            if name == "draw":
+                return _drawing(e)
+            if name is not None:
+                return self.caught(e, name)
+        named = {k.arg: k.value for k in e.keywords}
+        if "dropout_p" in named:  # of the signature of torch's attention
+            return self.caught(e, "within:attention")
+        # An attention function that was looked up, in the way of transformers.
+        return Op("interface", e, (), (named["dropout"],)) if "dropout" in named else None
+
+    def default_of(self, name: str) -> Any:
+        """The default value of a parameter."""
+        code, defaults = self.function.__code__, self.function.__defaults__ or ()
+        names = code.co_varnames[: code.co_argcount]
+        found = dict(zip(names[::-1], defaults[::-1], strict=False))
+        return {**found, **(self.function.__kwdefaults__ or {})}.get(name)
+
     def of_table(self, e: ast.Call, function: ast.Subscript) -> Op | None:
-        """FUNCTIONS[name](x)"""
+        """FUNCTIONS[name](x), self.functions[name](x)"""
+        path = path_of(function.value, self.owner)
+        label = self.labels.get(f"{path}[]", "")
+        if label.startswith("within"):
+            return self.caught(e, label)
+        if label == "draw":
+            return _drawing(e)
         table = self.global_of(function.value)
         if not isinstance(table, dict) or not any(map(mentions_dropout, table.values())):
             return None
@@ -177,8 +223,11 @@ class Classifier:
         base = function.value.id if isinstance(function.value, ast.Name) else None
         if function.attr == "dropout" and base in self.imported:
             return Op("other", e, (), reason="its module is imported in the method")
-        if ast.unparse(function.value) == "super()" and self.drops_above(function.attr):
-            return Op("within", e, ())
+        if ast.unparse(function.value) == "super()":
+            name = draws.within(self.above(function.attr))
+            return _drawing(e) if name == "draw" else self.caught(e, name) if name else None
+        if function.attr in draws.METHODS:
+            return _drawing(e)
         if function.attr == "softmax":
             dim = _argument(e, 0, "dim")
             if _is_last(dim) and len(e.args) + len(e.keywords) == 1:
@@ -189,42 +238,34 @@ class Classifier:
                 return Op("cast", e, (function.value,), (wanted,))
         return None
 
-    def drops_above(self, name: str) -> bool:
-        """Whether a method of a base class drops by a function."""
+    def above(self, name: str) -> Any:
+        """A method of a base class."""
         kind = self.global_of(ast.Name("__class__"))
         above = kind.__mro__[1:] if isinstance(kind, type) else ()
-        function = next((c.__dict__[name] for c in above if name in c.__dict__), None)
-        return mentions_dropout(function)
-
-    def drops_by_name(self, function: ast.expr) -> bool:
-        """Whether a name stands for one of torch's functions that drop."""
-        return self.name_of(self.global_of(function)) in ("rate", "other", "attention")
-
-    @staticmethod
-    def name_of(called: Any) -> str | None:
-        """What a function of torch is, to the rules."""
-        try:
-            return _FUNCTIONS.get(called)
-        except TypeError:  # it cannot be hashed
-            return None
+        return next((c.__dict__[name] for c in above if name in c.__dict__), None)
 
     def of_function(self, e: ast.Call) -> Op | None:
         called = self.global_of(e.func)
-        name, known = self.name_of(called), {k.arg for k in e.keywords}
+        name, known = draws.known(called), {k.arg for k in e.keywords}
         if name == "other":
-            return Op(name, e, (), reason="tridrop has no such function")
+            return Op(name, e, (), _rate_of(e, called), reason="tridrop has no such function")
+        if name == "draw":
+            return _drawing(e, draws.generator_of(called))
         x = _argument(e, 0, "input")
         if name == "rate" and x is not None:
             in_place = _argument(e, 3, "inplace")
-            if in_place is not None and not _is_constant(in_place, False):
-                return Op("other", e, (), reason="it works in place")
+            if in_place is not None and _is_constant(in_place, True):
+                return Op("other", e, (), _rate_of(e, called), reason="it works in place")
             p = _argument(e, 1, "p") or ast.copy_location(ast.Constant(0.5), e)
-            training = _argument(e, 2, "training") or ast.copy_location(ast.Constant(True), e)
-            return Op(name, e, (x,), (p, training))
-        if name == "softmax" and x is not None and known <= {"input", "dim", "dtype"}:
+            training = _argument(e, 2, "train" if called is torch.dropout else "training")
+            training = training or ast.copy_location(ast.Constant(True), e)
+            constant = in_place is None or _is_constant(in_place, False)
+            return Op(name, e, (x,), (p, training, *([] if constant else [in_place])))
+        softmax = name is None and any(called is f for f in _SOFTMAX)
+        if softmax and x is not None and known <= {"input", "dim", "dtype"}:
             dim, dtype = _argument(e, 1, "dim"), _argument(e, 3, "dtype")
             if _is_last(dim) and len(e.args) <= 2:
-                return Op(name, e, (), (x, *([dtype] if dtype is not None else [])))
+                return Op("softmax", e, (), (x, *([dtype] if dtype is not None else [])))
         if name == "attention":
             rate = _argument(e, 4, "dropout_p")
             never = rate is None or (isinstance(rate, ast.Constant) and not rate.value)
@@ -233,8 +274,9 @@ class Classifier:
             return Op("dropout_add", e, (e.args[0],), tuple(e.args[1:]))
         if name is None and kinds.activation_name(called) and len(e.args) == 1 and not e.keywords:
             return Op("activation", e, (e.args[0],))
-        if name is None and isinstance(called, FunctionType) and mentions_dropout(called):
-            return Op("within", e, ())
+        if name is None and isinstance(called, (FunctionType, functools.partial)):
+            inside = draws.within(called)
+            return _drawing(e) if inside == "draw" else self.caught(e, inside) if inside else None
         return None
 
     def is_global(self, e: ast.expr) -> bool:
@@ -257,14 +299,21 @@ class Classifier:
         return self.function.__globals__.get(e.id)
 
 
-def mentions_dropout(function: Any) -> bool:
-    """Whether a function of Python calls torch's dropout by name, and is not torch's or ours."""
-    function = inspect.unwrap(function) if callable(function) else None
-    code = getattr(function, "__code__", None)
-    module = getattr(function, "__module__", None) or ""
-    return not module.startswith(("torch.", "tridrop.")) and "dropout" in getattr(
-        code, "co_names", ()
-    )
+_WITHIN = {"rate": "within", "attention": "within:attention"}
+
+
+def _drawing(e: ast.Call, of: str = "") -> Op:
+    """A call that draws random numbers, and is no dropout."""
+    return Op("draw", e, (), reason=f"it draws from {of or 'a generator'} by itself")
+
+
+def _rate_of(e: ast.Call, called: Any) -> tuple[ast.expr, ...]:
+    """The rate that a function of torch is given, where that can be seen."""
+    p = next((k.value for k in e.keywords if k.arg in ("dropout_p", "p")), None)
+    if p is None and not any(isinstance(a, ast.Starred) for a in e.args):
+        at = 10 if called is F.multi_head_attention_forward else 1
+        p = e.args[at] if len(e.args) > at else None
+    return () if p is None else (p,)
 
 
 def _is_constant(e: ast.expr, value: Any) -> bool:

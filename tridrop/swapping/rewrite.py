@@ -16,6 +16,7 @@ from .flow import Flow
 
 # What draws a mask, and what each op can take up before it is computed.
 DROPS = ("dropout", "rate", "drop_path", "dropout_add", "within")
+CAUGHT = ("within", "within:attention")  # called as they are, and watched
 _ADDS = ("add", "dropout_add")
 _ABSORBS: dict[str, tuple[str, ...]] = {
     "dropout": (
@@ -39,8 +40,8 @@ _ABSORBS: dict[str, tuple[str, ...]] = {
     "return": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
 }
 _ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
-COMPUTED = ("norm", "attention", "within")  # return what is computed
-_NOTED = ("attention", "interface", "other")  # drop as well, by other means or untouched
+COMPUTED = ("norm", "attention", *CAUGHT)  # return what is computed
+_NOTED = ("attention", "within:attention", "interface", "other")  # drop as well, by other means or untouched
 ATTENTION_PARTS = ("softmax", "dropout", "matmul")
 _ACROSS = {"call", "scale", "drop_path", "return", "identity"}
 _ATTENTION = {"softmax", "softmax_of", "cast"}
@@ -99,6 +100,7 @@ class Plan:
     emitted: set[Op] = field(default_factory=set)
     waiting: set[int] = field(default_factory=set)  # definitions of sums that several use
     places: list[Place] = field(default_factory=list)
+    drawn: list[Place] = field(default_factory=list)  # random numbers that are no dropout's
     writes: list[int] = field(default_factory=list)  # lines on which something changes in place
     calls: list[ast.Call] = field(default_factory=list)  # of what may write in place
 
@@ -159,7 +161,7 @@ def plan(
     for op in ops.values():
         on_a_way = any(op in (e.producer, e.consumer) for e in made.edges)
         plain = op.name in DROPS and levels.dropout
-        fused = op.name == "attention" and levels.attention
+        fused = op.name in ("attention", "within:attention") and levels.attention
         if on_a_way or plain or fused:
             made.emitted.add(op)
     _note_places(made)
@@ -228,7 +230,8 @@ def _may_wait(made: Plan, op: Op, consumer: Op, x: ast.expr) -> bool:
     held = _with_copies(made.flow, _held(made, op))
     inside_op = set(ast.walk(op.node))
     for call in made.calls:
-        between = first <= call.lineno <= last and call not in inside_op and call not in made.ops
+        between = first <= call.lineno <= last and call not in inside_op
+        between = between and (call not in made.ops or made.ops[call].name in (*CAUGHT, "draw"))
         if between and any(made.flow.reaching.get(n, set()) & held for n in _names(call)):
             return False
     return True
@@ -331,11 +334,18 @@ def _share(made: Plan, op: Op, levels: Levels) -> None:
 
 def _note_places(made: Plan) -> None:
     drops = [op for op in made.ops.values() if op.name in (*DROPS, *_NOTED)]
-    drops.sort(key=lambda op: (op.node.lineno, op.node.end_lineno, op.node.end_col_offset))
+    drops.sort(key=_at)
     for op in drops:
         text = ast.unparse(op.node)
         parts = _parts(made, op) if op in made.emitted else ()
         made.places.append(Place(op, op.node.lineno, text, parts))
+    drawn = sorted((op for op in made.ops.values() if op.name == "draw"), key=_at)
+    made.drawn = [Place(op, op.node.lineno, ast.unparse(op.node)) for op in drawn]
+
+
+def _at(op: Op) -> tuple[int, int, int]:
+    """Where an op stands in the text."""
+    return op.node.lineno, op.node.end_lineno or 0, op.node.end_col_offset or 0
 
 
 _OWN = {
@@ -343,6 +353,7 @@ _OWN = {
     "within": ("dropout",),
     "dropout_add": ("dropout", "add"),
     "attention": ATTENTION_PARTS,
+    "within:attention": ATTENTION_PARTS,
 }
 
 

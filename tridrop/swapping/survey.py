@@ -28,6 +28,7 @@ class Survey:
     def __init__(self, model: nn.Module, levels: Levels) -> None:
         self.levels = levels
         self.names = {module: name for name, module in model.named_modules()}
+        self.modules = {name: module for module, name in self.names.items()}
         self.recipes: dict[nn.Module, Recipe] = {}
         self.tails: dict[nn.Module, Tail | None] = {}
         self.left: dict[nn.Module, str] = {}  # why nothing was done about a module
@@ -111,13 +112,49 @@ class Survey:
         if self.left.get(module, "it is torch's own") != "it is torch's own":
             return self.left[module]
         if not self.drops(module):
-            ours = base_of(module).__module__.startswith("tridrop.nn.")
-            return "it is tridrop's own" if ours else "tridrop has no such module"
+            return _why_unknown(module)
         if base_of(module) is nn.MultiheadAttention:
             if not module.dropout:
                 return "its dropout is 0"
+            if self.why_uncalled(module):
+                return self.why_uncalled(module)
             return "" if self.levels.attention else "its level is off"
         return "" if self.levels.dropout else "its level is off"
+
+    def why_uncalled(self, module: nn.Module) -> str:
+        """Why it is unknown whether a module is called; empty where its parent's text calls it.
+
+        The parent is the module around it that is no container. Where its text has the name for
+        anything but a read of the module's parts, or reaches modules otherwise, it may call it.
+        """
+        path, name = self.names[module], ""
+        while path:
+            path, _, name = path.rpartition(".")
+            owner = self.modules[path]
+            if not isinstance(owner, _CONTAINERS):
+                break
+        else:
+            return ""
+        if owner not in self.recipes or is_torchs(base_of(owner)):
+            return ""
+        base = base_of(owner)
+        text = classes.text_of(base, classes.children_of(owner, base))
+        if text.unread or "forward" not in text.methods:
+            return ""
+        uses = {use for m in text.methods.values() for use in _uses(m.node, name)}
+        if True in uses:
+            return ""
+        what = f"{base.__name__}.forward does not name it"
+        if uses:
+            what = f"{base.__name__}.forward reads its parts and does not call it"
+        return f"unknown: {what}, run report.verify(batch)"
+
+    def in_place(self, module: nn.Module, op: Op) -> bool:
+        """Whether a call of F.dropout whose ``inplace`` is an attribute now works in place."""
+        if op.name != "rate" or len(op.rest) < 3:
+            return False
+        found = resolve(module, ast.unparse(op.rest[2]).partition(".")[2])
+        return bool(found)
 
     def parts(self, module: nn.Module) -> tuple[str, ...]:
         """What a module that drops becomes."""
@@ -151,7 +188,7 @@ class Survey:
             return self.rate_of_module(called_by(module, op))
         if not op.rest:
             return None
-        where = op.rest[-2 if op.name in ("rate", "dropout_add") else 0]
+        where = op.rest[op.name == "dropout_add"]
         if isinstance(where, ast.Constant):
             return float(where.value) if isinstance(where.value, (int, float)) else None
         if any(isinstance(node, ast.BinOp) for node in ast.walk(where)):
@@ -164,6 +201,40 @@ class Survey:
                 if isinstance(p, (int, float)):
                     return float(p)
         return None
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# What reaches modules without their names.
+_REACHES = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule",
+            "getattr", "apply", "super", "__dict__"}  # fmt: skip
+
+
+def _uses(method: ast.FunctionDef, name: str) -> set[bool]:
+    """Whether a method may call what it knows by a name, for each use: False is a read of a part."""
+    parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    found = set()
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr == name:
+            outer = parents[node]
+            part = isinstance(outer, ast.Attribute) and outer.attr not in _REACHES
+            grand = parents.get(outer)
+            called = isinstance(grand, ast.Call) and grand.func is outer
+            found.add(not part or called)
+        elif isinstance(node, (ast.Name, ast.Attribute)):
+            if (node.id if isinstance(node, ast.Name) else node.attr) in _REACHES:
+                found.add(True)
+    return found
+
+
+def _why_unknown(module: nn.Module) -> str:
+    """Why a module that is called a dropout, and is none of those known, is left."""
+    kind = base_of(module)
+    if kind.__module__.startswith("tridrop.nn."):
+        return "it is tridrop's own"
+    known = [c for c in kind.__mro__[1:] if c in kinds.KNOWN or c is nn.MultiheadAttention]
+    if known:
+        return f"it is a subclass of {known[0].__name__} that computes something else"
+    return "tridrop has no such module"
 
 
 def dropped_by(module: nn.Module, op: Op) -> list[nn.Module]:

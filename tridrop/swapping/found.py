@@ -1,0 +1,143 @@
+"""The sites of a report: everything in a model that drops, or draws, as far as reading tells."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import classes, draws
+from .hidden import hidden_roots
+from .interfaces import Interfaces
+from .report import Site
+from .rewrite import ATTENTION_PARTS
+from .survey import Survey, base_of, is_torchs
+
+_HIDDEN = "it is kept in a plain list or dict, where torch's train() and to() do not reach it"
+
+
+def sites_of(model: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Site]:
+    """All that is to be reported of a model, in the order of its modules and their code."""
+    sites = [site for module in survey.names for site in _sites(module, survey, interfaces)]
+    for name, module in hidden_roots(model).items():
+        inner = Survey(module, survey.levels)
+        for part in inner.names:
+            for site in _sites(part, inner, Interfaces(inner)):
+                path = f"{name}.{site.module}" if site.module else name
+                sites.append(replace(site, module=path, parts=(), stream=None, reason=_HIDDEN))
+    return sites
+
+
+def is_certain(model: nn.Module) -> bool:
+    """Whether a model without sites cannot drop: it is made of torch's modules alone, unhooked."""
+    for module in model.modules():
+        known = base_of(module).__module__.startswith("torch.nn.modules.")
+        changed = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+        if not known or changed or isinstance(module, torch.jit.ScriptModule):
+            return False
+    return not hidden_roots(model)
+
+
+def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Site]:
+    """What is to be reported of one module."""
+    name, kind = survey.names[module], base_of(module).__name__
+    first = module.__dict__.get("_tridrop_site")
+    found = []
+    if module in survey.recipes:
+        work = survey.work(module)
+        for i, (_, place) in enumerate(work.places):
+            parts, reason = place.parts, ""
+            if place.op.name == "interface":
+                reason = interfaces.reason(module)
+                parts = () if reason else ATTENTION_PARTS
+            elif survey.in_place(module, place.op):
+                parts, reason = (), "it works in place"
+            elif place.op.name == "other":
+                reason = place.op.reason
+            elif not parts:
+                reason = "its level is off"
+            stream = None if first is None or not parts else first + i
+            p = survey.rate(module, place.op)
+            found.append(Site(name, kind, place.text, place.line, p, parts, reason, stream))
+        for _, place in work.drawn:
+            found.append(Site(name, kind, place.text, place.line, None, (), place.op.reason, None))
+        text = classes.text_of(base_of(module), survey.recipes[module].children)
+        for method, reason in text.unread.items():
+            if text.caught(base_of(module), method) and survey.levels.dropout:
+                continue  # one of the places above
+            if _may_drop(base_of(module), method):
+                found.append(Site(name, kind, method, None, None, (), reason, None))
+    elif module in survey.left and _drops_unread(module, survey):
+        kind = getattr(module, "original_name", kind)
+        found.append(Site(name, kind, "forward", None, None, (), survey.left[module], None))
+    for hook in draws.hooks(module):
+        text = getattr(hook, "__qualname__", repr(hook))
+        found.append(Site(name, kind, text, None, None, (), "it is a hook that draws", None))
+    found += _own(module, survey, interfaces, bool(found))
+    return found
+
+
+def _own(
+    module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool
+) -> Iterator[Site]:
+    """The site that a module is itself; ``inside`` says that there are some in its text."""
+    name, kind = survey.names[module], base_of(module).__name__
+    # What attention is given the rate of may be called by it, where that is not tridrop's.
+    held = any(
+        interfaces.reason(owner)
+        for owner, i in survey.places.get(module, ())
+        if survey.work(owner).places[i][1].op.name == "interface"
+    )
+    if module in survey.places and not held:
+        return
+    p = survey.rate_of_module(module)
+    drawing = _drawing(module)
+    if drawing:
+        yield Site(name, kind, str(module), None, p, (), drawing, None)
+    elif survey.drops(module) or (_looks_like_dropout(module) and not inside):
+        reason = survey.why_left(module) or survey.why_not_fused(module)
+        parts = () if survey.why_left(module) else survey.parts(module)
+        if not held and reason in ("", "tridrop has no such module"):
+            reason = survey.why_uncalled(module) or reason
+        first = module.__dict__.get("_tridrop_site")
+        stream = None if not parts else getattr(module, "site", first)
+        yield Site(name, kind, str(module), None, p, parts, reason, stream)
+
+
+def _drawing(module: nn.Module) -> str:
+    """Why one of torch's modules that draws in its own operators is left; empty of others."""
+    if isinstance(module, nn.RNNBase):
+        drops = module.dropout > 0 and module.num_layers > 1
+        return "torch drops between its layers, in one operator with them" if drops else ""
+    base = base_of(module)
+    if base in (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d):
+        return "it draws random numbers, and drops nothing"
+    return ""
+
+
+def _drops_unread(module: nn.Module, survey: Survey) -> bool:
+    """Whether a module that is not read drops in its own forward, as far as names tell."""
+    if isinstance(module, torch.jit.ScriptModule):
+        parent = survey.modules.get(survey.names[module].rpartition(".")[0])
+        inner = parent is not module and isinstance(parent, torch.jit.ScriptModule)
+        return not inner and draws.in_script(module)
+    own = module.__dict__.get("forward")
+    return bool(draws.found_in(own)) or _may_drop(base_of(module), "forward")
+
+
+def _may_drop(base: type, method: str) -> bool:
+    """Whether a method's code draws, or names a dropout."""
+    function: Any = getattr(base, method, None)
+    if is_torchs(base) or function is None:
+        return False
+    names = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
+    return bool(draws.found_in(function)) or any("drop" in name.lower() for name in names)
+
+
+def _looks_like_dropout(module: nn.Module) -> bool:
+    name = base_of(module).__name__.lower()
+    return "dropout" in name or "droppath" in name or "stochasticdepth" in name
