@@ -71,7 +71,7 @@ def generator_of(function: Any) -> str:
 def found_in(function: Any, depth: int = 2) -> frozenset[str]:
     """The kinds of what a function draws by: of itself, or of what the names in its code stand for.
 
-    That of torch and tridrop is not looked into, and of functions that a function calls only to
+    Functions of torch (but for forwards) and of tridrop are not looked into, and of functions that a function calls only to
     ``depth``.
     """
     return frozenset(_kinds(function, depth))
@@ -94,7 +94,8 @@ def _kinds(function: Any, depth: int) -> Iterator[str]:
         return
     module = getattr(function, "__module__", None) or ""
     if not isinstance(function, FunctionType) or module.startswith(("torch.", "tridrop.")):
-        return
+        if not module.startswith("torch.nn.modules.") or function.__name__ != "forward":
+            return
     names = set(_names(function.__code__))
     for name in names:
         if name in _NAMES and name not in function.__globals__:
@@ -134,13 +135,13 @@ def mentions_dropout(function: Any) -> bool:
 
 
 def within(function: Any) -> str | None:
-    """What a call of a function is, by what it draws by: "within", "within:attention", "draw"."""
+    """What a call of a function is: "within", "within:attention", "other", "draw" or nothing."""
     found = found_in(function)
     if "rate" in found:
         return "within"
     if "attention" in found:
         return "within:attention"
-    return "draw" if found else None
+    return next((kind for kind in ("other", "draw") if kind in found), None)
 
 
 def held(module: nn.Module, path: str) -> Any:

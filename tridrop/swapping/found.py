@@ -63,8 +63,10 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
             stream = None if first is None or not parts else first + i
             p = survey.rate(module, place.op)
             found.append(Site(name, kind, place.text, place.line, p, parts, reason, stream))
+        uncalled = survey.why_uncalled(module) if _looks_like_dropout(module) else ""
         for _, place in work.drawn:
-            found.append(Site(name, kind, place.text, place.line, None, (), place.op.reason, None))
+            reason = uncalled or place.op.reason
+            found.append(Site(name, kind, place.text, place.line, None, (), reason, None))
         text = classes.text_of(base_of(module), survey.recipes[module].children)
         for method, reason in text.unread.items():
             if text.caught(base_of(module), method) and survey.levels.dropout:

@@ -23,7 +23,7 @@ class Generators:
         # Each as a way to read its state and a way to set it.
         Pair = tuple[Callable[[], Any], Callable[[Any], Any]]
         self.of_torch: list[Pair] = [(torch.get_rng_state, torch.set_rng_state)]
-        self.of_python: list[Pair] = [(random.getstate, random.setstate)]
+        self.of_python: list[tuple[Any, Any]] = [(random.getstate, random.setstate)]
         self.of_numpy: list[Any] = []
         own = [*model.parameters(), *model.buffers()]
         for device in sorted({x.device for x in (*own, *tensors)} | _in_use(), key=str):

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from . import classes, kinds
+from .classes import Work
 from .hidden import hidden_roots, with_hidden
 from .rewrite import Levels
-from .survey import base_of, dropped_by
+from .survey import Survey, base_of, dropped_by
 from .wording import Plans
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ class Locator:
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], levels: Levels) -> None:
-        works = dict(Plans(model, levels).works)
-        for hidden in hidden_roots(model).values():
-            works |= Plans(hidden, levels).works
+        works: dict[nn.Module, Work] = {}
+        for root in (model, *hidden_roots(model).values()):
+            survey = Survey(root, levels)  # of all modules; those that were rewritten know better
+            works |= {module: survey.work(module) for module in survey.recipes}
+            works |= Plans(root, levels).works
         modules = with_hidden(model)
         self.sites = sites
         self.names = {module: name for name, module in reversed(modules.items())}
@@ -109,9 +112,9 @@ class Locator:
                 inner.append(owner)
             frame, line = frame.f_back, None
         for module in inner:  # called by somebody else than the place that has its number
-            places = self.called.get(module, ())
-            if len(places) == 1:
-                return places[0][1]
+            places = [i for _, i in self.called.get(module, ())]
+            if module in self.whole or len(places) == 1:
+                return [*self.whole.get(module, ()), *places][0]
         return None
 
     def _match(
@@ -125,7 +128,7 @@ class Locator:
         ]
         if found:
             return found[0]
-        whole = self.whole.get(owner, [])
+        whole = self.whole.get(owner, []) if owner not in self.called else []
         of_method = (i for i in whole if self.sites[i].code == frame.f_code.co_name)
         return next(of_method, whole[0] if whole else None)
 
@@ -157,7 +160,8 @@ class Locator:
         owner = self.owner(frame)
         if owner is None:
             return
-        reached.update(self.whole.get(owner, ()))
+        if owner not in self.called:
+            reached.update(self.whole.get(owner, ()))
         places = self.called.get(owner, ())
         if len(places) == 1 and classes.is_sequence(base_of(places[0][0])):
             reached.add(places[0][1])
@@ -166,6 +170,10 @@ class Locator:
         """The site that a module is itself."""
         whole = self.whole.get(module)
         return whole[0] if whole else None
+
+    def is_called(self, site: int) -> bool:
+        """Whether a site is a module that a place calls, which is a site as well."""
+        return any(site in self.whole.get(module, ()) for module in self.called)
 
     def of_place(self, owner: nn.Module, place: int | None) -> int | None:
         """The site of a place in a rewritten forward, or of a module that drops."""

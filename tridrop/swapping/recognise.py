@@ -155,9 +155,9 @@ class Classifier:
         if label.startswith("call"):
             name, _, drop = label.partition("+")
             return Op(name, e, (), carries=drop == "drop")
-        if label in CAUGHT:
-            return self.caught(e, label)
-        if label == "draw" or ("." in path and path.rpartition(".")[2] in draws.METHODS):
+        if label in (*CAUGHT, "other", "draw"):
+            return self.inside(e, label)
+        if "." in path and path.rpartition(".")[2] in draws.METHODS:
             return _drawing(e)
         if label == "softmax" and len(e.args) == 1 and not e.keywords:
             return Op("softmax_of", e, (), (e.args[0],))
@@ -171,6 +171,14 @@ class Classifier:
         rates = [k.value for k in e.keywords if k.arg in ("dropout_p", "p", "dropout")]
         return Op(name, e, (), tuple(rates[:1]))
 
+    def inside(self, e: ast.Call, name: str | None) -> Op | None:
+        """A call of what draws inside, by :func:`draws.within` of it."""
+        if name in CAUGHT:
+            return self.caught(e, name)
+        if name == "other":
+            return Op(name, e, (), reason="it calls a function that tridrop does not have")
+        return _drawing(e) if name == "draw" else None
+
     def of_local(self, e: ast.Call) -> Op | None:
         """A call of a variable: another name of a function, or one that was looked up or given."""
         assert isinstance(e.func, ast.Name)
@@ -181,11 +189,9 @@ class Classifier:
             elif isinstance(value, ast.Call) and self.global_of(value.func) is functools.partial:
                 value = value.args[0] if value.args else value
             function = default if value is None else self.global_of(value)
-            name = None if function is None else draws.within(function)
-            if name == "draw":
-                return _drawing(e)
-            if name is not None:
-                return self.caught(e, name)
+            op = None if function is None else self.inside(e, draws.within(function))
+            if op is not None:
+                return op
         named = {k.arg: k.value for k in e.keywords}
         if "dropout_p" in named:  # of the signature of torch's attention
             return self.caught(e, "within:attention")
@@ -202,11 +208,9 @@ class Classifier:
     def of_table(self, e: ast.Call, function: ast.Subscript) -> Op | None:
         """FUNCTIONS[name](x), self.functions[name](x)"""
         path = path_of(function.value, self.owner)
-        label = self.labels.get(f"{path}[]", "")
-        if label.startswith("within"):
-            return self.caught(e, label)
-        if label == "draw":
-            return _drawing(e)
+        label = self.labels.get(f"{path}[]")
+        if label is not None:
+            return self.inside(e, label)
         table = self.global_of(function.value)
         if not isinstance(table, dict) or not any(map(mentions_dropout, table.values())):
             return None
@@ -224,8 +228,7 @@ class Classifier:
         if function.attr == "dropout" and base in self.imported:
             return Op("other", e, (), reason="its module is imported in the method")
         if ast.unparse(function.value) == "super()":
-            name = draws.within(self.above(function.attr))
-            return _drawing(e) if name == "draw" else self.caught(e, name) if name else None
+            return self.inside(e, draws.within(self.above(function.attr)))
         if function.attr in draws.METHODS:
             return _drawing(e)
         if function.attr == "softmax":
@@ -275,8 +278,7 @@ class Classifier:
         if name is None and kinds.activation_name(called) and len(e.args) == 1 and not e.keywords:
             return Op("activation", e, (e.args[0],))
         if name is None and isinstance(called, (FunctionType, functools.partial)):
-            inside = draws.within(called)
-            return _drawing(e) if inside == "draw" else self.caught(e, inside) if inside else None
+            return self.inside(e, draws.within(called))
         return None
 
     def is_global(self, e: ast.expr) -> bool:

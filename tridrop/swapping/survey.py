@@ -220,6 +220,11 @@ def _uses(method: ast.FunctionDef, name: str) -> set[bool]:
             grand = parents.get(outer)
             called = isinstance(grand, ast.Call) and grand.func is outer
             found.add(not part or called)
+        elif isinstance(node, ast.Name) and node.id == "getattr":
+            call = parents[node]
+            key = call.args[1] if isinstance(call, ast.Call) and len(call.args) > 1 else None
+            other = isinstance(key, ast.Constant) and key.value != name
+            found |= set() if other else {True}
         elif isinstance(node, (ast.Name, ast.Attribute)):
             if (node.id if isinstance(node, ast.Name) else node.attr) in _REACHES:
                 found.add(True)

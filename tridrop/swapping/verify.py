@@ -135,7 +135,7 @@ def verify(
     else:
         with changed(model, lambda m: swap(m, **asdict(report.levels))):
             after, second = _seen(locator, model, args, kwargs)
-    checked = tuple(_check(i, site, first, second) for i, site in enumerate(report.sites))
+    checked = tuple(_check(i, site, first, second, locator) for i, site in enumerate(report.sites))
     unreported = tuple(_unreported(first.of(None), second.of(None)))
     return Verification(checked, unreported, Measurement(before, after))
 
@@ -154,19 +154,25 @@ def _unreported(first: Counter[Draw], second: Counter[Draw]) -> Iterator[Unrepor
         yield Unreported(*draw, first[draw], second[draw])
 
 
-def _check(i: int, site: Site, first: Run, second: Run) -> Checked:
+def _check(i: int, site: Site, first: Run, second: Run, locator: Locator) -> Checked:
     before, after = first.of(i).total(), second.of(i).total()
-    verdict, detail = _verdict(i, site, first, second)
+    verdict, detail = _verdict(i, site, first, second, locator)
     return Checked(site, verdict, detail, before, after)
 
 
-def _verdict(i: int, site: Site, first: Run, second: Run) -> tuple[str, str]:
+def _verdict(
+    i: int, site: Site, first: Run, second: Run, locator: Locator
+) -> tuple[str, str]:
     before, after = bool(first.of(i)), bool(second.of(i))
     if not before and not after:
         if i in first.reached or i in second.reached:
-            return SILENT, "its rate is 0" if site.p == 0 else "it was called with a rate of 0"
+            unknown = "it was called" if site.p is None else "it was called with a rate of 0"
+            return SILENT, "its rate is 0" if site.p == 0 else unknown
         read = first.reads.get(i)
-        return (READ, f"at {read}") if read else (NEVER, "in this forward")
+        if read:
+            return READ, f"at {read}"
+        called = "by itself: the place that calls it is a site of its own"
+        return NEVER, called if locator.is_called(i) else "in this forward"
     if before and not after and i in second.reached or after and not before and i in first.reached:
         when = "before the swap alone" if before else "after the swap alone"
         return OTHERWISE, f"it drew {when}"

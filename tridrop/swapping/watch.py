@@ -81,12 +81,14 @@ class Watch:
         # Seeds as numbers, since operators may be given them stacked: whose they are.
         self.seeds: dict[tuple[int, ...], set[int]] = {}
         self.last: tuple[FrameType, int] | None = None  # of the profiled events
+        self.python: list[Any] = []
         self.numpy: list[Any] = []
         self.states: list[Any] = []
 
     @contextmanager
     def __call__(self, generators: Generators) -> Iterator[Observer]:
         self.generators, self.numpy = generators, generators.of_numpy
+        self.python = [read.__self__ for read, _ in generators.of_python]
         self.states = [_fingerprint(g) for g in self.numpy]
         profile = sys.getprofile()
         with ExitStack() as stack:
@@ -166,7 +168,7 @@ class Watch:
     def profile(self, frame: FrameType, event: str, arg: Any) -> None:
         """An event of sys.setprofile."""
         owner = getattr(arg, "__self__", None) if event == "c_call" else None
-        if isinstance(owner, random.Random) and not isinstance(owner, random.SystemRandom):
+        if isinstance(owner, random.Random) and any(owner is g for g in self.python):
             if arg.__name__ in ("random", "getrandbits"):
                 self.note(f"random.{arg.__name__}", None, frame)
         for i, generator in enumerate(self.numpy):
