@@ -118,7 +118,7 @@ def test_architectures_of_transformers_learn_and_report_their_swap(
     assert found["options"]["model"] == name
     assert found["swap"]["counts"]["left"] == 0
     assert found["swap"]["counts"]["fused"] >= 6
-    costs = found["swap"]["measurement"]
+    costs = found["swap"]["verification"]["cost"]
     assert costs["after"]["operators"] < costs["before"]["operators"]
     assert costs["before"]["dropouts"] == costs["after"]["dropouts"] == 1 + 3 * 2
     runs = found["runs"]

@@ -111,7 +111,7 @@ class Run:
             self.model.train()
             self.saved_bytes = saved_for_backward(self.model, tokens)
             if self.swapped is not None:
-                self.swapped.measure(tokens[:, 0])
+                self.swapped.verify(tokens[:, 0])
         self._generators = generators
         if self.device.type != "cuda":
             return

@@ -1,0 +1,693 @@
+"""report.verify: what drops by any route is a site of the report, or is said to belong to none."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import dropout as other_name
+
+import tridrop
+from tridrop.swapping import generators
+from tridrop.swapping.verify import AS_REPORTED, NEVER, OTHERWISE, READ, SILENT
+
+X = torch.randn(2, 2, 4, 8)
+half = functools.partial(F.dropout, p=0.5)
+attend = F.scaled_dot_product_attention
+
+
+def module(forward, **attributes) -> nn.Module:
+    """A module with a forward, in training mode."""
+    made = type("Own", (nn.Module,), {"forward": forward})()
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made.train()
+
+
+def verified(model: nn.Module, *inputs, **given):
+    """The report of a swap, verified: what the table says is what was seen."""
+    report = tridrop.swap(model)
+    found = report.verify(*inputs, **given)
+    assert "Nothing in this model drops" not in str(report) or not found.drops()
+    return report, found
+
+
+# ------------------------------------------------------------------- what is swapped, by any name
+
+
+def helper_that_drops(x):
+    return F.dropout(x, 0.5)
+
+
+def helper_that_attends(x):
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+
+def helper_of_a_helper(x):
+    return helper_that_attends(x)
+
+
+class Tool:
+    """No module: a plain object with a method that drops."""
+
+    def apply(self, x):
+        return half(x)
+
+
+def by_other_name(self, x):
+    return other_name(x, 0.5)
+
+
+def by_partial(self, x):
+    return half(x)
+
+
+def by_torch_dropout(self, x):
+    return torch.dropout(x, 0.5, self.training)
+
+
+def by_torch_dropout_with_names(self, x):
+    return torch.dropout(input=x, p=0.5, train=self.training)
+
+
+def by_a_variable(self, x):
+    drop = F.dropout
+    return drop(x, 0.5)
+
+
+def by_a_partial_in_a_variable(self, x):
+    drop = functools.partial(F.dropout, p=0.5)
+    return drop(x)
+
+
+def by_a_default(self, x, drop=half):
+    return drop(x)
+
+
+def by_an_attribute(self, x):
+    return self.function(x)
+
+
+def by_a_list(self, x):
+    for i in range(1):
+        x = self.functions[i](x)
+    return x
+
+
+def by_a_tool(self, x):
+    return self.tool.apply(x)
+
+
+def by_a_helper(self, x):
+    return helper_that_drops(x)
+
+
+def by_computed_arguments(self, x):
+    return F.dropout(x, **dict(p=0.5))  # noqa: C408
+
+
+def attention_by_a_helper(self, x):
+    return helper_that_attends(x)
+
+
+def attention_by_a_helper_of_a_helper(self, x):
+    return helper_of_a_helper(x)
+
+
+def attention_by_computed_arguments(self, x):
+    return F.scaled_dot_product_attention(x, x, x, **dict(dropout_p=0.5))  # noqa: C408
+
+
+def attention_by_an_attribute(self, x):
+    return self.function(x, x, x, dropout_p=0.5)
+
+
+def attention_by_another_name(self, x):
+    return attend(x, x, x, dropout_p=0.5)
+
+
+def attention_by_a_variable(self, x):
+    function = F.scaled_dot_product_attention
+    return function(x, x, x, None, 0.5)
+
+
+def attention_by_an_argument(self, x, function):
+    return function(x, x, x, dropout_p=0.5)
+
+
+SWAPPED = [
+    (by_other_name, {}, ()),
+    (by_partial, {}, ()),
+    (by_torch_dropout, {}, ()),
+    (by_torch_dropout_with_names, {}, ()),
+    (by_a_variable, {}, ()),
+    (by_a_partial_in_a_variable, {}, ()),
+    (by_a_default, {}, ()),
+    (by_an_attribute, {"function": F.dropout}, ()),
+    (by_an_attribute, {"function": half}, ()),
+    (by_an_attribute, {"function": helper_that_drops}, ()),
+    (by_a_list, {"functions": [half]}, ()),
+    (by_a_list, {"functions": {0: F.dropout}}, ()),
+    (by_a_tool, {"tool": Tool()}, ()),
+    (by_a_helper, {}, ()),
+    (by_computed_arguments, {}, ()),
+    (attention_by_a_helper, {}, ()),
+    (attention_by_a_helper_of_a_helper, {}, ()),
+    (attention_by_computed_arguments, {}, ()),
+    (attention_by_an_attribute, {"function": F.scaled_dot_product_attention}, ()),
+    (attention_by_an_attribute, {"function": functools.partial(attend, is_causal=True)}, ()),
+    (attention_by_another_name, {}, ()),
+    (attention_by_a_variable, {}, ()),
+    (attention_by_an_argument, {}, (F.scaled_dot_product_attention,)),
+]
+
+
+@pytest.mark.parametrize(("forward", "attributes", "more"), SWAPPED)
+def test_dropouts_by_other_names_are_swapped_and_seen(forward, attributes, more):
+    model = module(forward, **attributes)
+    report, found = verified(model, X, *more)
+    (site,) = report.sites
+    attention = forward.__name__.startswith("attention")
+    assert site.status == ("fused" if attention else "swapped")
+    assert [c.verdict for c in found.sites] == [AS_REPORTED]
+    assert found.sites[0].before == found.sites[0].after == 1
+    assert "tridrop." in found.sites[0].detail
+    report.raise_if_unaccounted()
+    with tridrop.rng(5):  # the mask is that of the site's number
+        first = model(X, *more)
+    seed = tridrop.fold_in(5, site.stream)
+    if attention:
+        causal = "is_causal" in getattr(getattr(model, "function", None), "keywords", {})
+        wanted = tridrop.scaled_dot_product_attention(
+            X, X, X, dropout_p=0.5, seed=seed, is_causal=causal
+        )
+    else:
+        wanted = tridrop.dropout(X, 0.5, seed=seed)
+    torch.testing.assert_close(first, wanted)
+    torch.testing.assert_close(model.eval()(X, *more) if not attention else X, X)
+
+
+@pytest.mark.parametrize("switch", ["dropout", "attention"])
+def test_the_switches_hold_for_what_is_caught(switch):
+    def both(self, x):
+        return helper_that_attends(helper_that_drops(x))
+
+    report = tridrop.swap(module(both), **{switch: False})
+    found = report.verify(X)
+    assert sorted(s.status for s in report.sites) == sorted(
+        ["left", "swapped" if switch == "attention" else "fused"]
+    )
+    assert {c.verdict for c in found.sites} == {AS_REPORTED}
+
+
+# ------------------------------------------------------------------------------ what is left
+
+
+class Own(nn.Module):
+    """Holds a MultiheadAttention, and computes attention with its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5)
+
+    def forward(self, x):
+        a, o = self.attention.in_proj_weight, self.attention.out_proj
+        bias, p = self.attention.in_proj_bias, self.attention.dropout
+        return F.multi_head_attention_forward(
+            x, x, x, 8, 2, a, bias, None, None, False, p, o.weight, o.bias, self.training
+        )[0]
+
+
+class Both(Own):
+    """The same, and calls the module as well."""
+
+    def forward(self, x):
+        return super().forward(x) + self.attention(x, x, x)[0]
+
+
+def native(self, x):
+    return torch.native_dropout(x, 0.5, True)[0]
+
+
+def operator(self, x):
+    return torch.ops.aten.native_dropout(x, 0.5, True)[0]
+
+
+def feature(self, x):
+    return torch.feature_dropout(x, 0.5, True)
+
+
+def in_place(self, x):
+    return torch.dropout_(x.clone(), 0.5, True)
+
+
+def bernoulli(self, x):
+    return x * torch.bernoulli(torch.full_like(x, 0.5))
+
+
+def bernoulli_of_a_tensor(self, x):
+    return x * torch.empty_like(x).bernoulli_(0.5)
+
+
+def layer_drop_of_torch(self, x):
+    return x if torch.rand([]) < 0.5 else x + 1
+
+
+def layer_drop_of_python(self, x):
+    return x if random.uniform(0, 1) < 0.5 else x + 1
+
+
+def layer_drop_of_numpy(self, x):
+    chance = numpy.random.uniform(0, 1)
+    return x if chance < 0.5 else x + 1
+
+
+def _drop_path(x):
+    return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(0.5)
+
+
+def drop_path_of_a_helper(self, x):
+    return _drop_path(x)
+
+
+LEFT = [native, operator, feature, in_place, bernoulli, bernoulli_of_a_tensor, layer_drop_of_torch,
+        layer_drop_of_python, layer_drop_of_numpy, drop_path_of_a_helper]  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", LEFT)
+def test_what_draws_otherwise_is_left_and_seen(forward):
+    report, found = verified(module(forward), X)
+    (site,) = report.sites
+    assert site.status == "left"
+    assert site.reason
+    assert [(c.verdict, c.before, c.after) for c in found.sites] == [(AS_REPORTED, 1, 1)]
+    report.raise_if_unaccounted()
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize("sub", [False, True])
+def test_recurrent_layers_are_left(kind, sub):
+    own = type("OwnLayer", (kind,), {}) if sub else kind
+    report, found = verified(own(8, 8, num_layers=3, dropout=0.5), torch.randn(3, 2, 8))
+    (site,) = report.sites
+    assert (site.status, site.p) == ("left", 0.5)
+    assert "between its layers" in site.reason
+    assert [(c.verdict, c.before, c.after) for c in found.sites] == [(AS_REPORTED, 2, 2)]
+    assert not tridrop.swap(kind(8, 8, num_layers=2)).sites
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(8, 8), nn.Dropout(0.5)],
+        (nn.Dropout(0.5),),
+        {"a": [nn.Dropout(0.5)]},
+        [nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))],
+    ],
+)
+def test_modules_in_plain_containers_are_left(layers):
+    def forward(self, x):
+        todo = self.layers.values() if isinstance(self.layers, dict) else self.layers
+        for layer in todo:
+            for part in layer if isinstance(layer, list) else [layer]:
+                x = part(x)
+        return x
+
+    report, found = verified(module(forward, layers=layers), X)
+    (site,) = report.sites
+    assert site.status == "left"
+    assert "plain list or dict" in site.reason
+    assert site.module.startswith("layers[")
+    assert [(c.verdict, c.before) for c in found.sites] == [(AS_REPORTED, 1)]
+
+
+def test_attention_whose_parts_alone_are_used_is_not_called_fused():
+    report, found = verified(Own(), torch.randn(4, 2, 8))
+    own, attention = report.sites
+    assert (own.status, own.p) == ("left", None)  # its rate is a variable
+    assert attention.status == "left"
+    assert "unknown" in attention.reason
+    assert "report.verify(batch)" in attention.reason
+    assert [c.verdict for c in found.sites] == [AS_REPORTED, NEVER]
+    report, found = verified(Both(), torch.randn(4, 2, 8))
+    assert [c.verdict for c in found.sites if c.site.module] == [AS_REPORTED]
+    assert report.sites[-1].status == "fused"
+    report.raise_if_unaccounted()
+
+
+def test_a_subclass_of_attention_or_dropout_has_its_true_reason():
+    class Attention(nn.MultiheadAttention):
+        pass
+
+    class Plain(nn.Dropout):
+        pass
+
+    class Doubled(nn.Dropout):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Noise(nn.Dropout):
+        def forward(self, x):
+            return x * torch.rand_like(x)
+
+    x = torch.randn(4, 2, 8)
+    report, found = verified(Attention(8, 2, dropout=0.5), x, x, x)
+    assert {s.reason for s in report.sites} == {"tridrop has no such function"}
+    assert sum(c.verdict == AS_REPORTED for c in found.sites) == 1
+    for kind, status in ((Plain, "swapped"), (Doubled, "swapped"), (Noise, "left")):
+        report, found = verified(nn.Sequential(kind(0.5)), x)
+        assert [s.status for s in report.sites] == [status], kind
+        assert [c.verdict for c in found.sites] == [AS_REPORTED]
+        assert "in place" not in str(report)
+    report, found = verified(nn.Sequential(Plain(0.5, inplace=True)), x)
+    assert [s.reason for s in report.sites] == ["it works in place"]
+    assert [c.verdict for c in found.sites] == [AS_REPORTED]
+
+
+def test_hooks_scripts_and_forwards_of_instances_are_left():
+    hooked = nn.Sequential(nn.Linear(8, 8))
+    hooked.register_forward_hook(lambda module, args, out: F.dropout(out, 0.5))
+    before = nn.Sequential(nn.Linear(8, 8))
+    before.register_forward_pre_hook(lambda module, args: half(*args))
+    own = nn.Sequential(nn.Linear(8, 8))
+    own.forward = lambda x: F.dropout(x, 0.5)
+    bound = nn.Sequential(nn.Linear(8, 8))
+    bound.forward = types.MethodType(lambda self, x: helper_that_attends(x), bound)
+    script = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)))
+    for model in (hooked, before, own, bound, script):
+        report, found = verified(model.train(), X)
+        assert [s.status for s in report.sites] == ["left"]
+        assert [c.verdict for c in found.sites] == [AS_REPORTED]
+        report.raise_if_unaccounted()
+
+
+def test_torchs_modules_that_draw_and_do_not_drop_are_sites():
+    model = nn.Sequential(nn.RReLU(), nn.FractionalMaxPool2d(2, output_size=2))
+    report, found = verified(model, torch.randn(1, 1, 6, 6))
+    assert [s.reason for s in report.sites] == ["it draws random numbers, and drops nothing"] * 2
+    assert {c.verdict for c in found.sites} == {AS_REPORTED}
+
+
+# ------------------------------------------------------------------------------ other verdicts
+
+
+class Reads(nn.Module):
+    """Has three dropouts: it calls the first, reads the rate of the second, and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Dropout(p) for p in (0.5, 0.25, 0.125))
+
+    def forward(self, x, scale=False):
+        p = self.second.p
+        return self.first(x) * p if scale else self.first(x)
+
+
+def test_what_is_never_called_and_whose_rate_is_only_read():
+    report, found = verified(Reads(), X)
+    assert [c.verdict for c in found.sites] == [AS_REPORTED, READ, NEVER]
+    assert "test_swap_verify.py" in found.sites[1].detail
+    assert all("report.verify(batch)" in s.reason for s in report.sites[1:])
+    assert "never called" in str(report)
+    report.raise_if_unaccounted()
+    assert "p" in vars(nn.Dropout(0.5))
+    assert not hasattr(nn.modules.dropout._DropoutNd, "p")
+
+
+def test_a_branch_that_is_not_taken_and_a_rate_of_0_are_no_drops():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.drop = 0.5, nn.Dropout(0.0)
+
+        def forward(self, x, alibi=None):
+            if alibi is not None:
+                return F.scaled_dot_product_attention(x, x, x, dropout_p=self.p)
+            return self.drop(F.scaled_dot_product_attention(x, x, x, dropout_p=0.0))
+
+    report, found = verified(Branches(), X)
+    assert [c.verdict for c in found.sites] == [NEVER, SILENT]
+    assert not found.drops()
+    assert "Nothing in this model drops" not in str(report)  # of this batch alone
+    found = report.verify(X, alibi=1)
+    assert [c.verdict for c in found.sites] == [AS_REPORTED, NEVER]
+
+
+def test_what_was_passed_in_belongs_to_no_site_and_raises():
+    def forward(self, x, function):
+        return function(x, x, x, None, 0.5)
+
+    model = module(forward)
+    report = tridrop.swap(model)
+    assert not report.sites
+    assert "Nothing in this model drops" not in str(report)
+    assert "run report.verify(batch)" in str(report)
+    with pytest.raises(RuntimeError, match=r"report\.verify\(batch\) first"):
+        report.raise_if_unaccounted()
+    found = report.verify(X, F.scaled_dot_product_attention)
+    (draw,) = found.unreported
+    line = forward.__code__.co_firstlineno + 1
+    assert draw.line == f"{__file__}:{line}"
+    assert draw.code == "return function(x, x, x, None, 0.5)"
+    assert (draw.p, draw.before, draw.after) == (0.5, 1, 1)
+    assert "belongs to no site" in str(report)
+    with pytest.raises(RuntimeError, match="return function"):
+        report.raise_if_unaccounted()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: random.random(),
+        lambda: random.gauss(0, 1),
+        lambda: numpy.random.rand(),
+        lambda: numpy.random.binomial(1, 0.5),
+        lambda: torch.rand(1),
+        lambda: torch.rand(1, generator=GENERATOR),
+    ],
+)
+def test_generators_are_seen_by_their_moves(draw):
+    def forward(self, x):
+        _ = len(self.functions)
+        for function in self.functions:
+            x = x + float(function())
+        return x
+
+    model = module(forward)
+    model.functions = iter  # what is called is known to nobody who reads
+    model.functions = type("Calls", (), {"__iter__": lambda s: iter([draw]), "__len__": len})
+    model.functions = {draw}
+    report, found = verified(model, X)
+    (seen,) = found.unreported
+    assert "test_swap_verify.py" in seen.line
+    assert "lambda" in seen.code
+    assert seen.before == seen.after >= 1
+
+
+GENERATOR = torch.Generator()
+
+
+def test_a_site_that_torch_draws_after_all_is_no_drop_as_reported():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).train()
+    report = tridrop.swap(model)
+    model[1].__class__ = nn.Dropout
+    model[1].register_forward_hook(lambda *_: None)
+    found = report.verify(X)
+    assert [c.verdict for c in found.sites] == [OTHERWISE]
+    assert "torch drew there" in found.sites[0].detail
+    with pytest.raises(RuntimeError, match="torch drew there"):
+        report.raise_if_unaccounted()
+
+
+def test_a_rate_that_changed_since_the_report_is_told():
+    model = nn.Sequential(nn.Dropout(0.5)).train()
+    report = tridrop.swap(model)
+    model[0].p = 0.25
+    (checked,) = report.verify(X).sites
+    assert checked.verdict == OTHERWISE
+    assert "0.25, not 0.5" in checked.detail
+
+
+def test_tridrops_own_modules_and_functions_are_accounted_for():
+    def forward(self, x):
+        return self.drop(tridrop.dropout(x, 0.25))
+
+    report, found = verified(module(forward, drop=tridrop.nn.DropPath(0.5)), X)
+    assert [c.verdict for c in found.sites] == [AS_REPORTED]
+    assert [draw.by for draw in found.unreported] == ["tridrop.forward"]
+
+
+# --------------------------------------------------------------------- nothing else is changed
+
+
+def test_a_dry_run_says_whether_a_model_drops_and_where():
+    model = Reads().eval()
+    report = tridrop.swap(model, dry_run=True)
+    found = report.verify(X)
+    assert [c.verdict for c in found.sites] == [AS_REPORTED, READ, NEVER]
+    assert found.cost.before.dropouts == found.cost.after.dropouts == 1
+    assert type(model.first) is nn.Dropout
+    assert not model.training
+    assert report.to_dict()["verification"]["counts"][AS_REPORTED] == 1
+
+
+def test_nothing_drops_is_said_where_it_is_so():
+    linear = tridrop.swap(nn.Linear(8, 8))
+    assert linear.certain
+    assert "Nothing in this model drops" in str(linear)
+    model = module(lambda self, x: x + 1)
+    report = tridrop.swap(model)
+    assert "Whether it drops is unknown" in str(report)
+    report.verify(X)
+    assert "Nothing in this model drops" in str(report)
+    report.raise_if_unaccounted()
+
+
+def test_generators_of_modules_and_of_everybody_are_put_back():
+    def forward(self, x):
+        x = x + torch.rand(1, generator=self.own) + self.python.random()
+        return half(x) + self.numpy.random() + random.random() + numpy.random.rand()
+
+    model = module(forward, own=torch.Generator(), python=random.Random(3))
+    model.numpy = numpy.random.default_rng(3)
+
+    def states():
+        return [
+            torch.get_rng_state().tolist(), model.own.get_state().tolist(), random.getstate(),
+            model.python.getstate(), model.numpy.bit_generator.state,
+            [str(s) for s in numpy.random.get_state()],
+        ]  # fmt: skip
+
+    before = states()
+    report, found = verified(model, X)
+    assert states() == before
+    seen = {(draw.by, draw.before) for draw in found.unreported}
+    by_site = {c.detail.partition(" ")[0] for c in found.sites}
+    assert ("numpy.Generator", 1) in seen or "numpy.Generator" in by_site
+    assert all(c.verdict == AS_REPORTED for c in found.sites)
+
+
+def test_generators_of_accelerators_are_put_back():
+    """On MPS there is one, whose functions take no device; elsewhere one a device."""
+    state = {"mps": torch.tensor([1]), "xpu": torch.tensor([2])}
+    for kind in state:
+        backend = mock.Mock(spec=["get_rng_state", "set_rng_state"])
+
+        def read(*device, kind=kind):
+            assert len(device) == (kind != "mps")
+            return state[kind]
+
+        backend.get_rng_state = read
+        backend.set_rng_state = lambda new, *device, kind=kind: state.update({kind: new})
+        tensor = mock.Mock(device=torch.device(kind, 0))
+        with mock.patch.object(torch, "get_device_module", lambda k, b=backend: b):
+            found = generators.Generators(nn.Linear(1, 1), [tensor])
+            with found.kept():
+                state[kind] = torch.tensor([7])
+        assert int(state[kind]) == {"mps": 1, "xpu": 2}[kind]
+
+
+def test_a_profile_function_and_an_rng_block_are_left_as_they_are():
+    events = []
+
+    def profile(*event):
+        events.append(event)
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).train()
+    report = tridrop.swap(model)
+    with tridrop.rng(3):
+        expected = model(X)
+    sys.setprofile(profile)
+    try:
+        with tridrop.rng(3):
+            report.verify(X)
+            found = model(X)
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
+    assert torch.equal(found, expected)
+
+
+# ------------------------------------------------------------------------- models of libraries
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+IDS = torch.arange(8).reshape(2, 4)
+
+
+def test_wavlm_is_left_in_its_attention_and_layer_drop_is_a_site():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_buckets": 8}
+    sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = transformers.WavLMConfig(
+        **SMALL, **sizes, intermediate_size=32, num_feat_extract_layers=2, layerdrop=0.0
+    )
+    report, found = verified(transformers.WavLMModel(config).train(), torch.randn(2, 200))
+    checked = {c.site.code.partition("(")[0]: c for c in found.sites}
+    attention = checked["F.multi_head_attention_forward"]
+    assert (attention.site.status, attention.site.p) == ("left", 0.1)
+    assert attention.verdict == AS_REPORTED
+    drop = checked["torch.rand"]
+    assert (drop.site.status, drop.verdict) == ("left", AS_REPORTED)
+    report.raise_if_unaccounted()
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_falcon_drops_in_the_branch_that_it_takes(alibi):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.FalconConfig(**SMALL, alibi=alibi, attention_dropout=0.5)
+    report, found = verified(transformers.FalconModel(config).train(), IDS)
+    attention = [c for c in found.sites if "scaled_dot_product" in c.site.code]
+    assert [(c.site.p, c.verdict) for c in attention] == [
+        (0.5, AS_REPORTED if alibi else NEVER)
+    ]  # fmt: skip
+    report.raise_if_unaccounted()
+
+
+def adapted(**options) -> nn.Module:
+    """BERT without a dropout of its own, with adapters of PEFT's."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**SMALL, **rates, intermediate_size=32)
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    kind = getattr(peft, options.pop("kind"))
+    return peft.get_peft_model(model, kind(target_modules=["query"], **options)).train()
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.1, 0.5)])
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+def test_the_draws_of_loha_and_lokr_are_sites(kind, rates):
+    model = adapted(kind=kind, r=4, module_dropout=rates[0], rank_dropout=rates[1])
+    torch.manual_seed(1)
+    report, found = verified(model, IDS)
+    drawn = [c for c in found.sites if "torch.rand" in c.site.code]
+    assert {c.site.code for c in drawn} == {"torch.rand(1)", "torch.rand(weight.size(0))"}
+    assert [(c.site.status, c.verdict) for c in drawn] == [("left", AS_REPORTED)] * 2
+    report.raise_if_unaccounted()
+
+
+def test_the_dropout_of_oft_is_never_called():
+    report, found = verified(
+        adapted(kind="OFTConfig", r=0, oft_block_size=4, module_dropout=0.5), IDS
+    )
+    (checked,) = [c for c in found.sites if "oft_dropout" in c.site.module]
+    assert (checked.site.status, checked.verdict) == ("left", NEVER)
+    assert "Linear.forward does not name it" in checked.site.reason
+    assert not found.drops()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_the_dropout_of_lora_drops_as_reported(options):
+    model = adapted(kind="LoraConfig", r=4, lora_dropout=0.5, **options)
+    report, found = verified(model, IDS)
+    (checked,) = [c for c in found.sites if "lora_dropout" in c.site.module]
+    assert checked.verdict == AS_REPORTED
+    report.raise_if_unaccounted()
