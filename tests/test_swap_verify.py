@@ -192,7 +192,6 @@ def test_dropouts_by_other_names_are_swapped_and_seen(forward, attributes, more)
     else:
         wanted = tridrop.dropout(X, 0.5, seed=seed)
     torch.testing.assert_close(first, wanted)
-    torch.testing.assert_close(model.eval()(X, *more) if not attention else X, X)
 
 
 @pytest.mark.parametrize("switch", ["dropout", "attention"])
@@ -200,7 +199,8 @@ def test_the_switches_hold_for_what_is_caught(switch):
     def both(self, x):
         return helper_that_attends(helper_that_drops(x))
 
-    report = tridrop.swap(module(both), **{switch: False})
+    model = module(both)
+    report = tridrop.swap(model, **{switch: False})
     found = report.verify(X)
     assert sorted(s.status for s in report.sites) == sorted(
         ["left", "swapped" if switch == "attention" else "fused"]
@@ -330,7 +330,7 @@ def test_modules_in_plain_containers_are_left(layers):
 
 
 def test_attention_whose_parts_alone_are_used_is_not_called_fused():
-    report, found = verified(Own(), torch.randn(4, 2, 8))
+    report, found = verified(Own().train(), torch.randn(4, 2, 8))
     own, attention = report.sites
     assert (own.status, own.p) == ("left", None)  # its rate is a variable
     assert attention.status == "left"
@@ -408,7 +408,8 @@ class Reads(nn.Module):
 
     def forward(self, x, scale=False):
         p = self.second.p
-        return self.first(x) * p if scale else self.first(x)
+        x = self.first(x)
+        return x * p if scale else x
 
 
 def test_what_is_never_called_and_whose_rate_is_only_read():
@@ -433,7 +434,8 @@ def test_a_branch_that_is_not_taken_and_a_rate_of_0_are_no_drops():
                 return F.scaled_dot_product_attention(x, x, x, dropout_p=self.p)
             return self.drop(F.scaled_dot_product_attention(x, x, x, dropout_p=0.0))
 
-    report, found = verified(Branches(), X)
+    model = Branches().train()
+    report, found = verified(model, X)
     assert [c.verdict for c in found.sites] == [NEVER, SILENT]
     assert not found.drops()
     assert "Nothing in this model drops" not in str(report)  # of this batch alone
@@ -628,8 +630,9 @@ def test_wavlm_is_left_in_its_attention_and_layer_drop_is_a_site():
     sizes = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_buckets": 8}
     sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     config = transformers.WavLMConfig(
-        **SMALL, **sizes, intermediate_size=32, num_feat_extract_layers=2, layerdrop=0.0
-    )
+        **{**SMALL, "num_hidden_layers": 2}, **sizes, intermediate_size=32,
+        num_feat_extract_layers=2, layerdrop=0.0,
+    )  # fmt: skip
     report, found = verified(transformers.WavLMModel(config).train(), torch.randn(2, 200))
     checked = {c.site.code.partition("(")[0]: c for c in found.sites}
     attention = checked["F.multi_head_attention_forward"]
@@ -670,7 +673,10 @@ def test_the_draws_of_loha_and_lokr_are_sites(kind, rates):
     report, found = verified(model, IDS)
     drawn = [c for c in found.sites if "torch.rand" in c.site.code]
     assert {c.site.code for c in drawn} == {"torch.rand(1)", "torch.rand(weight.size(0))"}
-    assert [(c.site.status, c.verdict) for c in drawn] == [("left", AS_REPORTED)] * 2
+    verdicts = {c.site.code: c.verdict for c in drawn}
+    assert verdicts["torch.rand(1)"] == AS_REPORTED  # whatever the rates
+    assert verdicts["torch.rand(weight.size(0))"] == (AS_REPORTED if rates[1] else NEVER)
+    assert {c.site.status for c in drawn} == {"left"}
     report.raise_if_unaccounted()
 
 

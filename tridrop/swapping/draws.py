@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -96,37 +97,56 @@ def _kinds(function: Any, depth: int) -> Iterator[str]:
     if not isinstance(function, FunctionType) or module.startswith(("torch.", "tridrop.")):
         if not module.startswith("torch.nn.modules.") or function.__name__ != "forward":
             return
-    names = set(_names(function.__code__))
-    for name in names:
-        if name in _NAMES and name not in function.__globals__:
-            yield _NAMES[name]
-        yield from _kinds_of_value(function.__globals__.get(name), names, depth)
-    for cell in function.__closure__ or ():
-        try:
-            yield from _kinds_of_value(cell.cell_contents, names, depth)
-        except ValueError:  # the cell is empty
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    for root, (name, *rest), called in _chains(function.__code__):
+        value: Any = None
+        if root == "global":
+            value = function.__globals__.get(name)
+        elif root == "free":
+            value = _content(cells.get(name))
+        while rest and isinstance(value, ModuleType):
+            value, name, rest = getattr(value, rest[0], None), rest[0], rest[1:]
+        last = rest[-1] if rest else name
+        if value is not None and not rest:
+            if known(value):
+                yield known(value) or ""
+            elif depth and not isinstance(value, type):
+                yield from _kinds(value, depth - 1)
+        elif called and last in _NAMES:  # of what a variable holds
+            yield _NAMES[last]
+
+
+def _content(cell: CellType | None) -> Any:
+    try:
+        return None if cell is None else cell.cell_contents
+    except ValueError:  # it is empty
+        return None
+
+
+def _chains(code: CodeType) -> Iterator[tuple[str, list[str], bool]]:
+    """The names a.b.c in a function's code: where a is from, the names, and whether it is called.
+
+    Where a is no name, but a result, the names are those that follow.
+    """
+    chain: tuple[str, list[str]] | None = None
+    called = False
+    for at in dis.get_instructions(code):
+        if at.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            root, names = chain or ("other", [])
+            chain = root, [*names, str(at.argval)]
+            bit = sys.version_info >= (3, 12) and bool((at.arg or 0) & 1)
+            called = at.opname == "LOAD_METHOD" or bit
             continue
-
-
-def _kinds_of_value(value: Any, names: set[str], depth: int) -> Iterator[str]:
-    """What a name in a function stands for."""
-    if isinstance(value, ModuleType):
-        numpy = value.__name__ == "numpy" and "random" in names
-        if value.__name__ in ("random", "numpy.random") or numpy:
-            if any(callable(getattr(random, n, None)) or n in _NUMPYS for n in names):
-                yield "draw"
-    elif depth and callable(value) and not isinstance(value, type):
-        yield from _kinds(value, depth - 1)
-
-
-_NUMPYS = ("rand", "randn", "random_sample", "binomial", "normal", "permutation", "integers")
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+        if chain is not None and chain[1]:
+            yield *chain, called
+        chain, called = None, False
+        if at.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            chain = "global", [str(at.argval)]
+        elif at.opname == "LOAD_DEREF":
+            chain = "free", [str(at.argval)]
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _names(inner)
+            yield from _chains(inner)
 
 
 def mentions_dropout(function: Any) -> bool:

@@ -174,14 +174,20 @@ def _drops(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
     )
 
 
+def given_to(
+    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of an operator by name, with those that are left out."""
+    schema = func._schema.arguments
+    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return {**defaults, **{a.name: x for a, x in zip(schema, args, strict=False)}, **kwargs}
+
+
 def rates_of(
     func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[float | None]:
     """The rates that an operator is given by name; None for one that only its device knows."""
-    schema = func._schema.arguments
-    given = {**{a.name: a.default_value for a in schema if a.has_default_value()},
-             **{a.name: x for a, x in zip(schema, args, strict=False)},
-             **kwargs}  # fmt: skip
+    given = given_to(func, args, kwargs)
     names = ("p", "p_tensor", "drop_path") if func.namespace == "tridrop" else _RATES
     found: list[float | None] = []
     for p in (given[name] for name in names if name in given):

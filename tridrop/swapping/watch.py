@@ -28,7 +28,7 @@ from ..mask import new_seed
 from . import lazy
 from .generators import Generators, moved
 from .locate import Locator
-from .measure import Observer, rates_of
+from .measure import Observer, given_to, rates_of
 
 
 class Draw(NamedTuple):
@@ -130,10 +130,9 @@ class Watch:
         if _draws_a_seed(frame):
             return
         p = next((p for p in rates if p), None)
-        if name in ("bernoulli_", "bernoulli") and isinstance(args[-1], float):
-            p = 1 - args[-1]
-        elif name == "native_dropout":
-            p = args[1]
+        given = given_to(func, args, kwargs).get("p")
+        if isinstance(given, float):
+            p = 1 - given if name in ("bernoulli_", "bernoulli") else given
         self.note(f"{func.namespace}.{name}", p, frame)
 
     def ours(
@@ -141,8 +140,7 @@ class Watch:
     ) -> None:
         """An operator of tridrop's has run."""
         rates = rates_of(func, args, kwargs)
-        arguments = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)}
-        given = [x for n, x in {**arguments, **kwargs}.items() if n in ("seed", "seeds")]
+        given = [x for n, x in given_to(func, args, kwargs).items() if n in ("seed", "seeds")]
         given = [x for x in given if isinstance(x, Tensor) and x.numel()]
         if not given or (rates and all(p == 0 for p in rates)):
             return
