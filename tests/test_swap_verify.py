@@ -484,10 +484,8 @@ def test_generators_are_seen_by_their_moves(draw):
         return x
 
     model = module(forward)
-    model.functions = iter  # what is called is known to nobody who reads
-    model.functions = type("Calls", (), {"__iter__": lambda s: iter([draw]), "__len__": len})
-    model.functions = {draw}
-    report, found = verified(model, X)
+    model.functions = {draw}  # what is called is known to nobody who reads
+    _, found = verified(model, X)
     (seen,) = found.unreported
     assert "test_swap_verify.py" in seen.line
     assert "lambda" in seen.code
@@ -522,7 +520,7 @@ def test_tridrops_own_modules_and_functions_are_accounted_for():
     def forward(self, x):
         return self.drop(tridrop.dropout(x, 0.25))
 
-    report, found = verified(module(forward, drop=tridrop.nn.DropPath(0.5)), X)
+    _, found = verified(module(forward, drop=tridrop.nn.DropPath(0.5)), X)
     assert [c.verdict for c in found.sites] == [AS_REPORTED]
     assert [draw.by for draw in found.unreported] == ["tridrop.forward"]
 
@@ -569,7 +567,7 @@ def test_generators_of_modules_and_of_everybody_are_put_back():
         ]  # fmt: skip
 
     before = states()
-    report, found = verified(model, X)
+    _, found = verified(model, X)
     assert states() == before
     seen = {(draw.by, draw.before) for draw in found.unreported}
     by_site = {c.detail.partition(" ")[0] for c in found.sites}
@@ -631,7 +629,7 @@ def test_wavlm_is_left_in_its_attention_and_layer_drop_is_a_site():
     sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     config = transformers.WavLMConfig(
         **{**SMALL, "num_hidden_layers": 2}, **sizes, intermediate_size=32,
-        num_feat_extract_layers=2, layerdrop=0.0,
+        num_feat_extract_layers=2, layerdrop=1e-9,
     )  # fmt: skip
     report, found = verified(transformers.WavLMModel(config).train(), torch.randn(2, 200))
     checked = {c.site.code.partition("(")[0]: c for c in found.sites}
@@ -681,9 +679,7 @@ def test_the_draws_of_loha_and_lokr_are_sites(kind, rates):
 
 
 def test_the_dropout_of_oft_is_never_called():
-    report, found = verified(
-        adapted(kind="OFTConfig", r=0, oft_block_size=4, module_dropout=0.5), IDS
-    )
+    _, found = verified(adapted(kind="OFTConfig", r=0, oft_block_size=4, module_dropout=0.5), IDS)
     (checked,) = [c for c in found.sites if "oft_dropout" in c.site.module]
     assert (checked.site.status, checked.verdict) == ("left", NEVER)
     assert "Linear.forward does not name it" in checked.site.reason

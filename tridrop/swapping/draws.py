@@ -72,8 +72,8 @@ def generator_of(function: Any) -> str:
 def found_in(function: Any, depth: int = 2) -> frozenset[str]:
     """The kinds of what a function draws by: of itself, or of what the names in its code stand for.
 
-    Functions of torch (but for forwards) and of tridrop are not looked into, and of functions that a function calls only to
-    ``depth``.
+    Functions of torch (but for forwards) and of tridrop are not looked into, and those that a
+    function calls only to ``depth``.
     """
     return frozenset(_kinds(function, depth))
 
@@ -94,9 +94,11 @@ def _kinds(function: Any, depth: int) -> Iterator[str]:
     except ValueError:
         return
     module = getattr(function, "__module__", None) or ""
-    if not isinstance(function, FunctionType) or module.startswith(("torch.", "tridrop.")):
-        if not module.startswith("torch.nn.modules.") or function.__name__ != "forward":
-            return
+    if not isinstance(function, FunctionType):
+        return
+    forward = module.startswith("torch.nn.modules.") and function.__name__ == "forward"
+    if module.startswith(("torch.", "tridrop.")) and not forward:
+        return
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     for root, (name, *rest), called in _chains(function.__code__):
         value: Any = None
@@ -123,7 +125,12 @@ def _content(cell: CellType | None) -> Any:
         return None
 
 
-def _chains(code: CodeType) -> Iterator[tuple[str, list[str], bool]]:
+@functools.lru_cache(4096)
+def _chains(code: CodeType) -> tuple[tuple[str, list[str], bool], ...]:
+    return tuple(_chains_of(code))
+
+
+def _chains_of(code: CodeType) -> Iterator[tuple[str, list[str], bool]]:
     """The names a.b.c in a function's code: where a is from, the names, and whether it is called.
 
     Where a is no name, but a result, the names are those that follow.
@@ -146,7 +153,7 @@ def _chains(code: CodeType) -> Iterator[tuple[str, list[str], bool]]:
             chain = "free", [str(at.argval)]
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _chains(inner)
+            yield from _chains_of(inner)
 
 
 def mentions_dropout(function: Any) -> bool:

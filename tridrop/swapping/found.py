@@ -64,7 +64,7 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
             p = survey.rate(module, place.op)
             found.append(Site(name, kind, place.text, place.line, p, parts, reason, stream))
         uncalled = survey.why_uncalled(module) if _looks_like_dropout(module) else ""
-        for _, place in work.drawn:
+        for _, place in () if survey.drops(module) else work.drawn:  # a drop path's are known
             reason = uncalled or place.op.reason
             found.append(Site(name, kind, place.text, place.line, None, (), reason, None))
         text = classes.text_of(base_of(module), survey.recipes[module].children)
@@ -74,18 +74,16 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
             if _may_drop(base_of(module), method):
                 found.append(Site(name, kind, method, None, None, (), reason, None))
     elif module in survey.left and _drops_unread(module, survey):
-        kind = getattr(module, "original_name", kind)
+        kind = str(getattr(module, "original_name", kind))
         found.append(Site(name, kind, "forward", None, None, (), survey.left[module], None))
     for hook in draws.hooks(module):
-        text = getattr(hook, "__qualname__", repr(hook))
-        found.append(Site(name, kind, text, None, None, (), "it is a hook that draws", None))
+        code = str(getattr(hook, "__qualname__", repr(hook)))
+        found.append(Site(name, kind, code, None, None, (), "it is a hook that draws", None))
     found += _own(module, survey, interfaces, bool(found))
     return found
 
 
-def _own(
-    module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool
-) -> Iterator[Site]:
+def _own(module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool) -> Iterator[Site]:
     """The site that a module is itself; ``inside`` says that there are some in its text."""
     name, kind = survey.names[module], base_of(module).__name__
     # What attention is given the rate of may be called by it, where that is not tridrop's.

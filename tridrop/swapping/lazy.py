@@ -378,7 +378,7 @@ class _Catch(TorchFunctionMode):
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
         dropout_p: float = 0.0, *args: Any, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Any:  # fmt: skip
         given = (query, key, value, attn_mask, dropout_p, *args)
         if dropout_p == 0 or not fits(query):
             return torch.nn.functional.scaled_dot_product_attention(*given, **kwargs)

@@ -61,16 +61,15 @@ class Locator:
             for n, (method, place) in enumerate((*work.places, *work.drawn) if work else ()):
                 text = (place.line, place.text)
                 same = (i for i in of_name.get(name, ()) if _text(sites[i]) == text and i in left)
-                i = next(same, None)
-                if i is not None and place.line is not None:
-                    del left[i]
-                    self._add(module, n, method, place.op, i)
-                elif i is not None:
-                    self.places[module, n] = i
+                number = next(same, None)
+                if number is not None and place.line is not None:
+                    del left[number]
+                    self._add(module, n, method, place.op, number)
+                elif number is not None:
+                    self.places[module, n] = number
         for i in left:
-            module = modules.get(sites[i].module)
-            if module is not None:
-                self.whole.setdefault(module, []).append(i)
+            if sites[i].module in modules:
+                self.whole.setdefault(modules[sites[i].module], []).append(i)
 
     def _add(self, module: nn.Module, n: int, method: str, op: Any, i: int) -> None:
         self.places[module, n] = i

@@ -262,8 +262,9 @@ class Classifier:
             p = _argument(e, 1, "p") or ast.copy_location(ast.Constant(0.5), e)
             training = _argument(e, 2, "train" if called is torch.dropout else "training")
             training = training or ast.copy_location(ast.Constant(True), e)
-            constant = in_place is None or _is_constant(in_place, False)
-            return Op(name, e, (x,), (p, training, *([] if constant else [in_place])))
+            if in_place is None or _is_constant(in_place, False):
+                return Op(name, e, (x,), (p, training))
+            return Op(name, e, (x,), (p, training, in_place))
         softmax = name is None and any(called is f for f in _SOFTMAX)
         if softmax and x is not None and known <= {"input", "dim", "dtype"}:
             dim, dtype = _argument(e, 1, "dim"), _argument(e, 3, "dtype")

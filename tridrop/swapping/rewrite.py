@@ -41,7 +41,8 @@ _ABSORBS: dict[str, tuple[str, ...]] = {
 }
 _ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
 COMPUTED = ("norm", "attention", *CAUGHT)  # return what is computed
-_NOTED = ("attention", "within:attention", "interface", "other")  # drop as well, by other means or untouched
+# These drop as well, by other means or untouched.
+_NOTED = ("attention", "within:attention", "interface", "other")
 ATTENTION_PARTS = ("softmax", "dropout", "matmul")
 _ACROSS = {"call", "scale", "drop_path", "return", "identity"}
 _ATTENTION = {"softmax", "softmax_of", "cast"}

@@ -210,7 +210,7 @@ _REACHES = {"children", "modules", "named_children", "named_modules", "_modules"
 
 
 def _uses(method: ast.FunctionDef, name: str) -> set[bool]:
-    """Whether a method may call what it knows by a name, for each use: False is a read of a part."""
+    """Whether each use of a name in a method may be a call; False is a read of a part."""
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     found = set()
     for node in ast.walk(method):
@@ -225,9 +225,8 @@ def _uses(method: ast.FunctionDef, name: str) -> set[bool]:
             key = call.args[1] if isinstance(call, ast.Call) and len(call.args) > 1 else None
             other = isinstance(key, ast.Constant) and key.value != name
             found |= set() if other else {True}
-        elif isinstance(node, (ast.Name, ast.Attribute)):
-            if (node.id if isinstance(node, ast.Name) else node.attr) in _REACHES:
-                found.add(True)
+        elif (getattr(node, "id", None) or getattr(node, "attr", None)) in _REACHES:
+            found.add(True)
     return found
 
 

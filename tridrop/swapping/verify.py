@@ -160,9 +160,7 @@ def _check(i: int, site: Site, first: Run, second: Run, locator: Locator) -> Che
     return Checked(site, verdict, detail, before, after)
 
 
-def _verdict(
-    i: int, site: Site, first: Run, second: Run, locator: Locator
-) -> tuple[str, str]:
+def _verdict(i: int, site: Site, first: Run, second: Run, locator: Locator) -> tuple[str, str]:
     before, after = bool(first.of(i)), bool(second.of(i))
     if not before and not after:
         if i in first.reached or i in second.reached:
@@ -173,7 +171,7 @@ def _verdict(
             return READ, f"at {read}"
         called = "by itself: the place that calls it is a site of its own"
         return NEVER, called if locator.is_called(i) else "in this forward"
-    if before and not after and i in second.reached or after and not before and i in first.reached:
+    if before != after and i in (second if before else first).reached:
         when = "before the swap alone" if before else "after the swap alone"
         return OTHERWISE, f"it drew {when}"
     if site.status != "left" and after and second.by_tridrop(i) != {True}:

@@ -166,9 +166,9 @@ class Watch:
     def profile(self, frame: FrameType, event: str, arg: Any) -> None:
         """An event of sys.setprofile."""
         owner = getattr(arg, "__self__", None) if event == "c_call" else None
-        if isinstance(owner, random.Random) and any(owner is g for g in self.python):
-            if arg.__name__ in ("random", "getrandbits"):
-                self.note(f"random.{arg.__name__}", None, frame)
+        known = isinstance(owner, random.Random) and any(owner is g for g in self.python)
+        if known and arg.__name__ in ("random", "getrandbits"):
+            self.note(f"random.{arg.__name__}", None, frame)
         for i, generator in enumerate(self.numpy):
             state = _fingerprint(generator)
             if state != self.states[i]:
@@ -242,16 +242,16 @@ def _rates_watched(watch: Watch) -> Iterator[None]:
             raise AttributeError("p") from None
         site = watch.locator.own_site(module)
         frame = sys._getframe(1)
-        if site is not None and watch.locator.owner(frame) is not module:
-            if not watch.locator.is_library(frame):
-                watch.run.reads.setdefault(site, watch.locator.where(frame)[1])
+        others = watch.locator.owner(frame) is not module and not watch.locator.is_library(frame)
+        if site is not None and others:
+            watch.run.reads.setdefault(site, watch.locator.where(frame)[1])
         return p
 
     def write(module: nn.Module, p: Any) -> None:
         module.__dict__["p"] = p
 
     # A property of a base class goes before the attributes of all instances.
-    _DROPOUTS.p = property(read, write)  # type: ignore[assignment, misc]
+    _DROPOUTS.p = property(read, write)  # type: ignore[assignment]
     try:
         yield
     finally:
