@@ -7,8 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +51,7 @@ class Locator:
         self.lines: dict[str, list[tuple[int, int, _Found]]] = {}
         self.called: dict[nn.Module, list[_Found]] = {}  # by a module that a place calls
         self.whole: dict[nn.Module, list[int]] = {}
+        self.positions: dict[CodeType, list[Any]] = {}  # of instructions
         left = dict.fromkeys(range(len(sites)))
         of_name: dict[str, list[int]] = {}
         for i, site in enumerate(sites):
@@ -137,8 +137,10 @@ class Locator:
         if file not in self.ends:
             return []
         if line is None and sys.version_info >= (3, 11):
-            at = islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
-            _, end, _, column = next(at, (None,) * 4)
+            code = frame.f_code
+            if code not in self.positions:
+                self.positions[code] = list(code.co_positions())
+            _, end, _, column = self.positions[code][frame.f_lasti // 2]
             return self.ends[file].get((end or 0, column or 0), [])
         line = frame.f_lineno if line is None else line
         around = [(b - a, n, found) for n, (a, b, found) in enumerate(self.lines[file])

@@ -154,7 +154,14 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        profile = sys.getprofile()
+        sys.setprofile(None)  # what is done here and in operators is no call of the model's
+        try:
+            return self.dispatched(func, args, kwargs or {})
+        finally:
+            sys.setprofile(profile)
+
+    def dispatched(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         states = [] if self.observer is None else self.generators.torch_state()
         result = func(*args, **kwargs)
         if isinstance(func, torch._ops.OpOverload):

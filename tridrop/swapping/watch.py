@@ -15,7 +15,7 @@ import dis
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -82,14 +82,15 @@ class Watch:
         self.seeds: dict[tuple[int, ...], set[int]] = {}
         self.last: tuple[FrameType, int] | None = None  # of the profiled events
         self.python: list[Any] = []
-        self.numpy: list[Any] = []
+        self.numpy: list[tuple[Any, Callable[[], Any]]] = []
         self.states: list[Any] = []
 
     @contextmanager
     def __call__(self, generators: Generators) -> Iterator[Observer]:
-        self.generators, self.numpy = generators, generators.of_numpy
+        self.generators = generators
+        self.numpy = [(g, _fingerprint_of(g)) for g in generators.of_numpy]
         self.python = [read.__self__ for read, _ in generators.of_python]
-        self.states = [_fingerprint(g) for g in self.numpy]
+        self.states = [read() for _, read in self.numpy]
         profile = sys.getprofile()
         with ExitStack() as stack:
             stack.enter_context(_rates_watched(self))
@@ -126,7 +127,7 @@ class Watch:
             drew = True  # with a generator of the caller's, say
         if not drew and not moved(before, self.generators.torch_state()):
             return
-        frame = sys._getframe(1)
+        frame = sys._getframe(2)
         if _draws_a_seed(frame):
             return
         p = next((p for p in rates if p), None)
@@ -147,7 +148,7 @@ class Watch:
         name = f"tridrop.{func.overloadpacket.__name__}"
         keys = [tuple(row) for x in given for row in x.reshape(-1, x.shape[-1]).tolist()]
         sites = sorted(set().union(*(self.seeds.get(key, set()) for key in keys)))
-        frame = sys._getframe(2)
+        frame = sys._getframe(3)
         for site in sites:
             # Of an op with two rates, the drop path's is the second.
             path = self.locator.drops_samples(site)
@@ -169,11 +170,14 @@ class Watch:
         known = isinstance(owner, random.Random) and any(owner is g for g in self.python)
         if known and arg.__name__ in ("random", "getrandbits"):
             self.note(f"random.{arg.__name__}", None, frame)
-        for i, generator in enumerate(self.numpy):
-            state = _fingerprint(generator)
+        for i, (generator, read) in enumerate(self.numpy):
+            state = read()
             if state != self.states[i]:
                 self.states[i] = state
                 self.moved(generator, frame.f_back if event == "call" else frame)
+        if event.endswith("return"):
+            self.last = frame, frame.f_lasti
+            return
         self.last = frame, frame.f_lasti
         if event == "call":
             if frame.f_code.co_name == "_call_impl":
@@ -195,14 +199,14 @@ class Watch:
         self.run.note(site, Draw(by, None, *self.locator.where(frame, line)))
 
 
-def _fingerprint(generator: Any) -> Any:
-    """What changes whenever a generator of NumPy's is drawn from."""
+def _fingerprint_of(generator: Any) -> Callable[[], Any]:
+    """Reads what changes whenever a generator of NumPy's is drawn from."""
     bits = getattr(generator, "bit_generator", None) or generator._bit_generator
     if type(bits).__name__ == "MT19937":
         # 624 words and a position, of which two tell; reading all of them takes 80 microseconds.
         words = ctypes.cast(bits.ctypes.state_address, ctypes.POINTER(ctypes.c_uint32))
-        return words[0], words[624]
-    return repr(bits.state)
+        return lambda: (words[0], words[624])
+    return lambda: repr(bits.state)
 
 
 def _line_of_call(code: CodeType, first: int, last: int) -> int | None:
