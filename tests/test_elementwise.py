@@ -58,7 +58,7 @@ def test_strides_do_not_matter(backend, layout):
     torch.testing.assert_close(relaid(x), x)
     expected = call(x, residual, grad)
     found = call(relaid(x), relaid(residual), relaid(grad))
-    assert found[0].is_contiguous()
+    assert found[0].stride() == (relaid(residual) + relaid(x)).stride()
     for a, b in zip(found, expected, strict=True):  # torch's own loops round by stride, too
         torch.testing.assert_close(a, b)
 

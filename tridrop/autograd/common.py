@@ -13,6 +13,7 @@ from ..backends import Prepared
 from ..backends.reference import elementwise
 from ..distributed import dtensor
 from ..ops.library import PLAIN, Known, plain, unobserved, watched
+from ..strides import laid, order_of
 
 _SAVED = {*PLAIN, type(None)}
 
@@ -97,11 +98,18 @@ def each_sample(
         ]
         outputs.append(function(*picked))
     if isinstance(outputs[0], Tensor):
-        return torch.stack(outputs), 0
+        return _stack(outputs), 0
     stacked = tuple(
-        None if column[0] is None else torch.stack(column) for column in zip(*outputs, strict=True)
+        None if column[0] is None else _stack(column) for column in zip(*outputs, strict=True)
     )
     return stacked, tuple(None if column is None else 0 for column in stacked)
+
+
+def _stack(samples: Sequence[Tensor]) -> Tensor:
+    """The samples in one tensor, each laid out as it is."""
+    order = None if samples[0].is_contiguous() else order_of(samples[0])
+    found = torch.stack(tuple(samples))
+    return found if order is None else laid(found, (0, *(1 + dim for dim in order)))
 
 
 def wanted(

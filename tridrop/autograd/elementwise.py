@@ -13,6 +13,7 @@ from ..backends.reference import elementwise
 from ..distributed import layouts
 from ..ops.elementwise import backward, forward
 from ..ops.library import Known
+from ..strides import Order, laid, order_of
 from .batching import all_samples
 from .common import (
     apply_in_backward,
@@ -42,6 +43,8 @@ class Fused(torch.autograd.Function):
         out: Tensor
         if isinstance(packed, Known):
             out = packed.prepared.forward(x, bias, layer_scale, residual, seed)
+            if not (x.is_contiguous() and (residual is None or residual.is_contiguous())):
+                out = laid(out, order_of(residual, x))
         else:
             out = forward(x, bias, layer_scale, residual, seed, p, *packed)
         return out
@@ -50,6 +53,9 @@ class Fused(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, bias, layer_scale, _, seed, p, packed = inputs
         ctx.packed, ctx.prepared = opened(packed)
+        # The strides that the kept mask of torch's dropout would have: of x, by which a gradient
+        # that has none of its own, such as that of a sum, is laid out.
+        ctx.order = None if x.is_contiguous() else order_of(x)
         needs = ctx.needs_input_grad
         ctx.dtypes = (
             x.dtype if needs[0] else None,
@@ -68,8 +74,10 @@ class Fused(torch.autograd.Function):
             *tensors, p = ctx.saved_tensors
             found = prepared_backward(ctx, (grad,), tensors, ctx.dtypes)
             if found is None:
-                given = (grad, *tensors, p, ctx.packed, ctx.dtypes)
+                given = (grad, *tensors, p, ctx.packed, ctx.order, ctx.dtypes)
                 found = apply_in_backward(FusedBackward, *given)
+            elif not (grad.is_contiguous() or found[0] is None or found[0] is grad):
+                found = (laid(found[0], order_of(grad, ctx.order)), *found[1:])
         # The residual is added as it is, so its gradient is the incoming one, unread.
         dresidual = grad if ctx.needs_input_grad[3] else None
         return *found, dresidual, None, None, None
@@ -91,14 +99,15 @@ class FusedBackward(torch.autograd.Function):
         seed: Tensor | None,
         p: Tensor | None,
         packed: ops.Packed,
+        order: Order | None,
         dtypes: tuple[torch.dtype | None, ...],
     ) -> tuple[Tensor | None, ...]:
-        results = backward(grad, x, bias, layer_scale, seed, p, *packed, *dtypes)
+        results = backward(grad, x, bias, layer_scale, seed, p, *packed, order, *dtypes)
         return wanted(results, dtypes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.packed, ctx.dtypes = inputs
+        *tensors, ctx.packed, _, ctx.dtypes = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -108,7 +117,7 @@ class FusedBackward(torch.autograd.Function):
         drop = elementwise.multiplier(tuple(grad.shape), seed, p, options)
         given = {"grad": grad, "x": x, "bias": bias, "layer_scale": layer_scale}
         found = differentiate(elementwise.gradients, given, cotangents, drop, options, ctx.dtypes)
-        return *found, *(None,) * 4
+        return *found, *(None,) * 5
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

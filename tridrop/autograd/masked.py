@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..strides import where_kept
 from .common import apply_in_backward, each_sample
 
 # (seed, shape, *options) -> what is kept, and what that is multiplied by; both broadcast to shape.
@@ -24,7 +25,7 @@ class Masked(torch.autograd.Function):
     def forward(x: Tensor, seed: Tensor, rule: Rule, options: tuple[Any, ...]) -> Tensor:
         keep, scale = rule(seed, tuple(x.shape), *options)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        out = torch.where(keep, wide * scale.to(wide.dtype), 0.0)
+        out = where_kept(keep, wide * scale.to(wide.dtype))
         # Dynamo of torch 2.11 gives no gradient to a result that `.to` returned as it was.
         return out if out.dtype == x.dtype else out.to(x.dtype)
 

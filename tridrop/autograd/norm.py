@@ -45,6 +45,8 @@ class FusedNorm(torch.autograd.Function):
         results: tuple[Tensor, ...]
         if isinstance(packed, Known):
             results = packed.prepared.forward(*tensors)
+            if not (x.is_contiguous() and (residual is None or residual.is_contiguous())):
+                results = ops.laid_norm(results, x, residual, packed.packed)
         else:
             results = norm_forward(*tensors, p, *packed)
         return results

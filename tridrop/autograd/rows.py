@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import mask
 from ..ops.masks import keep_mask
+from ..strides import where_kept
 from .common import apply_in_backward, each_sample
 
 _X, _ROWS = 0, 1
@@ -40,7 +41,7 @@ class DropRows(torch.autograd.Function):
         else:  # beside a tensor of half precision a 0-d tensor would be rounded to it first
             wide = torch.promote_types(x.dtype, torch.float32)
             scaled = (x.to(wide) * mask.rate_table(p_tensor)[1]).to(x.dtype)
-        return torch.where(keep[rows], scaled, 0)
+        return where_kept(keep[rows], scaled)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

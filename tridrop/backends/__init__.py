@@ -43,7 +43,7 @@ class Backend(Protocol):
         p: Tensor | None,
         options: Options,
     ) -> Tensor:
-        """residual + drop_path(layer_scale * dropout(f(x + bias))), contiguous."""
+        """residual + drop_path(layer_scale * dropout(f(x + bias))), of any strides."""
 
     def backward(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..strides import order_of
 from .agreement import check_where_asked
 from .layouts import SHARED, Layout, Operand, Piece
 
@@ -271,8 +272,5 @@ def _whole(
         for cut in cuts
     ]
     shape = torch.Size(sizes[name] for name in names)
-    order = list(range(len(names)))
-    if t.dim() == 4 and t.stride(1) < t.stride(2):  # attention's, laid out as its query
-        order[1:3] = 2, 1
-    strides = _strides(shape, order)
+    strides = _strides(shape, order_of(t) or range(len(names)))
     return DTensor.from_local(t, mesh, placements, run_check=False, shape=shape, stride=strides)

@@ -148,8 +148,9 @@ def dropout(
             :func:`tridrop.rng`); an int, or a seed tensor, fixes the mask.
 
     Returns:
-        A contiguous tensor of x's shape and dtype. A dropped element is exactly 0, even where x is
-        NaN or infinite.
+        A tensor of x's shape and dtype, with the strides that torch gives: those of x where x is
+        dense (channels last stays so). A dropped element is exactly 0, even where x is NaN or
+        infinite.
 
     Raises:
         ValueError: p outside [0, 1], a noise_shape or shard that does not fit x.
@@ -207,7 +208,8 @@ def activation_dropout(
         noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
 
     Returns:
-        A contiguous tensor of x's dtype; computed in fp32 and rounded once.
+        A tensor of x's dtype, with the dimensions in x's order in memory; computed in fp32 and
+        rounded once.
 
     Raises:
         ValueError, TypeError: as :func:`dropout`; a bias of another shape, an unknown activation,
@@ -268,7 +270,8 @@ def dropout_add(
         noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
 
     Returns:
-        A contiguous tensor of the residual's dtype; computed in fp32 and rounded once. The gradient
+        A tensor of the residual's dtype and with the strides of torch's ``residual + branch``;
+        computed in fp32 and rounded once. The gradient
         of the residual is the incoming gradient itself, without a kernel.
 
     Raises:

@@ -135,8 +135,8 @@ def alpha_dropout(
         training: as in torch.nn.functional.alpha_dropout, False by default: ``x`` itself.
 
     Returns:
-        A contiguous tensor of x's shape and dtype; zeros for p = 1. A dropped element is
-        ``a * alpha + b``, even where x is NaN or infinite.
+        A tensor of x's shape and dtype, with strides as of :func:`tridrop.dropout`; zeros for p =
+        1. A dropped element is ``a * alpha + b``, even where x is NaN or infinite.
 
     Raises:
         ValueError, TypeError: as :func:`tridrop.dropout`.
@@ -188,7 +188,7 @@ def gaussian_dropout(
         p: in [0, 1): at 1 the noise would be infinite.
 
     Returns:
-        A contiguous tensor of x's shape and dtype.
+        A tensor of x's shape and dtype, with strides as of :func:`tridrop.dropout`.
 
     Raises:
         ValueError, TypeError: as :func:`tridrop.dropout`; p of 1, or less than 2^-33 away.

@@ -42,8 +42,7 @@ def locked_dropout(
         batch_first: tensors are ``[B, T, C]``.
 
     Returns:
-        As input; ``input`` itself where nothing drops. Of ``batch_first`` tensors the strides are
-        those of a contiguous ``[T, B, C]``, which torch's recurrent layers work on.
+        As input; ``input`` itself where nothing drops. Strides are as of :func:`tridrop.dropout`.
 
     Raises:
         ValueError: p outside [0, 1], a tensor of other than 2 or 3 dimensions.

@@ -3,12 +3,13 @@
 from . import masks, softmax
 from .attention import PackedAttention, pack_attention, unpack_attention
 from .elementwise import Packed, pack, unpack
-from .norm import is_after, pack_norm, unpack_norm
+from .norm import is_after, laid_norm, pack_norm, unpack_norm
 
 __all__ = [
     "Packed",
     "PackedAttention",
     "is_after",
+    "laid_norm",
     "masks",
     "pack",
     "pack_attention",

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends
 from ..mask import Shard
 from ..spec import Options, output_shape
+from ..strides import laid, order_of
 from .library import define, filled, read_rate
 
 # What every op of the family is told besides its tensors; pack() below makes the values. An empty
@@ -63,7 +64,8 @@ def _forward(
     *values, backend = packed
     p_tensor, options = read_rate(p_tensor, unpack(*values))  # type: ignore[arg-type]
     module = backends.serving(str(backend), x, bias, layer_scale, residual)
-    return module.forward(x, bias, layer_scale, residual, seed, p_tensor, options)
+    out = module.forward(x, bias, layer_scale, residual, seed, p_tensor, options)
+    return laid(out.contiguous(), order_of(residual, x))
 
 
 def _forward_fake(
@@ -77,7 +79,8 @@ def _forward_fake(
     *_: object,
 ) -> Tensor:
     dtype = x.dtype if residual is None else residual.dtype
-    return torch.empty(output_shape(x, activation), dtype=dtype, device=x.device)
+    out = torch.empty(output_shape(x, activation), dtype=dtype, device=x.device)
+    return laid(out, order_of(residual, x))
 
 
 def _backward(
@@ -89,12 +92,14 @@ def _backward(
     p_tensor: Tensor | None,
     *packed: object,
 ) -> tuple[Tensor, ...]:
-    *values, backend, x_dtype, bias_dtype, layer_scale_dtype = packed
+    *values, backend, order, x_dtype, bias_dtype, layer_scale_dtype = packed
     p_tensor, options = read_rate(p_tensor, unpack(*values))  # type: ignore[arg-type]
     module = backends.serving(str(backend), grad, x, bias, layer_scale)
     dtypes = (x_dtype, bias_dtype, layer_scale_dtype)
-    results = module.backward(grad, x, bias, layer_scale, seed, p_tensor, options, dtypes)  # type: ignore[arg-type]
-    return filled(results, grad)
+    dx, *vectors = module.backward(grad, x, bias, layer_scale, seed, p_tensor, options, dtypes)  # type: ignore[arg-type]
+    if dx is not None:
+        dx = laid(dx, order_of(grad, order))  # type: ignore[arg-type]
+    return filled((dx, *vectors), grad)
 
 
 def _backward_fake(
@@ -106,7 +111,7 @@ def _backward_fake(
     p_tensor: Tensor | None,
     *packed: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *values, _backend, x_dtype, bias_dtype, layer_scale_dtype = packed
+    *values, _backend, order, x_dtype, bias_dtype, layer_scale_dtype = packed
     cols = grad.shape[-1] if grad.dim() else 1
     width = 2 * cols if unpack(*values).gated else cols  # type: ignore[arg-type]
     shapes = ((*grad.shape[:-1], width) if grad.dim() else (), (width,), (cols,))
@@ -115,7 +120,7 @@ def _backward_fake(
         grad.new_empty(0) if dtype is None else torch.empty(shape, dtype=dtype, device=grad.device)  # type: ignore[call-overload]
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
-    return a, b, c
+    return a if x_dtype is None else laid(a, order_of(grad, order)), b, c  # type: ignore[arg-type]
 
 
 forward = define(
@@ -127,7 +132,7 @@ forward = define(
 # Absent gradients come back as empty tensors.
 backward = define(
     "backward(Tensor grad, Tensor? x, Tensor? bias, Tensor? layer_scale, Tensor? seed, "
-    f"Tensor? p_tensor, {OPTIONS}, ScalarType? x_dtype, ScalarType? bias_dtype, "
+    f"Tensor? p_tensor, {OPTIONS}, int[]? order, ScalarType? x_dtype, ScalarType? bias_dtype, "
     "ScalarType? layer_scale_dtype) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

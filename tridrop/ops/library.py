@@ -68,7 +68,8 @@ def define(
     The result calls it, on the shortest way: the function itself where nobody watches.
     """
     name = schema.split("(")[0]
-    _library.define(schema, tags=tuple(tags))
+    # Results are laid out by the strides of operands: a compiler must pass those it was told of.
+    _library.define(schema, tags=(*tags, torch.Tag.needs_exact_strides))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tridrop::{name}", fake, lib=_library)
     operator = getattr(torch.ops.tridrop, name).default

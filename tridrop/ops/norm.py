@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..spec import NormOptions, Options
+from ..strides import laid, order_of
 from .elementwise import OPTIONS, pack, unpack
 from .library import define, filled, read_rate
 
@@ -20,7 +22,9 @@ _NORM = (
 _NORM_FIELDS = dataclasses.fields(NormOptions)[len(dataclasses.fields(Options)) :]
 # Of packed options; a shard is two arguments.
 _BACKEND = len(dataclasses.fields(Options)) + 1
-_AFTER = _BACKEND + 1 + [field.name for field in _NORM_FIELDS].index("after")
+_NAMES = [field.name for field in _NORM_FIELDS]
+_AFTER = _BACKEND + 1 + _NAMES.index("after")
+_KIND = _BACKEND + 1 + _NAMES.index("norm")
 
 
 def pack_norm(options: NormOptions, backend: str) -> tuple[Any, ...]:
@@ -41,11 +45,33 @@ def unpack_norm(*packed: Any) -> NormOptions:
     return NormOptions(**shared, **dict(zip((f.name for f in _NORM_FIELDS), own, strict=True)))
 
 
+def laid_norm(
+    results: Sequence[Any], x: Tensor, residual: Tensor | None, packed: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The results, contiguous ones, in the order in which eager's lie.
+
+    A sum and an RMSNorm are elementwise functions of what goes into them; torch's LayerNorm gives a
+    contiguous tensor whatever it gets.
+    """
+    out, stream, statistics = results
+    rms = packed[_KIND] == "rms_norm"
+    if is_after(packed):
+        if rms:
+            return laid(out, order_of(residual, x)), stream, statistics
+        order = None if residual is None else order_of(residual, tuple(range(x.dim())))
+        return laid(out, order), stream, statistics
+    order = order_of(residual, x)
+    if order is not None and stream is not None and stream.shape == x.shape:  # kept
+        stream = laid(stream, order)
+    return laid(out, order) if rms else out, stream, statistics
+
+
 def _norm_forward(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, p_tensor, packed = arguments[:7], arguments[7], arguments[8:]
     p_tensor, options = read_rate(p_tensor, unpack_norm(*packed))
     module = backends.serving(packed[_BACKEND], *tensors[:6])
     results = module.norm_forward(*tensors, p_tensor, options)  # type: ignore[call-arg]
+    results = laid_norm(results, tensors[0], tensors[3], packed)  # type: ignore[arg-type]
     return filled(results, tensors[0])
 
 
@@ -55,7 +81,7 @@ def _norm_forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     has_stream = options.keep_stream and not options.after
     stream = x.new_empty(x.shape if has_stream else 0, dtype=options.stream_dtype)
     out = x.new_empty(x.shape, dtype=options.out_dtype)
-    return out, stream if has_stream else x.new_empty(0), statistics
+    return laid_norm((out, stream, statistics), x, arguments[2], arguments[7:])
 
 
 def _norm_backward(*arguments: Any) -> tuple[Tensor, ...]:

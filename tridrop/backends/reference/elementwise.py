@@ -204,8 +204,14 @@ def forward(
 
 def own(result: Tensor, argument: Tensor) -> Tensor:
     """The result, contiguous and in memory of its own: torch forbids an op to return its input."""
-    shared = result.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
-    return result.clone(memory_format=torch.contiguous_format) if shared else result.contiguous()
+    if is_view(result, argument):
+        return result.clone(memory_format=torch.contiguous_format)
+    return result.contiguous()
+
+
+def is_view(result: Tensor, argument: Tensor) -> bool:
+    """Whether the two share memory."""
+    return result.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
 
 
 def backward(

@@ -74,7 +74,7 @@ class PreparedElementwise(NamedTuple):
         if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
             nothing = elementwise.Multiplier(None, 1.0)
             result = elementwise.compose(x, bias, layer_scale, residual, nothing, self.options)
-            return elementwise.own(result, x)
+            return result.clone() if elementwise.is_view(result, x) else result
         (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
         (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
         dtype = x.dtype if residual is None else residual.dtype
