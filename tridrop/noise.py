@@ -64,7 +64,8 @@ def normals(
     first = 0 if where.col_shared else where.col_origin
     cols = min(1, where.cols) if where.col_shared else where.cols
     group = torch.arange(first // PAIR, -(-(first + cols) // PAIR), device=seed.device)[None, :]
-    found = torch.empty((where.rows, group.shape[1], PAIR), device=seed.device)
+    size = (where.rows, group.shape[1], PAIR)
+    found = torch.empty(size, dtype=torch.float32, device=seed.device)
     step = max(1, (1 << 16) // max(1, group.shape[1]))  # as for masks: temporaries that stay cached
     for start in range(0, where.rows, step):
         row = rows[start : start + step, None]

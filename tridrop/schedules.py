@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ def _rate(name: str, module: nn.Module) -> _Rate | None:
             f"the rate of {name or 'the model'} is a tensor: another schedule sets it, perhaps. "
             "Call its release() before, or give a number"
         )
-    if attribute is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+    if attribute is None or isinstance(value, bool) or not isinstance(value, Real):
         return None
     return _Rate(name, module, attribute, float(value), tensor is not None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -114,14 +115,23 @@ def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: boo
                 f"pass {name}.detach()"
             )
         return
-    if isinstance(p, bool) or not isinstance(p, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(p, bool) or not isinstance(p, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} is {p!r} of type {type(p).__name__}; give a number in [0, 1]")
     if not 0 <= p <= 1:  # also true for NaN
         raise ValueError(f"{name} = {p}; the probability of dropping must lie in [0, 1]")
 
 
+def check_training(training: bool) -> None:
+    """Raise unless ``training`` is True or False, as torch does."""
+    if training is not True and training is not False:
+        raise TypeError(
+            f"training is {training!r} of type {type(training).__name__}; give True or False"
+        )
+
+
 def drops(p: float | Tensor, training: bool) -> bool:
     """Whether a call with a checked ``p`` drops anything; it draws a seed just then."""
+    check_training(training)
     return training and (isinstance(p, Tensor) or p > 0)
 
 
@@ -129,6 +139,12 @@ def check_input(x: Tensor, name: str = "x") -> None:
     """Raise unless ``x`` is a tensor of a supported floating-point dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is of type {type(x).__name__}; give a torch.Tensor")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, whose elements have no coordinates in one mask: pad it "
+            f"with torch.nested.to_padded_tensor({name}, 0.0), or give its values, "
+            f"torch.cat({name}.unbind())"
+        )
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {x.dtype}; dropout scales by 1 / (1 - p) and needs "

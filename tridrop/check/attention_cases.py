@@ -24,7 +24,7 @@ Device = str | torch.device
 def some_keys(shape: tuple[int, ...], device: Device) -> Tensor:
     """A bool mask of ``shape`` that lets two keys in three take part, and the first one always."""
     generator = torch.Generator().manual_seed(math.prod(shape))
-    mask = torch.rand(shape, generator=generator) < 2 / 3
+    mask = torch.rand(shape, dtype=torch.float32, generator=generator) < 2 / 3
     mask[..., 0] = True
     return mask.to(device)
 

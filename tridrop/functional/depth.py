@@ -95,7 +95,7 @@ def drop_path_subset(
     if x.dim() == 0:
         raise ValueError("x is a scalar; its first dimension must be that of the samples")
     batch = x.shape[0]
-    if not training or p == 0 or batch == 0:
+    if not spec.drops(p, training) or batch == 0:
         return x + branch(x)
     if p == 1:
         return x
@@ -146,7 +146,7 @@ def layer_drop(
     ['first', 'third']
     """
     spec.check_probability(p)
-    if not training or p == 0:
+    if not spec.drops(p, training):
         return list(layers)
     return left_layers(layers, p, host_seed(seed))
 

@@ -100,7 +100,7 @@ def _drop_block(
         raise ValueError(f"input has shape {tuple(input.shape)}; give [N, C, {space}]")
     if isinstance(block_size, bool) or not isinstance(block_size, int):
         raise TypeError(f"block_size is {block_size!r}; give an odd int")
-    if not training or p == 0 or input.numel() == 0:
+    if not spec.drops(p, training) or input.numel() == 0:
         return input
     size = min(block_size, *input.shape[2:])
     if size < 1 or size % 2 == 0:

@@ -49,6 +49,7 @@ def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:
 
 def rated(p: float | Tensor, training: bool, options: _O) -> tuple[_O, Tensor | None, bool]:
     """The options with their rates, p where it is a tensor, and whether anything drops."""
+    spec.check_training(training)
     if not training:
         return replace(options, drop_path=0.0), None, False
     if isinstance(p, Tensor):
@@ -163,15 +164,18 @@ def dropout(
     tensor([[2., 2., 2., 2.],
             [0., 0., 0., 0.]])
     """
-    key = known.key_of(("dropout",), p, noise_shape, shard, x) if training else None
+    key = known.key_of(("dropout",), p, noise_shape, shard, x) if training is True else None
     out = again(key, seed, x, None, None, None)
     if out is not None:
         return out
-    spec.check_input(x)
     spec.check_probability(p, tensor_allowed=True)
+    drops = spec.drops(p, training)
+    if not drops and isinstance(x, Tensor) and x.is_nested:
+        return x
+    spec.check_input(x)
     shared = spec.resolve_noise_shape(noise_shape, x.shape)
     where = spec.resolve_shard(shard, x.shape)
-    if not spec.drops(p, training):
+    if not drops:
         return x
     options = Options(shared=shared, shard=where)
     return fused(x, None, None, None, p, True, seed, options, key)
@@ -220,8 +224,10 @@ def activation_dropout(
     >>> activation_dropout(x, 0.5, activation="relu", seed=1)
     tensor([0., 0., 4., 0.])
     """
-    settings = ("activation_dropout", bool(training), activation)
-    key = known.key_of(settings, p, noise_shape, shard, x, bias)
+    key = None
+    if type(training) is bool:
+        settings = ("activation_dropout", training, activation)
+        key = known.key_of(settings, p, noise_shape, shard, x, bias)
     out = again(key, seed, x, bias, None, None)
     if out is not None:
         return out
@@ -282,8 +288,8 @@ def dropout_add(
     tensor([12., 10., 12., 10.])
     """
     key = None
-    if type(drop_path) is float:
-        settings = ("dropout_add", bool(training), activation, drop_path)
+    if type(drop_path) is float and type(training) is bool:
+        settings = ("dropout_add", training, activation, drop_path)
         key = known.key_of(settings, p, noise_shape, shard, x, residual, bias, layer_scale)
     out = again(key, seed, x, bias, layer_scale, residual)
     if out is not None:

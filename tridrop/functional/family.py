@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -197,7 +198,7 @@ def gaussian_dropout(
     >>> gaussian_dropout(torch.ones(4), 0.5, seed=1)
     tensor([ 0.3084, -0.0215, -0.1691,  2.8071])
     """
-    if not isinstance(p, Tensor) and isinstance(p, (int, float)) and p <= 1 and p > 1 - 2**-33:
+    if not isinstance(p, Tensor) and isinstance(p, Real) and p <= 1 and p > 1 - 2**-33:
         raise ValueError(f"p = {p}; Gaussian dropout has infinite noise there: give p in [0, 1)")
     return _kind("gaussian", x, p, training, noise_shape, shard, seed)
 

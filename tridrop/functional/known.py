@@ -50,13 +50,16 @@ def key_of(
     if seeds.in_batch() or watched():
         return None
     key: list[Any] = [p, settings]
-    for t in tensors:
-        if t is None:
-            key.append(None)
-        elif type(t) not in PLAIN or t.is_neg():
-            return None
-        else:
-            key += (t.shape, t.dtype, t.is_cpu or t.device)
+    try:
+        for t in tensors:
+            if t is None:
+                key.append(None)
+            elif type(t) not in PLAIN or t.is_neg():
+                return None
+            else:
+                key += (t.shape, t.dtype, t.is_cpu or t.device)
+    except RuntimeError:  # a nested tensor has no shape
+        return None
     if tensors[0] is None or tensors[0].is_meta:
         return None
     return (*key, backends.explicit(), *map(_variable, _VARIABLES))

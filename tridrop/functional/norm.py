@@ -43,7 +43,8 @@ def _fused_norm(
     # Backward reads the stream; without one, only the next block would.
     keep_stream = prenorm or torch.is_grad_enabled()
     key = None
-    if type(drop_path) is float and (eps is None or type(eps) is float):
+    numbers = type(drop_path) is float and (eps is None or type(eps) is float)
+    if numbers and type(training) is bool:
         # Not the options themselves, which may be of any type.
         choices = (not training, not zero_centered, not keep_stream, not residual_in_fp32)
         settings = (norm, after, drop_path, eps, out_dtype, choices)

@@ -58,6 +58,7 @@ def settle_attention(
 
     ``batch`` is the number of sequences, None where a shard says which they are.
     """
+    spec.check_training(training)
     p_tensor = p if training and isinstance(p, Tensor) else None
     if training and not isinstance(p, Tensor):
         options = replace(options, p=float(p))
@@ -157,7 +158,9 @@ def softmax_dropout(
     """
     family = _FAMILIES[bool(return_softmax)]
     settings = ("softmax", type(scale), scale, not training, not is_causal, not return_softmax)
-    key = known.key_of(settings, p, None, shard, scores, mask)
+    key = None
+    if type(training) is bool:
+        key = known.key_of(settings, p, None, shard, scores, mask)
     found = known.recall(key)
     if found is not None:
         out, softmax, _ = known.call(family, found, seed, scores, mask)

@@ -88,7 +88,7 @@ def patch_dropout(
         raise ValueError(
             f"num_prefix_tokens = {num_prefix_tokens} of {tokens} tokens; give from 0 to {tokens}"
         )
-    if not training or p == 0:
+    if not spec.drops(p, training):
         return (x, None) if return_indices else x
     refuse_batch("patch_dropout")
     n = tokens - num_prefix_tokens
@@ -151,7 +151,7 @@ def head_dropout(
     if rescale == "expected":
         return dropout(x, p, training, noise_shape=_head_shape(x.dim(), dim), seed=seed)
     spec.check_probability(p)
-    if not training or p == 0:
+    if not spec.drops(p, training):
         return x
     refuse_batch('head_dropout(rescale="kept")')
     out: Tensor = apply(Masked, x, seed_for(x.device, seed), _heads, (p, dim))
@@ -169,4 +169,4 @@ def _heads(seed: Tensor, shape: Sequence[int], p: float, dim: int) -> tuple[Tens
     small = tuple(1 if n == 1 else size for n, size in zip(noise_shape, shape, strict=True))
     whole = Shard(tuple(shape), (0,) * len(shape))
     keep = keep_mask(seed, small, p, noise_shape=noise_shape, shard=whole)
-    return keep, shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1)
+    return keep, shape[dim] / keep.sum(dim, keepdim=True, dtype=torch.float64).clamp(min=1)

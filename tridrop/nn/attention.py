@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..spec import check_probability
 from .modules import _Site
+from .nested import attend
 
 
 class ScaledDotProductAttention(_Site):
@@ -65,7 +67,9 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
       zeros, its output is out_proj's bias. torch gives NaN in some cases.
     - With ``need_weights=False`` the hint ``is_causal`` is taken beside a key_padding_mask as well,
       and attn_mask is not read then; with add_bias_kv or add_zero_attn it is never taken.
-    - Dtypes of float masks are free. Nested tensors are not taken.
+    - Dtypes of float masks are free.
+    - Nested tensors, with ``batch_first``, are taken in training and for cross-attention, too. They
+      are padded within the layer.
 
     Args:
         embed_dim, num_heads: E, the width of queries and results, and H, which divides it.
@@ -123,7 +127,8 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
         """Attend from query [L, N, E] to key [S, N, kdim] and value [S, N, vdim].
 
         Without a batch these are [L, E], [S, kdim] and [S, vdim]; with ``batch_first`` N is the
-        first. All are of the parameters' dtype, or run under autocast.
+        first. All are of the parameters' dtype, or run under autocast. All three may be nested
+        tensors: then so is out, and the weights are those of padded samples, zeros where padded.
 
         Args:
             key_padding_mask: [N, S], or [S] without a batch: bool, True where a key is left out,
@@ -139,12 +144,21 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
             averaged, after dropout, with a column more for each appended key, or None.
 
         Raises:
-            TypeError: nested tensors.
+            TypeError, ValueError: nested tensors beside others, with masks, without ``batch_first``.
             AssertionError, RuntimeError: shapes or dtypes that do not fit, and ``is_causal``
                 without attn_mask, as torch raises.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            raise TypeError("nested tensors are not taken: pad, and give a key_padding_mask")
+            masked = key_padding_mask is not None or attn_mask is not None or is_causal
+            if masked or not self.batch_first:
+                raise ValueError(
+                    "nested tensors take no attn_mask, key_padding_mask and is_causal, and have "
+                    "their batch first: pad them, or make the layer with batch_first=True"
+                )
+            forward = partial(
+                MultiheadAttention.forward, self, average_attn_weights=average_attn_weights
+            )
+            return attend(forward, query, key, value, need_weights)
         batched = query.dim() == 3
         _check_dimensions(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
@@ -192,6 +206,9 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
             return x.permute(2, 1 - length, 3, length, 4).unbind(0)
 
         weight, bias = self.in_proj_weight, self.in_proj_bias
+        if bias is not None:
+            self._check_bias("in_proj_bias", bias, query)
+            self._check_bias("out_proj.bias", self.out_proj.bias, query)
         if weight is not None and query is key and key is value:
             q, k, v = heads(linear(query, weight, bias), 3)
         elif weight is not None and key is value:
@@ -228,6 +245,15 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
                 raise AssertionError(
                     f"{name} has shape {tuple(x.shape)}: its last dimension must be {size}"
                 )
+
+    def _check_bias(self, name: str, bias: Tensor, query: Tensor) -> None:
+        """torch adds one of another dtype by some roads and raises by others."""
+        wanted = self.out_proj.weight.dtype
+        if bias.dtype != wanted and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(
+                f"{name} has dtype {bias.dtype} and the weights {wanted}: give all parameters one, "
+                f"with layer.to({wanted}), or run under torch.autocast"
+            )
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Keys and values with the learnt pair and that of zeros; how many were appended."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from .. import functional as F
@@ -16,6 +18,8 @@ from ..functional.dropconnect import drop_weight
 from ..seeds import seed_for
 from ..spec import check_probability
 from .modules import _Site
+
+_READS = 2  # that may come before a first call: of a dtype, a print
 
 
 class DropConnectLinear(nn.Linear, _Site):
@@ -61,13 +65,26 @@ class WeightDropped(_Site):
     evaluation, the weight itself.
     """
 
+    reads: int = 0  # in training and outside of a call; -1 once the module has been called
+
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = float(p)
         self.current: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight if self.current is None else self.current
+        if self.current is not None:
+            return self.current
+        if self.training and self.p > 0 and 0 <= self.reads <= _READS and torch.is_grad_enabled():
+            self.reads += 1
+            if self.reads > _READS:
+                warnings.warn(
+                    "a parameter of weight_drop is read in training and its module is not called: "
+                    "if a parent reads module.weight and calls a function, nothing drops. Drop a "
+                    "parameter of the module that is called",
+                    stacklevel=2,
+                )
+        return weight
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -90,6 +107,7 @@ class _Call:
             if site.training and site.p > 0:
                 seed = site._seed(weight)
                 found = drop_weight(weight, site.p, seed_for(weight.device, seed))
+                site.reads = -1
                 drawn.append(found)
                 site.current = found.value
         _show_to_rnn(module)
@@ -137,7 +155,12 @@ def weight_drop(module: nn.Module, names: str | Sequence[str], p: float = 0.5) -
 
     Raises:
         ValueError: a name that is no parameter of the module, or is dropped already; p outside
-            [0, 1]. TypeError: names of another type.
+            [0, 1]; the ``out_proj`` of a MultiheadAttention, which is read and never called.
+            TypeError: names of another type.
+
+    Warns:
+        UserWarning: the parameter is read in training, again and again, and the module is never
+            called: by a parent that takes ``module.weight`` and calls a function. Nothing drops.
 
     >>> import torch, tridrop
     >>> layer = tridrop.nn.weight_drop(torch.nn.Linear(8, 8), "weight", 0.5)
@@ -145,6 +168,12 @@ def weight_drop(module: nn.Module, names: str | Sequence[str], p: float = 0.5) -
     True
     """
     check_probability(p)
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            "this is the out_proj of a torch.nn.MultiheadAttention, which reads its parameters and "
+            "never calls it, so that nothing would drop: drop the attention's own in_proj_weight, "
+            "or its weights with dropout="
+        )
     wanted = [names] if isinstance(names, str) else list(names)
     parameters = dict(module.named_parameters(recurse=False))
     for name in wanted:
@@ -167,6 +196,7 @@ def weight_drop(module: nn.Module, names: str | Sequence[str], p: float = 0.5) -
     for name in wanted:
         site = WeightDropped(p).train(module.training)
         parametrize.register_parametrization(module, name, site)
+        site.reads = 0
         call.names.append(name)
     return module
 

@@ -13,6 +13,7 @@ from .. import functional as F
 from .. import spec
 from .attention import MultiheadAttention
 from .modules import Dropout
+from .nested import Nested
 
 _Activation = str | Callable[[Tensor], Tensor]
 
@@ -156,14 +157,14 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             raise ValueError("a nested src takes no src_mask and no src_key_padding_mask")
         if not self.self_attn.batch_first:
             raise ValueError("a nested src has its batch first: make the layer with batch_first")
-        lengths = [sample.shape[0] for sample in src.unbind()]
-        padded = torch.nested.to_padded_tensor(src, 0.0)
-        ends = torch.tensor(lengths, device=src.device)[:, None]
-        padding = torch.arange(padded.shape[1], device=src.device) >= ends
+        nested = Nested.of(src, "src")
+        if not nested.longest:
+            return src
         # Not self.forward: an override has already run.
-        out = TransformerEncoderLayer.forward(self, padded, None, padding, is_causal)
-        samples = [sample[:length] for sample, length in zip(out, lengths, strict=True)]
-        return torch.nested.as_nested_tensor(samples, layout=src.layout)
+        out = TransformerEncoderLayer.forward(
+            self, nested.padded, None, nested.padding(), is_causal
+        )
+        return nested.cut(out)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):

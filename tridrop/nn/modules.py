@@ -52,10 +52,16 @@ class Dropout(nn.Dropout, _Site):
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return self._nested(input)
         out = F.dropout(
             input, self.p, self.training, noise_shape=self.noise_shape, seed=self._seed(input)
         )
         return input.copy_(out) if self.inplace and out is not input else out
+
+    def _nested(self, input: Tensor) -> Tensor:
+        """That of a nested tensor, which is left alone or raises; not so in a swapped module."""
+        return F.dropout(input, self.p, self.training)
 
     def extra_repr(self) -> str:
         shape = "" if self.noise_shape is None else f", noise_shape={self.noise_shape}"

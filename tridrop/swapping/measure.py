@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ def rates_of(
     for p in (given[name] for name in names if name in given):
         if isinstance(p, Tensor):
             found.append(float(p) if p.device.type == "cpu" else None)
-        elif isinstance(p, (int, float)):
+        elif isinstance(p, Real):
             found.append(float(p))
     return found
 

@@ -10,9 +10,12 @@ from .pending import value
 
 
 class Dropout(tridrop_nn.Dropout):
-    """A torch.nn.Dropout that draws tridrop's mask."""
+    """A torch.nn.Dropout that draws tridrop's mask; of nested tensors torch's."""
 
     _tridrop_base = nn.Dropout
+
+    def _nested(self, input: Tensor) -> Tensor:
+        return nn.Dropout.forward(self, input)
 
 
 class MultiheadAttention(tridrop_nn.MultiheadAttention):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ class Survey:
         """The p of a module that drops."""
         kind = kinds.kind_of(module)
         p = kind.get(module, "p") if kind is not None else getattr(module, "dropout", None)
-        return float(p) if isinstance(p, (int, float)) else None
+        return float(p) if isinstance(p, Real) else None
 
     def rate(self, module: nn.Module, op: Op) -> float | None:
         """The p of an op in a method of ``module``, where that can be told without running it."""
@@ -198,7 +199,7 @@ class Survey:
                 p: Any = module
                 for part in ast.unparse(node).split(".")[1:]:
                     p = getattr(p, part, None)
-                if isinstance(p, (int, float)):
+                if isinstance(p, Real):
                     return float(p)
         return None
 
