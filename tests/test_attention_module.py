@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -391,8 +390,3 @@ def test_other_errors_and_the_warning():
     _, ours = pair()
     with pytest.warns(UserWarning, match="deprecated in torch"):
         ours(*inputs(ours), PADDING, attn_mask=EACH)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls them a prototype
-        nested = torch.nested.nested_tensor([torch.ones(2, E)])
-    with pytest.raises(TypeError, match="pad, and give a key_padding_mask"):
-        ours(nested, nested, nested)

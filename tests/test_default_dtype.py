@@ -179,7 +179,7 @@ def models():
 
 @pytest.mark.parametrize("which", range(3))
 def test_modules_made_before(which):
-    name, model, x = list(models())[which]
+    _, model, x = list(models())[which]
     model.train()
 
     def run():

@@ -1,6 +1,7 @@
 """DropConnect: masks of weights, what is kept for backward, and modules of any kind."""
 
 import copy
+import warnings
 import weakref
 
 import pytest
@@ -295,3 +296,53 @@ def test_other_types_raise():
         tridrop.dropconnect_linear(torch.ones(2, 3), torch.ones(2, 3).half())
     with pytest.raises(TypeError, match="strings"):
         tridrop.nn.weight_drop(nn.Linear(2, 2), [1])
+
+
+# ------------------------------------------------- parameters that are read past their module
+
+
+@pytest.mark.parametrize("cls", [nn.MultiheadAttention, tridrop.nn.MultiheadAttention])
+def test_out_proj_is_refused(cls):
+    """Attention reads its weight and never calls it."""
+    attention = cls(8, 2)
+    with pytest.raises(ValueError, match="reads its parameters and never calls it"):
+        tridrop.nn.weight_drop(attention.out_proj, "weight", 0.5)
+    x = torch.randn(4, 3, 8)
+    expected = attention.train()(x, x, x)[0]
+    assert "weight" in dict(attention.out_proj.named_parameters())
+    tridrop.nn.weight_drop(attention, "in_proj_weight", 0.5)
+    assert not torch.equal(attention(x, x, x)[0], expected)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+
+def test_a_parent_that_reads_is_warned_of():
+    model = Reader()
+    tridrop.nn.weight_drop(model.inner, "weight", 0.5)
+    x = torch.ones(2, 4)
+    with pytest.warns(UserWarning, match="its module is not called"):
+        for _ in range(4):
+            model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)  # once
+
+
+def test_reading_beside_calls_is_not_warned_of():
+    """As T5 reads a dtype, or a head an embedding's weight."""
+    layer = tridrop.nn.weight_drop(nn.Linear(4, 4), "weight", 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            assert layer.weight.dtype == torch.float32
+            layer(torch.ones(2, 4))
+        layer = tridrop.nn.weight_drop(nn.Linear(4, 4), "weight", 0.5).eval()
+        for _ in range(9):
+            assert layer.weight.dtype == torch.float32

@@ -171,7 +171,9 @@ OPS = {
         lambda x: F.layer_norm(x * 2 + F.dropout(x, 0.5), x.shape[-1:]),
     ),
     "dropout_add_layer_norm's stream": (
-        lambda x: tridrop.dropout_add_layer_norm(x, x * 2, None, None, 0.5, prenorm=True, seed=1)[1],
+        lambda x: tridrop.dropout_add_layer_norm(
+            x, x * 2, None, None, 0.5, prenorm=True, seed=1
+        )[1],
         lambda x: x * 2 + F.dropout(x, 0.5),
     ),
     "layer_norm_dropout": (
@@ -232,7 +234,8 @@ def test_results_and_gradients_lie_as_eagers(op, layout, backend):
             _, of_eager = gradient(eager, relaid, own)
             assert significant(grad) == significant(of_eager)
     same = gradient(call, x, incoming)  # in between, nothing of the other layout is remembered
-    assert torch.equal(same[0], expected) and same[0].stride() == expected.stride()
+    assert torch.equal(same[0], expected)
+    assert same[0].stride() == expected.stride()
 
 
 @pytest.mark.parametrize("op", ["dropout", "alpha_dropout", "activation_dropout"])
@@ -331,7 +334,7 @@ def test_vmap(randomness):
         order = order_of(LAYOUTS[layout](x[0]))
         relaid = laid(relaid, (0, *(1 + d for d in order))).movedim(0, in_dim)
 
-        def call(t, dropout):
+        def call(t, dropout, in_dim=in_dim):
             return torch.vmap(dropout, in_dim, randomness=randomness)(t)
 
         out = call(relaid, lambda t: tridrop.dropout_add(t, t, 0.5, seed=1))
@@ -389,7 +392,8 @@ def test_a_convnet_stays_channels_last(training):
     tridrop.swap(model)
     model(numbers((2, 3, 6, 6)).contiguous(memory_format=torch.channels_last)).sum().backward()
     for x in model.seen:
-        assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert not x.is_contiguous()
     assert model.first.weight.grad.is_contiguous(memory_format=torch.channels_last)
 
 

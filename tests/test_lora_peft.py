@@ -734,3 +734,44 @@ def test_a_changed_forward_is_not_rewritten():
     model = nn.Sequential(layer)
     (site,) = tridrop.swap(model).sites
     assert (site.parts, site.reason) == (("dropout",), "the forward of Changed is not known")
+
+
+# ------------------------------------------------------------ torch's encoder, in evaluation
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:.*nested tensor")
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("target", ["linear1", "linear2", "out_proj", "self_attn"])
+def test_encoders_in_evaluation_do_not_lose_their_adapters(target, stacked):
+    """torch's inference path reads the weights of the base past them: PEFT's own result is lost."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2) if stacked else nn.Sequential(layer)
+    config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=[target])
+    model = trained(peft.get_peft_model(model, config)).eval()
+    x = torch.randn(3, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    masks = {"src_key_padding_mask": padding} if stacked else {}
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        expected = model(x, **masks)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+    tridrop.swap(model)
+    for gradients in (True, False):  # the base is frozen: nothing asks for a gradient either way
+        with torch.set_grad_enabled(gradients):
+            found = model(x, **masks)
+        kept = ~padding if stacked else slice(None)
+        torch.testing.assert_close(found[kept], expected[kept])
+    tridrop.unswap(model)
+    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    assert all(m.activation_relu_or_gelu == 1 for m in layers)
+    assert not any("_tridrop" in name for m in model.modules() for name in m.__dict__)
+
+
+def test_encoders_without_adapters_keep_their_inference_path():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    tridrop.swap(model)
+    assert model.use_nested_tensor
+    assert model.layers[0].activation_relu_or_gelu == 1

@@ -248,6 +248,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             AssertionError, RuntimeError: shapes or dtypes that do not fit, and a hint without its
                 mask, as torch raises.
         """
+        if tgt.is_nested or memory.is_nested:
+            raise TypeError("nested tensors are not taken: pad, and give key padding masks")
         x = tgt
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         across = (memory_mask, memory_key_padding_mask, memory_is_causal)

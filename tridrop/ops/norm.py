@@ -71,7 +71,7 @@ def _norm_forward(*arguments: Any) -> tuple[Tensor, ...]:
     p_tensor, options = read_rate(p_tensor, unpack_norm(*packed))
     module = backends.serving(packed[_BACKEND], *tensors[:6])
     results = module.norm_forward(*tensors, p_tensor, options)  # type: ignore[call-arg]
-    results = laid_norm(results, tensors[0], tensors[3], packed)  # type: ignore[arg-type]
+    results = laid_norm(results, tensors[0], tensors[3], packed)
     return filled(results, tensors[0])
 
 

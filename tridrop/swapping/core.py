@@ -6,6 +6,7 @@ from torch import nn
 
 from ..seeds import number_sites
 from . import classes, found, kinds
+from .encoders import close_paths, open_path
 from .interfaces import Interfaces
 from .modules import REPLACEMENTS
 from .report import Report
@@ -76,6 +77,7 @@ def _apply(survey: Survey, interfaces: Interfaces) -> None:
         if type(module) in REPLACEMENTS and survey.replaces(module):
             module.__class__ = REPLACEMENTS[type(module)]
     interfaces.apply()
+    close_paths(survey.names)
 
 
 def _number(model: nn.Module, survey: Survey) -> None:
@@ -116,6 +118,7 @@ def unswap(model: nn.Module) -> None:
     for module in model.modules():
         if classes.is_swapped(module):
             module.__class__ = type(module).__dict__["_tridrop_base"]
+        open_path(module)
         for name in ("_tridrop_site", "_tridrop_count", "_tridrop_attention_site"):
             module.__dict__.pop(name, None)
         if not hasattr(type(module), "site"):
