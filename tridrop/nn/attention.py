@@ -144,7 +144,7 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
             averaged, after dropout, with a column more for each appended key, or None.
 
         Raises:
-            TypeError, ValueError: nested tensors beside others, with masks, without ``batch_first``.
+            TypeError, ValueError: nested tensors beside others, with masks or lengths first.
             AssertionError, RuntimeError: shapes or dtypes that do not fit, and ``is_causal``
                 without attn_mask, as torch raises.
         """

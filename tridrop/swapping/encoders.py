@@ -8,7 +8,7 @@ torch reads two attributes before it takes the path; they are set so that it doe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -40,12 +40,8 @@ def _adapted(layer: nn.Module) -> bool:
     parts: list[tuple[Any, Any]] = [(attention, nn.MultiheadAttention)]
     for owner, name in ((attention, "out_proj"), (layer, "linear1"), (layer, "linear2")):
         parts.append((getattr(owner, name, None), nn.Linear))
-    return any(
-        isinstance(part, nn.Module)
-        and base_of(part).forward  # type: ignore[attr-defined]
-        is not torchs.forward
-        for part, torchs in parts
-    )
+    classes = [(cast(Any, base_of(part)), torchs) for part, torchs in parts if part is not None]
+    return any(own.forward is not torchs.forward for own, torchs in classes)
 
 
 def _set(module: nn.Module, name: str, value: object) -> None:
