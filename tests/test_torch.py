@@ -203,7 +203,7 @@ def test_opcheck(backend, activation):
     torch.library.opcheck(torch.ops.tridrop.forward, (x, bias, gain, residual, seed, None, *packed))
     torch.library.opcheck(
         torch.ops.tridrop.backward,
-        (grad, x, bias, gain, seed, None, *packed, x.dtype, bias.dtype, None),
+        (grad, x, bias, gain, seed, None, *packed, None, x.dtype, bias.dtype, None),
     )
     torch.library.opcheck(
         torch.ops.tridrop.keep_mask, (seed, [4, 8], None, 0.5, "elements", [], [], [], packed[-1])
