@@ -216,7 +216,8 @@ def scaled_dot_product_attention(
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     operands = (query, key, value, attn_mask, key_mask, sinks)
     call = None
-    if packing == (None,) * 4:
+    # One by one: Dynamo of torch 2.11 cannot compare tuples with tensors in them.
+    if cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None:
         # True and 1.0 equal 1, and only one of them may be refused.
         numbers = (type(scale), scale, type(softcap), softcap, repr(window))
         settings = ("attention", *numbers, not is_causal, not enable_gqa)
