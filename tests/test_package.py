@@ -26,6 +26,7 @@ LAYERS = [
     ["distributed"],
     ["ops"],
     ["seeds", "backends.triton", "backends.reference", "backends"],
+    ["recomputation"],
     ["spec", "spec_attention", "spec_product"],
     ["fast_calls"],
     ["fast"],

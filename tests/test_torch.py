@@ -338,7 +338,7 @@ def test_a_draw_without_restored_generator_warns_once(monkeypatch, use_reentrant
             both, x, residual, bias, use_reentrant=use_reentrant, preserve_rng_state=False
         )
 
-    monkeypatch.setattr(seeds._state, "warned_of_recomputation", False)
+    monkeypatch.setattr(seeds._state, "warned_of_generator", False)
     with pytest.warns(UserWarning, match="preserve_rng_state=False"):
         outcome(recomputed)
     with warnings.catch_warnings():

@@ -5,45 +5,70 @@ This is bookkeeping of the host; the arithmetic of seeds is in mask.py.
 
 from __future__ import annotations
 
-import sys
+import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import recomputation
 from .mask import as_seed, fold_in, new_seed
+from .recomputation import now
 
 # Sites whose seeds are made ahead, in a few launches a context and not a few launches a call.
 _TABLE = 1024
 # Calls without a site number are counted in a branch of the streams of their own.
 _UNNUMBERED = -1
 
+_is_compiling = torch.compiler.is_dynamo_compiling
+
 
 class _Context:
     """The seeds of one ``with rng(seed)`` block."""
 
     def __init__(self, seed: int | Tensor, rank: int | None) -> None:
-        self.seed, self.rank = seed, rank
-        self.calls = 0
-        self.sites: set[tuple[int, int]] = set()  # and the batch's origins there
-        self.tables: dict[tuple[bool, torch.device], Tensor] = {}
-        self.captured = _capturing()
-        if isinstance(seed, Tensor):  # known device: nothing is left to do inside a compiled call
-            for numbered in (True, False):
-                self.tables[numbered, seed.device] = self._table(seed, numbered, _TABLE)
+        # What as_seed makes of an int is kept beside it: compiled code must not look at the int,
+        # or it would be compiled anew for each. Neither may be an inference tensor.
+        self.compiled = _is_compiling()
+        with _no_inference():
+            self.seed, self.base, self.rank = seed, as_seed(seed), rank
+            self.calls = 0
+            self.sites: set[tuple[int, int]] = set()  # and the batch's origins there
+            self.tables: dict[tuple[bool, torch.device], Tensor] = {}
+            self.captured = _capturing()
+            # Where the device is known nothing is left to do inside a compiled call.
+            self.ready = isinstance(seed, Tensor) and not self.compiled
+            if self.ready:
+                for numbered in (True, False):
+                    self.tables[numbered, self.base.device] = self._table(self.base, numbered)
 
-    def _table(self, seed: Tensor, numbered: bool, size: int) -> Tensor:
+    def copy(self) -> _Context:
+        """The same block, where the count of its calls and its tables stand now."""
+        other = copy.copy(self)
+        other.tables = dict(self.tables)
+        return other
+
+    def _branch(self, seed: Tensor, numbered: bool) -> Tensor:
         if self.rank is not None:
             seed = fold_in(seed, self.rank)
-        base = seed if numbered else fold_in(seed, _UNNUMBERED)
+        return seed if numbered else fold_in(seed, _UNNUMBERED)
+
+    def _table(self, seed: Tensor, numbered: bool, size: int = _TABLE) -> Tensor:
+        base = self._branch(seed, numbered)
         streams = torch.arange(size, dtype=torch.int64, device=seed.device)
         folded = fold_in(base, 0)[1] + streams
         return torch.stack((base[0].expand(size), folded), dim=1)
 
     def take(self, index: int, numbered: bool, device: torch.device) -> Tensor:
+        """The seed of a site, or of a call by its number."""
+        compiling = _is_compiling()
+        if compiling and not self.ready:
+            # Without a table: a graph would have to leave it behind in this object.
+            seed = as_seed(self.seed, device) if self.compiled else self.base.to(device)
+            return fold_in(self._branch(seed, numbered), index)
         table = self.tables.get((numbered, device))
         if table is None or index >= len(table):
             if device.type == "cuda" and not self.captured and _capturing():
@@ -54,8 +79,12 @@ class _Context:
                     "make one such call before the capture, or enter rng inside the capture"
                 )
             size = max(_TABLE, 2 * index)
-            table = self._table(as_seed(self.seed, device), numbered, size)
-            self.tables[numbered, device] = table
+            if compiling:
+                return self._table(as_seed(self.base, device), numbered, size)[index]
+            with _no_inference():
+                table = self._table(as_seed(self.seed, device), numbered, size)
+            if type(table) is Tensor:  # not what a fake mode makes, which ends before the block
+                self.tables[numbered, device] = table
         return table[index]
 
 
@@ -67,13 +96,10 @@ def _capturing() -> bool:
 
 
 class _State:
-    # Process-wide, since backward and the recomputation in it run in threads of their own.
-    active: _Context | None = None
-    # Whether the last forward call that was given no seed took it from an rng block.
-    last_from_context = False
-    warned_of_recomputation = False
-    # Of what is computed, the first sample in the whole batch, and the number of samples.
-    batch: tuple[int, int] | None = None
+    # What the warnings, each given once, have to know: whether there was a block of rng.
+    entered = False
+    warned_of_generator = False
+    warned_of_others = False
 
 
 _state = _State()
@@ -86,15 +112,15 @@ def rng(seed: int | Tensor, *, fold_rank: Any = None) -> Iterator[None]:
     A module of tridrop.nn that :func:`tridrop.nn.number_sites` has numbered takes
     ``fold_in(seed, site)``: its mask does not depend on the order of calls, so activation
     checkpointing, pipelining and compilation keep it. Every other call takes the next number of a
-    count that begins anew in each block; such a call cannot be recomputed in backward, and raises
-    there.
+    count that begins anew in each block.
 
-    Put ``loss.backward()`` inside the block too where activations are recomputed. The setting is
-    process-wide: do not enter it in several threads at once.
+    What torch.utils.checkpoint recomputes in backward has the seeds of its forward, wherever
+    backward is called: inside the block, behind it or in another. The setting is process-wide: do
+    not enter it in several threads at once.
 
     Args:
-        seed: an int or a seed tensor. Under torch.compile pass a tensor, made outside the compiled
-            region: it enters the graph as an input, so no seed is ever compiled in.
+        seed: an int or a seed tensor. Under torch.compile a tensor on the device of the data is
+            best, made outside the compiled region: it enters the graph as an input.
         fold_rank: gives processes that share ``seed`` masks of their own, those of
             ``fold_in(seed, rank)``: the rank as an int; True for that among all processes of
             torch.distributed; or a process group or DeviceMesh, for that in it. For a mesh of
@@ -108,15 +134,15 @@ def rng(seed: int | Tensor, *, fold_rank: Any = None) -> Iterator[None]:
     >>> bool((first == second).all())
     True
     """
-    before = _state.active
-    if not isinstance(seed, Tensor):
-        as_seed(seed)  # raises for what is not a seed
     rank = None if fold_rank is None or fold_rank is False else _rank(fold_rank)
-    _state.active = _Context(as_seed(seed) if isinstance(seed, Tensor) else seed, rank)
+    blocks = now()
+    before, blocks.context = blocks.context, _Context(seed, rank)
+    if not _is_compiling():
+        _state.entered = True
     try:
         yield
     finally:
-        _state.active = before
+        blocks.context = before
 
 
 def _rank(of: Any) -> int:
@@ -157,8 +183,8 @@ def batch_slice(origin: int, size: int) -> Iterator[None]:
     So samples must come first: of ``[L, N, E]`` (``batch_first=False``), and of tokens that a model
     sorts by expert, give a ``shard`` to each call instead.
 
-    Put ``loss.backward()`` inside too where activations are recomputed. Process-wide, as
-    :func:`tridrop.rng`.
+    What torch.utils.checkpoint recomputes in backward is the slice that it was in its forward,
+    wherever backward is called. Process-wide, as :func:`tridrop.rng`.
 
     >>> import tridrop
     >>> x = torch.ones(4, 8)
@@ -173,21 +199,22 @@ def batch_slice(origin: int, size: int) -> Iterator[None]:
             raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; give an int")
         if value < least:
             raise ValueError(f"{name} = {value}; give {least} or more")
-    before, _state.batch = _state.batch, (origin, size)
+    blocks = now()
+    before, blocks.batch = blocks.batch, (origin, size)
     try:
         yield
     finally:
-        _state.batch = before
+        blocks.batch = before
 
 
 def in_batch() -> bool:
     """Whether a :func:`batch_slice` block is being run."""
-    return _state.batch is not None
+    return now().batch is not None
 
 
 def refuse_batch(name: str) -> None:
     """Raise inside a :func:`batch_slice` block: an op's choices have no place in a batch."""
-    if _state.batch is not None:
+    if in_batch():
         raise ValueError(
             f"{name} chooses among the samples that it is given, which have no place in a larger "
             "batch: leave it out of batch_slice, with a seed for each rank, such as "
@@ -197,9 +224,10 @@ def refuse_batch(name: str) -> None:
 
 def batch_origin(count: int) -> int:
     """Where the first of ``count`` indices of a first dimension lies, of a whole batch."""
-    if _state.batch is None:
+    batch = now().batch
+    if batch is None:
         return 0
-    origin, size = _state.batch
+    origin, size = batch
     if count % size == 0:
         return origin * (count // size)
     if count == 1:
@@ -213,7 +241,7 @@ def batch_origin(count: int) -> int:
 
 def active() -> bool:
     """Whether a :func:`rng` block is being run."""
-    return _state.active is not None
+    return now().context is not None
 
 
 def seed_for(device: torch.device, seed: int | Tensor | None, site: int | None = None) -> Tensor:
@@ -223,28 +251,22 @@ def seed_for(device: torch.device, seed: int | Tensor | None, site: int | None =
     """
     if seed is not None:
         return as_seed(seed, device)
-    recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-    context = _state.active
+    blocks = now()
+    context = blocks.context
+    if not _is_compiling():
+        if blocks.call is not None:
+            if context is None:
+                _check_generator(blocks.call)
+        elif torch._C._current_graph_task_id() != -1:
+            _check_unknown(blocks, site)
+        elif context is not None and site is not None:
+            _note_use(blocks, site)
     if context is None:
-        if recomputing:
-            _check_drawn_recomputation()
-        else:
-            _state.last_from_context = False
         return new_seed(device)
-    if not recomputing:
-        _state.last_from_context = True
     if site is not None:
-        if not recomputing and not torch.compiler.is_compiling():
-            _note_use(context, site)
-        return context.take(site, True, device)
-    if recomputing:
-        raise RuntimeError(
-            "a tridrop call without a seed or a site is being recomputed in backward inside "
-            "tridrop.rng: its number in the order of calls is not that of its forward. Number the "
-            "modules with tridrop.nn.number_sites(model), or give the call an explicit seed"
-        )
+        return context.take(site, True, device)  # type: ignore[no-any-return]
     context.calls += 1
-    return context.take(context.calls - 1, False, device)
+    return context.take(context.calls - 1, False, device)  # type: ignore[no-any-return]
 
 
 def host_seed(seed: int | Tensor | None, site: int | None = None) -> Tensor:
@@ -253,35 +275,67 @@ def host_seed(seed: int | Tensor | None, site: int | None = None) -> Tensor:
     It waits for an accelerator only where the seed that is given, or that of the active rng, is a
     tensor there.
     """
-    given = seed
-    if given is None and _state.active is not None:
-        given = _state.active.seed
+    context = now().context
+    given = seed if seed is not None or context is None else context.base
     device = given.device if isinstance(given, Tensor) else torch.device("cpu")
     return seed_for(device, seed, site).cpu()
 
 
-def _note_use(context: _Context, site: int) -> None:
-    use = (site, 0 if _state.batch is None else _state.batch[0])
-    if use in context.sites:
+def _no_inference() -> AbstractContextManager[Any]:
+    """Where tensors are made that may be saved for backward later."""
+    if not _is_compiling() and torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return nullcontext()
+
+
+def _use(blocks: recomputation.Blocks, site: int) -> tuple[int, int]:
+    return site, 0 if blocks.batch is None else blocks.batch[0]
+
+
+def _note_use(blocks: recomputation.Blocks, site: int) -> None:
+    use, sites = _use(blocks, site), blocks.context.sites
+    if use in sites:
         warnings.warn(
             f"site {site} was called twice in one tridrop.rng block: both calls have the same "
             "mask. Give each place in the model a module of its own, and each step a seed of its "
             "own: tridrop.fold_in(seed, step)",
             stacklevel=5,
         )
-    context.sites.add(use)
+    sites.add(use)
 
 
-def _check_drawn_recomputation() -> None:
-    """Of a recomputation in backward that draws its seed from torch's generator."""
-    if _state.last_from_context:
+def _check_unknown(blocks: recomputation.Blocks, site: int | None) -> None:
+    """Of a call inside backward that is not torch.utils.checkpoint's, which carries no blocks."""
+    if blocks.context is None:
+        if _state.entered and not _state.warned_of_others:
+            _state.warned_of_others = True
+            warnings.warn(
+                "a tridrop call is computed in backward, by other means than torch.utils."
+                "checkpoint, and draws its seed. If it is a recomputation whose forward ran inside "
+                "tridrop.rng, its mask is another and gradients are wrong: call backward() inside "
+                "the same block, or give the call an explicit seed",
+                stacklevel=4,
+            )
+    elif site is None or _use(blocks, site) not in blocks.context.sites:
         raise RuntimeError(
-            "a tridrop call is being recomputed in backward, outside the tridrop.rng block that "
-            "its forward ran in, and would draw another mask: call backward() inside the block"
+            "a tridrop call is being recomputed in backward inside a tridrop.rng block, by other "
+            "means than torch.utils.checkpoint, and "
+            + (
+                "has neither a seed nor a site: its number in the order of calls is not that of "
+                "its forward. Number the modules with tridrop.nn.number_sites(model), or give the "
+                "call an explicit seed"
+                if site is None
+                else f"its forward, of site {site}, did not run in this block: call backward() "
+                "inside the block of its forward"
+            )
         )
-    if _state.warned_of_recomputation or not _generator_not_restored():
+
+
+def _check_generator(call: recomputation.Carried) -> None:
+    """Of a recomputation that draws its seed from torch's generator."""
+    if _state.warned_of_generator or call.restores:
         return
-    _state.warned_of_recomputation = True
+    _state.warned_of_generator = True
     warnings.warn(
         "a tridrop call is being recomputed by torch.utils.checkpoint with "
         "preserve_rng_state=False and draws another mask than its forward did: gradients are "
@@ -289,24 +343,6 @@ def _check_drawn_recomputation() -> None:
         "tridrop.rng(seed)",
         stacklevel=4,
     )
-
-
-def _generator_not_restored() -> bool:
-    """Whether the caller is a recomputation with preserve_rng_state=False.
-
-    torch has no public way to ask. The setting is a variable of the frame that recomputes: of the
-    closure in the non-reentrant form, of the context in the reentrant one.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith("checkpoint.py"):
-            values = frame.f_locals
-            ctx = values.get("ctx")
-            preserved = values.get("preserve_rng_state", getattr(ctx, "preserve_rng_state", None))
-            if preserved is not None:
-                return not preserved
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def number_sites(model: nn.Module, first: int = 0) -> int:

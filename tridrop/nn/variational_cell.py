@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import seeds
+from .. import recomputation, seeds
 from ..mask import as_seed, fold_in
 from ..spec import check_probability
 from .cells import Drops, Weights, as_given, as_tuple, check_place, project, step
@@ -105,8 +105,8 @@ class VariationalCell(nn.Module):
         if seed is not None:
             base = as_seed(seed, x.device)
             return fold_in(base, 0), fold_in(base, 1)
-        task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-        if task == -1:
+        task = recomputation.number()
+        if task is None:
             if hx is None or self._kept is None:
                 self._kept = self._draw(x)
             return self._kept
