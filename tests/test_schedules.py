@@ -220,6 +220,20 @@ def test_a_step_between_forward_and_backward_raises():
         out.backward()
 
 
+def test_a_schedule_made_in_inference_mode_serves_training():
+    model = mlp()
+    with torch.inference_mode():
+        DropoutSchedule(model, Linear(0.4, 0.5, 2))
+    with tridrop.rng(1):
+        model(torch.ones(3, 8)).sum().backward()
+    found = model[0].weight.grad.clone()
+    model.zero_grad()
+    model[1].p = 0.4
+    with tridrop.rng(1):
+        model(torch.ones(3, 8)).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, found)
+
+
 def test_a_copy_of_the_model_is_its_own():
     model = mlp()
     schedule = DropoutSchedule(model, Linear(0.0, 0.5, 2))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
+from tridrop.mask import as_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -134,23 +135,58 @@ def test_numbered_sites_survive_recomputation_without_generator(use_reentrant):
     torch.testing.assert_close(backward(recomputed), gradient(run))
 
 
-def test_an_unnumbered_call_cannot_be_recomputed_in_a_block():
-    x = torch.ones(8, device=DEVICE, requires_grad=True)
-    with tridrop.rng(7):
-        out = checkpoint(lambda x: tridrop.dropout(x, 0.5).exp(), x, use_reentrant=False)
-        with pytest.raises(RuntimeError, match="number_sites"):
-            out.sum().backward()
+def lasting_seeds():
+    """What a user may make once and keep, by name."""
+    yield "an int", 7
+    yield "a tensor", as_seed(7)
+    yield "new_seed", tridrop.new_seed("cpu")
+    yield "new_seed of a generator", tridrop.new_seed("cpu", torch.Generator())
+    yield "fold_in", tridrop.fold_in(7, 3)
 
 
-def test_recomputation_outside_the_block_raises():
-    x = torch.ones(8, device=DEVICE, requires_grad=True)
-    with tridrop.rng(7):
-        out = checkpoint(lambda x: tridrop.dropout(x, 0.5).exp(), x, use_reentrant=False)
-    with pytest.raises(RuntimeError, match="inside the block"):
-        out.sum().backward()
-    # and a later step without rng is not disturbed by it
-    out = checkpoint(lambda x: tridrop.dropout(x, 0.5).exp(), x, use_reentrant=False)
-    out.sum().backward()
+def test_what_is_made_in_inference_mode_serves_training():
+    model = tridrop.nn.Dropout(0.5)
+    model.site = 0
+
+    def trained(x):
+        weight = torch.ones(64, requires_grad=True)
+        (model(x * weight) + tridrop.dropout(weight, 0.5)).sum().backward()
+        return weight.grad
+
+    x = torch.randn(64)
+    with torch.inference_mode():
+        made = dict(lasting_seeds())
+    for name, seed in made.items():
+        assert isinstance(seed, int) or not seed.is_inference(), name
+        with tridrop.rng(seed):
+            with torch.inference_mode():  # an evaluation, which makes the tables
+                model.train()(torch.ones(64)), tridrop.dropout(torch.ones(64), 0.5)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*called twice")
+                found = trained(x)
+        keep = tridrop.keep_mask(tridrop.fold_in(seed, 0), (64,), 0.5)
+        with tridrop.rng(seed):
+            tridrop.dropout(x, 0.5)
+            counted = tridrop.dropout(torch.ones(64), 0.5)
+        assert torch.equal(found, torch.where(keep, 2 * x, 0.0) + counted), name
+    with torch.inference_mode(), tridrop.rng(3):
+        inside = model(x)
+    with tridrop.rng(3):
+        assert torch.equal(model(x), inside)
+
+
+def test_a_block_outlives_a_fake_mode_in_it():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with tridrop.rng(3):
+        expected = tridrop.dropout(torch.ones(64), 0.5)
+    with tridrop.rng(3):
+        with FakeTensorMode():
+            assert tridrop.dropout(torch.ones(64), 0.5).shape == (64,)
+        second = tridrop.dropout(torch.ones(64), 0.5)
+    with tridrop.rng(3):
+        assert torch.equal(tridrop.dropout(torch.ones(64), 0.5), expected)
+        assert torch.equal(tridrop.dropout(torch.ones(64), 0.5), second)
 
 
 @pytest.mark.parametrize("seed", ["a", 1.5, True, torch.zeros(2)])

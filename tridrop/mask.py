@@ -74,6 +74,17 @@ def _wrap(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
+def lasting(made: Tensor) -> Tensor:
+    """What was just made as a tensor that may be saved for backward, under inference_mode too.
+
+    A seed, a table of them or a rate outlives the block in which it is made.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return made
+    with torch.inference_mode(False):
+        return made.clone()
+
+
 def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
     """The seed tensor (seed, stream): int64, shape [2]. An int means ``(seed, 0)``.
 
@@ -110,7 +121,7 @@ def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Ten
     # Filled on the device: torch.tensor(..., device="cuda") would copy from the host and wait.
     result = torch.zeros(2, dtype=torch.int64, device=device)
     result[:1].fill_(seed)
-    return result
+    return lasting(result)
 
 
 def _with_index(device: torch.device | str) -> torch.device:
@@ -138,14 +149,17 @@ def new_seed(
     >>> new_seed("cpu").shape
     torch.Size([2])
     """
-    if generator is None and torch.compiler.is_compiling():
+    if generator is not None:
+        return lasting(torch.randint((1 << 63) - 1, (2,), device=device, generator=generator))
+    if torch.compiler.is_compiling():
         # Inductor's randint has a generator of its own; an opaque operator draws as eager code
         # does. It takes an empty tensor, which the compiler never merges with another: equal calls
         # of an operator without arguments would become one draw.
         place = torch.empty(2, dtype=torch.int64, device=device)
-        drawn: Tensor = torch.ops.tridrop.new_seed(place)
-        return drawn
-    return torch.randint((1 << 63) - 1, (2,), device=device, generator=generator)
+        opaque: Tensor = torch.ops.tridrop.new_seed(place)
+        return opaque
+    drawn = torch.randint((1 << 63) - 1, (2,), device=device)
+    return lasting(drawn) if torch.is_inference_mode_enabled() else drawn
 
 
 def fold_in(seed: int | Tensor, stream: int | Tensor) -> Tensor:
@@ -175,7 +189,7 @@ def fold_in(seed: int | Tensor, stream: int | Tensor) -> Tensor:
     elif not -(1 << 63) <= stream < 1 << 63:
         raise ValueError(f"stream = {stream} is outside int64, [-2^63, 2^63)")
     folded = base[1] * _wrap(FOLD_MULTIPLIER) + stream
-    return torch.stack((base[0], folded))
+    return lasting(torch.stack((base[0], folded)))
 
 
 def key_of(seed: Tensor) -> tuple[Tensor, Tensor]:

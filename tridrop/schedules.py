@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .dropping import find
+from .mask import lasting
 from .nn import EmbeddingDropout, LockedDropout, WordDropout
 from .nn.attention import MultiheadAttention, ScaledDotProductAttention
 from .nn.modules import ActivationDropout, Dropout, DropoutAdd, DropPath
@@ -320,9 +321,8 @@ class DropoutSchedule:
                 continue
             key = (_device(self.model, rate.name), factor)
             if key not in self._tensors:
-                self._tensors[key] = torch.tensor(
-                    factor * value, dtype=torch.float64, device=key[0]
-                )
+                made = torch.tensor(factor * value, dtype=torch.float64, device=key[0])
+                self._tensors[key] = lasting(made)
             if getattr(rate.module, rate.attribute) is not self._tensors[key]:
                 setattr(rate.module, rate.attribute, self._tensors[key])
 

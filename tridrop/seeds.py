@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import recomputation
-from .mask import as_seed, fold_in, new_seed
+from .mask import as_seed, fold_in, lasting, new_seed
 from .recomputation import now
 
 # Sites whose seeds are made ahead, in a few launches a context and not a few launches a call.
@@ -31,19 +31,18 @@ class _Context:
 
     def __init__(self, seed: int | Tensor, rank: int | None) -> None:
         # What as_seed makes of an int is kept beside it: compiled code must not look at the int,
-        # or it would be compiled anew for each. Neither may be an inference tensor.
+        # or it would be compiled anew for each.
         self.compiled = _is_compiling()
-        with _no_inference():
-            self.seed, self.base, self.rank = seed, as_seed(seed), rank
-            self.calls = 0
-            self.sites: set[tuple[int, int]] = set()  # and the batch's origins there
-            self.tables: dict[tuple[bool, torch.device], Tensor] = {}
-            self.captured = _capturing()
-            # Where the device is known nothing is left to do inside a compiled call.
-            self.ready = isinstance(seed, Tensor) and not self.compiled
-            if self.ready:
-                for numbered in (True, False):
-                    self.tables[numbered, self.base.device] = self._table(self.base, numbered)
+        self.seed, self.base, self.rank = seed, as_seed(seed), rank
+        self.calls = 0
+        self.sites: set[tuple[int, int]] = set()  # and the batch's origins there
+        self.tables: dict[tuple[bool, torch.device], Tensor] = {}
+        self.captured = _capturing()
+        # Where the device is known nothing is left to do inside a compiled call.
+        self.ready = isinstance(seed, Tensor) and not self.compiled
+        if self.ready:
+            for numbered in (True, False):
+                self.tables[numbered, self.base.device] = self._table(self.base, numbered)
 
     def copy(self) -> _Context:
         """The same block, where the count of its calls and its tables stand now."""
@@ -60,7 +59,7 @@ class _Context:
         base = self._branch(seed, numbered)
         streams = torch.arange(size, dtype=torch.int64, device=seed.device)
         folded = fold_in(base, 0)[1] + streams
-        return torch.stack((base[0].expand(size), folded), dim=1)
+        return lasting(torch.stack((base[0].expand(size), folded), dim=1))
 
     def take(self, index: int, numbered: bool, device: torch.device) -> Tensor:
         """The seed of a site, or of a call by its number."""
@@ -81,8 +80,10 @@ class _Context:
             size = max(_TABLE, 2 * index)
             if compiling:
                 return self._table(as_seed(self.base, device), numbered, size)[index]
-            with _no_inference():
-                table = self._table(as_seed(self.seed, device), numbered, size)
+            # In a dispatch mode, a fake one perhaps, of tensors made in it alone.
+            known = self.base.device == device and not torch._C._len_torch_dispatch_stack()
+            seed = self.base if known else as_seed(self.seed, device)
+            table = self._table(seed, numbered, size)
             if type(table) is Tensor:  # not what a fake mode makes, which ends before the block
                 self.tables[numbered, device] = table
         return table[index]
@@ -279,13 +280,6 @@ def host_seed(seed: int | Tensor | None, site: int | None = None) -> Tensor:
     given = seed if seed is not None or context is None else context.base
     device = given.device if isinstance(given, Tensor) else torch.device("cpu")
     return seed_for(device, seed, site).cpu()
-
-
-def _no_inference() -> AbstractContextManager[Any]:
-    """Where tensors are made that may be saved for backward later."""
-    if not _is_compiling() and torch.is_inference_mode_enabled():
-        return torch.inference_mode(False)
-    return nullcontext()
 
 
 def _use(blocks: recomputation.Blocks, site: int) -> tuple[int, int]:
