@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .nn.modules import _Site as Site
-from .swapping import classes, kinds
+from .swapping import classes, kinds, layer_drop
 from .swapping.recognise import self_of
 from .swapping.survey import base_of, is_torchs
 
@@ -85,19 +85,24 @@ def _read(module: nn.Module, base: type) -> tuple[bool, list[str], list[tuple[st
         unread.append(("forward", "it was replaced on the instance"))
     drops, others = False, []
     for name, method in text.methods.items():
-        for drop, node in _uses(method.node, self_of(method.node)):
+        skips = list(layer_drop.find(method))
+        # What is named after LayerDrop is not a dropout, though its names say "drop".
+        besides = frozenset().union(*(skip.names for skip in skips))
+        idle = bool(skips) and all(skip.rate_of(module) == 0 for skip in skips)
+        for names, node in _uses(method.node, self_of(method.node)):
+            drop = not names <= besides
             drops |= drop
-            if not drop:
+            if not drop and not (names and idle):
                 others.append(f"{base.__name__}.{name}, line {node.lineno}")
     # What cannot be read but names both is taken for a dropout, and reported.
     return drops or bool(unread), others, unread
 
 
-def _uses(method: ast.FunctionDef, owner: str) -> Iterator[tuple[bool, ast.Attribute]]:
-    """Every use of ``self.training`` in a method, and whether it is for a dropout.
+def _uses(method: ast.FunctionDef, owner: str) -> Iterator[tuple[frozenset[str], ast.Attribute]]:
+    """Every use of ``self.training`` in a method, with the names of what drops by it.
 
-    It is where the innermost call, argument or statement around it that names anything else names
-    something with "drop": ``F.dropout(x, self.p, self.training)``,
+    They are those with "drop" in the innermost call, argument or statement around it that has any:
+    ``F.dropout(x, self.p, self.training)``,
     ``attention(q, k, v, dropout_p=0.1 if self.training else 0.0)``,
     ``p = self.dropout if self.training else 0.0``.
     """
@@ -108,17 +113,14 @@ def _uses(method: ast.FunctionDef, owner: str) -> Iterator[tuple[bool, ast.Attri
         if not (isinstance(node.value, ast.Name) and node.value.id == owner):
             continue
         at: ast.AST = node
-        while not isinstance(at, ast.stmt) and not _names_drop(at):
+        while not isinstance(at, ast.stmt) and not _drop_names(at):
             at = parents[at]
-        yield _names_drop(at), node
+        yield _drop_names(at), node
 
 
-def _names_drop(node: ast.AST) -> bool:
-    for n in ast.walk(node):
-        for name in ("id", "attr", "arg"):
-            if "drop" in str(getattr(n, name, "")).lower():
-                return True
-    return False
+def _drop_names(node: ast.AST) -> frozenset[str]:
+    found = {str(getattr(n, k, "")) for n in ast.walk(node) for k in ("id", "attr", "arg")}
+    return frozenset(name for name in found if "drop" in name.lower())
 
 
 def _names_both(function: Any) -> bool:
