@@ -505,6 +505,12 @@ def test_a_cell_is_recomputed_with_its_own_masks(reentrant):
 
     with pytest.raises(RuntimeError, match="pass seed to every step"):
         by_steps().sum().backward()
+    # A later step alone, after the whole of another sequence in the same backward.
+    _, state = unroll(cell, x[:2])
+    later = checkpoint(cell, x[2], state, use_reentrant=False)[0]
+    other = checkpoint(lambda x: unroll(cell, x)[0], x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="pass seed to every step"):
+        (later.sum() + other.sum()).backward()
     plain = gradients(lambda: unroll(cell, x, seed=5)[1][0])
     assert same(gradients(lambda: by_steps(seed=5)), plain)
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of swapped models: transformers' own, of two views and of other forwards."""
+"""Gradient checkpointing of swapped models: two views, micro-batches, a teacher in between."""
 
 import contextlib
 import warnings

@@ -30,8 +30,8 @@ def mc_dropout(model: nn.Module) -> Iterator[tuple[str, ...]]:
     the modules of tridrop.nn that drop, drop paths of libraries, torch's recurrent layers with a
     rate, torch's transformer layers (whose inference path has no dropout), and modules that read
     ``self.training`` for a dropout of their own, rewritten by :func:`tridrop.swap` or not. Batch
-    norms use their running statistics and leave them alone. Afterwards every module has the mode
-    that it had.
+    norms use their running statistics and leave them alone. LayerDrop, which skips whole layers,
+    is not taken for a dropout. Afterwards every module has the mode that it had.
 
     ``with`` gives the names of the modules that were turned on. To leave dropout on, enter the
     block and do not leave it: ``contextlib.ExitStack().enter_context(tridrop.mc_dropout(model))``.

@@ -27,7 +27,6 @@ from torch.utils import checkpoint as torch_checkpoint
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 _thread = threading.get_ident
-_PRESERVED = "preserve_rng_state"
 
 
 class Blocks:
@@ -67,7 +66,8 @@ _numbers = itertools.count()
 def now() -> Blocks:
     """The blocks in which the caller is: of its recomputation, or else of the process."""
     if _is_compiling():
-        return _state.shown  # type: ignore[no-any-return]
+        shown: Blocks = _state.shown
+        return shown
     return _recomputed.get(_thread(), _process) if _recomputed else _process
 
 
@@ -139,9 +139,9 @@ class Carried:
         """Whether torch's generators are as they were in the forward."""
         if self._restores is not None:
             return self._restores
-        names = self.function.__code__.co_freevars  # type: ignore[attr-defined]
-        cell = self.function.__closure__[names.index(_PRESERVED)]  # type: ignore[attr-defined]
-        return bool(cell.cell_contents)
+        function: Any = self.function
+        place = function.__code__.co_freevars.index("preserve_rng_state")
+        return bool(function.__closure__[place].cell_contents)
 
 
 def _wrap() -> None:
@@ -158,7 +158,7 @@ def _wrap() -> None:
         return run(ctx, carried, preserve_rng_state, *args)
 
     frame.__init__ = __init__  # type: ignore[method-assign]
-    torch_checkpoint.CheckpointFunction.forward = staticmethod(forward)  # type: ignore[assignment]
+    torch_checkpoint.CheckpointFunction.forward = staticmethod(forward)  # type: ignore[method-assign]
 
 
 _wrap()

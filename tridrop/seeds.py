@@ -265,9 +265,9 @@ def seed_for(device: torch.device, seed: int | Tensor | None, site: int | None =
     if context is None:
         return new_seed(device)
     if site is not None:
-        return context.take(site, True, device)  # type: ignore[no-any-return]
+        return context.take(site, True, device)
     context.calls += 1
-    return context.take(context.calls - 1, False, device)  # type: ignore[no-any-return]
+    return context.take(context.calls - 1, False, device)
 
 
 def host_seed(seed: int | Tensor | None, site: int | None = None) -> Tensor:
