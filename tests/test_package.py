@@ -34,7 +34,7 @@ LAYERS = [
     ["fast_kernels", "fast_math", "fast_storage", "fast_vectors"],
     ["choice", "noise"],
     ["mask"],
-    ["strides"],
+    ["strides", "lasting"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .lasting import lasting
+
 # Philox4x32: the multipliers of a round and the Weyl increments of its key (Random123).
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -72,17 +74,6 @@ def philox(
 def _wrap(value: int) -> int:
     """``value`` modulo 2^64 as a signed 64-bit integer."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def lasting(made: Tensor) -> Tensor:
-    """What was just made as a tensor that may be saved for backward, under inference_mode too.
-
-    A seed, a table of them or a rate outlives the block in which it is made.
-    """
-    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
-        return made
-    with torch.inference_mode(False):
-        return made.clone()
 
 
 def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -149,17 +140,13 @@ def new_seed(
     >>> new_seed("cpu").shape
     torch.Size([2])
     """
-    if generator is not None:
-        return lasting(torch.randint((1 << 63) - 1, (2,), device=device, generator=generator))
-    if torch.compiler.is_compiling():
+    if generator is None and torch.compiler.is_compiling():
         # Inductor's randint has a generator of its own; an opaque operator draws as eager code
         # does. It takes an empty tensor, which the compiler never merges with another: equal calls
         # of an operator without arguments would become one draw.
         place = torch.empty(2, dtype=torch.int64, device=device)
-        opaque: Tensor = torch.ops.tridrop.new_seed(place)
-        return opaque
-    drawn = torch.randint((1 << 63) - 1, (2,), device=device)
-    return lasting(drawn) if torch.is_inference_mode_enabled() else drawn
+        return torch.ops.tridrop.new_seed(place)
+    return lasting(torch.randint((1 << 63) - 1, (2,), device=device, generator=generator))
 
 
 def fold_in(seed: int | Tensor, stream: int | Tensor) -> Tensor:

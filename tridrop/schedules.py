@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .dropping import find
-from .mask import lasting
+from .lasting import lasting
 from .nn import EmbeddingDropout, LockedDropout, WordDropout
 from .nn.attention import MultiheadAttention, ScaledDotProductAttention
 from .nn.modules import ActivationDropout, Dropout, DropoutAdd, DropPath

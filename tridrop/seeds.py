@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import recomputation
-from .mask import as_seed, fold_in, lasting, new_seed
+from .lasting import lasting
+from .mask import as_seed, fold_in, new_seed
 from .recomputation import now
 
 # Sites whose seeds are made ahead, in a few launches a context and not a few launches a call.
