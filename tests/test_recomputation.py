@@ -181,7 +181,7 @@ def test_checkpoints_in_checkpoints_and_blocks_inside_them(outer, inner):
     same(gradients(models, list(losses(checkpoint)), tridrop.rng(1)), expected)
 
 
-@pytest.mark.parametrize("saved", ["matrix products", "everything", "every second operator"])
+@pytest.mark.parametrize("saved", ["matrix products", "arithmetic", "every second operator"])
 @pytest.mark.parametrize("seed", [7, torch.tensor([7, 1])], ids=["int", "tensor"])
 def test_selective_checkpointing(saved, seed):
     """The tables of a block, made inside the region, are made in the same order again."""
@@ -194,7 +194,8 @@ def test_selective_checkpointing(saved, seed):
         count += not ctx.is_recompute
         chosen = {
             "matrix products": op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default),
-            "everything": True,
+            # Not all: torch 2.11 saves nothing that is written to, as an int's seed tensor is.
+            "arithmetic": any(n in str(op) for n in ("mul", "add", "stack", "arange", "tanh")),
             # By name: the same in the recomputation, which older torch asks for as well.
             "every second operator": len(str(op)) % 2 == 0,
         }[saved]

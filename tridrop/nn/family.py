@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import recomputation
 from ..mask import as_seed, fold_in
 from ..spec import check_probability
 from .modules import _Site
@@ -121,7 +121,7 @@ class _Keras(_OneTensor):
         drops = self.training if training is None else training
         if found is not None or self.base is None or not drops:
             return found
-        if torch._C._current_graph_task_id() != -1:
+        if recomputation.number() is not None:
             raise RuntimeError(
                 "a layer with a seed of its own is being recomputed in backward, where it would "
                 "draw the next mask of its sequence: leave seed out and use tridrop.rng(seed)"
