@@ -217,7 +217,8 @@ def scaled_dot_product_attention(
     operands = (query, key, value, attn_mask, key_mask, sinks)
     call = None
     # One by one: Dynamo of torch 2.11 cannot compare tuples with tensors in them.
-    if cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None:
+    whole = cu_seqlens_q is None and cu_seqlens_k is None
+    if whole and max_seqlen_q is None and max_seqlen_k is None:
         # True and 1.0 equal 1, and only one of them may be refused.
         numbers = (type(scale), scale, type(softcap), softcap, repr(window))
         settings = ("attention", *numbers, not is_causal, not enable_gqa)
