@@ -115,7 +115,8 @@ def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: boo
                 f"pass {name}.detach()"
             )
         return
-    if isinstance(p, bool) or not isinstance(p, (Real, torch.SymFloat, torch.SymInt)):
+    # The first two before Real, which NumPy's numbers are, and which takes longer to ask.
+    if isinstance(p, bool) or not isinstance(p, (float, int, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} is {p!r} of type {type(p).__name__}; give a number in [0, 1]")
     if not 0 <= p <= 1:  # also true for NaN
         raise ValueError(f"{name} = {p}; the probability of dropping must lie in [0, 1]")

@@ -23,18 +23,19 @@ def order_of(*operands: Tensor | Order | None) -> Order | None:
     nothing. This is what torch's TensorIterator does. An order stands for a dense tensor that has
     it, and is asked where the tensors are not all contiguous.
     """
+    for t in operands:
+        if isinstance(t, Tensor) and not t.is_contiguous():
+            break
+    else:
+        return None
     shape: Sequence[int] = ()
     strides: list[Sequence[int]] = []
-    contiguous = True
     for t in operands:
         if isinstance(t, Tensor):
             shape = shape or t.shape
             strides.append(t.stride())
-            contiguous = contiguous and t.is_contiguous()
         elif t is not None:
             strides.append([len(t) - t.index(dim) for dim in range(len(t))])
-    if contiguous:
-        return None
     dims = len(strides[0])
     found: list[int] = []  # innermost first
     for dim in reversed(range(dims)):

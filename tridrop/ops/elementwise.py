@@ -65,6 +65,8 @@ def _forward(
     p_tensor, options = read_rate(p_tensor, unpack(*values))  # type: ignore[arg-type]
     module = backends.serving(str(backend), x, bias, layer_scale, residual)
     out = module.forward(x, bias, layer_scale, residual, seed, p_tensor, options)
+    if x.is_contiguous() and (residual is None or residual.is_contiguous()):
+        return out.contiguous()
     return laid(out.contiguous(), order_of(residual, x))
 
 
@@ -97,7 +99,7 @@ def _backward(
     module = backends.serving(str(backend), grad, x, bias, layer_scale)
     dtypes = (x_dtype, bias_dtype, layer_scale_dtype)
     dx, *vectors = module.backward(grad, x, bias, layer_scale, seed, p_tensor, options, dtypes)  # type: ignore[arg-type]
-    if dx is not None:
+    if dx is not None and not grad.is_contiguous():
         dx = laid(dx, order_of(grad, order))  # type: ignore[arg-type]
     return filled((dx, *vectors), grad)
 
