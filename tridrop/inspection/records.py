@@ -26,8 +26,8 @@ def compile_row(name: str, arch: str, dtype: str, method: str) -> list[dict[str,
     row = TABLE[name]
     found = compiler.capture(arch, lambda: row.call(triton, DTYPES[dtype], method))
     # Of several sums of one launcher's partial sums, the first: they are alike.
-    sums = [kernel for kernel in found if kernel.kernel == "sum_kernel"]
-    found = [kernel for kernel in found if kernel not in sums[1:]]
+    sums = [kernel for kernel in found if kernel.kernel == "sum_kernel"][:1]
+    found = [kernel for kernel in found if kernel.kernel != "sum_kernel"] + sums
     return [_record(row, kernel, dtype, method) for kernel in found if _is_new(row, kernel, method)]
 
 

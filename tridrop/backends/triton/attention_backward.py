@@ -38,6 +38,7 @@ from .attention_tiles import (
     statistics_at,
     store_rows,
 )
+from .tiles import first_of
 
 # What backward is given beside the tensors of forward.
 Incoming = namedtuple("Incoming", "dout lse delta")
@@ -50,12 +51,13 @@ def attention_delta_kernel(
 ):  # fmt: skip
     """delta = sum over values of dout * out - dlse, [B, H, tokens]"""
     blocks = tl.cdiv(shape.tokens, BLOCK)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = first_of(tl.program_id(0) % blocks, shape.tokens, BLOCK) + tl.arange(0, BLOCK)
+    row_inside = (row >= 0) & (row < shape.tokens)
     head = tl.program_id(0) // blocks % shape.heads
     batch = tl.program_id(0) // blocks // shape.heads
     col = tl.arange(0, VALUES)
-    inside = (row < shape.tokens)[:, None] & (col < shape.value_width)[None, :]
-    at = row[:, None]
+    inside = row_inside[:, None] & (col < shape.value_width)[None, :]
+    at = row.to(tl.int64)[:, None]
     base = batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[1]
     value = tl.load(out + base + at * out_strides[2] + col[None, :], mask=inside, other=0.0)
     base = batch.to(tl.int64) * dout_strides[0] + head.to(tl.int64) * dout_strides[1]
@@ -63,8 +65,8 @@ def attention_delta_kernel(
     total = tl.sum(value.to(tl.float32) * grad.to(tl.float32), axis=1)
     rows = (batch.to(tl.int64) * shape.heads + head) * shape.tokens + row
     if dlse is not None:
-        total -= tl.load(dlse + rows, mask=row < shape.tokens, other=0.0).to(tl.float32)
-    tl.store(delta + rows, total, mask=row < shape.tokens)
+        total -= tl.load(dlse + rows, mask=row_inside, other=0.0).to(tl.float32)
+    tl.store(delta + rows, total, mask=row_inside)
 
 
 @triton.jit
