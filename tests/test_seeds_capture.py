@@ -21,8 +21,12 @@ def stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: own.capturing)
     # Nothing can be computed on the device that is not there: tables are made on the CPU.
-    monkeypatch.setattr(seeds, "as_seed", lambda seed, *device: seed)
-    table = lambda self, seed, numbered, size: torch.zeros(size, 2, dtype=torch.int64)  # noqa: E731
+    as_seed = seeds.as_seed
+    monkeypatch.setattr(seeds, "as_seed", lambda seed, *_: as_seed(seed))
+
+    def table(self, seed, numbered, size=seeds._TABLE):
+        return torch.zeros(size, 2, dtype=torch.int64)
+
     monkeypatch.setattr(seeds._Context, "_table", table)
     return own
 
