@@ -25,7 +25,7 @@ _BESIDES = 76  # columns of the table for all but the code
 
 @dataclass(frozen=True)
 class Site:
-    """One place in a model where something is dropped.
+    """One place in a model where something is dropped, or where random numbers are drawn.
 
     Attributes:
         module: the name in the model of the module in whose code it stands, or that drops itself.
@@ -38,7 +38,7 @@ class Site:
             hands on uncomputed, such as its last linear layer; "return" says that this one hands
             its value on to its caller. :meth:`Report.became` puts both into words.
         reason: why it was left; of a LoRA adapter's dropout with a mask of tridrop's and no more,
-            why it was not fused.
+            why it was not fused; "unknown: ..." of a module that no text shows to be called.
         stream: its number under :func:`tridrop.rng`: its mask is that of fold_in(seed, stream).
     """
 
