@@ -128,6 +128,18 @@ def test_precompile_fills_a_cache_from_the_tests_that_will_run(tmp_path, monkeyp
     assert "TRITON_CACHE_DIR" not in os.environ or os.environ["TRITON_CACHE_DIR"] != str(folder)
 
 
+def test_precompile_fills_a_cache_with_the_headline_in_processes(tmp_path, monkeypatch):
+    """Of the row that compiles soonest; run again it compiles nothing."""
+    monkeypatch.setattr(cache, "jobs", lambda: iter([("row", 0)]))
+    about = cache.precompile(tmp_path, ["headline"], 90, 2, [])
+    assert about["compiled"] == about["count"] == cache.count(tmp_path) > 1
+    assert "TRITON_STORE_BINARY_ONLY" not in os.environ
+    assert cache.precompile(tmp_path, ["headline"], 90, 1, [])["compiled"] == 0
+    monkeypatch.setattr(cache, "jobs", lambda: iter([]))
+    with pytest.raises(RuntimeError, match="the headline launched nothing"):
+        cache.precompile(tmp_path / "other", ["headline"], 90, 1, [])
+
+
 def test_another_triton_than_the_one_asked_for_is_refused(tmp_path, capsys):
     assert gpu.main(["--precompile", str(tmp_path / "cache"), "--triton", "3.0.1"]) == 2
     assert f"has Triton {triton.__version__}, not 3.0.1" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,21 @@ def precompile(
     environ = environment(folder) | {"TRITON_STORE_BINARY_ONLY": "1"}
     if "headline" in sets:
         _compile_headline(environ, arch, workers)
+        _expect(folder, "the headline")
     if "tests" in sets:
         for piece in tests:
             _compile_tests(piece, environ, arch, workers)
+        _expect(folder, "the tests")
     about = {**identity(), "arch": arch, "kernels": kernels(), "sets": sorted(sets)}
     if complete(folder, ""):
         about["sets"] = sorted({*sets, *json.loads((folder / MANIFEST).read_text())["sets"]})
     write_json(about, folder / MANIFEST)
     return about | {"count": count(folder), "compiled": count(folder) - before}
+
+
+def _expect(folder: Path, what: str) -> None:
+    if not count(folder):
+        raise RuntimeError(f"{what} launched nothing: there is no kernel in {folder}")
 
 
 def _compile_tests(piece: Piece, environ: dict[str, str], arch: int, workers: int) -> None:
@@ -157,13 +165,16 @@ def _compile_headline(environ: dict[str, str], arch: int, workers: int) -> None:
         os.environ.update(saved)
 
 
+_process = ExitStack()  # open for as long as the process is
+
+
 def _install(arch: int) -> None:
     import torch
 
     from . import stub
 
     torch.set_num_threads(1)
-    stub.launching(arch).__enter__()
+    _process.enter_context(stub.launching(arch))
 
 
 def _rows() -> list[Any]:
