@@ -307,6 +307,10 @@ def _honest(report: Report, log: list[Event]) -> None:
     taken = {e.site for e in log if e.site is not None}
     assert taken <= set(streams), "a site that the report does not name"
     for site in report.sites:
-        assert bool(site.parts) == (site.stream is not None) == (not site.reason)
+        assert bool(site.parts) == (site.stream is not None)
+        if site.parts and site.reason:  # nothing is seen to call it, and nothing did
+            assert site.reason.startswith("unknown: ")
+            assert site.stream not in taken
+        assert site.parts or site.reason
     if any(e.site is None for e in log):
         assert report.counts()["left"], "a dropout was left and is not reported"

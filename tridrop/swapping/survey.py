@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from . import adapters, branches, classes, kinds
 from .classes import Recipe
-from .recognise import Tail, called_by, resolve
+from .recognise import Method, Tail, called_by, resolve, self_of
 from .rewrite import ATTENTION_PARTS, Levels, Op
 
 
@@ -142,7 +143,7 @@ class Survey:
         text = classes.text_of(base, classes.children_of(owner, base))
         if text.unread or "forward" not in text.methods:
             return ""
-        uses = {use for m in text.methods.values() for use in _uses(m.node, name)}
+        uses = {use for m in text.methods.values() for use in _uses(m, name, base)}
         if True in uses:
             return ""
         what = f"{base.__name__}.forward does not name it"
@@ -207,28 +208,53 @@ class Survey:
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # What reaches modules without their names.
 _REACHES = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule",
-            "getattr", "apply", "super", "__dict__"}  # fmt: skip
+            "apply", "super", "__dict__"}  # fmt: skip
 
 
-def _uses(method: ast.FunctionDef, name: str) -> set[bool]:
-    """Whether each use of a name in a method may be a call; False is a read of a part."""
-    parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
-    found = set()
-    for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and node.attr == name:
-            outer = parents[node]
-            part = isinstance(outer, ast.Attribute) and outer.attr not in _REACHES
-            grand = parents.get(outer)
-            called = isinstance(grand, ast.Call) and grand.func is outer
-            found.add(not part or called)
-        elif isinstance(node, ast.Name) and node.id == "getattr":
-            call = parents[node]
-            key = call.args[1] if isinstance(call, ast.Call) and len(call.args) > 1 else None
-            other = isinstance(key, ast.Constant) and key.value != name
-            found |= set() if other else {True}
-        elif (getattr(node, "id", None) or getattr(node, "attr", None)) in _REACHES:
+def _uses(method: Method, name: str, base: type) -> set[bool]:
+    """Whether each use of a name in a method may be a call; False is a read of a part.
+
+    What the method hands its module to may call it as well, and so may a property of the class,
+    where they have the name, and a private method, whose text is not among those that are read.
+    """
+    owner, found = self_of(method.node), set()
+    parents = {child: n for n in ast.walk(method.node) for child in ast.iter_child_nodes(n)}
+    for node in ast.walk(method.node):
+        outer = parents.get(node)
+        if isinstance(node, ast.Attribute):
+            named = node.attr
+            if named == name or (_is_private(named) and name.endswith(named)):
+                part = isinstance(outer, ast.Attribute) and outer.attr not in _REACHES
+                grand = parents.get(outer) if outer is not None else None
+                found.add(not part or (isinstance(grand, ast.Call) and grand.func is outer))
+            elif (
+                named in _REACHES
+                or _is_private(named)
+                or _is_named(getattr(getattr(base, named, None), "fget", None), name)
+            ):
+                found.add(True)
+        elif isinstance(node, ast.Name) and node.id == "getattr" and isinstance(outer, ast.Call):
+            key = outer.args[1] if len(outer.args) > 1 else None
+            if not isinstance(key, ast.Constant) or key.value == name:
+                found.add(True)
+        elif isinstance(node, ast.Name) and node.id in _REACHES:
             found.add(True)
+        elif isinstance(node, ast.Name) and node.id == owner and isinstance(outer, ast.Call):
+            callee = outer.func.id if isinstance(outer.func, ast.Name) else "getattr"
+            called = method.function.__globals__.get(callee, getattr(builtins, callee, None))
+            if called is None or _is_named(called, name):
+                found.add(True)
     return found
+
+
+def _is_named(function: Any, name: str) -> bool:
+    """Whether a function's code has a name."""
+    return name in getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def _is_private(name: str) -> bool:
+    """Whether a name is one that its class makes longer: ``__name``."""
+    return name.startswith("__") and not name.endswith("__")
 
 
 def _why_unknown(module: nn.Module) -> str:

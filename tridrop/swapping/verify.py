@@ -51,7 +51,8 @@ class Unreported:
     """Random numbers that were drawn at a place which the report has no site for.
 
     Attributes:
-        by: what drew: "aten.bernoulli_" and other operators, "random.random", "numpy.RandomState".
+        by: what drew: an operator such as "aten.native_dropout", "random.random" or
+            "numpy.RandomState".
         p: its rate, where it can be told.
         module: the name of the innermost module that was running.
         line, code: the line of code ("file.py:12"), and its text.
