@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import tridrop
 from tridrop import seeds
@@ -54,6 +55,17 @@ class Event:
 def keep(x: Tensor, mask: Tensor, p: float, scaled: bool = True) -> Tensor:
     gain = scale(threshold(p)) if scaled else 1.0
     return torch.where(mask, x * gain, torch.zeros((), dtype=x.dtype))
+
+
+class _Instead(TorchFunctionMode):
+    """Calls functions in the place of others."""
+
+    def __init__(self, functions: dict[Callable, Callable]) -> None:
+        super().__init__()
+        self.functions = functions
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return self.functions.get(function, function)(*args, **(kwargs or {}))
 
 
 class Masks:
@@ -115,8 +127,10 @@ class Masks:
     @contextmanager
     def instead_of_torch(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(patch.object(F, "dropout", self.dropout))
-            stack.enter_context(patch.object(F, "scaled_dot_product_attention", self.attention))
+            if F.dropout is torch_dropout:  # else a test gave it another
+                stack.enter_context(patch.object(F, "dropout", self.dropout))
+            if F.scaled_dot_product_attention is torch_attention:
+                stack.enter_context(patch.object(F, "scaled_dot_product_attention", self.attention))
             timm_drop = sys.modules.get("timm.layers.drop")
             if timm_drop is not None:
                 forward = lambda module, x: self.drop_path(module, x)  # noqa: E731
@@ -125,17 +139,36 @@ class Masks:
 
 
 class Logged(Masks):
-    """Notes the sites whose seeds are taken, and gives what is left masks of its own."""
+    """Notes the sites whose seeds are taken, and gives what is left masks of its own.
+
+    By a mode: functions that were replaced would be found out, and nothing exchanged.
+    """
 
     def __init__(self) -> None:
         super().__init__(None, 1)
         self.log: list[Event] = []
         self.left = 0
 
-    def dropout(self, input, p=0.5, training=True, inplace=False):
-        if torch._C._len_torch_function_stack():  # a helper that draws tridrop's masks
-            return torch_dropout(input, p, training, inplace)
-        return super().dropout(input, p, training, inplace)
+    def drawn(self, mask, keep_rate):
+        """A drop path's ``mask.bernoulli_(keep_rate)``."""
+        event = self.next(nn.Identity())
+        kept = tridrop.keep_mask(event.seed(), mask.shape, 1 - keep_rate, domain="drop_path")
+        return mask.copy_(kept)
+
+    def multi_head(self, *args, **kwargs):
+        """It runs outside the mode, as every function does that a mode is asked about."""
+        with super().instead_of_torch():
+            return F.multi_head_attention_forward(*args, **kwargs)
+
+    @contextmanager
+    def instead_of_torch(self) -> Iterator[None]:
+        with _Instead({
+            F.dropout: self.dropout,
+            F.scaled_dot_product_attention: self.attention,
+            F.multi_head_attention_forward: self.multi_head,
+            torch.Tensor.bernoulli_: self.drawn,
+        }):  # fmt: skip
+            yield
 
     def next(self, path: nn.Module | None = None) -> Event:
         self.log.append(Event(None, self.left, path is not None))

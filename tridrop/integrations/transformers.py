@@ -21,6 +21,7 @@ from .. import seeds
 from ..functional import scaled_dot_product_attention, softmax_dropout
 from ..nn.attention import merge_masks
 from . import transformers_masks
+from .transformers_config import allow_output_attentions
 from .transformers_masks import NAME, attention_mask, pattern_of
 
 # Set by register(): what newer releases of transformers collect outputs with.
@@ -44,6 +45,8 @@ _NOT_CAUSAL = {
 def register() -> None:
     """Make the name "tridrop" known to transformers: the attention and its masks.
 
+    With it a configuration may have output_attentions, as with "eager".
+
     ``import tridrop`` does so by itself. Without masks of its own an implementation is given none
     at all, and padding would be ignored: the two are always registered together.
 
@@ -52,7 +55,7 @@ def register() -> None:
     """
     global _collector
     try:
-        from transformers import masking_utils
+        from transformers import PreTrainedConfig, masking_utils
         from transformers.modeling_utils import AttentionInterface
 
         _ = (masking_utils.sdpa_mask, masking_utils.eager_mask)
@@ -68,6 +71,7 @@ def register() -> None:
         _collector = None  # the first releases of 5 pass output_attentions on instead
     else:
         _collector = getattr(output_capturing, "_active_collector", None)
+    allow_output_attentions(PreTrainedConfig)
     mask_interface.register(NAME, attention_mask)
     AttentionInterface.register(NAME, attention_forward)
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import ast
 import copy
-import functools
 import sys
 from types import FunctionType
 from typing import Any, NamedTuple
 
 from . import branches, source
+from .present import At, Holds, holds, is_own
 
 
 def is_lora(kind: type) -> bool:
@@ -36,25 +36,43 @@ class Rewritten(NamedTuple):
     adds: bool
 
 
-@functools.cache
+_rewritten: dict[type, tuple[Holds, Rewritten | None]] = {}
+
+
 def rewritten(kind: type) -> Rewritten | None:
     """The new forward of a class; None where it has no adapters, or its text cannot be read."""
     if not is_lora(kind):
         return None
     variants = sys.modules.get("peft.tuners.lora.variants")
     for name, value in vars(variants).items() if variants is not None else ():
-        if name.endswith("LinearVariant") and (new := _rewritten(value.forward)) is not None:
-            branches.VARIANTS[value] = new.forward
-    return _rewritten(kind.forward)  # type: ignore[attr-defined]
+        if name.endswith("LinearVariant"):
+            _learn(value)
+    if kind not in _rewritten or not _rewritten[kind][0]():
+        casts = is_own(kind, "_cast_input_dtype")
+        read = holds(At(kind, "forward"), At(kind, "_cast_input_dtype"))
+        _rewritten[kind] = read, _rewrite(kind.forward, casts)  # type: ignore[attr-defined]
+    return _rewritten[kind][1]
 
 
-def _rewritten(forward: Any) -> Rewritten | None:
+def _learn(variant: Any) -> None:
+    """Read the forward of a variant, unless it is known. DoRA is known by its class's name."""
+    known = branches.VARIANTS.get(variant)
+    if known is not None and known.holds():
+        return
+    new, read = _rewrite(variant.forward), holds(At(variant, "forward"))
+    if new is not None:
+        branches.VARIANTS[variant] = branches.Variant(new.forward, read)
+    elif variant.__name__ == branches.DORA and is_own(variant, "forward"):
+        branches.VARIANTS[variant] = branches.Variant(None, read)
+
+
+def _rewrite(forward: Any, casts: bool = True) -> Rewritten | None:
     try:
         function, rewrap = source.unwrap(forward)
         node = source.parse(function)
     except source.Unreadable:
         return None
-    exchange = _Exchange(node, casts=function.__module__.startswith("peft."))
+    exchange = _Exchange(node, casts and function.__module__.startswith("peft."))
     changed: ast.FunctionDef = exchange.visit(copy.deepcopy(node))
     if not exchange.made & {"delta", "add"}:
         return None

@@ -8,7 +8,7 @@ modules do, these are called.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,28 @@ from .. import functional as F
 from .. import seeds, spec
 from ..spec_product import MAX_RANK
 from . import lazy
-from .lazy import free, heard
+from .lazy import free
 from .pending import fits
+from .present import Holds
 
-# The new forwards of variants of LoRA: compiled code can look them up, but cannot read source.
-VARIANTS: dict[type, Callable[..., Tensor]] = {}
 
-_DORA = "DoraLinearVariant"
+class Variant(NamedTuple):
+    """A variant of LoRA: its new forward, if any, and whether it has the forward that was read."""
+
+    forward: Callable[..., Tensor] | None
+    holds: Holds
+
+
+# Compiled code can look them up, but cannot read source.
+VARIANTS: dict[type, Variant] = {}
+
+DORA = "DoraLinearVariant"
 
 
 def why_not(module: Any, name: str) -> str:
     """Why the branch of an adapter is PEFT's own; empty where it is not."""
     kind = type(module.lora_variant.get(name))
-    if name in module.lora_variant and kind not in VARIANTS and kind.__name__ != _DORA:
+    if name in module.lora_variant and (kind not in VARIANTS or not VARIANTS[kind].holds()):
         return f"its adapter is a {kind.__name__}"
     if name not in module.lora_A or name not in module.lora_B:
         return "its adapter is not of linear layers"
@@ -47,8 +56,8 @@ def why_not(module: Any, name: str) -> str:
 
 def _plain(module: nn.Module) -> bool:
     """Whether a module is torch's linear layer, with its own forward, and nobody listens."""
-    own = type(module) is nn.Linear and "forward" not in module.__dict__
-    return own and not heard(module) and fits(module.weight)
+    own = type(module) is nn.Linear and free(module, "linear") is not None
+    return own and fits(module.weight)
 
 
 def _drops(drop: Any) -> bool:
@@ -107,7 +116,7 @@ def cast(module: Any, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
     of_op = name not in module.lora_variant or (_is_dora(module, name) and not _autocast(x))
-    if of_op and _fuses(module, name, x):
+    if of_op and type(module)._tridrop_casts() and _fuses(module, name, x):
         return x
     out: Tensor = module._cast_input_dtype(x, dtype)
     return out
@@ -183,7 +192,8 @@ def variant(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwarg
     """
     if not _is_dora(module, active_adapter) or not _fuses(module, active_adapter, x):
         found = module.lora_variant[active_adapter]
-        forward = VARIANTS.get(type(found))
+        known = VARIANTS.get(type(found))
+        forward = known.forward if known is not None and known.holds() else None
         given = {"active_adapter": active_adapter, "x": x, "result": result, **kwargs}
         return found.forward(module, **given) if forward is None else forward(module, **given)
     branch = _Branch(module, active_adapter, x)
@@ -202,8 +212,9 @@ def variant(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwarg
 
 def _is_dora(module: Any, name: str) -> bool:
     """Whether an adapter is of DoRA, and drops."""
-    kind = type(module.lora_variant.get(name)).__name__
-    return kind == _DORA and module.training and _drops(module.lora_dropout[name])
+    kind = type(module.lora_variant.get(name))
+    known = kind.__name__ == DORA and kind in VARIANTS and VARIANTS[kind].holds()
+    return known and module.training and _drops(module.lora_dropout[name])
 
 
 class _Branch:

@@ -21,6 +21,7 @@ from . import adapters, draws, emission, kinds, lazy, rewrite, source
 from .draws import mentions_dropout
 from .flow import Unfollowed, analyse
 from .modules import drop_path_forward
+from .present import At, Holds, guarded, holds, is_function, is_own
 from .recognise import (
     Classifier,
     Labels,
@@ -41,6 +42,10 @@ class Text:
 
     methods: dict[str, Method] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)  # method -> reason
+    holds: Holds = lambda: True  # whether it is the text that runs
+    # What was made of it.
+    works: dict[Recipe, Work] = field(default_factory=dict)
+    classes: dict[Recipe, type] = field(default_factory=dict)
 
     def caught(self, kind: type, name: str) -> bool:
         """Whether a method that was not read drops, and is caught while it runs."""
@@ -55,9 +60,10 @@ _texts: dict[tuple[type, Children], Text] = {}
 
 def text_of(kind: type, children: Children = ()) -> Text:
     """The readable methods of a class: forward, and what it calls of the same class's methods."""
-    if (kind, children) not in _texts:
-        _texts[kind, children] = _unrolled(children) if children else _read(kind)
-    return _texts[kind, children]
+    found = _texts.get((kind, children))
+    if found is None or not found.holds():
+        found = _texts[kind, children] = _unrolled(kind, children) if children else _read(kind)
+    return found
 
 
 def children_of(module: nn.Module, base: type) -> Children:
@@ -67,10 +73,13 @@ def children_of(module: nn.Module, base: type) -> Children:
 
 def is_sequence(base: Any) -> bool:
     """Whether a class's forward is that of torch.nn.Sequential."""
-    return bool(base.forward is nn.Sequential.forward)
+    return bool(base.forward is _SEQUENTIAL) and is_own(nn.Sequential, "forward")
 
 
-def _unrolled(children: Children) -> Text:
+_SEQUENTIAL = nn.Sequential.forward
+
+
+def _unrolled(kind: type, children: Children) -> Text:
     """What a torch.nn.Sequential does, as a method that calls one child after the other."""
 
     lines = ["def forward(self, input):"]
@@ -81,7 +90,7 @@ def _unrolled(children: Children) -> Text:
         statement.value.func.attr = name
     function: Any = nn.Sequential.forward
     method = Method("forward", function, lambda f: f, node, analyse(node), decorated=False)
-    return Text({"forward": method})
+    return Text({"forward": method}, holds=holds(At(kind, "forward")))
 
 
 def _owner(kind: type, name: str) -> type | None:
@@ -92,6 +101,7 @@ def _read(kind: type) -> Text:
     text = Text()
     home = _owner(kind, "forward")
     todo = ["forward"]
+    named = {"forward"}
     while todo:
         name = todo.pop(0)
         owner = _owner(kind, name)
@@ -120,9 +130,13 @@ def _read(kind: type) -> Text:
         decorated = function is not owner.__dict__[name]
         text.methods[name] = Method(name, function, rewrap, node, flow, decorated)
         for called in calls(node, arguments[0].arg):
-            plain = "." not in called and isinstance(getattr(kind, called, None), FunctionType)
+            if "." not in called:
+                named.add(called)
+            plain = "." not in called and is_function(getattr(kind, called, None))
             if plain and called not in text.methods and called not in (*todo, *text.unread):
                 todo.append(called)
+    places = [At(kind, name) for name in sorted(named)]
+    text.holds = holds(*(at for at in places if at.is_missing() or is_function(at.now())))
     return text
 
 
@@ -176,6 +190,11 @@ class Work:
     places: list[tuple[str, Place]] = field(default_factory=list)
     drawn: list[tuple[str, Place]] = field(default_factory=list)  # by nobody's number
     lora: adapters.Rewritten | None = None  # the forward of a layer with adapters
+    classifiers: list[Classifier] = field(default_factory=list)
+
+    def holds(self) -> bool:
+        """Whether the names in the text stand for what they stood for."""
+        return all(classifier.holds() for classifier in self.classifiers)
 
     def changes(self) -> bool:
         """Whether there is anything to rewrite."""
@@ -183,14 +202,14 @@ class Work:
         return whole or bool(self.bare) or any(plan.emitted for plan in self.plans.values())
 
 
-_works: dict[tuple[type, Recipe], Work] = {}
-
-
 def work_of(base: type, recipe: Recipe) -> Work:
     """The plans for a class by a recipe."""
-    if (base, recipe) not in _works:
-        _works[base, recipe] = _plan(base, recipe)
-    return _works[base, recipe]
+    text = text_of(base, recipe.children)
+    found = text.works.get(recipe)
+    if found is None or not found.holds():
+        found = text.works[recipe] = _plan(base, recipe)
+        text.classes.pop(recipe, None)
+    return found
 
 
 def tail_of(base: type, recipe: Recipe, name: str = "forward") -> Tail | None:
@@ -198,7 +217,7 @@ def tail_of(base: type, recipe: Recipe, name: str = "forward") -> Tail | None:
     method = text_of(base, recipe.children).methods.get(name)
     if method is None or method.decorated or not recipe.levels.across:
         return None
-    made = _plan_method(method, recipe, {}, bare=True)
+    made = _plan_method(method, recipe, {}, True, Work())
     ends = [e for e in made.edges if e.consumer.name == "return"]
     shapes = {in_tuple for _, in_tuple in rewrite.returns(method.node)}
     if not ends or len(shapes) != 1:
@@ -207,8 +226,11 @@ def tail_of(base: type, recipe: Recipe, name: str = "forward") -> Tail | None:
     return Tail(carries, shapes.pop())
 
 
-def _plan_method(method: Method, recipe: Recipe, tails: dict[str, Tail], bare: bool) -> Plan:
+def _plan_method(
+    method: Method, recipe: Recipe, tails: dict[str, Tail], bare: bool, work: Work
+) -> Plan:
     classify = Classifier(method, dict(recipe.labels), tails)
+    work.classifiers.append(classify)
     return rewrite.plan(method.node, method.flow, classify, recipe.levels, bare)
 
 
@@ -228,12 +250,12 @@ def _plan(base: type, recipe: Recipe) -> Work:
         if name != "forward" and (tail := tail_of(base, recipe, name)) is not None
     }
     for name, method in methods.items():
-        made = work.plans[name] = _plan_method(method, recipe, tails, bare=False)
+        made = work.plans[name] = _plan_method(method, recipe, tails, False, work)
         taken = {op.method for op in made.emitted if op.method in tails}
         for called in taken:
-            work.bare[called] = _plan_method(methods[called], recipe, tails, bare=True)
+            work.bare[called] = _plan_method(methods[called], recipe, tails, True, work)
     if recipe.bare and "forward" in methods:
-        work.bare["forward"] = _plan_method(methods["forward"], recipe, tails, bare=True)
+        work.bare["forward"] = _plan_method(methods["forward"], recipe, tails, True, work)
     for name in methods:
         made = work.bare.get(name, work.plans[name])
         work.places += [(name, place) for place in made.places]
@@ -241,34 +263,37 @@ def _plan(base: type, recipe: Recipe) -> Work:
     return work
 
 
-_classes: dict[tuple[type, Recipe], type] = {}
-
-
 def swapped_class(base: type, recipe: Recipe) -> type:
     """The class that takes the place of ``base``."""
-    if (base, recipe) not in _classes:
-        _classes[base, recipe] = _make(base, recipe)
-    return _classes[base, recipe]
+    work_of(base, recipe)  # which looks whether what was made is out of date
+    made = text_of(base, recipe.children).classes
+    if recipe not in made:
+        made[recipe] = _make(base, recipe)
+    return made[recipe]
 
 
 def _make(base: type, recipe: Recipe) -> type:
     work, methods = work_of(base, recipe), text_of(base, recipe.children).methods
     first = 0
     new: dict[str, Any] = {}
-    if kinds.kind_of_type(base) is not None:  # a drop path: nothing else is called a known kind
-        new["forward"], methods = drop_path_forward, {}
+    kind = kinds.kind_of_type(base)
+    drops_samples = kind is not None and kind.name == "drop_path"
+    if drops_samples:
+        methods = {}
     if work.places and not work.plans:
         new["forward"] = _caught_forward(base)
     if work.lora is not None:
-        new["forward"] = work.lora.forward
+        new["forward"] = guarded(At(base, "forward"), work.lora.forward)
+        new["_tridrop_casts"] = holds(At(base, "_cast_input_dtype"))
     for name, method in methods.items():
         if name not in work.plans:
             continue
         if work.plans[name].emitted:
             built = _build(method, work.plans[name], first)
-            new[name] = method.rewrap(built)
+            new[name] = guarded(At(base, name), method.rewrap(built))
         if name in work.bare:
-            new[f"_tridrop_{name}"] = _build(method, work.bare[name], first)
+            built = _build(method, work.bare[name], first)
+            new[f"_tridrop_{name}"] = guarded(At(base, name), built)
         first += len(work.plans[name].places)
     forward = methods.get("forward")
     in_tuple = forward is not None and any(shape for _, shape in rewrite.returns(forward.node))
@@ -283,9 +308,11 @@ def _make(base: type, recipe: Recipe) -> type:
         "_tridrop_recipe": recipe,
         "_tridrop_tuple": in_tuple,
     }
-    kind = type(base)(base.__name__, (base,), namespace)
-    kinds.KNOWN[kind] = kinds.kind_of_type(base)
-    return kind
+    made: type = type(base)(base.__name__, (base,), namespace)
+    kinds.kind_of_type(made)
+    if drops_samples:
+        made.forward = drop_path_forward(made, base)  # type: ignore[attr-defined]
+    return made
 
 
 def _caught_forward(base: Any) -> FunctionType:

@@ -63,7 +63,9 @@ def swap(
         _apply(survey, interfaces)
         _number(model, survey)
     sites = found.sites_of(model, survey, interfaces)
-    return Report(sites, levels, dry_run, model, certain=found.is_certain(model))
+    return Report(
+        sites, levels, dry_run, model, certain=found.is_certain(model), read=survey.read()
+    )
 
 
 def _apply(survey: Survey, interfaces: Interfaces) -> None:

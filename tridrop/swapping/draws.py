@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .originals import is_attention, is_dropout
+
 # Functions of torch that drop: "rate" and "attention" have a counterpart in tridrop.
 DROPPING: dict[Any, str] = {
     F.dropout: "rate",
@@ -54,6 +56,10 @@ def known(function: Any) -> str | None:
         found = DROPPING.get(function) or _DRAWING.get(function)
     except TypeError:  # it cannot be hashed
         return None
+    if (found == "rate" and not is_dropout(function)) or (
+        found == "attention" and not is_attention(function)
+    ):
+        return "other"  # somebody gave it another code
     return found or ("draw" if generator_of(function) else None)
 
 

@@ -84,15 +84,19 @@ class _Emitter(ast.NodeTransformer):
         place = [ast.Name(self.owner, ast.Load()), ast.Constant(self.places.get(op, -1))]
         if name in ("attention", "within"):
             self.generic_visit(node)
-            function = [node.func] if name == "within" else []
-            new = self.runtime(node, name, *place, *function, *node.args)
+            new = self.runtime(node, name, *place, node.func, *node.args)
             new.keywords = node.keywords
             return new
+        # The function as the text has it, which may stand for another one when it is called.
         if name in ("rate", "dropout_add"):
-            return self.runtime(node, name, *place, *operands, *rest)
+            return self.runtime(node, name, *place, node.func, *operands, *rest)
+        if name == "softmax":
+            method = isinstance(node.func, ast.Attribute) and op.node.func.value is op.rest[0]
+            function = ast.Constant(None) if method else node.func
+            return self.runtime(node, name, function, *rest)
         if name == "softmax_of":
             return self.runtime(node, name, node.func, *rest)
-        if name in ("softmax", "cast"):
+        if name == "cast":
             return self.runtime(node, name, *operands, *rest)
         arguments = [node.func, *operands]
         if name in DROPS:

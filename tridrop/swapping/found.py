@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import classes, draws
+from . import classes, draws, kinds
 from .hidden import hidden_roots
 from .interfaces import Interfaces
 from .report import Site
 from .rewrite import ATTENTION_PARTS
-from .survey import Survey, base_of, is_torchs
+from .survey import Survey, base_of, has_own_forward, is_torchs
 
 _HIDDEN = "it is kept in a plain list or dict, where torch's train() and to() do not reach it"
 
@@ -35,7 +35,9 @@ def sites_of(model: nn.Module, survey: Survey, interfaces: Interfaces) -> list[S
 def is_certain(model: nn.Module) -> bool:
     """Whether a model without sites cannot drop: it is made of torch's modules alone, unhooked."""
     for module in model.modules():
-        known = base_of(module).__module__.startswith("torch.nn.modules.")
+        base = base_of(module)
+        known = base.__module__.startswith("torch.nn.modules.") and has_own_forward(base)
+        known = known and (base not in kinds.TYPES or kinds.kind_of_type(base) is not None)
         changed = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
         if not known or changed or isinstance(module, torch.jit.ScriptModule):
             return False
@@ -98,7 +100,7 @@ def _own(module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool
     drawing = _drawing(module)
     if drawing:
         yield Site(name, kind, str(module), None, p, (), drawing, None)
-    elif survey.drops(module) or (_looks_like_dropout(module) and not inside):
+    elif survey.drops(module) or (not inside and _may_be_dropout(module, survey)):
         reason = survey.why_left(module) or survey.why_not_fused(module)
         parts = () if survey.why_left(module) else survey.parts(module)
         if not held and reason in ("", "tridrop has no such module"):
@@ -136,6 +138,10 @@ def _may_drop(base: type, method: str) -> bool:
         return False
     names = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
     return bool(draws.found_in(function)) or any("drop" in name.lower() for name in names)
+
+
+def _may_be_dropout(module: nn.Module, survey: Survey) -> bool:
+    return survey.could_drop(module) or _looks_like_dropout(module)
 
 
 def _looks_like_dropout(module: nn.Module) -> bool:

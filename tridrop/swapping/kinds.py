@@ -1,19 +1,13 @@
 """What a module or a function is, to the rules: a dropout, a norm, a linear layer, an activation.
 
-torch's own are known by their types. A library's are known by the normal form of their forward:
-the syntax tree without names of variables, annotations and docstring. The attributes that such a
-form reads are found on the way, whatever they are called. A class whose forward is another one, in
-a new version for instance, is not known, and nothing is done about it.
+torch's own are known by their types, while these have the methods of torch's files. A library's are
+known by the form of their forward, see forms.py.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
-import functools
-import textwrap
-from dataclasses import dataclass, field, replace
-from types import FunctionType
+from dataclasses import replace
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -21,204 +15,64 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..nn import Dropout
-from . import source
+from .forms import LAYER_NORM, by_form
+from .forms import Kind as Kind
+from .forms import is_dropout_add as is_dropout_add
+from .present import At, holds, is_own
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What a class of modules is, and under which names it keeps what is asked of it."""
-
-    name: str
-    names: dict[str, str] = field(default_factory=dict)  # role -> attribute
-    zero_centered: bool = False
-    eps: float | None = None  # where it is no attribute
-    typed_by_weight: bool = False  # a half-precision result has the weight's dtype
-
-    def get(self, module: nn.Module, role: str) -> Any:
-        """The value of a role on a module; None where this kind has no such thing."""
-        name = self.names.get(role)
-        return None if name is None else getattr(module, name)
-
-
-_LAYER_NORM = Kind("layer_norm", {"weight": "weight", "bias": "bias", "eps": "eps"})
 _DROPOUT = Kind("dropout", {"p": "p", "inplace": "inplace"})
 OTHERS = ("feature dropout", "alpha dropout")  # nothing is fused with these
 _FEATURE, _ALPHA = (Kind(name, {"p": "p"}) for name in OTHERS)
 
-# Exact types: a subclass may do anything else.
-_TYPES: dict[type, Kind] = {
-    nn.Dropout: _DROPOUT,
-    Dropout: _DROPOUT,
-    **dict.fromkeys((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _FEATURE),
-    **dict.fromkeys((nn.AlphaDropout, nn.FeatureAlphaDropout), _ALPHA),
-    nn.LayerNorm: _LAYER_NORM,
-    nn.RMSNorm: Kind("rms_norm", {"weight": "weight", "eps": "eps"}),
-    nn.Linear: Kind("linear", {"weight": "weight", "bias": "bias"}),
-    nn.Identity: Kind("identity"),
-    nn.ReLU: Kind("activation", {"inplace": "inplace"}),
-    nn.GELU: Kind("activation"),
-    nn.SiLU: Kind("activation", {"inplace": "inplace"}),
-    nn.Softmax: Kind("softmax", {"dim": "dim"}),
+# Exact types, for a subclass may do anything else; and the functions of torch.nn.functional that
+# are not called where such a module is computed otherwise.
+TYPES: dict[type, tuple[Kind, tuple[str, ...]]] = {
+    nn.Dropout: (_DROPOUT, ("dropout",)),
+    Dropout: (_DROPOUT, ()),
+    nn.Dropout1d: (_FEATURE, ("dropout1d",)),
+    nn.Dropout2d: (_FEATURE, ("dropout2d",)),
+    nn.Dropout3d: (_FEATURE, ("dropout3d",)),
+    nn.AlphaDropout: (_ALPHA, ("alpha_dropout",)),
+    nn.FeatureAlphaDropout: (_ALPHA, ("feature_alpha_dropout",)),
+    nn.LayerNorm: (LAYER_NORM, ("layer_norm",)),
+    nn.RMSNorm: (Kind("rms_norm", {"weight": "weight", "eps": "eps"}), ("rms_norm",)),
+    nn.Linear: (Kind("linear", {"weight": "weight", "bias": "bias"}), ("linear",)),
+    nn.Identity: (Kind("identity"), ()),
+    nn.ReLU: (Kind("activation", {"inplace": "inplace"}), ("relu",)),
+    nn.GELU: (Kind("activation"), ("gelu",)),
+    nn.SiLU: (Kind("activation", {"inplace": "inplace"}), ("silu",)),
+    nn.Softmax: (Kind("softmax", {"dim": "dim"}), ("softmax",)),
+    nn.MultiheadAttention: (
+        Kind("attention", {"p": "dropout"}),
+        ("multi_head_attention_forward", "scaled_dot_product_attention", "softmax", "dropout",
+         "linear"),
+    ),
+}  # fmt: skip
+# The same of modules that are known by their form.
+_CALLED = {"layer_norm": (At(F, "layer_norm"),), "linear": (At(torch, "addmm"),)}
+
+# Activations that are functions, as torch has them: their names and codes.
+_GELU = F.gelu if is_own(F, "gelu") else None
+_FUNCTIONS: dict[Any, tuple[str, Any]] = {
+    getattr(owner, name): (name, getattr(getattr(owner, name), "__code__", None))
+    for owner, name in ((F, "relu"), (torch, "relu"), (F, "gelu"), (F, "silu"))
+    if is_own(owner, name)
 }
 
-# Forwards in normal form. A name of "roles" stands for the attribute, whatever it is called, and a
-# name of "functions" for a helper of the class or its file which must have that form in its turn.
-_FORMS: list[tuple[Kind, str]] = [
-    (
-        Kind("rms_norm"),
-        """
-        def forward(self, x):
-            dtype = x.dtype
-            x = x.to(torch.float32)
-            square = x.pow(2).mean(-1, keepdim=True)
-            x = x * torch.rsqrt(square + self.eps)
-            return self.weight * x.to(dtype)
-        """,
-    ),
-    (
-        Kind("rms_norm"),
-        """
-        def forward(self, x):
-            dtype = x.dtype
-            x = x.to(torch.float32)
-            square = x.pow(2).mean(-1, keepdim=True)
-            x = x * torch.rsqrt(square + self.eps)
-            return (self.weight * x).to(dtype)
-        """,
-    ),
-    (
-        Kind("rms_norm", typed_by_weight=True),
-        """
-        def forward(self, x):
-            square = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
-            x = x * torch.rsqrt(square + self.eps)
-            if self.weight.dtype in [torch.float16, torch.bfloat16]:
-                x = x.to(self.weight.dtype)
-            return self.weight * x
-        """,
-    ),
-    (
-        Kind("rms_norm", zero_centered=True),
-        """
-        def forward(self, x):
-            out = self.root_mean_square(x.float())
-            out = out * (1.0 + self.weight.float())
-            return out.type_as(x)
-        """,
-    ),
-    (
-        _LAYER_NORM,
-        """
-        def forward(self, x):
-            if self.fast:
-                x = fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-            else:
-                x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-            return x
-        """,
-    ),
-    (
-        Kind("layer_norm", eps=1e-5),
-        """
-        def forward(self, x):
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-        """,
-    ),
-    (
-        Kind("linear"),  # transformers' Conv1D, whose weight is transposed
-        """
-        def forward(self, x):
-            shape = x.size()[:-1] + (self.width,)
-            x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.transposed)
-            x = x.view(shape)
-            return x
-        """,
-    ),
-    (
-        Kind("layer_scale"),
-        """
-        def forward(self, x):
-            return x * self.scale
-        """,
-    ),
-    (
-        Kind("layer_scale"),
-        """
-        def forward(self, x):
-            return self.scale * x
-        """,
-    ),
-    (
-        Kind("layer_scale"),
-        """
-        def forward(self, x):
-            return x.mul_(self.scale) if self.inplace else x * self.scale
-        """,
-    ),
-    (
-        Kind("drop_path"),
-        """
-        def forward(self, x):
-            if self.p == 0.0 or not self.training:
-                return x
-            keep = 1 - self.p
-            shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-            mask = torch.rand(shape, dtype=x.dtype, device=x.device)
-            mask = torch.floor(mask + keep)
-            return x.div(keep) * mask
-        """,
-    ),
-    (
-        Kind("drop_path"),
-        """
-        def forward(self, x):
-            return drop_path(x, self.p, self.training)
-        """,
-    ),
-    (
-        Kind("drop_path"),
-        """
-        def forward(self, x):
-            return drop_path(x, self.p, self.training, self.scale_by_keep)
-        """,
-    ),
-]
+_PLAIN = (FunctionType, BuiltinFunctionType)
 
-_HELPERS: dict[str, list[str]] = {
-    "root_mean_square": [
-        """
-        def _norm(self, x):
-            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        """
-    ],
-    "drop_path": [
-        """
-        def drop_path(x, p=0.0, training=False):
-            if p == 0.0 or not training:
-                return x
-            keep = 1 - p
-            shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-            mask = keep + torch.rand(shape, dtype=x.dtype, device=x.device)
-            mask.floor_()
-            out = x.div(keep) * mask
-            return out
-        """,
-        """
-        def drop_path(x, p=0.0, training=False, scale_by_keep=True):
-            if p == 0.0 or not training:
-                return x
-            keep = 1 - p
-            shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-            mask = x.new_empty(shape).bernoulli_(keep)
-            if keep > 0.0 and scale_by_keep:
-                mask.div_(keep)
-            return x * mask
-        """,
-    ],
+# The modules of transformers.activations.
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "SiLUActivation": "silu",
 }
 
-# What kind_of has found, by type: compiled code can look a type up, but cannot read source.
-KNOWN: dict[type, Kind | None] = dict(_TYPES)
+# What kind_of has found, by type: compiled code can look a type up, but cannot read source. What
+# is no kind has the name "".
+KNOWN: dict[type, Kind] = {}
 
 
 def kind_of(module: Any) -> Kind | None:
@@ -229,10 +83,36 @@ def kind_of(module: Any) -> Kind | None:
 
 
 def kind_of_type(kind: type) -> Kind | None:
-    """What the modules of a class are."""
-    if kind not in KNOWN:
-        KNOWN[kind] = _by_form(kind)
-    return KNOWN[kind]
+    """What the modules of a class are, or of the class that it was before the swap."""
+    found = KNOWN.get(kind)
+    if found is None or not found.holds():
+        found = KNOWN[kind] = _known(kind.__dict__.get("_tridrop_base", kind))
+    return found if found.name else None
+
+
+def stands(kind: type) -> bool:
+    """Whether the modules of a class are what they were found to be; looked at in each call."""
+    found = KNOWN[kind]
+    return bool(found.name) and found.holds()
+
+
+def _known(kind: type) -> Kind:
+    own = is_own(kind, "forward")
+    calls: tuple[At, ...] = ()
+    read: tuple[At, ...] = (At(kind, "forward"),)
+    found: Kind | None = None
+    if own and kind in TYPES:
+        found, names = TYPES[kind]
+        calls = tuple(At(F, name) for name in names)
+    elif own and kind.__module__ == "transformers.activations":
+        found = Kind("activation") if kind.__name__ in _ACTIVATIONS else None
+        calls = (At(F, "silu"),) if kind.__name__ == "SiLUActivation" else ()
+    else:
+        found, read = by_form(kind)
+        calls = _CALLED.get(found.name, ()) if found is not None else ()
+    if found is None or not all(is_own(*at) for at in calls):
+        found = Kind("")  # also where a function of torch's was replaced before
+    return replace(found, holds=holds(*read, *calls))
 
 
 def learn(model: nn.Module) -> None:
@@ -243,156 +123,25 @@ def learn(model: nn.Module) -> None:
 
 def activation_name(function: Any) -> str | None:
     """The name that tridrop has for an activation, a module or a function of one argument."""
-    if function is F.relu or function is torch.relu:
-        return "relu"
-    if function is F.gelu or function is torch._C._nn.gelu:
-        return "gelu"
-    if function is F.silu:
-        return "silu"
-    if isinstance(function, nn.Module) and "forward" in function.__dict__:
-        return None
+    if not isinstance(function, nn.Module):
+        found = _FUNCTIONS.get(function) if isinstance(function, _PLAIN) else None
+        same = found is not None and getattr(function, "__code__", None) is found[1]
+        return found[0] if found is not None and same else None
     kind = type(function)
-    if kind is nn.ReLU and not function.inplace:
+    known = KNOWN.get(kind)
+    if known is None or known.name != "activation" or "forward" in function.__dict__:
+        return None
+    if known.get(function, "inplace") or not known.holds():
+        return None
+    if kind is nn.ReLU:
         return "relu"
-    if kind is nn.SiLU and not function.inplace:
+    if kind is nn.SiLU:
         return "silu"
     if kind is nn.GELU:
         return "gelu" if function.approximate == "none" else "gelu_tanh"
-    if kind.__module__ == "transformers.activations":
-        if kind.__name__ == "GELUActivation":
-            return "gelu" if function.act is F.gelu else None
-        return _TRANSFORMERS.get(kind.__name__)
-    return None
+    name = _ACTIVATIONS[kind.__name__]
+    return name if name != "gelu" or function.act is _GELU else None
 
 
-_TRANSFORMERS = {
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "SiLUActivation": "silu",
-}
-
-
-def _by_form(kind: type) -> Kind | None:
-    if kind.__module__ == "transformers.activations":
-        known = kind.__name__ in _TRANSFORMERS or kind.__name__ == "GELUActivation"
-        return Kind("activation") if known else None
-    try:
-        function, _ = source.unwrap(kind.forward)  # type: ignore[attr-defined]
-        form, attributes, called = _normal(source.parse(function))
-    except source.Unreadable:
-        return None
-    for found, wanted, roles in _forms():
-        if form != wanted:
-            continue
-        names = dict(zip(roles, attributes, strict=True))
-        helpers = {role: getattr(kind, names[role], None) for role in roles if role in _HELPERS}
-        helpers |= {name: function.__globals__.get(name) for name in called if name in _HELPERS}
-        inner = [_match_helper(name, helper) for name, helper in helpers.items()]
-        if None in inner:
-            continue
-        for more in inner:
-            names |= more or {}
-        return replace(found, names={**found.names, **names})
-    return None
-
-
-def _match_helper(name: str, helper: Any) -> dict[str, str] | None:
-    """The roles of a helper's attributes where it has one of the known forms."""
-    try:
-        form, attributes, _ = _normal(source.parse(source.unwrap(helper)[0]))
-    except source.Unreadable:
-        return None
-    for text in _HELPERS[name]:
-        wanted, roles, _ = _normal(_template(text))
-        if form == wanted:
-            return dict(zip(roles, attributes, strict=True))
-    return None
-
-
-@functools.cache
-def _forms() -> list[tuple[Kind, str, list[str]]]:
-    return [(kind, *_normal(_template(text))[:2]) for kind, text in _FORMS]
-
-
-def _template(text: str) -> ast.FunctionDef:
-    node = ast.parse(textwrap.dedent(text)).body[0]
-    assert isinstance(node, ast.FunctionDef)
-    return node
-
-
-_SPELLINGS = {"nn.functional": "F", "torch.nn.functional": "F"}
-
-
-def _normal(node: ast.FunctionDef) -> tuple[str, list[str], set[str]]:
-    """The normal form of a function, the attributes of self that it reads, what it calls."""
-    body = node.body
-    first = body[0]
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-        body = body[1:]
-    arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    defaults = [ast.unparse(d) for d in node.args.defaults]
-    normaliser = _Normaliser(arguments, body)
-    text = "\n".join(ast.dump(normaliser.visit(copy.deepcopy(s))) for s in body)
-    return f"{len(arguments)} {defaults} {text}", list(normaliser.attributes), normaliser.called
-
-
-class _Normaliser(ast.NodeTransformer):
-    """Numbers variables and the attributes of self in the order of their appearance."""
-
-    def __init__(self, arguments: list[str], body: list[ast.stmt]) -> None:
-        self.owner = arguments[0] if arguments and arguments[0] == "self" else None
-        self.variables = {name: f"v{i}" for i, name in enumerate(arguments)}
-        self.local = set(arguments)
-        for statement in body:
-            for n in ast.walk(statement):
-                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
-                    self.local.add(n.id)
-        self.attributes: dict[str, str] = {}
-        self.called: set[str] = set()
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        if ast.unparse(node) in _SPELLINGS:
-            return ast.Name(_SPELLINGS[ast.unparse(node)], ast.Load())
-        self.generic_visit(node)
-        owned = isinstance(node.value, ast.Name) and node.value.id == "v0" and self.owner
-        if owned and node.attr != "training":
-            node.attr = self.attributes.setdefault(node.attr, f"a{len(self.attributes)}")
-        return node
-
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        if node.id in self.local:
-            node.id = self.variables.setdefault(node.id, f"v{len(self.variables)}")
-        return node
-
-    def visit_Call(self, node: ast.Call) -> ast.Call:
-        if isinstance(node.func, ast.Name) and node.func.id not in self.local:
-            self.called.add(node.func.id)
-        self.generic_visit(node)
-        return node
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
-        self.generic_visit(node)
-        if node.value is None:
-            return node
-        return ast.Assign(targets=[node.target], value=node.value)
-
-
-_DROPOUT_ADD = """
-    def dropout_add(x, residual, p, training):
-        out = F.dropout(x, p=p, training=training)
-        out = residual + out
-        return out
-"""
-
-
-@functools.cache
-def is_dropout_add(function: Any) -> bool:
-    """Whether a function is the helper of Bloom and Falcon: residual + dropout(x, p, training)."""
-    if not isinstance(function, FunctionType):
-        return False
-    try:
-        form = _normal(source.parse(function))
-    except source.Unreadable:
-        return False
-    return form == _normal(_template(_DROPOUT_ADD))
+for _kind in TYPES:
+    kind_of_type(_kind)

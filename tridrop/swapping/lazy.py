@@ -13,35 +13,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as F
 from .. import seeds, spec
 from ..mask import fold_in
+from .calls import call as call
+from .calls import heard
+from .forms import ADDERS
 from .kinds import KNOWN, Kind, activation_name
+from .originals import is_attention, is_dropout, is_softmax
 from .pending import Pending, addable, drop_samples, eps_of, fits
 from .pending import value as value
 
 
 def free(module: Any, name: str) -> Kind | None:
-    """The kind of a module that still is what it was, and that nobody listens to."""
+    """The kind of a module that still is what it was, and that nobody listens to.
+
+    So is its class: its forward, and the functions of torch that this calls.
+    """
     kind = KNOWN.get(type(module))
     if kind is None or kind.name != name or "forward" in module.__dict__:
         return None
-    if kind.get(module, "fast") or kind.get(module, "inplace") or heard(module):
-        return None
-    return kind
-
-
-def heard(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    )
+    for flag in kind.flags:
+        if getattr(module, flag):
+            return None
+    return None if heard(module) or not kind.holds() else kind
 
 
 # While a report is being verified: told whose place takes which seed.
@@ -83,7 +80,7 @@ def dropout(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     kind = free(module, "dropout")
     if kind is None or getattr(module, "noise_shape", None) is not None:
         return _at(owner, place, module, x)
-    return rate(owner, place, x, kind.get(module, "p"), module.training)
+    return _dropped(owner, place, x, kind.get(module, "p"), module.training)
 
 
 def _at(owner: nn.Module, place: int, module: Any, x: Any) -> Any:
@@ -101,11 +98,21 @@ def _at(owner: nn.Module, place: int, module: Any, x: Any) -> Any:
 
 
 def rate(
-    owner: nn.Module, place: int, x: Any, p: Any, training: bool, inplace: bool = False
+    owner: nn.Module,
+    place: int,
+    function: Callable[..., Any],
+    x: Any,
+    p: Any,
+    training: bool,
+    inplace: bool = False,
 ) -> Any:
-    """A call of torch.nn.functional.dropout."""
-    if inplace:
-        return torch.nn.functional.dropout(value(x), p, training, inplace)
+    """A call of torch.nn.functional.dropout, or of what has its name now."""
+    if inplace or not is_dropout(function):
+        return function(value(x), p, training, *([inplace] if inplace else []))
+    return _dropped(owner, place, x, p, training)
+
+
+def _dropped(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
     branch = _branch(x, "dropped")
     if not fits(branch.x):
         return torch.nn.functional.dropout(value(branch), p, training)
@@ -118,17 +125,20 @@ def rate(
 
 def drop_path(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     """A call of a module that drops samples."""
-    if free(module, "drop_path") is None:
+    kind = free(module, "drop_path")
+    if kind is None:
         return _at(owner, place, module, x)
-    return samples(module, x, _number(owner, place), (owner, place))
+    return samples(module, kind, x, _number(owner, place), (owner, place))
 
 
 def samples(
-    module: nn.Module, x: Any, site: int | None, at: tuple[nn.Module, int] | None = None
+    module: nn.Module,
+    kind: Kind,
+    x: Any,
+    site: int | None,
+    at: tuple[nn.Module, int] | None = None,
 ) -> Any:
     """What a module that drops samples does, under the number of its place."""
-    kind = KNOWN[type(module)]
-    assert kind is not None
     p = (kind.get(module, "p") or 0.0) if module.training else 0.0
     if not p:
         return x
@@ -185,10 +195,12 @@ def activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     return branch
 
 
-def softmax(x: Tensor, dtype: torch.dtype | None = None) -> Any:
-    """A softmax over the last dimension that a dropout follows."""
-    if not fits(x) or x.dim() < 2:
-        return torch.nn.functional.softmax(x, -1, dtype=dtype)
+def softmax(
+    function: Callable[..., Any] | None, x: Tensor, dtype: torch.dtype | None = None
+) -> Any:
+    """A softmax over the last dimension that a dropout follows; None is the tensor's method."""
+    if not fits(x) or x.dim() < 2 or not is_softmax(function):
+        return (function or torch.softmax)(x, dim=-1, **({} if dtype is None else {"dtype": dtype}))
     branch = Pending(x)
     branch.softmax = dtype or (torch.float32 if _autocast(x) else x.dtype)
     return branch
@@ -197,7 +209,7 @@ def softmax(x: Tensor, dtype: torch.dtype | None = None) -> Any:
 def softmax_of(module: nn.Module, x: Tensor) -> Any:
     """A call of torch.nn.Softmax over the last dimension."""
     kind = free(module, "softmax")
-    return module(x) if kind is None or kind.get(module, "dim") != -1 else softmax(x)
+    return module(x) if kind is None or kind.get(module, "dim") != -1 else softmax(None, x)
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:
@@ -289,48 +301,19 @@ def identity(module: nn.Module, x: Any) -> Any:
 
 
 def dropout_add(
-    owner: nn.Module, place: int, x: Any, residual: Any, p: float | Tensor, training: bool
+    owner: nn.Module,
+    place: int,
+    function: Any,
+    x: Any,
+    residual: Any,
+    p: float | Tensor,
+    training: bool,
 ) -> Any:
-    """A call of a function that adds ``dropout(x)`` to the residual."""
-    return add(residual, rate(owner, place, x, p, training))
-
-
-def call(owner: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """A call of a method whose end the caller takes over: ``name`` of ``owner``, or a module."""
-    bare = getattr(type(owner), f"_tridrop_{name}", None)
-    if bare is None or name in owner.__dict__:
-        return (owner if name == "forward" else getattr(owner, name))(*args, **kwargs)
-    if name != "forward":
-        return bare(owner, *args, **kwargs)
-    if not _bare(owner):
-        return owner(*args, **kwargs)
-    out = bare(owner, *args, **kwargs)
-    for hook in owner._forward_hooks.values():
-        hook(owner, args, out)
-    return out
-
-
-def _bare(module: nn.Module) -> bool:
-    """Whether a module's forward can be called past its ``__call__``.
-
-    transformers listens to attention for the weights it returns; such a recorder gets them.
-    """
-    return not (
-        module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-        or type(module).__call__ is not nn.Module.__call__
-        or module._compiled_call_impl is not None
-        or not all(_records_weights(module, hook) for hook in module._forward_hooks.values())
-    )
-
-
-def _records_weights(module: nn.Module, hook: Any) -> bool:
-    """Whether a hook is transformers' recorder of a later output than the first."""
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and bool(
-        getattr(type(module), "_tridrop_tuple", False)
-    )
+    """A call of a function that adds ``dropout(x)`` to the residual, or of what it is now."""
+    same = ADDERS.get(function) is getattr(function, "__code__", function)
+    if not same or not is_dropout(torch.nn.functional.dropout):
+        return function(value(x), value(residual), p, training)
+    return add(residual, _dropped(owner, place, x, p, training))
 
 
 def within(
@@ -386,12 +369,11 @@ class _Catch(TorchFunctionMode):
 
 
 def attention(
-    owner: nn.Module, place: int, query: Any, key: Any, value_: Any, *args: Any, **kwargs: Any
+    owner: nn.Module, place: int, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """A call of torch.nn.functional.scaled_dot_product_attention; without dropout it stays that."""
-    p = args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0)
-    if p == 0 or not fits(query):
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value_, *args, **kwargs)
-    return F.scaled_dot_product_attention(
-        query, key, value_, *args, **kwargs, seed=_seed(owner, place, query)
-    )
+    query = args[0] if args else kwargs["query"]
+    p = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    if p == 0 or not fits(query) or not is_attention(function):
+        return function(*args, **kwargs)
+    return F.scaled_dot_product_attention(*args, **kwargs, seed=_seed(owner, place, query))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from .. import nn as tridrop_nn
@@ -9,31 +13,48 @@ from . import kinds, lazy
 from .pending import value
 
 
-class Dropout(tridrop_nn.Dropout):
-    """A torch.nn.Dropout that draws tridrop's mask; of nested tensors torch's."""
+def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
+    """A subclass of tridrop.nn's class of that name, which swap can tell from a user's.
 
-    _tridrop_base = nn.Dropout
-
-    def _nested(self, input: Tensor) -> Tensor:
-        return nn.Dropout.forward(self, input)
-
-
-class MultiheadAttention(tridrop_nn.MultiheadAttention):
-    """A torch.nn.MultiheadAttention that runs on tridrop's attention."""
-
-    _tridrop_base = nn.MultiheadAttention
-
-
-def _stand_in(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of tridrop.nn's class of that name, which swap can tell from a user's."""
+    Where torch's class has been given another forward, or torch another function that it calls,
+    that is what runs.
+    """
     name = base.__name__
-    ours = getattr(tridrop_nn, name)
-    body = {"_tridrop_base": base, "__module__": __name__, "__doc__": f"A torch.nn.{name}."}
-    return type(name, (ours,), body)
+    ours: Any = getattr(tridrop_nn, name)
+
+    if base is nn.MultiheadAttention:
+
+        @functools.wraps(ours.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (ours if kinds.stands(made) else base).forward(self, *args, **kwargs)
+
+    else:
+
+        @functools.wraps(ours.forward)
+        def forward(self: nn.Module, input: Tensor) -> Any:
+            return (ours if kinds.stands(made) else base).forward(self, input)
+
+    body = {
+        "_tridrop_base": base,
+        "__module__": __name__,
+        "__doc__": f"A torch.nn.{name} that draws tridrop's mask.",
+        "forward": forward,
+        **more,
+    }
+    made = type(name, (ours,), body)
+    kinds.kind_of_type(made)
+    return made
 
 
+def _nested(self: nn.Dropout, input: Tensor) -> Tensor:
+    """Of nested tensors torch's."""
+    return nn.Dropout.forward(self, input)
+
+
+Dropout = _stand_in(nn.Dropout, _nested=_nested)
 Dropout1d, Dropout2d, Dropout3d = map(_stand_in, (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d))
 AlphaDropout, FeatureAlphaDropout = map(_stand_in, (nn.AlphaDropout, nn.FeatureAlphaDropout))
+MultiheadAttention = _stand_in(nn.MultiheadAttention)
 
 
 REPLACEMENTS: dict[type, type[nn.Module]] = {
@@ -46,12 +67,16 @@ REPLACEMENTS: dict[type, type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
 }
 
-for base, ours in REPLACEMENTS.items():
-    if base in kinds.KNOWN:
-        kinds.KNOWN[ours] = kinds.KNOWN[base]
 
-
-def drop_path_forward(self: nn.Module, x: Tensor) -> Tensor:
+def drop_path_forward(made: type, base: Any) -> Callable[..., Tensor]:
     """The forward of a library's drop path where it is called from what was not rewritten."""
-    out: Tensor = value(lazy.samples(self, x, self.__dict__.get("_tridrop_site")))
-    return out
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        if not kinds.stands(made):
+            out: Tensor = base.forward(self, x)
+            return out
+        out = value(lazy.samples(self, kinds.KNOWN[made], x, self.__dict__.get("_tridrop_site")))
+        return out
+
+    return forward

@@ -6,7 +6,7 @@ import ast
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from . import draws, kinds
 from .draws import mentions_dropout
 from .flow import Flow
+from .originals import is_softmax
 from .rewrite import CAUGHT, Op
 
 Labels = dict[str, str]  # what stands under an attribute of self: path -> kind
 
-_SOFTMAX = (F.softmax, torch.softmax)
 _UNARY = {"linear", "activation", "norm", "scale", "identity", "dropout", "drop_path"}
 _NAMES = {"layer_norm": "norm", "rms_norm": "norm", "layer_scale": "scale", "softmax": "softmax"}
 
@@ -113,6 +113,14 @@ class Classifier:
         self.imported = {(a.asname or a.name).split(".")[0] for n in imports for a in n.names}
         self.function, self.flow = method.function, method.flow
         self.labels, self.tails = labels, tails
+        self.named: dict[str, tuple[ast.expr, Any, Any]] = {}  # globals, what they are, their code
+
+    def holds(self) -> bool:
+        """Whether all names that were looked up still are what they were."""
+        return all(
+            _is(self.look_up(e), value) and getattr(value, "__code__", None) is code
+            for e, value, code in self.named.values()
+        )
 
     def __call__(self, e: ast.expr) -> Op | None:
         if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add):
@@ -221,7 +229,7 @@ class Classifier:
         dim = _argument(made, 0, "dim")
         if self.global_of(made.func) is not nn.Softmax or not _is_last(dim) or len(e.args) != 1:
             return None
-        return Op("softmax", e, (), (e.args[0],))
+        return Op("softmax_of", e, (), (e.args[0],))
 
     def of_tensor(self, e: ast.Call, function: ast.Attribute) -> Op | None:
         base = function.value.id if isinstance(function.value, ast.Name) else None
@@ -265,7 +273,7 @@ class Classifier:
             if in_place is None or _is_constant(in_place, False):
                 return Op(name, e, (x,), (p, training))
             return Op(name, e, (x,), (p, training, in_place))
-        softmax = name is None and any(called is f for f in _SOFTMAX)
+        softmax = name is None and called is not None and is_softmax(called)
         if softmax and x is not None and known <= {"input", "dim", "dtype"}:
             dim, dtype = _argument(e, 1, "dim"), _argument(e, 3, "dtype")
             if _is_last(dim) and len(e.args) <= 2:
@@ -289,8 +297,14 @@ class Classifier:
 
     def global_of(self, e: ast.expr) -> Any:
         """The object behind a dotted name of the function's module or closure."""
+        found = self.look_up(e)
+        if callable(found):
+            self.named[ast.unparse(e)] = e, found, getattr(found, "__code__", None)
+        return found
+
+    def look_up(self, e: ast.expr) -> Any:
         if isinstance(e, ast.Attribute):
-            base = self.global_of(e.value)
+            base = self.look_up(e.value)
             return getattr(base, e.attr, None) if base is not None else None
         if not isinstance(e, ast.Name) or e.id in self.flow.locals:
             return None
@@ -300,6 +314,11 @@ class Classifier:
         if e.id in free:
             return free[e.id].cell_contents
         return self.function.__globals__.get(e.id)
+
+
+def _is(value: Any, other: Any) -> bool:
+    """Whether it is the same object, or the same method of one."""
+    return value is other or (isinstance(value, MethodType) and bool(value == other))
 
 
 _WITHIN = {"rate": "within", "attention": "within:attention"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from .present import Holds
 from .rewrite import Levels
 from .wording import Plans
 
@@ -84,12 +86,17 @@ class Report:
     model: InitVar[nn.Module | None] = None
     certain: bool = False
     verification: Verification | None = None
+    read: InitVar[Mapping[str, Sequence[Holds]]] = MappingProxyType({})
     _model: weakref.ref[nn.Module] | None = field(
         default=None, init=False, repr=False, compare=False
     )
     _words: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    _read: dict[str, Sequence[Holds]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def __post_init__(self, model: nn.Module | None) -> None:
+    def __post_init__(self, model: nn.Module | None, read: Mapping[str, Sequence[Holds]]) -> None:
+        self._read = dict(read)
         self._model = None if model is None else weakref.ref(model)
         handed = any({"call", "return"} & set(site.parts) for site in self.sites)
         plans = Plans(model if handed else None, self.levels)
@@ -98,12 +105,27 @@ class Report:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}  # a weak reference cannot be pickled
+        return {**self.__dict__, "_model": None, "_read": {}}  # these cannot be pickled
 
     def counts(self) -> dict[str, int]:
         """How many sites were fused, swapped and left."""
         found = Counter(site.status for site in self.sites)
         return {status: found[status] for status in ("fused", "swapped", "left")}
+
+    def changed(self) -> list[str]:
+        """The classes that are not what they were when the swap read them, by name.
+
+        Somebody gave them another method, or torch another function that they call; or gave one of
+        these another code or other defaults. What runs is what is there now: such a module is
+        called as it is, and fused with nothing. Another swap reads it again. (Of a report that was
+        unpickled nothing is known.)
+
+        >>> import tridrop
+        >>> report = tridrop.swap(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
+        >>> report.changed()
+        []
+        """
+        return [name for name, read in self._read.items() if not all(holds() for holds in read)]
 
     def became(self) -> list[str]:
         """What became of each site, in words: "linear + dropout, added by GPT2Block"."""
@@ -217,6 +239,7 @@ class Report:
                 for site, text in zip(self.sites, words, strict=True)
             ],
             "certain": self.certain,
+            "changed": self.changed(),
             "verification": None if self.verification is None else self.verification.to_dict(),
         }
 
@@ -253,6 +276,11 @@ class Report:
             yield ", ".join(f"{n} {status}" for status, n in counts.items())
             if counts["left"] == len(self.sites):
                 yield "Nothing matched: the model is unchanged."
+        if changed := self.changed():
+            yield Text(
+                f"Changed since the swap, and called as they are: {', '.join(changed)}.",
+                style="yellow",
+            )
         if self.verification is not None:
             yield from _verified(self.verification)
 

@@ -251,7 +251,7 @@ def _held(made: Plan, op: Op, seen: frozenset[Op] = frozenset()) -> set[int]:
         return set()
     seen |= {op}
     found: set[int] = set()
-    for x in (*op.operands, *(op.rest[:1] if op.name == "softmax" else ())):
+    for x in (*op.operands, *(op.rest[:1] if op.name in ("softmax", "softmax_of") else ())):
         if x in made.ops:
             found |= _held(made, made.ops[x], seen)
             continue

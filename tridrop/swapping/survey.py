@@ -13,6 +13,7 @@ from torch import nn
 
 from . import adapters, branches, classes, kinds
 from .classes import Recipe
+from .present import Holds, is_own
 from .recognise import Method, Tail, called_by, resolve, self_of
 from .rewrite import ATTENTION_PARTS, Levels, Op
 
@@ -34,6 +35,7 @@ class Survey:
         self.recipes: dict[nn.Module, Recipe] = {}
         self.tails: dict[nn.Module, Tail | None] = {}
         self.left: dict[nn.Module, str] = {}  # why nothing was done about a module
+        self._works: dict[tuple[type, Recipe], classes.Work] = {}
         # The places that call a module, or hand its rate to an attention function.
         self.places: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
         kinds.learn(model)
@@ -84,9 +86,30 @@ class Survey:
                 self.tails[module] = classes.tail_of(base_of(module), recipe)
         return self.tails[module]
 
+    def read(self) -> dict[str, list[Holds]]:
+        """By the names of classes: whether each is what was read. It keeps no module alive."""
+        found: dict[str, dict[int, Holds]] = {}
+        for module in self.names:
+            base = base_of(module)
+            each = found.setdefault(base.__name__, {})
+            every = [kinds.KNOWN[base].holds]
+            if module in self.recipes:
+                text = classes.text_of(base, self.recipes[module].children)
+                every += [text.holds, self.work(module).holds]
+            each.update((id(getattr(holds, "__self__", holds)), holds) for holds in every)
+        for layer, _ in self.adapters.values():
+            for variant in map(type, layer.lora_variant.values()):
+                if variant in branches.VARIANTS:
+                    holds = branches.VARIANTS[variant].holds
+                    found.setdefault(variant.__name__, {})[id(holds)] = holds
+        return {name: list(each.values()) for name, each in found.items()}
+
     def work(self, module: nn.Module) -> classes.Work:
         """The plans for a module."""
-        return classes.work_of(base_of(module), self.recipes[module])
+        key = base_of(module), self.recipes[module]
+        if key not in self._works:
+            self._works[key] = classes.work_of(*key)
+        return self._works[key]
 
     def bare_children(self, module: nn.Module) -> list[nn.Module]:
         """The modules whose ends a module takes over."""
@@ -101,9 +124,12 @@ class Survey:
     def drops(self, module: nn.Module) -> bool:
         """Whether a module is itself a dropout that tridrop knows."""
         kind = kinds.kind_of(module)
-        if kind is not None and kind.name in ("dropout", "drop_path", *kinds.OTHERS):
-            return True
-        return base_of(module) is nn.MultiheadAttention
+        return kind is not None and kind.name in _DROPPING
+
+    def could_drop(self, module: nn.Module) -> bool:
+        """Whether it is one of torch's that drop, whatever forward it has been given."""
+        kind, _ = kinds.TYPES.get(base_of(module), (None, ()))
+        return kind is not None and kind.name in _DROPPING
 
     def replaces(self, module: nn.Module) -> bool:
         """Whether one of torch's own modules becomes tridrop's."""
@@ -163,7 +189,7 @@ class Survey:
         kind = kinds.kind_of(module)
         if module in self.adapters and not self.why_not_fused(module):
             return adapters.parts(*self.adapters[module])
-        return ATTENTION_PARTS if kind is None else (kind.name,)
+        return ATTENTION_PARTS if kind is None or kind.name == "attention" else (kind.name,)
 
     def why_not_fused(self, module: nn.Module) -> str:
         """Why an adapter's dropout is a call by itself; empty where it is not, and of others."""
@@ -205,6 +231,7 @@ class Survey:
         return None
 
 
+_DROPPING = ("dropout", "drop_path", "attention", *kinds.OTHERS)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # What reaches modules without their names.
 _REACHES = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule",
@@ -262,7 +289,9 @@ def _why_unknown(module: nn.Module) -> str:
     kind = base_of(module)
     if kind.__module__.startswith("tridrop.nn."):
         return "it is tridrop's own"
-    known = [c for c in kind.__mro__[1:] if c in kinds.KNOWN or c is nn.MultiheadAttention]
+    if kind in kinds.TYPES:
+        return f"{kind.__name__}.forward, or a function of torch's in it, was replaced"
+    known = [c for c in kind.__mro__[1:] if c in kinds.TYPES]
     if known:
         return f"it is a subclass of {known[0].__name__} that computes something else"
     return "tridrop has no such module"
@@ -284,7 +313,13 @@ def is_torchs(base: type) -> bool:
     layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     if base in layers or classes.is_sequence(base):
         return False
-    return base.__module__.startswith("torch.nn.modules.")
+    # Another forward that somebody gave it is read like any other text.
+    return base.__module__.startswith("torch.nn.modules.") and has_own_forward(base)
+
+
+def has_own_forward(base: Any) -> bool:
+    """Whether a class has the forward of its file, or none."""
+    return base.forward is nn.Module.forward or is_own(base, "forward")
 
 
 def _records_first(names: dict[nn.Module, str], base: type) -> bool:

@@ -1,0 +1,56 @@
+"""Calls of a module, or of a method, whose end the caller takes over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def heard(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def call(owner: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A call of a method whose end the caller takes over: ``name`` of ``owner``, or a module."""
+    bare = getattr(type(owner), f"_tridrop_{name}", None)
+    if bare is None or name in owner.__dict__:
+        return (owner if name == "forward" else getattr(owner, name))(*args, **kwargs)
+    if name != "forward":
+        return bare(owner, *args, **kwargs)
+    if not _bare(owner):
+        return owner(*args, **kwargs)
+    out = bare(owner, *args, **kwargs)
+    for hook in owner._forward_hooks.values():
+        hook(owner, args, out)
+    return out
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a module's forward can be called past its ``__call__``.
+
+    transformers listens to attention for the weights it returns; such a recorder gets them.
+    """
+    return not (
+        module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+        or type(module).__call__ is not nn.Module.__call__
+        or module._compiled_call_impl is not None
+        or not all(_records_weights(module, hook) for hook in module._forward_hooks.values())
+    )
+
+
+def _records_weights(module: nn.Module, hook: Any) -> bool:
+    """Whether a hook is transformers' recorder of a later output than the first."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and bool(
+        getattr(type(module), "_tridrop_tuple", False)
+    )
