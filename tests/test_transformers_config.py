@@ -122,7 +122,10 @@ def test_other_attention_is_refused_as_before():
 
 
 def test_parts_of_a_configuration_name_no_attention_when_saved(tmp_path):
-    vision = {k: v for k, v in SMALL.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 8}
+    vision = {k: v for k, v in SMALL.items() if k != "vocab_size"} | {
+        "image_size": 16,
+        "patch_size": 8,
+    }
     model = CLIPModel(CLIPConfig(text_config={**SMALL, "eos_token_id": 1}, vision_config=vision))
     model.set_attn_implementation({"text_config": "tridrop"})
     assert model.config.text_config._attn_implementation == "tridrop"

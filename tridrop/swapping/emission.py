@@ -91,7 +91,8 @@ class _Emitter(ast.NodeTransformer):
         if name in ("rate", "dropout_add"):
             return self.runtime(node, name, *place, node.func, *operands, *rest)
         if name == "softmax":
-            method = isinstance(node.func, ast.Attribute) and op.node.func.value is op.rest[0]
+            called: Any = op.node
+            method = getattr(called.func, "value", None) is op.rest[0]
             function = ast.Constant(None) if method else node.func
             return self.runtime(node, name, function, *rest)
         if name == "softmax_of":

@@ -200,7 +200,8 @@ def softmax(
 ) -> Any:
     """A softmax over the last dimension that a dropout follows; None is the tensor's method."""
     if not fits(x) or x.dim() < 2 or not is_softmax(function):
-        return (function or torch.softmax)(x, dim=-1, **({} if dtype is None else {"dtype": dtype}))
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        return (function or torch.softmax)(x, dim=-1, **options)
     branch = Pending(x)
     branch.softmax = dtype or (torch.float32 if _autocast(x) else x.dtype)
     return branch

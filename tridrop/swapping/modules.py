@@ -25,13 +25,13 @@ def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
     if base is nn.MultiheadAttention:
 
         @functools.wraps(ours.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return (ours if kinds.stands(made) else base).forward(self, *args, **kwargs)
 
     else:
 
         @functools.wraps(ours.forward)
-        def forward(self: nn.Module, input: Tensor) -> Any:
+        def forward(self: Any, input: Tensor) -> Any:
             return (ours if kinds.stands(made) else base).forward(self, input)
 
     body = {

@@ -98,7 +98,8 @@ class Survey:
                 every += [text.holds, self.work(module).holds]
             each.update((id(getattr(holds, "__self__", holds)), holds) for holds in every)
         for layer, _ in self.adapters.values():
-            for variant in map(type, layer.lora_variant.values()):
+            variants: Any = layer.lora_variant
+            for variant in map(type, variants.values()):
                 if variant in branches.VARIANTS:
                     holds = branches.VARIANTS[variant].holds
                     found.setdefault(variant.__name__, {})[id(holds)] = holds
