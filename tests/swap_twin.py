@@ -121,7 +121,8 @@ class Masks:
         if not module.training or not module.drop_prob:
             return x
         event = self.next(module)
-        mask = tridrop.keep_mask(event.seed(), x.shape, module.drop_prob, domain="drop_path")
+        shape = x.shape if event.site is not None else (len(x), *(1,) * (x.dim() - 1))
+        mask = tridrop.keep_mask(event.seed(), shape, module.drop_prob, domain="drop_path")
         return keep(x, mask, module.drop_prob, module.scale_by_keep)
 
     @contextmanager

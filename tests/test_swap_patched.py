@@ -6,6 +6,8 @@ held against those of the same model in eager, whose dropouts get the swapped mo
 
 import copy
 import functools
+import importlib
+import linecache
 import sys
 
 import pytest
@@ -320,9 +322,17 @@ def test_attention_of_torch_with_another_function_is_torchs(monkeypatch):
 
 def test_compiled_code_sees_a_patch(monkeypatch):
     torch._dynamo.reset()
-    model = plain(make())
+    model = make()
     ours = copy.deepcopy(model)
-    tridrop.swap(ours)
+    report = tridrop.swap(ours)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    seed = tridrop.fold_in(7, 0)
+    with tridrop.rng(seed):
+        found = compiled(X)
+    with tridrop.rng(seed):
+        torch.testing.assert_close(found, ours(X))
+    assert not report.changed()
+    model, ours = plain(model), plain(ours)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), tuple(model(X)))
     for name in ("Linear", "an RMSNorm", "a child"):
@@ -330,3 +340,28 @@ def test_compiled_code_sees_a_patch(monkeypatch):
             apply(patch, name)
             torch.testing.assert_close(compiled(X), tuple(model(X)))
     torch._dynamo.reset()
+
+
+def test_a_file_that_was_edited_is_not_taken_for_what_runs(tmp_path, monkeypatch):
+    """Its text then says another thing, with the same names and constants."""
+    text = """
+from torch import nn
+
+class Edited(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x, y):
+        return x + self.drop(y)
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "edited_later.py"
+    path.write_text(text)
+    kind = importlib.import_module("edited_later").Edited
+    path.write_text(text.replace("x + self.drop(y)", "x - self.drop(y)"))
+    linecache.checkcache()
+    model = plain(kind())
+    report = tridrop.swap(model)
+    torch.testing.assert_close(model(X, X), 2 * X)
+    assert "add" not in report.sites[0].parts

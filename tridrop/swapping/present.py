@@ -16,6 +16,8 @@ from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from torch.compiler import is_compiling
+
 Holds = Callable[[], bool]
 _MISSING = object()
 
@@ -83,9 +85,11 @@ def _terms(places: tuple[At, ...]) -> tuple[list[str], dict[str, Any]]:
         wanted = name_of(function)
         terms.append(f"{left} is {wanted}")
         while isinstance(function, FunctionType):
-            for attribute in ("__code__", "__defaults__"):
-                value = name_of(getattr(function, attribute))
-                terms.append(f"{wanted}.{attribute} is {value}")
+            code, defaults = name_of(function.__code__), name_of(function.__defaults__)
+            terms.append(f"{wanted}.__code__ is {code}")
+            # To Dynamo defaults are another tuple each time.
+            compiling = name_of(is_compiling)
+            terms.append(f"({wanted}.__defaults__ is {defaults} or {compiling}())")
             function = function.__dict__.get("__wrapped__")
             if isinstance(function, FunctionType):
                 inner = name_of(function)

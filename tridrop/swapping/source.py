@@ -8,6 +8,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import dis
 import inspect
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -90,11 +91,25 @@ def parse(function: FunctionType) -> ast.FunctionDef:
 
 
 def _content(code: CodeType) -> tuple[Any, ...]:
-    """What a code says. (Not its instructions, which depend on the imports of its file.)"""
+    """What a code says, apart from how a method is called, which depends on its file's imports."""
     constants = [
         _content(c) if isinstance(c, CodeType) else (type(c), repr(c)) for c in code.co_consts
     ]
-    return code.co_names, code.co_varnames, code.co_freevars, constants
+    steps = [step for i in dis.get_instructions(code) if (step := _step(i)) is not None]
+    return code.co_names, code.co_varnames, code.co_freevars, constants, steps
+
+
+_JUMPS = {*dis.hasjrel, *dis.hasjabs}
+
+
+def _step(at: dis.Instruction) -> tuple[str, Any] | None:
+    """An instruction, without where it jumps to."""
+    name = "LOAD_ATTR" if at.opname == "LOAD_METHOD" else at.opname
+    if name.startswith("CALL") or name in ("PUSH_NULL", "PRECALL", "EXTENDED_ARG"):
+        return None
+    if at.opcode in _JUMPS:
+        return name, None
+    return name, at.argval if isinstance(at.argval, str) else at.arg
 
 
 def build(function: FunctionType, node: ast.FunctionDef, names: Mapping[str, Any]) -> FunctionType:

@@ -92,7 +92,7 @@ class Survey:
         for module in self.names:
             base = base_of(module)
             each = found.setdefault(base.__name__, {})
-            every = [kinds.KNOWN[base].holds]
+            every = [kinds.KNOWN[base].holds] if base in kinds.KNOWN else []
             if module in self.recipes:
                 text = classes.text_of(base, self.recipes[module].children)
                 every += [text.holds, self.work(module).holds]
