@@ -172,3 +172,17 @@ def test_an_activation_of_transformers(monkeypatch):
     monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * 1.5)
     found, draws = swapped_outcome(model, batch("GPT-2"))
     assert_same(found, twin_outcome(original, batch("GPT-2"), report, draws))
+
+
+def test_attention_of_a_model_that_calls_a_replaced_function_is_left(monkeypatch):
+    model = make("BERT")
+    model.set_attn_implementation("sdpa")
+
+    def averaged(query, key, value, *args, **kwargs):
+        return value.mean(-2, keepdim=True).expand_as(query)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", averaged)
+    set_rates(model, 0.1)
+    report = tridrop.swap(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert "torch's scaled_dot_product_attention was replaced" in {s.reason for s in report.sites}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn import functional as F
 
 from ..integrations import transformers
+from .originals import is_attention
 from .rewrite import Levels
 from .survey import Survey
 
@@ -54,6 +56,8 @@ class Interfaces:
             return "its class lets no attention function be set"
         if now not in ("eager", "sdpa", None):
             return f"{now} was chosen for it"
+        if now != "eager" and not is_attention(F.scaled_dot_product_attention):
+            return "torch's scaled_dot_product_attention was replaced"
         if now == "eager" and getattr(owner.config, "reorder_and_upcast_attn", False):
             return "it upcasts its scores (reorder_and_upcast_attn)"
         return ""
