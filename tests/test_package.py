@@ -102,7 +102,7 @@ def test_philox_is_in_the_two_mask_modules_alone():
         text = path.read_text()
         for word in ("0xD2511F53", "tl.rand", "tl.philox", "bernoulli"):
             # swapping knows a library's drop path by its text, and names and counts others' draws.
-            names = ("kinds.py", "measure.py", "draws.py", "watch.py")
+            names = ("forms.py", "measure.py", "draws.py", "watch.py")
             quoted = path.name in names and path.parent.name == "swapping" and word == "bernoulli"
             assert path in allowed or word not in text or quoted, f"{word} in {path.name}"
 

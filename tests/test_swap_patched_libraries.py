@@ -54,7 +54,9 @@ def test_timms_drop_path(when, what, monkeypatch):
     monkeypatch.undo()
     if when == "after":
         assert not report.changed()
-        assert not torch.equal(ours(images), ours(images)), "it drops again"
+        assert len({tuple(ours(images).flatten().tolist()) for _ in range(12)}) > 1, (
+            "it drops again"
+        )
 
 
 def adapted(**kwargs) -> nn.Module:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import nn as tridrop_nn
 from . import kinds, lazy
 from .pending import value
+from .present import At, guarded
 
 
 def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
@@ -21,24 +23,12 @@ def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
     """
     name = base.__name__
     ours: Any = getattr(tridrop_nn, name)
-
-    if base is nn.MultiheadAttention:
-
-        @functools.wraps(ours.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return (ours if kinds.stands(made) else base).forward(self, *args, **kwargs)
-
-    else:
-
-        @functools.wraps(ours.forward)
-        def forward(self: Any, input: Tensor) -> Any:
-            return (ours if kinds.stands(made) else base).forward(self, input)
-
+    called = tuple(At(F, name) for name in kinds.TYPES[base][1])
     body = {
         "_tridrop_base": base,
         "__module__": __name__,
         "__doc__": f"A torch.nn.{name} that draws tridrop's mask.",
-        "forward": forward,
+        "forward": guarded(At(base, "forward"), ours.forward, called),
         **more,
     }
     made = type(name, (ours,), body)

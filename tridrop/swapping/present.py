@@ -10,10 +10,11 @@ what it was, the present one is called.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import PurePath
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from torch.compiler import is_compiling
@@ -48,17 +49,22 @@ def holds(*places: At) -> Holds:
     return made
 
 
-def guarded(place: At, new: Callable[..., Any]) -> Callable[..., Any]:
+def guarded(place: At, new: Any, also: tuple[At, ...] = ()) -> Callable[..., Any]:
     """A method that is ``new`` while what it was made of stands at ``place``, else the present one.
 
     Every one has a code of its own, by which torch.compile counts how often it compiled a function.
+    Where all arguments must be given they are handed on by name, which is quicker.
     """
-    terms, names = _terms((place,))
-    text = (
-        f"lambda self, *args, **kwargs: (new if {' and '.join(terms)} else owner.{place.name})"
-        "(self, *args, **kwargs)"
-    )
-    made: Any = _define(text, {**names, "new": new, "owner": place.owner})
+    terms, names = _terms((place, *also))
+    code: CodeType = new.__code__
+    optional = new.__defaults__ or code.co_kwonlyargcount or code.co_posonlyargcount
+    if optional or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        takes = "self, *args, **kwargs"
+    else:
+        takes = ", ".join(code.co_varnames[: code.co_argcount])
+    names |= {"_t_new": new, "_t_owner": place.owner}
+    chosen = f"_t_new if {' and '.join(terms)} else _t_owner.{place.name}"
+    made: Any = _define(f"lambda {takes}: ({chosen})({takes})", names)
     return functools.wraps(new)(made)
 
 
@@ -68,7 +74,7 @@ def _terms(places: tuple[At, ...]) -> tuple[list[str], dict[str, Any]]:
     names: dict[str, Any] = {}
 
     def name_of(value: Any) -> str:
-        name = f"v{len(names)}"
+        name = f"_t{len(names)}"
         names[name] = value
         return name
 
@@ -85,11 +91,12 @@ def _terms(places: tuple[At, ...]) -> tuple[list[str], dict[str, Any]]:
         wanted = name_of(function)
         terms.append(f"{left} is {wanted}")
         while isinstance(function, FunctionType):
-            code, defaults = name_of(function.__code__), name_of(function.__defaults__)
+            code = name_of(function.__code__)
             terms.append(f"{wanted}.__code__ is {code}")
-            # To Dynamo defaults are another tuple each time.
-            compiling = name_of(is_compiling)
-            terms.append(f"({wanted}.__defaults__ is {defaults} or {compiling}())")
+            if isinstance(place.owner, type):  # torch's modules give its functions every argument
+                # To Dynamo defaults are another tuple each time.
+                defaults, compiling = name_of(function.__defaults__), name_of(is_compiling)
+                terms.append(f"({wanted}.__defaults__ is {defaults} or {compiling}())")
             function = function.__dict__.get("__wrapped__")
             if isinstance(function, FunctionType):
                 inner = name_of(function)
