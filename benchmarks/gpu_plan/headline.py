@@ -1,7 +1,7 @@
 """The rows that a GPU is asked about first, and what they are expected to take, before any run.
 
 The expectations are arithmetic on what `tridrop inspect` counts in the machine code for an H100
-(benchmarks/results/inspect-2026-11-21.json), with two factors that nobody has measured. They stay
+(benchmarks/results/inspect-2026-11-27.json), with two factors that nobody has measured. They stay
 as they are once a GPU has spoken: a prediction that is mended afterwards is none.
 """
 
