@@ -13,6 +13,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from . import noise
 from .mask import Shard, scale, threshold
@@ -139,6 +140,12 @@ def drops(p: float | Tensor, training: bool) -> bool:
 def check_input(x: Tensor, name: str = "x") -> None:
     """Raise unless ``x`` is a tensor of a supported floating-point dtype."""
     if not isinstance(x, Tensor):
+        if isinstance(x, Proxy):
+            raise TypeError(
+                f"{name} is a torch.fx.Proxy: torch.fx.symbolic_trace cannot look into this call. "
+                "Trace the model as it was before the swap, after tridrop.unswap(model), or with a "
+                "torch.fx.Tracer whose is_leaf_module keeps the module that makes the call whole"
+            )
         raise TypeError(f"{name} is of type {type(x).__name__}; give a torch.Tensor")
     if x.is_nested:
         raise TypeError(

@@ -5,8 +5,8 @@ the derivative needs them; the mask is drawn again. The derivative of backward i
 plain torch operations, so it can be differentiated any number of times.
 """
 
-from .attention import Attention
-from .common import apply, straight
+from .attention import Attention, torchs_attention
+from .common import Function, apply, straight
 from .elementwise import Fused
 from .masked import Masked
 from .norm import FusedNorm
@@ -17,6 +17,7 @@ from .softmax import SoftmaxDropout
 __all__ = [
     "Attention",
     "DropRows",
+    "Function",
     "Fused",
     "FusedNorm",
     "Masked",
@@ -24,4 +25,5 @@ __all__ = [
     "SoftmaxDropout",
     "apply",
     "straight",
+    "torchs_attention",
 ]

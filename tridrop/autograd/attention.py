@@ -12,9 +12,10 @@ from .. import ops
 from ..backends.reference import attention
 from ..distributed import layouts
 from ..ops.attention import attention_backward, attention_forward
-from ..ops.library import Known
+from ..ops.library import Known, composes, forward_mode
 from ..spec_attention import AttentionInputs
 from .common import (
+    Function,
     apply_in_backward,
     differentiate,
     each_sample,
@@ -36,10 +37,32 @@ def _spread(found: Sequence[Tensor | None], width: int) -> list[Tensor | None]:
     return result
 
 
-class Attention(torch.autograd.Function):
+def torchs_attention(*arguments: Any) -> Tensor | None:
+    """The heads by torch's own attention, for exported graphs; it knows no forward mode.
+
+    None where it cannot compute them, and where nobody asks for torch's own operators.
+    """
+    *tensors, packed = arguments
+    inputs, options = AttentionInputs(*tensors), ops.unpack_attention(*packed)
+    if inputs.seed is not None or not composes(None) or forward_mode():
+        return None
+    if inputs.cu_query is not None or inputs.sinks is not None or options.softcap:
+        return None
+    return attention.torchs(inputs, options)
+
+
+class Attention(Function):
     """(out, lse) of attention; see ``backends/reference/attention.py``."""
 
     sharding = staticmethod(layouts.attention)
+
+    @staticmethod
+    def composed(*arguments: Any) -> tuple[Tensor, Tensor] | None:
+        *tensors, packed = arguments
+        inputs = AttentionInputs(*tensors)
+        if inputs.cu_query is not None or not composes(inputs.seed):
+            return None
+        return attention.composed(inputs, ops.unpack_attention(*packed))
 
     @staticmethod
     def forward(
@@ -88,7 +111,7 @@ class Attention(torch.autograd.Function):
         return each_sample(Attention.apply, info, in_dims, args)
 
 
-class AttentionBackward(torch.autograd.Function):
+class AttentionBackward(Function):
     """The gradients of :class:`Attention`. out and lse are functions of the other tensors."""
 
     @staticmethod

@@ -18,7 +18,16 @@ from ..strides import laid, order_of
 _SAVED = {*PLAIN, type(None)}
 
 
-def straight(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+class Function(torch.autograd.Function):
+    """What the functions of all families are."""
+
+    @staticmethod
+    def composed(*arguments: Any) -> Any:
+        """The same in torch's own operators; None where the op itself is to be called."""
+        return None
+
+
+def straight(function: type[Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)`` without what torch's ``apply`` does first.
 
     It binds the arguments to the signature of ``forward``, anew in each call: a third of the host's
@@ -28,11 +37,11 @@ def straight(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 @cache
-def _bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def _bare_apply(function: type[Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply(function: type[Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``, on the shortest way that gives the same.
 
     Where no gradient is wanted, no autograd function is needed. Of DTensors each process computes
@@ -41,6 +50,9 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if not unobserved(arguments):
         if any(map(dtensor.is_dtensor, arguments)):
             return dtensor.call(function, arguments, apply)
+        found = function.composed(*arguments)
+        if found is not None:
+            return found
         return function.apply(*arguments)
     if torch.is_grad_enabled() and any(
         isinstance(a, Tensor) and a.requires_grad for a in arguments
@@ -49,7 +61,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.forward(*arguments)
 
 
-def apply_in_backward(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
     """The same, inside the backward of another.
 
     Dynamo cannot trace one autograd function there, and what it compiles has no second derivative

@@ -12,10 +12,11 @@ from .. import ops
 from ..backends.reference import elementwise
 from ..distributed import layouts
 from ..ops.elementwise import backward, forward
-from ..ops.library import Known
+from ..ops.library import Known, composes
 from ..strides import Order, laid, order_of
 from .batching import all_samples
 from .common import (
+    Function,
     apply_in_backward,
     differentiate,
     each_sample,
@@ -25,10 +26,18 @@ from .common import (
 )
 
 
-class Fused(torch.autograd.Function):
+class Fused(Function):
     """residual + drop_path(layer_scale * dropout(f(x + bias)))."""
 
     sharding = staticmethod(layouts.elementwise)
+
+    @staticmethod
+    def composed(*arguments: Any) -> Tensor | None:
+        *tensors, packed = arguments
+        if not composes(tensors[4]):
+            return None
+        out = elementwise.composed(*tensors, ops.unpack(*packed[:-1]))  # type: ignore[call-arg]
+        return out.clone() if out is tensors[0] else out
 
     @staticmethod
     def forward(
@@ -87,7 +96,7 @@ class Fused(torch.autograd.Function):
         return all_samples(Fused.apply, info, in_dims, args)
 
 
-class FusedBackward(torch.autograd.Function):
+class FusedBackward(Function):
     """The gradients of :class:`Fused` as a function of the incoming gradient, x and the vectors."""
 
     @staticmethod

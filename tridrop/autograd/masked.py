@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..strides import where_kept
-from .common import apply_in_backward, each_sample
+from .common import Function, apply_in_backward, each_sample
 
 # (seed, shape, *options) -> what is kept, and what that is multiplied by; both broadcast to shape.
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Masked(torch.autograd.Function):
+class Masked(Function):
     """where(keep, x * scale, 0) with (keep, scale) = rule(seed, x.shape, *options).
 
     Linear in x, so it is its own derivative, of any order. Computed in fp32, or fp64 where x is.

@@ -11,10 +11,11 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import elementwise, norm
 from ..distributed import layouts
-from ..ops.library import Known
+from ..ops.library import Known, composes
 from ..ops.norm import norm_backward, norm_forward
 from .batching import all_samples
 from .common import (
+    Function,
     apply_in_backward,
     differentiate,
     each_sample,
@@ -24,10 +25,17 @@ from .common import (
 )
 
 
-class FusedNorm(torch.autograd.Function):
+class FusedNorm(Function):
     """(out, stream, statistics) of dropout, add and norm; see ``backends/reference/norm.py``."""
 
     sharding = staticmethod(layouts.norm)
+
+    @staticmethod
+    def composed(*arguments: Any) -> tuple[Tensor, Tensor | None, None] | None:
+        *tensors, packed = arguments
+        if not composes(tensors[6]):
+            return None
+        return *norm.composed(*tensors, ops.unpack_norm(*packed)), None  # type: ignore[call-arg]
 
     @staticmethod
     def forward(
@@ -97,7 +105,7 @@ class FusedNorm(torch.autograd.Function):
         return all_samples(FusedNorm.apply, info, in_dims, args)
 
 
-class FusedNormBackward(torch.autograd.Function):
+class FusedNormBackward(Function):
     """The gradients of :class:`FusedNorm`."""
 
     @staticmethod

@@ -8,18 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..backends.reference import product
 from ..distributed import layouts
-from ..ops.product import product_backward, product_forward
-from .common import apply_in_backward, each_sample
+from ..ops.library import composes
+from ..ops.product import product_backward, product_forward, unpack_product
+from .common import Function, apply_in_backward, each_sample
 
 
-class Product(torch.autograd.Function):
+class Product(Function):
     """gain * drop_i(x) @ weight_i^T for each i, side by side: [..., sum of ranks]."""
 
     sharding = staticmethod(layouts.product)
+
+    @staticmethod
+    def composed(*arguments: Any) -> Tensor | None:
+        *tensors, packed = arguments
+        if not composes(tensors[2]):
+            return None
+        return product.composed(*tensors, unpack_product(*packed)[0])  # type: ignore[call-arg]
 
     @staticmethod
     def forward(
@@ -45,7 +53,7 @@ class Product(torch.autograd.Function):
         return each_sample(Product.apply, info, in_dims, args)
 
 
-class ProductBackward(torch.autograd.Function):
+class ProductBackward(Function):
     """The gradients of x and weight of :class:`Product`."""
 
     @staticmethod

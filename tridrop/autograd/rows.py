@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import mask
 from ..ops.masks import keep_mask
 from ..strides import where_kept
-from .common import apply_in_backward, each_sample
+from .common import Function, apply_in_backward, each_sample
 
 _X, _ROWS = 0, 1
 
 
-class DropRows(torch.autograd.Function):
+class DropRows(Function):
     """``where(keep[rows], x * scale, 0)``: row i of x has the decisions of row ``rows[i]``.
 
     ``keep`` is the mask of shape [count, width], with a width of x's last size or of 1, one

@@ -12,9 +12,10 @@ from torch import Tensor
 from .. import ops
 from ..backends.reference import softmax as reference
 from ..distributed import layouts
-from ..ops.library import Known
+from ..ops.library import Known, composes
 from ..ops.softmax import softmax_backward, softmax_forward
 from .common import (
+    Function,
     apply_in_backward,
     differentiate,
     each_sample,
@@ -34,10 +35,17 @@ def _is_plain(
     return ops.unpack_attention(*packed).scale == 1
 
 
-class SoftmaxDropout(torch.autograd.Function):
+class SoftmaxDropout(Function):
     """(out, softmax, log-sum-exp of each row); see ``backends/reference/softmax.py``."""
 
     sharding = staticmethod(layouts.softmax)
+
+    @staticmethod
+    def composed(*arguments: Any) -> tuple[Tensor, Tensor, None] | None:
+        *tensors, packed = arguments
+        if not composes(tensors[2]):
+            return None
+        return *reference.composed(*tensors, ops.unpack_attention(*packed[:-1])), None  # type: ignore[call-arg]
 
     @staticmethod
     def forward(
@@ -93,7 +101,7 @@ class SoftmaxDropout(torch.autograd.Function):
         return each_sample(SoftmaxDropout.apply, info, in_dims, args)
 
 
-class SoftmaxBackward(torch.autograd.Function):
+class SoftmaxBackward(Function):
     """The gradients of :class:`SoftmaxDropout`. lse is a function of the scores and the mask."""
 
     @staticmethod

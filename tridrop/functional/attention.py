@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops, spec, spec_attention
-from ..autograd import Attention, apply
+from ..autograd import Attention, apply, torchs_attention
 from ..spec_attention import AttentionOptions, Window
 from . import known
 from .elementwise import ShardLike, distinct
@@ -237,9 +237,11 @@ def scaled_dot_product_attention(
         options = ops.unpack_attention(*arguments[-1])
         draws = arguments[8] is not None
         known.learn(_FAMILY, call, tuple(query.shape), options, draws, *operands)
-    results = apply(Attention, *arguments)
-    out, lse = (t if query.dim() == 4 else t.reshape(*outer, *t.shape[2:]) for t in results)
-    return (out, lse) if return_lse else out
+    alone = None if return_lse else torchs_attention(*arguments)
+    made = apply(Attention, *arguments) if alone is None else (alone,)
+    if query.dim() != 4:
+        made = tuple(t.reshape(*outer, *t.shape[2:]) for t in made)
+    return tuple(made) if return_lse else made[0]
 
 
 def scaled_dot_product_attention_backward(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, fast, seeds
-from ..autograd import apply, straight
+from ..autograd import Function, apply, straight
 from ..ops.library import PLAIN, Known, watched
 
 Key = tuple[Any, ...]
@@ -77,7 +77,7 @@ class Family(NamedTuple):
     """What the ops of a family share."""
 
     name: str  # as backends.prepare takes it
-    function: type[torch.autograd.Function]  # of the operands, a seed, p as a tensor, and options
+    function: type[Function]  # of the operands, a seed, p as a tensor, and options
     pack: Callable[[Any, str], tuple[Any, ...]]  # options and a backend, as operators take them
 
 

@@ -13,4 +13,11 @@ def _register_with_transformers() -> None:
     transformers.register()
 
 
+def _register_flops() -> None:
+    from . import flops
+
+    flops.register()
+
+
+when_imported("torch.utils.flop_counter", _register_flops)
 when_imported("transformers.modeling_utils", _register_with_transformers)

@@ -52,7 +52,7 @@ class Dropout(nn.Dropout, _Site):
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if input.is_nested is not False:  # or is of no tensor: torch.fx traces with such
             return self._nested(input)
         out = F.dropout(
             input, self.p, self.training, noise_shape=self.noise_shape, seed=self._seed(input)

@@ -8,6 +8,7 @@ everywhere. The derivative lives above, in autograd.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ _O = TypeVar("_O")
 PLAIN = (Tensor, nn.Parameter)
 
 _is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+_is_exporting = torch.compiler.is_exporting
 _transformation, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_legacy = torch._C._functorch.is_legacy_batchedtensor
@@ -39,6 +41,22 @@ def watched() -> bool:
         or profiler._is_profiler_enabled
         or _trace() is not None
     )
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives may be asked for."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def composes(seed: Tensor | None) -> bool:
+    """Whether a call that more than the backend sees is made of torch's own operators.
+
+    Forward-mode derivatives know no others. Neither does who runs an exported or traced graph
+    without tridrop: that is what a call without a seed, which draws nothing, gives there.
+    """
+    if forward_mode():
+        return True
+    return seed is None and (_is_exporting() or _trace() is not None)
 
 
 def plain(t: Tensor) -> bool:
@@ -71,13 +89,34 @@ def define(
     # Results are laid out by the strides of operands: a compiler must pass those it was told of.
     _library.define(schema, tags=(*tags, torch.Tag.needs_exact_strides))
     _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tridrop::{name}", fake, lib=_library)
+
+    def shapes(*arguments: Any) -> Any:
+        _refuse_onnx(name)
+        return fake(*arguments)
+
+    torch.library.register_fake(f"tridrop::{name}", shapes, lib=_library)
     operator = getattr(torch.ops.tridrop, name).default
 
     def call(*arguments: Any) -> Any:
-        return (function if unobserved(arguments) else operator)(*arguments)
+        if unobserved(arguments):
+            return function(*arguments)
+        if _trace() is not None:
+            _refuse_onnx(name)
+        return operator(*arguments)
 
     return call
+
+
+def _refuse_onnx(name: str) -> None:
+    """Raise where an operator would become a part of an ONNX graph."""
+    onnx = sys.modules.get("torch.onnx")
+    if onnx is not None and onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"tridrop::{name} cannot be exported to ONNX, which has no operator that draws "
+            "tridrop's masks: export the model in evaluation, after model.eval(), where it is made "
+            "of standard operators. To export a training graph with torch's dropout, call "
+            "tridrop.unswap(model) first"
+        )
 
 
 def each_seed(name: str, function: Callable[..., Tensor]) -> None:

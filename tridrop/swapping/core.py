@@ -99,9 +99,10 @@ def _number(model: nn.Module, survey: Survey) -> None:
         # Whoever else calls it draws what the report says of its place: an attention function may,
         # to which its rate is given.
         given = [u for u in users if survey.work(u[0]).places[u[1]][1].op.name == "interface"]
-        if "site" in module.__dict__ and (given or len(users) == 1):
+        name = "site" if "site" in module.__dict__ else "_tridrop_site"  # a library's drop path
+        if name in module.__dict__ and (given or len(users) == 1):
             owner, i = (given or users)[0]
-            module.site = owner.__dict__["_tridrop_site"] + i
+            module.__dict__[name] = owner.__dict__["_tridrop_site"] + i
 
 
 def unswap(model: nn.Module) -> None:

@@ -18,12 +18,13 @@ from torch.overrides import TorchFunctionMode
 from .. import functional as F
 from .. import seeds, spec
 from ..mask import fold_in
+from . import traced
 from .calls import call as call
 from .calls import heard
 from .forms import ADDERS
 from .kinds import KNOWN, Kind, activation_name
 from .originals import is_attention, is_dropout, is_softmax
-from .pending import Pending, addable, drop_samples, eps_of, fits
+from .pending import Pending, addable, autocasts, drop_samples, eps_of, fits, normalises_last
 from .pending import value as value
 
 
@@ -115,7 +116,7 @@ def rate(
 def _dropped(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> Any:
     branch = _branch(x, "dropped")
     if not fits(branch.x):
-        return torch.nn.functional.dropout(value(branch), p, training)
+        return traced.dropout(_number(owner, place), value(branch), p, training)
     branch.dropped = True
     if spec.drops(p, training):
         branch.p = p
@@ -203,7 +204,7 @@ def softmax(
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         return (function or torch.softmax)(x, dim=-1, **options)
     branch = Pending(x)
-    branch.softmax = dtype or (torch.float32 if _autocast(x) else x.dtype)
+    branch.softmax = dtype or (torch.float32 if autocasts(x) else x.dtype)
     return branch
 
 
@@ -219,12 +220,6 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
         x.softmax = dtype
         return x
     return value(x).to(dtype)
-
-
-def _autocast(x: Tensor) -> bool:
-    """Whether autocast makes torch's norms and softmaxes compute and return float32."""
-    kind = x.device.type
-    return kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
 
 
 def add(first: Any, second: Any) -> Any:
@@ -252,11 +247,11 @@ def norm(module: nn.Module, x: Any, last: bool = False) -> Any:
         x.activation is not None
         or x.norm is not None
         or not addable(x, residual)
-        or not _normalises_last(kind, module, residual)
+        or not normalises_last(kind, module, residual)
     ):
         return module(value(x))
     out_dtype = residual.dtype
-    if kind.name == "layer_norm" and _autocast(residual):
+    if kind.name == "layer_norm" and autocasts(residual):
         out_dtype = torch.promote_types(out_dtype, torch.float32)
     options: dict[str, Any] = {
         "bias": x.bias, "layer_scale": x.scale, "drop_path": x.path, "prenorm": not last,
@@ -271,25 +266,11 @@ def norm(module: nn.Module, x: Any, last: bool = False) -> Any:
     return out
 
 
-def _normalises_last(kind: Kind, module: nn.Module, stream: Tensor) -> bool:
-    """Whether a norm is over the last dimension, in the stream's dtype."""
-    weight = kind.get(module, "weight")
-    shape = getattr(module, "normalized_shape", None)
-    if weight is None and shape is None:
-        return False
-    sizes = tuple(shape) if shape is not None else tuple(weight.shape)
-    if sizes != tuple(stream.shape[-1:]):
-        return False
-    if weight is None or weight.dtype == stream.dtype:
-        return True
-    return kind.name == "layer_norm" and _autocast(stream)
-
-
 def norm_first(module: nn.Module, x: Any) -> Any:
     """A norm that a dropout follows."""
     kind = free(module, "layer_norm") or free(module, "rms_norm")
     x = value(x)
-    if kind is None or not fits(x) or _autocast(x) or not _normalises_last(kind, module, x):
+    if kind is None or not fits(x) or autocasts(x) or not normalises_last(kind, module, x):
         return module(x)
     branch = Pending(x)
     branch.norm = (kind, module)
@@ -356,7 +337,7 @@ class _Catch(TorchFunctionMode):
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
         if inplace or not training or p == 0 or not fits(input):
-            return torch.nn.functional.dropout(input, p, training, inplace)
+            return traced.dropout(_number(self.owner, self.place), input, p, training, inplace)
         return F.dropout(input, p, seed=self.seed(input))
 
     def attention(
@@ -365,7 +346,7 @@ class _Catch(TorchFunctionMode):
     ) -> Any:  # fmt: skip
         given = (query, key, value, attn_mask, dropout_p, *args)
         if dropout_p == 0 or not fits(query):
-            return torch.nn.functional.scaled_dot_product_attention(*given, **kwargs)
+            return traced.attention(_number(self.owner, self.place), *given, **kwargs)
         return F.scaled_dot_product_attention(*given, **kwargs, seed=self.seed(query))
 
 
@@ -375,6 +356,8 @@ def attention(
     """A call of torch.nn.functional.scaled_dot_product_attention; without dropout it stays that."""
     query = args[0] if args else kwargs["query"]
     p = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
-    if p == 0 or not fits(query) or not is_attention(function):
+    if not is_attention(function):
         return function(*args, **kwargs)
+    if p == 0 or not fits(query):
+        return traced.attention(_number(owner, place), *args, **kwargs)
     return F.scaled_dot_product_attention(*args, **kwargs, seed=_seed(owner, place, query))

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from .. import nn as tridrop_nn
-from . import kinds, lazy
+from . import kinds, lazy, traced
 from .pending import value
 from .present import At, guarded
+
+
+class _StandIn(nn.Module):
+    """Of the name and the module of torch's class, by which torch.fx knows the leaves of a graph
+    and others what to wrap; so a copy is made by :func:`stand_in` and not by that name."""
+
+    _tridrop_base: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        found: Any = super().__reduce_ex__(max(protocol, 2))
+        base = self._tridrop_base
+        if found[:2] != (copyreg.__newobj__, (REPLACEMENTS[base],)):  # type: ignore[attr-defined]
+            return found
+        return (stand_in, (base,), *found[2:])
+
+
+def stand_in(base: type[nn.Module]) -> nn.Module:
+    """An empty module of the class that takes the place of ``base``; what unpickling calls."""
+    kind = REPLACEMENTS[base]
+    made: nn.Module = kind.__new__(kind)
+    return made
 
 
 def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
@@ -26,12 +49,12 @@ def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
     called = tuple(At(F, name) for name in kinds.TYPES[base][1])
     body = {
         "_tridrop_base": base,
-        "__module__": __name__,
+        "__module__": base.__module__,
         "__doc__": f"A torch.nn.{name} that draws tridrop's mask.",
         "forward": guarded(At(base, "forward"), ours.forward, called),
         **more,
     }
-    made = type(name, (ours,), body)
+    made = type(name, (_StandIn, ours), body)
     kinds.kind_of_type(made)
     return made
 
@@ -62,11 +85,11 @@ def drop_path_forward(made: type, base: Any) -> Callable[..., Tensor]:
     """The forward of a library's drop path where it is called from what was not rewritten."""
 
     @functools.wraps(base.forward)
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    def forward(self: nn.Module, x: Any) -> Any:
+        if isinstance(x, Proxy):
+            return traced.leaf(self, x)
         if not kinds.stands(made):
-            out: Tensor = base.forward(self, x)
-            return out
-        out = value(lazy.samples(self, kinds.KNOWN[made], x, self.__dict__.get("_tridrop_site")))
-        return out
+            return base.forward(self, x)
+        return value(lazy.samples(self, kinds.KNOWN[made], x, self.__dict__.get("_tridrop_site")))
 
     return forward

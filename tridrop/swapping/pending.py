@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import functional as F
 from .. import seeds
@@ -95,7 +97,7 @@ def _finish(out: Tensor, b: Pending) -> Tensor:
 def _softmax(b: Pending) -> Tensor:
     """In the wider of the dtypes of scores and result, as torch computes it."""
     assert b.softmax is not None
-    scores = b.x.to(torch.promote_types(b.x.dtype, b.softmax))
+    scores = b.x.to(promoted(b.x.dtype, b.softmax))
     if not b.drops():
         return torch.softmax(scores, -1).to(b.softmax)
     return F.softmax_dropout(scores, b.p, True, seed=b.seed).to(b.softmax)
@@ -118,13 +120,18 @@ def drop_samples(x: Tensor, p: float, seed: Tensor | None, scaled: bool = True) 
     return torch.where(keep, x * gain, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
+def promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """torch's promotion of two dtypes, which torch.export would record as an operator."""
+    return one if one == other else torch.promote_types(one, other)
+
+
 def addable(b: Pending, residual: Tensor) -> bool:
     """Whether one op adds it, with the dtype and shape that torch's addition has."""
     return (
         fits(residual)
         and residual.shape == b.x.shape
         and residual.device == b.x.device
-        and torch.promote_types(b.x.dtype, residual.dtype) == residual.dtype
+        and promoted(b.x.dtype, residual.dtype) == residual.dtype
         and (b.path == 0 or b.x.dim() > 1)
     )
 
@@ -157,7 +164,31 @@ def eps_of(kind: Kind, module: nn.Module, stream: Tensor) -> float:
     return float(torch.finfo(stream.dtype).eps if eps is None else eps)
 
 
+def normalises_last(kind: Kind, module: nn.Module, stream: Tensor) -> bool:
+    """Whether a norm is over the last dimension, in the stream's dtype."""
+    weight = kind.get(module, "weight")
+    shape = getattr(module, "normalized_shape", None)
+    if weight is None and shape is None:
+        return False
+    sizes = tuple(shape) if shape is not None else tuple(weight.shape)
+    if sizes != tuple(stream.shape[-1:]):
+        return False
+    if weight is None or weight.dtype == stream.dtype:
+        return True
+    return kind.name == "layer_norm" and autocasts(stream)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast makes torch's norms and softmaxes compute and return float32."""
+    kind = x.device.type
+    return kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
+
+
+# Tensors of torch's own, and those by which torch.export stands for them.
+_OWN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+
 def fits(x: Any) -> bool:
     """Whether the ops take it: a tensor of torch's own, not of a subclass that does more."""
-    known = type(x) in (Tensor, nn.Parameter) or is_distributed(x)
+    known = type(x) in _OWN or is_distributed(x)
     return known and x.dtype in FLOATS and not x.is_nested and x.dim() > 0

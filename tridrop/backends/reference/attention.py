@@ -16,14 +16,15 @@ from functools import reduce, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...spec_attention import AttentionInputs, AttentionOptions, empty_output
 from . import flash
 from . import scores as loops
 from .blocks import blocks, is_block
-from .elementwise import compute
-from .softmax import attention_multiplier, masked_scores, safe_softmax
+from .elementwise import Multiplier, compute, to
+from .softmax import attention_multiplier, band, masked_scores, safe_softmax
 
 Gradients = tuple[Tensor | None, ...]
 _P = ParamSpec("_P")
@@ -112,6 +113,41 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
         out[block.query] = kept @ _repeat(one.value, one.query.shape[1])
         lse[block.query] = log_sum
     return out, lse
+
+
+@_as_given
+def composed(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """The op in torch's own operators, of sequences that are not packed."""
+    wide = _wide(inputs)
+    score, _ = scores(wide, options)
+    probabilities, lse, _ = safe_softmax(score, wide.sinks)
+    drop = Multiplier(*attention_multiplier(score.shape, inputs.seed, inputs.p, options))
+    out = drop(probabilities) @ _repeat(wide.value, wide.query.shape[1])
+    return to(out, inputs.query.dtype), lse
+
+
+@_as_given
+def torchs(inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
+    """torch's own attention, with all that leaves keys out in one mask."""
+    query, mask = inputs.query, inputs.mask
+    causal = options.upper == 0 and options.lower is None
+    causal = causal and mask is None and inputs.key_mask is None
+    allowed = None if causal else band(query.shape[2], inputs.key.shape[2], options, query.device)
+    if inputs.key_mask is not None:
+        padding = inputs.key_mask[:, None, None, :]
+        allowed = padding if allowed is None else allowed & padding
+    if mask is None or allowed is None:
+        mask = allowed if mask is None else mask
+    elif mask.dtype == torch.bool:
+        mask = mask & allowed
+    else:
+        mask = mask.masked_fill(~allowed, -torch.inf)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = to(mask, query.dtype)
+    key, value = (_repeat(t, query.shape[1]) for t in (inputs.key, inputs.value))
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=causal, scale=options.scale
+    )
 
 
 def _gradients(

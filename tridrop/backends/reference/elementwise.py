@@ -181,7 +181,12 @@ def compute(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in fp32, or all of them in fp64 where any is."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     dtype = torch.float64 if wide else torch.float32
-    return [None if t is None else t.to(dtype) for t in tensors]
+    return [None if t is None else to(t, dtype) for t in tensors]
+
+
+def to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, which leaves nothing in a traced graph where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def forward(
@@ -194,12 +199,24 @@ def forward(
     options: Options,
 ) -> Tensor:
     """The op; arguments as in ``backends.Backend.forward``."""
+    return own(composed(x, bias, layer_scale, residual, seed, p, options), x)
+
+
+def composed(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The same in torch's own operators, perhaps as a view of x."""
     dtype = x.dtype if residual is None else residual.dtype
     u, b, g, r = compute(x, bias, layer_scale, residual)
     assert u is not None
     drop = multiplier(output_shape(x, options.activation), seed, p, options)
-    out = compose(u, b, g, r, drop, options).to(dtype)
-    return own(out, x)
+    return to(compose(u, b, g, r, drop, options), dtype)
 
 
 def own(result: Tensor, argument: Tensor) -> Tensor:

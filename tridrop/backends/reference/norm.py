@@ -12,10 +12,11 @@ over the last dimension. RMSNorm (Zhang and Sennrich 2019) has mean 0, and the m
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...spec import NormOptions
-from .elementwise import Multiplier, compute, multiplier, own, sum_rows
+from .elementwise import Multiplier, compute, multiplier, own, sum_rows, to
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -87,14 +88,54 @@ def norm_compose(
     if options.after:
         normalised = x
     else:
-        value = x if bias is None else x + bias
-        value = drop(value if layer_scale is None else value * layer_scale)
-        stream = (value if residual is None else residual + value).to(options.stream_dtype)
-        normalised = stream.to(value.dtype)  # of what is stored, so that backward sees the same
+        stream, normalised = _stream(x, bias, layer_scale, residual, drop, options)
     out, mean, rstd = normalise(normalised, weight, norm_bias, options)
     if options.after:
         out = drop(out) if residual is None else residual + drop(out)
     return out, stream, torch.cat((mean, rstd), -1)
+
+
+def _stream(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    drop: Multiplier,
+    options: NormOptions,
+) -> tuple[Tensor, Tensor]:
+    """The sum in its own dtype, and in the dtype of the arguments."""
+    value = x if bias is None else x + bias
+    value = drop(value if layer_scale is None else value * layer_scale)
+    stream = to(value if residual is None else residual + value, options.stream_dtype)
+    return stream, to(stream, value.dtype)  # of what is stored, so that backward sees the same
+
+
+def composed(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: NormOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, stream) in torch's own operators, of which layer_norm is one."""
+    drop = multiplier(tuple(x.shape), seed, p, options)
+    wide, b, g, r, w, n = compute(x, bias, layer_scale, residual, weight, norm_bias)
+    assert wide is not None
+    stream, normalised = None, wide
+    if not options.after:
+        stream, normalised = _stream(wide, b, g, r, drop, options)
+    if options.norm == "layer_norm":
+        gain = gain_of(w, options)
+        out = F.layer_norm(normalised, normalised.shape[-1:], gain, n, options.eps)
+    else:
+        out = normalise(normalised, w, n, options)[0]
+    if options.after:
+        out = drop(out) if r is None else r + drop(out)
+    return to(out, options.out_dtype), stream
 
 
 def norm_forward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...spec_product import ProductOptions
-from .elementwise import Multiplier, compute, multiplier, own
+from .elementwise import Multiplier, compute, multiplier, own, to
 
 
 def _drops(
@@ -33,6 +33,17 @@ def product_forward(
     options: ProductOptions,
 ) -> Tensor:
     """The products, side by side; arguments as in ``backends.Backend.product_forward``."""
+    return own(composed(x, weight, seeds, p, options), x)
+
+
+def composed(
+    x: Tensor,
+    weight: Tensor,
+    seeds: Tensor | None,
+    p: Tensor | None,
+    options: ProductOptions,
+) -> Tensor:
+    """The same in torch's own operators."""
     wide, w = compute(x, weight)
     assert wide is not None
     assert w is not None
@@ -40,7 +51,7 @@ def product_forward(
         drop(wide) @ part.T
         for drop, part in zip(_drops(x, seeds, p, options), w.split(options.ranks), strict=True)
     ]
-    return own((torch.cat(parts, -1) * options.gain).to(weight.dtype), x)
+    return to(torch.cat(parts, -1) * options.gain, weight.dtype)
 
 
 def product_backward(

@@ -21,7 +21,7 @@ from ... import mask as contract
 from ...fast_calls import result
 from ...spec_attention import AttentionOptions, four
 from . import scores as loops
-from .elementwise import Multiplier, compute, own
+from .elementwise import Multiplier, compute, own, to
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -149,6 +149,24 @@ def softmax_forward(
     softmax = own(probabilities.to(scores.dtype), out) if return_softmax else None
     lse = scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
     return out, softmax, lse
+
+
+def composed(
+    scores: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    """(out, softmax) in torch's own operators."""
+    wide, added = _compute(scores, mask)
+    scaled = wide if options.scale == 1 else options.scale * wide
+    if mask is None and options.lower is None and options.upper is None:
+        probabilities = torch.softmax(scaled, -1)
+    else:  # some rows may have no key
+        probabilities = _differentiable(masked_scores(scaled, added, options))
+    drop = Multiplier(*attention_multiplier(scores.shape, seed, p, options))
+    return to(drop(probabilities), scores.dtype), to(probabilities, scores.dtype)
 
 
 def softmax_gradients(
