@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,15 @@ def unpack(
     """The inverse of :func:`pack`."""
     shard = Shard(tuple(global_shape), tuple(origin)) if len(global_shape) else None
     return Options(activation, p, drop_path, tuple(shared), shard, noise)
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+
+
+def unpack_shared(*packed: Any) -> dict[str, Any]:
+    """The same by their names, for the options of other families. (Dynamo reads no ``vars``.)"""
+    options = unpack(*packed)
+    return {name: getattr(options, name) for name in _NAMES}
 
 
 def _forward(

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backends
 from ..spec import NormOptions, Options
 from ..strides import laid, order_of
-from .elementwise import OPTIONS, pack, unpack
+from .elementwise import OPTIONS, pack, unpack_shared
 from .library import define, filled, read_rate
 
 _NORM = (
@@ -41,8 +41,8 @@ def is_after(packed: tuple[Any, ...]) -> bool:
 def unpack_norm(*packed: Any) -> NormOptions:
     """The inverse of :func:`pack_norm`."""
     own = packed[-len(_NORM_FIELDS) :]
-    shared = vars(unpack(*packed[: -len(_NORM_FIELDS) - 1]))
-    return NormOptions(**shared, **dict(zip((f.name for f in _NORM_FIELDS), own, strict=True)))
+    shared = unpack_shared(*packed[: -len(_NORM_FIELDS) - 1])
+    return NormOptions(**shared, **dict(zip(_NAMES, own, strict=True)))
 
 
 def laid_norm(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends
 from ..spec_product import ProductOptions
 from .elementwise import OPTIONS as ELEMENTWISE_OPTIONS
-from .elementwise import pack, unpack
+from .elementwise import pack, unpack_shared
 from .library import define, filled, read_rate
 
 OPTIONS = f"{ELEMENTWISE_OPTIONS}, int[] ranks, float gain, bool one_mask"
@@ -25,7 +25,7 @@ def unpack_product(*packed: Any) -> tuple[ProductOptions, str]:
     """The inverse of :func:`pack_product`."""
     *values, backend, ranks, gain, one_mask = packed
     options = ProductOptions(
-        **vars(unpack(*values)), ranks=tuple(ranks), gain=gain, one_mask=one_mask
+        **unpack_shared(*values), ranks=tuple(ranks), gain=gain, one_mask=one_mask
     )
     return options, backend
 
