@@ -8,7 +8,6 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-
 _CALL = nn.Module.__call__  # torch's, where nobody took its place before
 
 
