@@ -260,6 +260,19 @@ def test_every_test_file_is_in_one_group_and_all_but_those_that_compile_are_run(
             assert run_there == wanted, file.name
 
 
+def test_without_pytests_plugins_the_tests_run_or_say_why_not(monkeypatch):
+    def tests_of(*missing):
+        monkeypatch.setattr(pieces, "installed", lambda name: name not in missing)
+        every = pieces.all_pieces(Path("out"), Path("triton"))
+        return next(p for p in every if p.name == "tests-cuda")
+
+    assert "--timeout" in tests_of().command
+    without = tests_of("pytest-timeout")
+    assert "--timeout" not in without.command
+    assert "needs pytest-timeout" in without.left_out["--timeout"]
+    assert tests_of("pytest-xdist").why_not == "pytest-xdist is not installed"
+
+
 def test_files_that_need_what_is_missing_are_left_out_and_named(tmp_path):
     (tmp_path / "helper.py").write_text("import json\nfrom surely_missing.part import thing\n")
     sources = {

@@ -173,15 +173,21 @@ def _tests(out: Path, name: str, files: Sequence[Path], estimate_s: float, part:
     left_out = {f.name: f"needs {lib}" for f, lib in absent.items() if lib is not None}
     paths = [str(f.relative_to(ROOT)) for f in files if f.name not in left_out]
     folder = out / f"tests-{name}"
-    command = [sys.executable, "-m", "pytest", "-v", "-n", str(workers()), "--timeout", "120",
+    command = [sys.executable, "-m", "pytest", "-v", "-n", str(workers()),
                "-p", "no:cacheprovider", "-p", "gpu_plan.context",
                f"--junitxml={folder / 'tests.xml'}", *more]  # fmt: skip
+    if installed("pytest-timeout"):
+        command += ["--timeout", "120"]
+    else:
+        left_out["--timeout"] = "needs pytest-timeout: a test that hangs is ended with its piece"
     if name == "others":
         paths.append("tridrop")  # the examples in its documentation
         if not installed("tridrop"):
             command += [f"--deselect={test}" for test in ENVIRONMENT]
             left_out |= dict.fromkeys(ENVIRONMENT, "about the environment that run.py makes")
     why_not = None if paths else "every file needs a library that is not installed"
+    if not installed("pytest-xdist"):
+        why_not = "pytest-xdist is not installed"
     return Piece(
         f"tests-{name}", [*command, *paths], estimate_s, part, why_not, left_out, limit=limit
     )
