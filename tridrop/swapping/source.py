@@ -12,7 +12,7 @@ import dis
 import inspect
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 
@@ -142,6 +142,12 @@ def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ..
     )
     for new in (inner, owner, outer):
         ast.copy_location(new, node)
+    # A call of what a file has imported is compiled otherwise, where it has many arguments.
+    known = function.__globals__
+    modules = [
+        name for name in _names(function.__code__) if isinstance(known.get(name), ModuleType)
+    ]
+    module.body[:0] = [ast.Import(names=[ast.alias(name=name)]) for name in modules]
     ast.fix_missing_locations(module)
     # Without dont_inherit this file's own future statements would hold there.
     flags = function.__code__.co_flags & _FUTURES
@@ -149,6 +155,12 @@ def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ..
     for _ in range(3):
         code = next(c for c in code.co_consts if isinstance(c, CodeType))
     return code
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names of a code and of those inside it."""
+    inside = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*inside)
 
 
 # Flags of "from __future__ import annotations" and its like, in co_flags as in compile().
