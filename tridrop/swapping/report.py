@@ -189,7 +189,8 @@ class Report:
                 been verified.
 
         >>> import torch, tridrop
-        >>> report = tridrop.swap(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+        >>> report = tridrop.swap(model)
         >>> _ = report.verify(torch.ones(1, 2))
         >>> report.raise_if_unaccounted()
         """
