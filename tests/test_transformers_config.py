@@ -89,7 +89,8 @@ def test_attentions_can_be_asked_for_in_the_configuration(how):
     assert model(IDS).attentions is None
     model.config.output_attentions = True
     assert len(model(IDS).attentions) == 1
-    model.config.validate()
+    if hasattr(model.config, "validate"):  # of releases that look at one when it is saved
+        model.config.validate()
     assert copy.deepcopy(model.config).output_attentions
     model.config.output_attentions = False
     assert model(IDS).attentions is None
@@ -115,7 +116,7 @@ def test_other_attention_is_refused_as_before():
     config = BertConfig(**SMALL, attn_implementation="sdpa")
     with pytest.raises(ValueError, match="output_attentions"):
         config.output_attentions = True
-    if hasattr(config, "validate"):  # of releases that look at a configuration when it is saved
+    if hasattr(config, "validate"):
         config._output_attentions = True
         with pytest.raises(Exception, match="output_attentions"):  # a class of huggingface_hub's
             config.validate()

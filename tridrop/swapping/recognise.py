@@ -190,21 +190,28 @@ class Classifier:
     def of_local(self, e: ast.Call) -> Op | None:
         """A call of a variable: another name of a function, or one that was looked up or given."""
         assert isinstance(e.func, ast.Name)
-        for i in self.flow.reaching.get(e.func, ()):
-            value, default = self.flow.definitions[i].value, None
-            if value is None:
-                default = self.default_of(e.func.id)
-            elif isinstance(value, ast.Call) and self.global_of(value.func) is functools.partial:
-                value = value.args[0] if value.args else value
-            function = default if value is None else self.global_of(value)
+        named = {k.arg: k.value for k in e.keywords}
+        functions = [self.defined(e.func, i) for i in self.flow.reaching.get(e.func, ())]
+        # An attention function that was looked up, in the way of transformers; the eager one may
+        # be what it is where nothing is.
+        if "dropout" in named and (not functions or None in functions):
+            return Op("interface", e, (), (named["dropout"],))
+        for function in functions:
             op = None if function is None else self.inside(e, draws.within(function))
             if op is not None:
                 return op
-        named = {k.arg: k.value for k in e.keywords}
         if "dropout_p" in named:  # of the signature of torch's attention
             return self.caught(e, "within:attention")
-        # An attention function that was looked up, in the way of transformers.
         return Op("interface", e, (), (named["dropout"],)) if "dropout" in named else None
+
+    def defined(self, name: ast.Name, definition: int) -> Any:
+        """The function that a variable has by one of its definitions; None where none is seen."""
+        value = self.flow.definitions[definition].value
+        if value is None:
+            return self.default_of(name.id)
+        if isinstance(value, ast.Call) and self.global_of(value.func) is functools.partial:
+            value = value.args[0] if value.args else value
+        return self.global_of(value)
 
     def default_of(self, name: str) -> Any:
         """The default value of a parameter."""
