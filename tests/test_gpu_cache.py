@@ -47,6 +47,7 @@ def filled(tmp_path_factory):
     assert misses == cache.count(folder) > 1
     about = {**cache.identity(), "arch": 90, "kernels": cache.kernels(), "sets": ["headline"]}
     (folder / cache.MANIFEST).write_text(json.dumps(about))
+    cache.trim(folder)
     return folder
 
 

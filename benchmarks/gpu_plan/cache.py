@@ -88,8 +88,15 @@ def relocate(folder: Path) -> None:
     """Let the lists of a cache's files name the folder in which they are."""
     for group in folder.glob("*/__grp__*.json"):
         names = json.loads(group.read_text())["child_paths"]
-        paths = {name: str(group.parent / name) for name in names}
+        files = {name: group.parent / name for name in names}
+        paths = {name: str(file) for name, file in files.items() if file.exists()}
         group.write_text(json.dumps({"child_paths": paths}))
+
+
+def trim(folder: Path) -> None:
+    """Take away the kernels' first form, half of a cache, which no launch reads."""
+    for file in folder.glob("*/*.source"):
+        file.unlink()
 
 
 def complete(folder: Path, wanted: str) -> bool:
@@ -126,6 +133,7 @@ def precompile(
         for piece in tests:
             _compile_tests(piece, environ, arch, workers)
         _expect(folder, "the tests")
+    trim(folder)
     about = {**identity(), "arch": arch, "kernels": kernels(), "sets": sorted(sets)}
     if complete(folder, ""):
         about["sets"] = sorted({*sets, *json.loads((folder / MANIFEST).read_text())["sets"]})
