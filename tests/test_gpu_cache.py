@@ -136,6 +136,7 @@ def test_precompile_fills_a_cache_with_the_headline_in_processes(tmp_path, monke
     assert about["compiled"] == about["count"] == cache.count(tmp_path) > 1
     assert "TRITON_STORE_BINARY_ONLY" not in os.environ
     assert cache.precompile(tmp_path, ["headline"], 90, 1, [])["compiled"] == 0
+    assert cache.precompile(tmp_path, ["tests"], 90, 1, [])["sets"] == ["tests", "headline"]
     monkeypatch.setattr(cache, "jobs", lambda: iter([]))
     with pytest.raises(RuntimeError, match="the headline launched nothing"):
         cache.precompile(tmp_path / "other", ["headline"], 90, 1, [])

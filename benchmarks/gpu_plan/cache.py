@@ -134,9 +134,9 @@ def precompile(
             _compile_tests(piece, environ, arch, workers)
         _expect(folder, "the tests")
     trim(folder)
-    about = {**identity(), "arch": arch, "kernels": kernels(), "sets": sorted(sets)}
-    if complete(folder, ""):
-        about["sets"] = sorted({*sets, *json.loads((folder / MANIFEST).read_text())["sets"]})
+    # What an earlier call filled with the kernels as they are stays in the list.
+    known = [name for name in SETS if name in sets or complete(folder, name)]
+    about = {**identity(), "arch": arch, "kernels": kernels(), "sets": known}
     write_json(about, folder / MANIFEST)
     return about | {"count": count(folder), "compiled": count(folder) - before}
 
