@@ -20,6 +20,7 @@ from .nn.modules import _Site as Site
 from .swapping import classes, kinds, layer_drop
 from .swapping.recognise import self_of
 from .swapping.survey import base_of, is_torchs
+from .torch_private import AnyDropout
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def find(model: nn.Module) -> tuple[list[Dropping], list[str]]:
 
 def drops_by_type(module: nn.Module) -> bool:
     """Whether a module is a dropout, or one of torch's that drops in its own forward."""
-    if isinstance(module, (nn.modules.dropout._DropoutNd, Site)):
+    if isinstance(module, (AnyDropout, Site)):
         return True
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return module.dropout > 0

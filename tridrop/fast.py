@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import mask
 from .mask import LANES, Shard
+from .torch_private import transformation
 
 ENVIRONMENT, CACHE_ENVIRONMENT = "TRIDROP_CPU", "TRIDROP_CPU_CACHE"
 NAMES = ("numba", "torch")
@@ -104,7 +105,7 @@ def readable(seed: Tensor | None) -> bool:
     return (
         (seed is None or (type(seed) is Tensor and seed.device.type == "cpu"))
         # Inside torch.func's transformations what torch.empty makes has no storage either.
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and transformation() is None
     )
 
 

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
+from .torch_private import CheckpointFrame, backward_task
+
 _is_compiling = torch.compiler.is_dynamo_compiling
 _thread = threading.get_ident
 
@@ -81,7 +83,7 @@ def number() -> int | None:
     blocks = now()
     if blocks.call is not None:
         return blocks.number
-    task: int = torch._C._current_graph_task_id()
+    task: int = backward_task()
     return None if task == -1 else -1 - task
 
 
@@ -145,7 +147,7 @@ class Carried:
 
 
 def _wrap() -> None:
-    frame = torch_checkpoint._CheckpointFrame
+    frame = CheckpointFrame
     make, run = frame.__init__, torch_checkpoint.CheckpointFunction.forward
 
     @functools.wraps(make)

@@ -18,6 +18,7 @@ from . import recomputation
 from .lasting import lasting
 from .mask import as_seed, fold_in, new_seed
 from .recomputation import now
+from .torch_private import backward_task, dispatch_modes
 
 # Sites whose seeds are made ahead, in a few launches a context and not a few launches a call.
 _TABLE = 1024
@@ -82,7 +83,7 @@ class _Context:
             if compiling:
                 return self._table(as_seed(self.base, device), numbered, size)[index]
             # In a dispatch mode, a fake one perhaps, of tensors made in it alone.
-            known = self.base.device == device and not torch._C._len_torch_dispatch_stack()
+            known = self.base.device == device and not dispatch_modes()
             seed = self.base if known else as_seed(self.seed, device)
             table = self._table(seed, numbered, size)
             if type(table) is Tensor:  # not what a fake mode makes, which ends before the block
@@ -259,7 +260,7 @@ def seed_for(device: torch.device, seed: int | Tensor | None, site: int | None =
         if blocks.call is not None:
             if context is None:
                 _check_generator(blocks.call)
-        elif torch._C._current_graph_task_id() != -1:
+        elif backward_task() != -1:
             _check_unknown(blocks, site)
         elif context is not None and site is not None:
             _note_use(blocks, site)

@@ -12,8 +12,9 @@ from .. import ops
 from ..backends.reference import attention
 from ..distributed import layouts
 from ..ops.attention import attention_backward, attention_forward
-from ..ops.library import Known, composes, forward_mode
+from ..ops.library import Known, composes
 from ..spec_attention import AttentionInputs
+from ..torch_private import forward_mode
 from .common import (
     Function,
     apply_in_backward,

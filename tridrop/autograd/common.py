@@ -12,8 +12,9 @@ from torch import Tensor
 from ..backends import Prepared
 from ..backends.reference import elementwise
 from ..distributed import dtensor
-from ..ops.library import PLAIN, Known, plain, unobserved, watched
+from ..ops.library import PLAIN, Known, plain, unobserved
 from ..strides import laid, order_of
+from ..torch_private import watched
 
 _SAVED = {*PLAIN, type(None)}
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_private import saved_tensor_hooks, transformation
+
 
 @dataclass
 class Drawn:
@@ -47,18 +49,14 @@ def redrawn(weights: Sequence[Drawn]) -> Iterator[None]:
     torch.func nothing is done: what a compiled graph saves is its partitioner's choice, and
     torch.func takes no hooks.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transformation() is not None:
         yield
         return
     known = {}
     for drawn in weights:
         drawn.version = drawn.weight._version
         known[drawn.value.untyped_storage().data_ptr()] = drawn
-    around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    around = saved_tensor_hooks(False)
 
     def pack(t: Tensor) -> Any:
         drawn = known.get(t.untyped_storage().data_ptr()) if t.numel() else None

@@ -15,6 +15,7 @@ import torch
 
 from .. import backends, fast
 from ..inspection import provenance
+from ..torch_private import sleep
 
 Thunk = Callable[[], Any]
 _UNKNOWN_CACHE = 64 * 2**20
@@ -68,7 +69,7 @@ class Machine:
             return self.wall_seconds(calls)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(int((1.5 * host * len(calls) + 1e-4) * _CYCLES))
+        sleep(int((1.5 * host * len(calls) + 1e-4) * _CYCLES))
         begin.record()
         for call in calls:
             call()

@@ -51,7 +51,7 @@ def run(
         found.extend(job())
         if on_records is not None:
             on_records(found)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if machine.cuda:
             torch.cuda.empty_cache()
     return found

@@ -200,7 +200,7 @@ def run(
         found.extend(_ModelRun(machine, options, name).records())
         if on_records is not None:
             on_records(found)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if machine.cuda:
             torch.cuda.empty_cache()
     return found

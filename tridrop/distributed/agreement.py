@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..mask import as_seed, fold_in, new_seed
+from ..torch_private import functional_collectives
 
 _check = os.environ.get("TRIDROP_CHECK_SEEDS", "0") not in ("", "0")
 
@@ -45,9 +46,8 @@ def agree(seed: int | Tensor, mesh: Any = None) -> Tensor:
 
     >>> seed = agree(new_seed("cpu"), mesh)  # doctest: +SKIP
     """
-    from torch.distributed import _functional_collectives as collectives
-
     agreed = as_seed(seed, None if isinstance(seed, Tensor) else _device(mesh))
+    collectives = functional_collectives()
     for group in _groups(mesh):
         agreed = collectives.wait_tensor(collectives.broadcast(agreed, 0, group))
     return agreed

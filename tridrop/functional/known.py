@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import backends, fast, seeds
 from ..autograd import Function, apply, straight
-from ..ops.library import PLAIN, Known, watched
+from ..ops.library import PLAIN, Known
+from ..torch_private import watched
 
 Key = tuple[Any, ...]
 

@@ -7,20 +7,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import _VF, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional as F
 from ..functional.recurrent import Sequences
 from ..spec import check_probability
+from ..torch_private import recurrent
 from .cells import Drops, State, Weights, as_given, as_tuple, check_place, project, scan, step
 from .modules import _Site
 
 _FUSED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "LSTM": _VF.lstm,
-    "GRU": _VF.gru,
-    "RNN_TANH": _VF.rnn_tanh,
-    "RNN_RELU": _VF.rnn_relu,
+    "LSTM": recurrent.lstm,
+    "GRU": recurrent.gru,
+    "RNN_TANH": recurrent.rnn_tanh,
+    "RNN_RELU": recurrent.rnn_relu,
 }
 
 

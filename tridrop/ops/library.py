@@ -14,38 +14,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad, profiler
 
 from ..backends import Prepared
 from ..spec import check_probability
+from ..torch_private import forward_mode, is_legacy_batched, is_wrapped, trace_state, watched
 
 _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")
 PLAIN = (Tensor, nn.Parameter)
 
-_is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 _is_exporting = torch.compiler.is_exporting
-_transformation, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_is_legacy = torch._C._functorch.is_legacy_batchedtensor
-
-
-def watched() -> bool:
-    """Whether more than the backend has to see calls: torch.compile, tracing, a dispatch mode,
-    torch.func, forward-mode derivatives, a profiler."""
-    return (
-        _is_compiling()
-        or _modes() > 0
-        or _transformation() is not None
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-        or _trace() is not None
-    )
-
-
-def forward_mode() -> bool:
-    """Whether forward-mode derivatives may be asked for."""
-    return bool(forward_ad._current_level >= 0)
 
 
 def composes(seed: Tensor | None) -> bool:
@@ -56,13 +34,13 @@ def composes(seed: Tensor | None) -> bool:
     """
     if forward_mode():
         return True
-    return seed is None and (_is_exporting() or _trace() is not None)
+    return seed is None and (_is_exporting() or trace_state() is not None)
 
 
 def plain(t: Tensor) -> bool:
     """Whether a tensor is its data: not meta, wrapped, negated lazily or of a subclass."""
     return type(t) in PLAIN and not (
-        t.is_meta or t.is_neg() or _is_wrapped(t) or _is_legacy(t)  # of is_grads_batched
+        t.is_meta or t.is_neg() or is_wrapped(t) or is_legacy_batched(t)  # of is_grads_batched
     )
 
 
@@ -100,7 +78,7 @@ def define(
     def call(*arguments: Any) -> Any:
         if unobserved(arguments):
             return function(*arguments)
-        if _trace() is not None:
+        if trace_state() is not None:
             _refuse_onnx(name)
         return operator(*arguments)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import backends, choice
 from ..spec import FLOATS
 from ..spec_attention import AttentionOptions
+from ..torch_private import partitioner_redraws
 from .elementwise import unpack
 from .library import define, each_seed, read_rate
 
@@ -24,11 +25,7 @@ _warned_of_recomputation = False
 
 def _new_seed_fake(place: Tensor) -> Tensor:
     global _warned_of_recomputation
-    from torch._functorch import config
-
-    if not _warned_of_recomputation and (
-        config.activation_memory_budget < 1 or config.aggressive_recomputation
-    ):
+    if not _warned_of_recomputation and partitioner_redraws():
         _warned_of_recomputation = True
         warnings.warn(
             "tridrop draws a seed inside a graph compiled with activation_memory_budget < 1 or "

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _has_any_global_hook
+
+from ..torch_private import has_global_hook
 
 _CALL = nn.Module.__call__  # torch's, where nobody took its place before
 
@@ -19,7 +20,7 @@ def heard(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _has_any_global_hook()
+        or has_global_hook()
         or (nn.Module.__call__ is not _CALL and not is_compiling())
     )
 
@@ -48,7 +49,7 @@ def _bare(module: nn.Module) -> bool:
         module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _has_any_global_hook()
+        or has_global_hook()
         or type(module).__call__ is not nn.Module.__call__
         or (nn.Module.__call__ is not _CALL and not is_compiling())
         or module._compiled_call_impl is not None

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..torch_private import OpOverloadPacket
 from .originals import is_attention, is_dropout
 
 # Functions of torch that drop: "rate" and "attention" have a counterpart in tridrop.
@@ -49,7 +50,7 @@ _GRAPH = re.compile(r"aten::(\w*dropout\w*|\w*scaled_dot_product\w*|" + "|".join
 def known(function: Any) -> str | None:
     """What a function of torch, NumPy or Python's random is: its kind, or None."""
     packet = getattr(function, "overloadpacket", function)
-    if isinstance(packet, torch._ops.OpOverloadPacket):  # torch.ops.aten.native_dropout
+    if isinstance(packet, OpOverloadPacket):  # torch.ops.aten.native_dropout
         kind = _NAMES.get(packet.__name__)
         return "other" if kind in ("rate", "attention") else kind
     try:

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..torch_private import OpOverload, TorchDispatchMode, schema_of, tree_leaves
 from .generators import Generators
 
 # torch's operators that draw random numbers as dropouts do; a seed's randint is none of them.
@@ -106,7 +105,7 @@ def _in_bytes(n: int) -> str:
 
 
 # What is told of each operator: it, its arguments, and the states of torch's generators before.
-Observer = Callable[[torch._ops.OpOverload, Sequence[Any], Mapping[str, Any], list[Tensor]], None]
+Observer = Callable[[OpOverload, Sequence[Any], Mapping[str, Any], list[Tensor]], None]
 
 
 def cost_of(
@@ -165,7 +164,7 @@ class _Counter(TorchDispatchMode):
     def dispatched(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         states = [] if self.observer is None else self.generators.torch_state()
         result = func(*args, **kwargs)
-        if isinstance(func, torch._ops.OpOverload):
+        if isinstance(func, OpOverload):
             if self.observer is not None:
                 self.observer(func, args, kwargs, states)
             self.dropouts += _drops(func, args, kwargs)
@@ -175,24 +174,22 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def _drops(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _drops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of an operator draws what it drops by."""
     return func.overloadpacket.__name__ in _DRAWS or any(
         True if p is None else p > 0 for p in rates_of(func, args, kwargs)
     )
 
 
-def given_to(
-    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def given_to(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of an operator by name, with those that are left out."""
-    schema = func._schema.arguments
+    schema = schema_of(func)
     defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
     return {**defaults, **{a.name: x for a, x in zip(schema, args, strict=False)}, **kwargs}
 
 
 def rates_of(
-    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+    func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[float | None]:
     """The rates that an operator is given by name; None for one that only its device knows."""
     given = given_to(func, args, kwargs)

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import functional as F
 from .. import seeds
@@ -16,6 +14,7 @@ from ..distributed.dtensor import is_distributed
 from ..mask import Shard, threshold
 from ..mask import scale as scale_of
 from ..spec import FLOATS
+from ..torch_private import FakeTensor, FunctionalTensor
 from .kinds import Kind
 
 

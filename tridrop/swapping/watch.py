@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mask import new_seed
+from ..torch_private import AnyDropout, OpOverload
 from . import lazy
 from .generators import Generators, moved
 from .locate import Locator
@@ -110,7 +111,7 @@ class Watch:
 
     def operator(
         self,
-        func: torch._ops.OpOverload,
+        func: OpOverload,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         before: list[Tensor],
@@ -136,9 +137,7 @@ class Watch:
             p = 1 - given if name in ("bernoulli_", "bernoulli") else given
         self.note(f"{func.namespace}.{name}", p, frame)
 
-    def ours(
-        self, func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
+    def ours(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An operator of tridrop's has run."""
         rates = rates_of(func, args, kwargs)
         given = [x for n, x in given_to(func, args, kwargs).items() if n in ("seed", "seeds")]
@@ -232,9 +231,6 @@ def _draws_a_seed(frame: FrameType | None) -> bool:
     return False
 
 
-_DROPOUTS = nn.modules.dropout._DropoutNd
-
-
 @contextmanager
 def _rates_watched(watch: Watch) -> Iterator[None]:
     """Note who reads the ``p`` of a dropout of torch's or tridrop's that does not run itself."""
@@ -255,8 +251,8 @@ def _rates_watched(watch: Watch) -> Iterator[None]:
         module.__dict__["p"] = p
 
     # A property of a base class goes before the attributes of all instances.
-    _DROPOUTS.p = property(read, write)  # type: ignore[assignment]
+    AnyDropout.p = property(read, write)  # type: ignore[assignment]
     try:
         yield
     finally:
-        del _DROPOUTS.p
+        del AnyDropout.p

@@ -8,24 +8,16 @@ what the kernel gave: see :func:`forward`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...spec_attention import AttentionInputs, AttentionOptions
+from ...torch_private import cpu_attention
 from .softmax import band
 
-
-def _operator(name: str) -> Any:
-    """An operator of torch's that is no public function, or None where it is another by now."""
-    found = getattr(getattr(torch.ops.aten, name, None), "default", None)
-    named = () if found is None else {argument.name for argument in found._schema.arguments}
-    return found if {"dropout_p", "is_causal", "attn_mask", "scale"} <= set(named) else None
-
-
-_FORWARD = _operator("_scaled_dot_product_flash_attention_for_cpu")
-_BACKWARD = _operator("_scaled_dot_product_flash_attention_for_cpu_backward")
+_FORWARD, _BACKWARD = cpu_attention(backward=False), cpu_attention(backward=True)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -20,6 +20,7 @@ from ... import fast
 from ... import mask as contract
 from ...fast_calls import result
 from ...spec_attention import AttentionOptions, four
+from ...torch_private import aten_softmax_backward
 from . import scores as loops
 from .elementwise import Multiplier, compute, own, to
 
@@ -193,7 +194,7 @@ def softmax_gradients(
 
 def of_scores(dprobabilities: Tensor, probabilities: Tensor) -> Tensor:
     """P * (dP - sum(dP * P)) by torch's own backward of the softmax; differentiable."""
-    return torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
+    return aten_softmax_backward(dprobabilities, probabilities, -1, probabilities.dtype)
 
 
 def softmax_backward(
