@@ -4,6 +4,7 @@
     python3 run.py demo [options of tridrop demo]     the main job; --model asks for transformers
     python3 run.py test [options of pytest]           the tests
     python3 run.py oldest [options of pytest]         those of transformers, with its oldest version
+    python3 run.py matrix [options of tests/matrix.py] what depends on versions, with many: gigabytes
 
 It needs Python 3.10 or newer and a clone of the repository. The environment is .venv beside
 this file, made once. On a machine without an NVIDIA GPU it takes the CPU build of torch, which
@@ -41,6 +42,7 @@ COMMANDS = {
 BARE = ("timm", "torchvision")
 # The oldest transformers lives in a folder of its own, and is put before the environment's.
 OLDEST = ENVIRONMENT / "oldest"
+MATRIX = ROOT / "tests" / "matrix.py"
 OLDEST_TESTS = ("test_environment.py", "test_*transformers*.py")
 
 
@@ -116,6 +118,8 @@ def main(arguments: list[str]) -> int:
     cpu = shutil.which("nvidia-smi") is None
     if arguments and arguments[0] in ("--cpu", "--cuda"):
         cpu = arguments.pop(0) == "--cpu"
+    if arguments[:1] == ["matrix"]:  # it makes environments of its own
+        return subprocess.run([sys.executable, str(MATRIX), *arguments[1:]], cwd=ROOT).returncode
     if sys.version_info < (3, 10) or not arguments or arguments[0] not in EXTRAS:
         print(__doc__, file=sys.stderr)
         return 2

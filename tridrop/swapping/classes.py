@@ -127,7 +127,7 @@ def _read(kind: type) -> Text:
         if len(owners) != 1:
             text.unread[name] = "it has no self"
             continue
-        decorated = function is not owner.__dict__[name]
+        decorated = not source.hands_on(owner.__dict__[name])
         text.methods[name] = Method(name, function, rewrap, node, flow, decorated)
         for called in calls(node, arguments[0].arg):
             if "." not in called:
@@ -293,7 +293,7 @@ def _make(base: type, recipe: Recipe) -> type:
             new[name] = guarded(At(base, name), method.rewrap(built))
         if name in work.bare:
             built = _build(method, work.bare[name], first)
-            new[f"_tridrop_{name}"] = guarded(At(base, name), built)
+            new[f"_tridrop_{name}"] = guarded(At(base, name), method.rewrap(built))
         first += len(work.plans[name].places)
     forward = methods.get("forward")
     in_tuple = forward is not None and any(shape for _, shape in rewrite.returns(forward.node))

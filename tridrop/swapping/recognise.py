@@ -34,7 +34,7 @@ class Method:
     rewrap: Callable[[FunctionType], FunctionType]
     node: ast.FunctionDef
     flow: Flow
-    decorated: bool
+    decorated: bool  # by what may do more with its result than hand it on
 
 
 @dataclass

@@ -10,7 +10,7 @@ import __future__
 import ast
 import dis
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from itertools import pairwise
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -49,6 +49,49 @@ def unwrap(function: Any) -> tuple[FunctionType, Callable[[FunctionType], Functi
     return function, rewrap
 
 
+def hands_on(function: Any) -> bool:
+    """Whether the decorators of a function return what it returns, as it is and where it is.
+
+    Such a decorator changes arguments or warns, as transformers' ``deprecate_kwarg`` does: what the
+    function hands to its caller is then the function's own. Whatever else is done with the result,
+    a ``with`` or a ``try`` around the call, or a text that cannot be read: no.
+    """
+    while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
+        wrapper, function = function, function.__wrapped__
+        try:
+            node = parse(wrapper)
+        except Unreadable:
+            return False
+        cells = zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)
+        names = {name for name, cell in cells if _holds(cell, function)}
+        if not all(_is_returned(statement, names) for statement in node.body):
+            return False
+    return isinstance(function, FunctionType)
+
+
+# Statements in which a call runs otherwise than behind them.
+_AROUND = (ast.With, ast.AsyncWith, ast.Try, getattr(ast, "TryStar", ast.Try))
+
+
+def _is_returned(node: ast.AST, names: Set[str]) -> bool:
+    """Whether a statement does nothing with functions of these names but return their results and
+    read what they are called."""
+    if isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
+        called = node.value
+        if isinstance(called.func, ast.Name) and called.func.id in names:
+            inner = [*called.args, *(keyword.value for keyword in called.keywords)]
+            return all(_is_returned(argument, names) for argument in inner)
+    if isinstance(node, ast.Attribute) and node.attr in ("__name__", "__qualname__"):
+        return True
+    if isinstance(node, ast.Name):
+        return node.id not in names
+    if isinstance(node, (*_AROUND, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        return not any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))
+    if isinstance(node, (ast.Yield, ast.YieldFrom, ast.Await)):
+        return False
+    return all(_is_returned(child, names) for child in ast.iter_child_nodes(node))
+
+
 def _holds(cell: CellType, content: Any) -> bool:
     try:
         return cell.cell_contents is content
@@ -74,14 +117,14 @@ def _like(
 def parse(function: FunctionType) -> ast.FunctionDef:
     """The tree of a function, with the line numbers of its file."""
     try:
-        lines, first = inspect.getsourcelines(function)
+        lines, first = inspect.getsourcelines(function.__code__)  # a wrapper's own, too
         # Under an "if" indented text parses as it stands, and keeps its columns.
         tree = ast.parse("if 1:\n" + "".join(lines) if lines[0][0].isspace() else "".join(lines))
         indented = isinstance(tree.body[0], ast.If)
     except (OSError, TypeError, SyntaxError, IndexError):
         raise Unreadable("its source cannot be read") from None
     node = tree.body[0].body[0] if isinstance(tree.body[0], ast.If) else tree.body[0]
-    if not isinstance(node, ast.FunctionDef) or node.name != function.__name__:
+    if not isinstance(node, ast.FunctionDef) or node.name != function.__code__.co_name:
         raise Unreadable("its source is not that of a method")
     ast.increment_lineno(node, first - (2 if indented else 1))
     # A patched or generated function may point at a text that is not its own.
