@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Set up a virtual environment and run one of the project's commands in it.
 
-    python3 run.py demo [options of tridrop demo]     the main job; --model asks for transformers
-    python3 run.py test [options of pytest]           the tests
-    python3 run.py oldest [options of pytest]         those of transformers, with its oldest version
-    python3 run.py matrix [options of tests/matrix.py] what depends on versions, with many: gigabytes
+    python3 run.py demo [options of tridrop demo]   the main job; --model asks for transformers
+    python3 run.py test [options of pytest]         the tests
+    python3 run.py oldest [options of pytest]       those of transformers, with its oldest version
+    python3 run.py matrix [options, see --help]     those of versions, with many versions: gigabytes
 
 It needs Python 3.10 or newer and a clone of the repository. The environment is .venv beside
 this file, made once. On a machine without an NVIDIA GPU it takes the CPU build of torch, which
