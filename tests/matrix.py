@@ -146,11 +146,11 @@ class Environment:
         found: dict[str, str] = json.loads(text.stdout)
         return found
 
-    def run(self, files: Sequence[str]) -> dict[str, Any]:
+    def run(self, files: Sequence[str], workers: int) -> dict[str, Any]:
         """The counts of a group of tests, and the names of those that fail."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            options = ["-q", "-n", "2", "-p", "no:cacheprovider", f"--junitxml={report}"]
+            options = ["-q", "-n", str(workers), "-p", "no:cacheprovider", f"--junitxml={report}"]
             command = [str(self.python), "-m", "pytest", *options, *files]
             status = subprocess.run(command, cwd=ROOT).returncode
             if status not in (0, 1) or not report.exists():
@@ -209,7 +209,7 @@ def write_readme(results: dict[str, Any]) -> None:
     README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
 
 
-def run_row(row: Row, groups: Sequence[str], again: bool, results: dict[str, Any]) -> bool:
+def run_row(row: Row, options: argparse.Namespace, results: dict[str, Any]) -> bool:
     """Run what is not done yet; whether everything passed."""
     if find_python(row.python) is None:
         print(f"torch {row.torch}: there is no Python {row.python} here; the row is not run")
@@ -220,12 +220,15 @@ def run_row(row: Row, groups: Sequence[str], again: bool, results: dict[str, Any
     known = results.get(row.torch, {})
     if known.get("versions") != versions:
         known = {"versions": versions, "groups": {}}
-    for name in groups:
+    for name in options.only:
         done = known["groups"].get(name)
-        if done is not None and done["sources"] == tested and not again:
+        if done is not None and done["sources"] == tested and not options.again:
             continue
         print(f"torch {row.torch}: {name}", flush=True)
-        known["groups"][name] = {**environment.run(GROUPS[name]), "sources": tested}
+        known["groups"][name] = {
+            **environment.run(GROUPS[name], options.workers),
+            "sources": tested,
+        }
         known["date"] = datetime.date.today().isoformat()
         results[row.torch] = known
         save(results)
@@ -237,6 +240,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="a torch, such as 2.15.0")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
     parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument("--workers", type=int, default=2, help="processes that test; default 2")
     parser.add_argument("--list", action="store_true", help="say the rows and groups, and end")
     options = parser.parse_args(arguments)
     by_name = {row.torch: row for row in ROWS}
@@ -250,10 +254,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{name}: {', '.join(files)}")
         return 0
     results = load()
-    passed = [
-        run_row(by_name[name], options.only, options.again, results)
-        for name in options.rows or by_name
-    ]
+    passed = [run_row(by_name[name], options, results) for name in options.rows or by_name]
     write_readme(results)
     print(table(results))
     for name, row in results.items():
