@@ -48,10 +48,12 @@ def test_what_wraps_elsewhere_is_no_fault(records):
     assert record["faults"] == []
 
 
-def test_no_index_of_a_kernel_leaves_its_type(records):
+def test_no_index_of_a_kernel_leaves_its_type_and_every_launch_says_how_it_rounds(records):
     own = [r for r in records if r["call"] not in (*KNOWN, "right")]
     assert [r for r in own if r["faults"]] == []
     assert all(r["addresses"] for r in own)
+    # That products and sums are fused is asked for, as Triton's default changes with 3.10.
+    assert all(r["fuses"] for r in own)
     here = Path(backends.__file__).parent / "triton"
     kernels = {
         line.split("def ")[1].split("(")[0]

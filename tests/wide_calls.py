@@ -234,7 +234,7 @@ def main() -> None:
             read = Kernel(compiled.text, compiled.numbers, compiled.grid, loaded)
             records.append(
                 {"call": name, "kernel": compiled.kernel, "addresses": read.addresses,
-                 "faults": sorted(read.faults)}
+                 "faults": sorted(read.faults), "fuses": compiled.fuses}
             )  # fmt: skip
     print(json.dumps(records, indent=1))
 

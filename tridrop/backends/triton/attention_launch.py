@@ -208,6 +208,7 @@ class Call:
                 LAYOUT=layout,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
+                **launch.OPTIONS,
                 **more,
             )
 
@@ -276,6 +277,7 @@ def attention_backward(
                 call.shape,
                 BLOCK=rows,
                 VALUES=_padded(out.shape[-1]),
+                **launch.OPTIONS,
             )
     if needs[4] and inputs.sinks is not None:
         sinks = inputs.sinks.float()[:, None]

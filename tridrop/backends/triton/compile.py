@@ -86,6 +86,8 @@ class Compiled:
     """shared memory of a program; 0 where the compiler was stopped before it was laid out"""
     tensor_bytes: int
     """all tensors that the kernel is given, each once"""
+    fuses: bool
+    """whether a product and a sum may become one instruction"""
 
     @property
     def tile(self) -> int:
@@ -178,6 +180,7 @@ class _Recorder:
                     threads=metadata["num_warps"] * warp,
                     shared_bytes=metadata.get("shared", 0),
                     tensor_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+                    fuses=kwargs.get("enable_fp_fusion", False),
                 )
             )
 

@@ -83,6 +83,7 @@ def attention_keep_mask(
             BLOCK_ROWS=rows,
             BLOCK_COLS=cols,
             num_warps=num_warps,
+            **launch.OPTIONS,
         )
     return out
 
@@ -116,6 +117,13 @@ def decision_bits(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     grid = (launch.cdiv(rows, block_rows), grid_y, launch.cdiv(col_blocks, grid_y))
     with launch.on(seed.device):
         decision_bits_kernel[grid](
-            out, seed, rows, cols, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, num_warps=4
+            out,
+            seed,
+            rows,
+            cols,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLS=block_cols,
+            num_warps=4,
+            **launch.OPTIONS,
         )
     return out
