@@ -257,8 +257,8 @@ def on(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
-# Products and sums become one instruction, with one rounding. Up to 3.9 that is Triton's default; it
-# announces another for 3.10, slower and with other last bits, and 3.9 warns where nothing is said.
+# Products and sums become one instruction, with one rounding. That is Triton's default up to 3.9,
+# which announces another for 3.10, slower and with other last bits, and warns if nothing is said.
 OPTIONS = {"enable_fp_fusion": True}
 
 
