@@ -15,8 +15,10 @@ import os
 
 import numpy as np
 from numba import carray, njit, types, uint32, uint64
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 
+from .fast_cache import LoopCache
 from .mask import (
     LANES,
     PHILOX_M0,
@@ -44,12 +46,10 @@ _INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # what only ker
 
 def kernel(function):
     """What Python calls: compiled at its first call, from the cache on disk where there is one."""
-    if CACHE:
-        try:
-            return njit(nogil=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # no place that can be written to
-            pass
-    return njit(nogil=True, error_model="numpy")(function)
+    made = njit(nogil=True, error_model="numpy")(function)
+    if CACHE and isinstance(made, Dispatcher):  # NUMBA_DISABLE_JIT leaves functions as they are
+        made._cache = LoopCache(function)  # as enable_caching() does with numba's own
+    return made
 
 
 def part(fastmath):
