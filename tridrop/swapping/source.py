@@ -8,11 +8,13 @@ from __future__ import annotations
 import __future__
 
 import ast
-import dis
+import copy
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Set
+import linecache
+from collections.abc import Callable, Iterator, Mapping, Set
 from itertools import pairwise
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 
@@ -115,44 +117,143 @@ def _like(
 
 
 def parse(function: FunctionType) -> ast.FunctionDef:
-    """The tree of a function, with the line numbers of its file."""
-    try:
-        lines, first = inspect.getsourcelines(function.__code__)  # a wrapper's own, too
-        # Under an "if" indented text parses as it stands, and keeps its columns.
-        tree = ast.parse("if 1:\n" + "".join(lines) if lines[0][0].isspace() else "".join(lines))
-        indented = isinstance(tree.body[0], ast.If)
-    except (OSError, TypeError, SyntaxError, IndexError):
-        raise Unreadable("its source cannot be read") from None
-    node = tree.body[0].body[0] if isinstance(tree.body[0], ast.If) else tree.body[0]
-    if not isinstance(node, ast.FunctionDef) or node.name != function.__code__.co_name:
+    """The tree of a function, with the line numbers of its file and the function's own defaults.
+
+    A file may have changed since it was imported, a relative name may find another file of that
+    name in the working folder, and a patched or generated function may point at a text that is not
+    its own. So the text is compiled again, in its place in the file, and taken only where that
+    gives the code that runs, but for line numbers.
+    """
+    code = function.__code__
+    if not code.co_name.isidentifier() or code.co_flags & inspect.CO_COROUTINE:
         raise Unreadable("its source is not that of a method")
-    ast.increment_lineno(node, first - (2 if indented else 1))
-    # A patched or generated function may point at a text that is not its own.
-    if _content(_compile(function, node, ())) != _content(function.__code__):
+    try:
+        file = _file(_text(function))
+    except (OSError, TypeError, SyntaxError, ValueError, RecursionError):
+        raise Unreadable("its source cannot be read") from None
+    node = file.tree_of(code)
+    if node is None:
+        raise Unreadable("its source is not what runs")
+    node.args.defaults = [_literal(value) for value in function.__defaults__ or ()]
+    given = function.__kwdefaults__ or {}
+    node.args.kw_defaults = [
+        _literal(given[a.arg]) if a.arg in given else None for a in node.args.kwonlyargs
+    ]
+    # By the name of its class, which may have been changed, private names are made.
+    if _names(_compile(function, node, ())) != _names(code):
         raise Unreadable("its source is not what runs")
     return node
 
 
-def _content(code: CodeType) -> tuple[Any, ...]:
-    """What a code says, apart from how a method is called, which depends on its file's imports."""
-    constants = [
-        _content(c) if isinstance(c, CodeType) else (type(c), repr(c)) for c in code.co_consts
-    ]
-    steps = [step for i in dis.get_instructions(code) if (step := _step(i)) is not None]
-    return code.co_names, code.co_varnames, code.co_freevars, constants, steps
+def _text(function: FunctionType) -> str:
+    name = inspect.getsourcefile(function) or inspect.getfile(function)
+    linecache.checkcache(name)
+    lines = linecache.getlines(name, function.__globals__)
+    if not lines:
+        raise OSError(name)
+    return "".join(lines)
 
 
-_JUMPS = {*dis.hasjrel, *dis.hasjabs}
+class _File:
+    """A text, and the codes that it is compiled to."""
 
+    def __init__(self, text: str) -> None:
+        self.statements = ast.parse(text).body
+        self.imports = [n for n in _outermost(self.statements) if _is_import(n)]
+        self._codes: dict[tuple[int, int, bool], dict[tuple[str, int], CodeType]] = {}
 
-def _step(at: dis.Instruction) -> tuple[str, Any] | None:
-    """An instruction, without where it jumps to."""
-    name = "LOAD_ATTR" if at.opname == "LOAD_METHOD" else at.opname
-    if name.startswith("CALL") or name in ("PUSH_NULL", "PRECALL", "EXTENDED_ARG"):
+    def tree_of(self, code: CodeType) -> ast.FunctionDef | None:
+        """A copy of the tree of the function that has this code; of several the nearest."""
+        content = _content(code)
+        nodes = [
+            (abs(_first_line(n) - code.co_firstlineno), i, n)
+            for i, statement in enumerate(self.statements)
+            for n in ast.walk(statement)
+            if isinstance(n, ast.FunctionDef) and n.name == code.co_name
+        ]
+        for _, i, node in sorted(nodes, key=lambda found: found[:2]):
+            # A file is compiled as a whole, a cell of a notebook statement by statement: calls of
+            # what is imported there are not the same.
+            for imports in (True, False):
+                made = self._compiled(i, code.co_flags & _FUTURES, imports)
+                own = made.get((node.name, _first_line(node)))
+                if own is not None and _content(own) == content:
+                    return copy.deepcopy(node)
         return None
-    if at.opcode in _JUMPS:
-        return name, None
-    return name, at.argval if isinstance(at.argval, str) else at.arg
+
+    def _compiled(self, i: int, flags: int, imports: bool) -> dict[tuple[str, int], CodeType]:
+        """The codes in a statement, by name and first line."""
+        key = i, flags, imports
+        if key not in self._codes:
+            body = [*(self.imports if imports else ()), self.statements[i]]
+            # Without dont_inherit this file's own future statements would hold there.
+            whole = compile(ast.Module(body, []), "<source>", "exec", flags, dont_inherit=True)
+            codes = {(c.co_name, c.co_firstlineno): c for c in _inside(whole)}
+            self._codes[key] = codes
+        return self._codes[key]
+
+
+_file = functools.lru_cache(4)(_File)  # a model's classes are mostly of a few files
+
+
+def _outermost(statements: list[Any]) -> Iterator[ast.stmt]:
+    """The statements of a module's own scope."""
+    for statement in statements:
+        yield statement
+        if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+                yield from _outermost(getattr(statement, part, []))
+
+
+def _is_import(statement: ast.stmt) -> bool:
+    future = isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
+    return isinstance(statement, (ast.Import, ast.ImportFrom)) and not future
+
+
+def _first_line(node: ast.FunctionDef) -> int:
+    return min([node.lineno, *(d.lineno for d in node.decorator_list)])
+
+
+def _inside(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _inside(constant)
+
+
+def _content(code: CodeType) -> tuple[Any, ...]:
+    """All that a code does: everything but its place, and the lines of its instructions."""
+    return (
+        code.co_code,
+        code.co_names,
+        (code.co_varnames, code.co_cellvars, code.co_freevars),
+        (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags),
+        getattr(code, "co_exceptiontable", b""),  # since Python 3.11
+        tuple(map(_constant, code.co_consts)),
+    )
+
+
+def _constant(value: Any) -> Any:
+    """A constant, so that 1, 1.0 and True differ, and 0.0 and -0.0."""
+    if isinstance(value, CodeType):
+        return _content(value)
+    if isinstance(value, tuple):
+        return tuple(map(_constant, value))
+    if isinstance(value, frozenset):
+        return frozenset(map(_constant, value))
+    return type(value), repr(value)
+
+
+def _names(code: CodeType) -> tuple[Any, ...]:
+    """The names in a code and in those inside it."""
+    inside = tuple(_names(c) for c in code.co_consts if isinstance(c, CodeType))
+    return code.co_names, code.co_varnames, code.co_freevars, inside
+
+
+def _literal(value: Any) -> ast.expr:
+    """A default as a tree; of what is no literal, a name that nothing has."""
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return ast.Constant(value) if plain else ast.Name("<default>", ast.Load())
 
 
 def build(function: FunctionType, node: ast.FunctionDef, names: Mapping[str, Any]) -> FunctionType:
@@ -185,12 +286,6 @@ def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ..
     )
     for new in (inner, owner, outer):
         ast.copy_location(new, node)
-    # A call of what a file has imported is compiled otherwise, where it has many arguments.
-    known = function.__globals__
-    modules = [
-        name for name in _names(function.__code__) if isinstance(known.get(name), ModuleType)
-    ]
-    module.body[:0] = [ast.Import(names=[ast.alias(name=name)]) for name in modules]
     ast.fix_missing_locations(module)
     # Without dont_inherit this file's own future statements would hold there.
     flags = function.__code__.co_flags & _FUTURES
@@ -198,12 +293,6 @@ def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ..
     for _ in range(3):
         code = next(c for c in code.co_consts if isinstance(c, CodeType))
     return code
-
-
-def _names(code: CodeType) -> set[str]:
-    """The global names of a code and of those inside it."""
-    inside = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*inside)
 
 
 # Flags of "from __future__ import annotations" and its like, in co_flags as in compile().
