@@ -160,18 +160,18 @@ class _File:
     def __init__(self, text: str) -> None:
         self.statements = ast.parse(text).body
         self.imports = [n for n in _outermost(self.statements) if _is_import(n)]
+        self._functions: dict[str, list[tuple[int, ast.FunctionDef]]] = {}
+        for i, statement in enumerate(self.statements):
+            for n in ast.walk(statement):
+                if isinstance(n, ast.FunctionDef):
+                    self._functions.setdefault(n.name, []).append((i, n))
         self._codes: dict[tuple[int, int, bool], dict[tuple[str, int], CodeType]] = {}
 
     def tree_of(self, code: CodeType) -> ast.FunctionDef | None:
         """A copy of the tree of the function that has this code; of several the nearest."""
         content = _content(code)
-        nodes = [
-            (abs(_first_line(n) - code.co_firstlineno), i, n)
-            for i, statement in enumerate(self.statements)
-            for n in ast.walk(statement)
-            if isinstance(n, ast.FunctionDef) and n.name == code.co_name
-        ]
-        for _, i, node in sorted(nodes, key=lambda found: found[:2]):
+        nodes = self._functions.get(code.co_name, [])
+        for i, node in sorted(nodes, key=lambda n: abs(_first_line(n[1]) - code.co_firstlineno)):
             # A file is compiled as a whole, a cell of a notebook statement by statement: calls of
             # what is imported there are not the same.
             for imports in (True, False):
@@ -273,6 +273,8 @@ def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ..
     inner: Any = owner.body[0]
     outer.args.args = [ast.arg(arg=name) for name in (*function.__code__.co_freevars, *names)]
     owner.name = (function.__qualname__.split(".")[-2:-1] or ["_"])[0].strip("<>")
+    if owner.name not in (*function.__code__.co_freevars, *names):
+        outer.body.insert(0, ast.Global([owner.name]))  # as for a method that names its class
     inner.name, inner.body = node.name, node.body
     old = node.args  # defaults and annotations are the function's, not the code's
     inner.args = ast.arguments(
