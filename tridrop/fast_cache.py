@@ -6,7 +6,7 @@ file or a full disk raises out of the call; a function is renewed when its own f
 when one does whose functions it calls; and an index and the data that it names are two files, which
 two processes that save at a time can leave unmatched. So the cache of a dispatcher is a subclass of
 the one that ``cache=True`` makes: keys, and what is kept of a compiled function, are numba's; the
-place, the stamp and the file are written here. A file says itself what it is, and is replaced whole.
+place, the stamp and the file are written here. A file says what it is, and is replaced whole.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pkgutil
 import platform
 import warnings
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import numba
@@ -98,33 +99,35 @@ def make(place: Path) -> None:
 class _Kept(CompileResultCacheImpl):  # type: ignore[misc]
     """What numba keeps of a compiled function, without its search for a place."""
 
-    def __init__(self, function):
+    def __init__(self, function: Any) -> None:
         self._lineno = function.__code__.co_firstlineno
 
 
 class LoopCache(FunctionCache):  # type: ignore[misc]
     """The compiled forms of one loop on disk, a file each."""
 
-    def __init__(self, function):
+    def __init__(self, function: Any) -> None:
         stamp()
         self._py_func, self._name, self._impl = function, repr(function), _Kept(function)
         self._cache_path = str(folder())
         self.enable()
 
-    def flush(self):
+    def flush(self) -> None:
         for path in Path(self._cache_path).glob(f"{self._stem()}-*.loop"):
             path.unlink(missing_ok=True)
 
-    def _stem(self):
+    def _stem(self) -> str:
         return f"{self._py_func.__module__.rpartition('.')[2]}.{self._py_func.__name__}"
 
-    def path_of(self, key):
+    def path_of(self, key: tuple[Any, ...]) -> Path:
         """The file for a signature and a processor, the same for all versions of the sources."""
         home = os.path.dirname(os.path.abspath(__file__))  # other installations have other files
         name = repr((home, platform.python_version_tuple()[:2], *key[:2])).encode()
-        return Path(self._cache_path, f"{self._stem()}-{hashlib.sha256(name).hexdigest()[:20]}.loop")
+        return Path(
+            self._cache_path, f"{self._stem()}-{hashlib.sha256(name).hexdigest()[:20]}.loop"
+        )
 
-    def load_overload(self, sig, target_context):
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled form for a signature, or None."""
         if not self._enabled:
             return None
@@ -152,7 +155,7 @@ class LoopCache(FunctionCache):  # type: ignore[misc]
             )
             return None
 
-    def save_overload(self, sig, data):
+    def save_overload(self, sig: Any, data: Any) -> None:
         """Keep the compiled form for a signature."""
         if not self._enabled or not self._impl.check_cachable(data):
             return
@@ -166,7 +169,7 @@ class LoopCache(FunctionCache):  # type: ignore[misc]
         except OSError as error:
             self._tell_of_place(error)
 
-    def _tell_of_place(self, error):
+    def _tell_of_place(self, error: OSError) -> None:
         _tell(
             "place",
             f"tridrop cannot keep compiled loops in {self._cache_path} ({error}): they are "
@@ -175,7 +178,7 @@ class LoopCache(FunctionCache):  # type: ignore[misc]
         )
 
 
-def _payload(data, key):
+def _payload(data: bytes, key: tuple[Any, ...]) -> Any:
     """What a file keeps, or None where it is out of date. Raises ValueError where it is damaged."""
     head = len(_MAGIC)
     made, digest = data[head : head + _DIGEST], data[head + _DIGEST : head + 2 * _DIGEST]

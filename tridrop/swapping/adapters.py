@@ -20,7 +20,8 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from . import branches, source
-from .present import At, Holds, holds, is_own
+from .memory import memory_of
+from .present import At, holds, is_own
 
 
 def is_lora(kind: type) -> bool:
@@ -36,9 +37,6 @@ class Rewritten(NamedTuple):
     adds: bool
 
 
-_rewritten: dict[type, tuple[Holds, Rewritten | None]] = {}
-
-
 def rewritten(kind: type) -> Rewritten | None:
     """The new forward of a class; None where it has no adapters, or its text cannot be read."""
     if not is_lora(kind):
@@ -47,11 +45,12 @@ def rewritten(kind: type) -> Rewritten | None:
     for name, value in vars(variants).items() if variants is not None else ():
         if name.endswith("LinearVariant"):
             _learn(value)
-    if kind not in _rewritten or not _rewritten[kind][0]():
+    memory = memory_of(kind)
+    if memory.rewritten is None or not memory.rewritten[0]():
         casts = is_own(kind, "_cast_input_dtype")
         read = holds(At(kind, "forward"), At(kind, "_cast_input_dtype"))
-        _rewritten[kind] = read, _rewrite(kind.forward, casts)  # type: ignore[attr-defined]
-    return _rewritten[kind][1]
+        memory.rewritten = read, _rewrite(kind.forward, casts)  # type: ignore[attr-defined]
+    return memory.rewritten[1]
 
 
 def _learn(variant: Any) -> None:

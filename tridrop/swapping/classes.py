@@ -20,6 +20,7 @@ from torch import nn
 from . import adapters, draws, emission, kinds, lazy, rewrite, source
 from .draws import mentions_dropout
 from .flow import Unfollowed, analyse
+from .memory import memory_of
 from .modules import drop_path_forward
 from .present import At, Holds, guarded, holds, is_function, is_own
 from .recognise import (
@@ -55,14 +56,13 @@ class Text:
 
 Children = tuple[str, ...]  # the names in a torch.nn.Sequential, whose text they make
 
-_texts: dict[tuple[type, Children], Text] = {}
-
 
 def text_of(kind: type, children: Children = ()) -> Text:
     """The readable methods of a class: forward, and what it calls of the same class's methods."""
-    found = _texts.get((kind, children))
+    texts = memory_of(kind).texts
+    found = texts.get(children)
     if found is None or not found.holds():
-        found = _texts[kind, children] = _unrolled(kind, children) if children else _read(kind)
+        found = texts[children] = _unrolled(kind, children) if children else _read(kind)
     return found
 
 

@@ -18,6 +18,7 @@ from ..nn import Dropout
 from .forms import LAYER_NORM, by_form
 from .forms import Kind as Kind
 from .forms import is_dropout_add as is_dropout_add
+from .memory import memory_of, recall
 from .present import At, holds, is_own
 
 _DROPOUT = Kind("dropout", {"p": "p", "inplace": "inplace"})
@@ -70,9 +71,14 @@ _ACTIVATIONS = {
     "SiLUActivation": "silu",
 }
 
-# What kind_of has found, by type: compiled code can look a type up, but cannot read source. What
-# is no kind has the name "".
-KNOWN: dict[type, Kind] = {}
+
+def known(kind: type) -> Kind | None:
+    """What kind_of has found: compiled code can look a type up, but cannot read source.
+
+    What is no kind has the name "".
+    """
+    found = recall(kind)
+    return None if found is None else found.kind
 
 
 def kind_of(module: Any) -> Kind | None:
@@ -84,19 +90,19 @@ def kind_of(module: Any) -> Kind | None:
 
 def kind_of_type(kind: type) -> Kind | None:
     """What the modules of a class are, or of the class that it was before the swap."""
-    found = KNOWN.get(kind)
+    found = known(kind)
     if found is None or not found.holds():
-        found = KNOWN[kind] = _known(kind.__dict__.get("_tridrop_base", kind))
+        found = memory_of(kind).kind = _found(kind.__dict__.get("_tridrop_base", kind))
     return found if found.name else None
 
 
 def stands(kind: type) -> bool:
     """Whether the modules of a class are what they were found to be; looked at in each call."""
-    found = KNOWN[kind]
-    return bool(found.name) and found.holds()
+    found = known(kind)
+    return found is not None and bool(found.name) and found.holds()
 
 
-def _known(kind: type) -> Kind:
+def _found(kind: type) -> Kind:
     own = is_own(kind, "forward")
     calls: tuple[At, ...] = ()
     read: tuple[At, ...] = (At(kind, "forward"),)
@@ -124,14 +130,14 @@ def learn(model: nn.Module) -> None:
 def activation_name(function: Any) -> str | None:
     """The name that tridrop has for an activation, a module or a function of one argument."""
     if not isinstance(function, nn.Module):
-        found = _FUNCTIONS.get(function) if isinstance(function, _PLAIN) else None
-        same = found is not None and getattr(function, "__code__", None) is found[1]
-        return found[0] if found is not None and same else None
+        named = _FUNCTIONS.get(function) if isinstance(function, _PLAIN) else None
+        same = named is not None and getattr(function, "__code__", None) is named[1]
+        return named[0] if named is not None and same else None
     kind = type(function)
-    known = KNOWN.get(kind)
-    if known is None or known.name != "activation" or "forward" in function.__dict__:
+    found = known(kind)
+    if found is None or found.name != "activation" or "forward" in function.__dict__:
         return None
-    if known.get(function, "inplace") or not known.holds():
+    if found.get(function, "inplace") or not found.holds():
         return None
     if kind is nn.ReLU:
         return "relu"

@@ -22,7 +22,7 @@ from . import traced
 from .calls import call as call
 from .calls import heard
 from .forms import ADDERS
-from .kinds import KNOWN, Kind, activation_name
+from .kinds import Kind, activation_name, known
 from .originals import is_attention, is_dropout, is_softmax
 from .pending import Pending, addable, autocasts, drop_samples, eps_of, fits, normalises_last
 from .pending import value as value
@@ -33,7 +33,7 @@ def free(module: Any, name: str) -> Kind | None:
 
     So is its class: its forward, and the functions of torch that this calls.
     """
-    kind = KNOWN.get(type(module))
+    kind = known(type(module))
     if kind is None or kind.name != name or "forward" in module.__dict__:
         return None
     for flag in kind.flags:

@@ -88,8 +88,9 @@ def drop_path_forward(made: type, base: Any) -> Callable[..., Tensor]:
     def forward(self: nn.Module, x: Any) -> Any:
         if isinstance(x, Proxy):
             return traced.leaf(self, x)
-        if not kinds.stands(made):
+        kind = kinds.known(made)
+        if kind is None or not kinds.stands(made):
             return base.forward(self, x)
-        return value(lazy.samples(self, kinds.KNOWN[made], x, self.__dict__.get("_tridrop_site")))
+        return value(lazy.samples(self, kind, x, self.__dict__.get("_tridrop_site")))
 
     return forward

@@ -92,7 +92,8 @@ class Survey:
         for module in self.names:
             base = base_of(module)
             each = found.setdefault(base.__name__, {})
-            every = [kinds.KNOWN[base].holds] if base in kinds.KNOWN else []
+            kind = kinds.known(base)
+            every = [] if kind is None else [kind.holds]
             if module in self.recipes:
                 text = classes.text_of(base, self.recipes[module].children)
                 every += [text.holds, self.work(module).holds]
