@@ -32,9 +32,10 @@ LAYERS = [
     ["fast"],
     ["fast_elementwise", "fast_norm", "fast_softmax"],
     ["fast_kernels", "fast_math", "fast_storage", "fast_vectors"],
+    ["fast_cache"],
     ["choice", "noise"],
     ["mask"],
-    ["strides", "lasting", "torch_private"],
+    ["strides", "lasting", "files", "torch_private"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

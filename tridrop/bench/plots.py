@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import replacing
 from .records import Record
 from .timing import BOTH, COPY
 
@@ -41,7 +42,8 @@ def draw(records: Sequence[Record], stem: Path, title: str = "") -> list[Path]:
         (rates, Path(f"{stem}-attention.png"), _tflops, _length, ("length", "TFLOP/s")),
     ):
         if chosen:
-            _figure(chosen, x, y, labels, title).savefig(path, dpi=100)
+            with replacing(path) as draft:
+                _figure(chosen, x, y, labels, title).savefig(draft, dpi=100)
             found.append(path)
     return found
 

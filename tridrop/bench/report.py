@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..files import replacing
 from ..inspection import DTYPES
 from . import models, op_report, plots, step_report, steps
 from .machine import Machine
@@ -231,10 +232,9 @@ class Files:
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Write the records, one or more."""
         lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
-        self.paths[0].write_text(
-            f'{{"about":{json.dumps(self._about)},\n"records":[\n{lines}\n]}}\n'
-        )
-        with self.paths[1].open("w", newline="") as file:
+        with replacing(self.paths[0]) as draft:
+            draft.write_text(f'{{"about":{json.dumps(self._about)},\n"records":[\n{lines}\n]}}\n')
+        with replacing(self.paths[1]) as draft, draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(records[0]))
             writer.writeheader()
             writer.writerows(records)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from ..files import replacing
 from .gate import PASSED
 from .models import ARCHITECTURES
 from .providers import EAGER, TRIDROP
@@ -107,7 +108,8 @@ def draw(records: Sequence[StepRecord], stem: Path, title: str = "") -> list[Pat
     if not timed:
         return []
     figure = _figure(timed, {name: base or 1.0 for name, base in bases.items()}, title)
-    figure.savefig(path := Path(f"{stem}.png"), dpi=100)
+    with replacing(path := Path(f"{stem}.png")) as draft:
+        figure.savefig(draft, dpi=100)
     return [path]
 
 

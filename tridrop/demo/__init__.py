@@ -18,17 +18,16 @@ from . import architectures, experiments, report, text, train
 from .display import Display
 from .options import DemoError, Options, add_arguments, resolve
 from .place import backend_of, check_backend, device_of
+from .stops import INTERRUPTED, TERMINATED, Terminated, Terminations
 
 __all__ = ["add_arguments", "run"]
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo with the arguments of :func:`add_arguments`; return the exit status.
 
     0: done. 1: a loss is no longer finite. 2: it cannot run as it was asked to. 130: interrupted.
-    In the cases 1 and 130 the results until then are written.
+    143: ended by SIGTERM. In the cases 1, 130 and 143 the results until then are written.
     """
     console = Console(highlight=False)
     try:
@@ -41,9 +40,12 @@ def run(args: argparse.Namespace) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         source = text.load(options.text)
         slices = text.split(source[1], options.train_bytes, options.valid_bytes)
-        with backend_of(options.backend):
+        with backend_of(options.backend), Terminations() as terminations:
             backend = check_backend(device)
-            return _run(console, options, device, backend, source, slices)
+            status = _run(console, options, device, backend, source, slices, terminations)
+            return terminations.status(status)
+    except Terminated:  # before there was anything to keep
+        return TERMINATED
     except (DemoError, OSError) as error:
         print(f"tridrop demo: error: {error}", file=sys.stderr)
         return 2
@@ -56,6 +58,7 @@ def _run(
     backend: str,
     source: tuple[str, bytes],
     slices: tuple[torch.Tensor, torch.Tensor],
+    terminations: Terminations,
 ) -> int:
     """Train, then write and show the results."""
     runs = train.make_runs(options, device)
@@ -73,6 +76,8 @@ def _run(
     except train.Diverged as error:
         print(f"tridrop demo: error: {error}", file=sys.stderr)
         status = 1
+    finally:
+        terminations.finish()
     if not record.steps:
         console.print("Nothing has been measured yet.")
         return status

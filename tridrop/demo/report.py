@@ -18,6 +18,7 @@ from rich.table import Table
 
 import tridrop
 
+from ..files import replacing
 from .architectures import TITLES
 from .options import DemoError, Options
 from .train import Record, Run
@@ -196,7 +197,8 @@ def _memory(size: int, ratio: float) -> str:
 def write_json(result: dict[str, Any], folder: Path, name: str = "results") -> Path:
     """Write ``name``.json into ``folder`` and return its path."""
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -224,8 +226,10 @@ def save(draw: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
     }
     with matplotlib.rc_context(settings):
         figure = draw()
-        figure.savefig(paths[0], dpi=120)
-        figure.savefig(paths[1], metadata={"Date": None})
+        with replacing(paths[0]) as draft:
+            figure.savefig(draft, dpi=120)
+        with replacing(paths[1]) as draft:
+            figure.savefig(draft, metadata={"Date": None})
     return paths
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..files import replacing
 from . import ARCHS, DTYPES, OPS, run
 from .devices import DEVICES
 from .rows import FUSED, NAIVE, NONE
@@ -61,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
         if args.plot is not None:
             plot(records, args.plot)
         if args.json and args.json != "-":
-            Path(args.json).write_text(dumps(records))
+            with replacing(args.json) as draft:
+                draft.write_text(dumps(records))
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         print(f"tridrop inspect: error: {error}", file=sys.stderr)
         return 2
@@ -177,8 +179,10 @@ def plot(records: Sequence[Record], path: Path) -> None:
     """Draw bars of instructions an element, a panel an architecture."""
     import matplotlib
 
-    with matplotlib.rc_context({"font.size": 8}):
-        _draw(records).savefig(path, dpi=100)
+    # Of a name without an ending matplotlib makes a PNG's.
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    with matplotlib.rc_context({"font.size": 8}), replacing(path) as draft:
+        _draw(records).savefig(draft, dpi=100)
 
 
 def _draw(records: Sequence[Record]) -> Figure:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from .. import report
 from ..place import backend_of, check_backend, device_of
+from ..stops import INTERRUPTED, Terminations
 from . import lora, masks, overfit, uncertainty
 from .progress import Bar, bar
 from .settings import Settings, resolve
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["run"]
-
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,26 @@ def run(console: Console, args: argparse.Namespace) -> int:
     report.check_plotting()
     device = device_of(settings.device)
     experiment = _EXPERIMENTS[settings.experiment]
-    with backend_of(settings.backend), _one_thread():
+    with backend_of(settings.backend), _one_thread(), Terminations() as terminations:
         where = report.environment(device, check_backend(device), "scikit-learn", "peft")
         try:
             with bar(console, experiment.ticks(settings)) as progress:
                 measured = experiment.measure(settings, device, progress)
         except KeyboardInterrupt:
             console.print("Interrupted: nothing is written.")
-            return _INTERRUPTED
+            return terminations.status(INTERRUPTED)
+        terminations.finish()
+        _write(console, settings, experiment, where, measured)
+        return terminations.status(0)
+
+
+def _write(
+    console: Console,
+    settings: Settings,
+    experiment: _Experiment,
+    where: dict[str, Any],
+    measured: dict[str, Any],
+) -> None:
     result = {
         "format": 1,
         "experiment": settings.experiment,
@@ -91,7 +102,6 @@ def run(console: Console, args: argparse.Namespace) -> int:
     for line in result["findings"]:
         console.print(line)
     console.print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True)
-    return 0
 
 
 @contextmanager
