@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -302,18 +306,25 @@ def test_windows_cover_the_slice_once() -> None:
     assert train.windows_of(torch.arange(21), 5, limit=2)[:, 0].tolist() == [0, 15]
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_the_results_so_far(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     step, calls = train.Run.step, iter(range(100))
+    before = signal.getsignal(signal.SIGTERM)
 
     def interrupted(run: train.Run, tokens: torch.Tensor) -> float:
         if next(calls) == 14:  # in the middle of the fourth step of four runs
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return step(run, tokens)
 
     monkeypatch.setattr(train.Run, "step", interrupted)
-    assert demo(tmp_path) == 130
+    assert demo(tmp_path) == status
+    assert signal.getsignal(signal.SIGTERM) is before
     found = results(tmp_path)
     assert found["interrupted"]
     assert found["steps_done"] == 2
@@ -323,15 +334,70 @@ def test_an_interrupt_leaves_the_results_so_far(
     assert "up to step 2" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_before_anything_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(run: train.Run, tokens: torch.Tensor) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(train.Run, "measure", interrupted)
-    assert demo(tmp_path) == 130
+    assert demo(tmp_path) == status
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_sigterm_while_the_results_are_written(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a second one: whoever sends them need not know how long that takes."""
+    step, write = train.Run.step, report.write_json
+
+    def stepped(run: train.Run, tokens: torch.Tensor) -> float:
+        if again:
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, tokens)
+
+    def written(result: dict[str, Any], folder: Path) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        return write(result, folder)
+
+    monkeypatch.setattr(train.Run, "step", stepped)
+    monkeypatch.setattr(report, "write_json", written)
+    assert demo(tmp_path) == 143
+    assert results(tmp_path)["steps_done"] == (0 if again else 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.png", "demo.svg", "results.json"]
+
+
+def test_a_sigterm_to_a_process(tmp_path: Path) -> None:
+    """From outside, as a batch system sends it."""
+    arguments = [*TINY, "--steps=100000", "--eval-every=10", f"--out={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tridrop.demo", *arguments],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Ctrl-C" in line:
+            break
+    process.terminate()
+    rest, _ = process.communicate(timeout=200)
+    assert process.returncode == 143, rest
+    assert "Traceback" not in rest
+    if list(tmp_path.iterdir()):  # the first evaluation was over
+        assert results(tmp_path)["interrupted"]
+
+
+def test_sigterm_is_left_alone_outside_the_main_thread(tmp_path: Path) -> None:
+    before, found = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: found.append(demo(tmp_path)))
+    thread.start()
+    thread.join()
+    assert found == [0]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_divergence_is_told_and_keeps_the_results(

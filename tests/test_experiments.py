@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -223,14 +224,19 @@ def test_masks_need_no_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert experiment("masks", tmp_path) == 0
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_before_its_end_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stop(*arguments: Any) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(digits, "load", stop)
-    assert experiment("overfit", tmp_path / "out") == 130
+    assert experiment("overfit", tmp_path / "out") == status
     assert "nothing is written" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 

@@ -311,7 +311,7 @@ from numba import njit
 from tridrop import fast_cache
 from fault_helpers import add_one
 
-for i in range(40):
+for i in range(20):
     made = njit(add_one)
     made._cache = fast_cache.LoopCache(add_one)
     assert made(1) == 2
