@@ -162,6 +162,9 @@ def test_lines_that_moved(tmp_path):
     )
     for function in functions(module):
         function, _ = source.unwrap(function)
+        if function is module.enclosed and sys.version_info >= (3, 13):
+            refused(function)  # a class in it has its first line among its constants
+            continue
         shift = 2 if function is module.Base.__init__ else 5
         assert source.parse(function).lineno - function.__code__.co_firstlineno - shift in (0, 1)
 
@@ -185,8 +188,6 @@ def test_a_function_that_is_gone(tmp_path):
     module = load(path)
     rewrite(path, "x = 1\n")
     refused(module.Block.forward)
-    rewrite(path, "")
-    refused(module.Block.forward, "its source cannot be read")
     rewrite(path, "def :\n")
     refused(module.Block.forward, "its source cannot be read")
     path.unlink()
