@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from fault_helpers import add_one
+from fault_helpers import add_many, add_one
 
 import tridrop
 from tridrop import fast
@@ -27,6 +27,7 @@ if not fast.serves():
 
 from numba import njit
 from numba.core import config
+from numba.core.errors import NumbaWarning
 
 from tridrop import fast_cache
 
@@ -76,6 +77,14 @@ def test_a_second_process_compiles_nothing(place):
     assert (loaded(first), loaded(second)) == (0, 1)
     assert only(place).name.startswith("fault_helpers.add_one-")
     assert place.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_numba_cannot_keep_is_not_kept(place):
+    made = njit(add_many)
+    made._cache = fast_cache.LoopCache(add_many)
+    with pytest.warns(NumbaWarning, match="Cannot cache compiled function"):
+        assert made(1) == 2
+    assert list(place.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------- damaged files

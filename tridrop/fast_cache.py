@@ -19,6 +19,7 @@ import pkgutil
 import platform
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llvmlite
@@ -101,6 +102,8 @@ class _Kept(CompileResultCacheImpl):  # type: ignore[misc]
 
     def __init__(self, function: Any) -> None:
         self._lineno = function.__code__.co_firstlineno
+        # What numba warns with of a function that cannot be kept.
+        self._locator = SimpleNamespace(_py_file=function.__code__.co_filename)
 
 
 class LoopCache(FunctionCache):  # type: ignore[misc]

@@ -117,7 +117,7 @@ def _like(
 
 
 def parse(function: FunctionType) -> ast.FunctionDef:
-    """The tree of a function, with the line numbers of its file and the function's own defaults.
+    """The tree of a function, with the code's line numbers and the function's own defaults.
 
     A file may have changed since it was imported, a relative name may find another file of that
     name in the working folder, and a patched or generated function may point at a text that is not
@@ -178,7 +178,9 @@ class _File:
                 made = self._compiled(i, code.co_flags & _FUTURES, imports)
                 own = made.get((node.name, _first_line(node)))
                 if own is not None and _content(own) == content:
-                    return copy.deepcopy(node)
+                    # To the lines that frames of this code name, if the text has moved since.
+                    found = copy.deepcopy(node)
+                    return ast.increment_lineno(found, code.co_firstlineno - _first_line(node))
         return None
 
     def _compiled(self, i: int, flags: int, imports: bool) -> dict[tuple[str, int], CodeType]:
