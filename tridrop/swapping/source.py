@@ -8,10 +8,10 @@ from __future__ import annotations
 import __future__
 
 import ast
-import copy
 import functools
 import inspect
 import linecache
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Set
 from itertools import pairwise
 from types import CellType, CodeType, FunctionType
@@ -159,10 +159,10 @@ class _File:
 
     def __init__(self, text: str) -> None:
         self.statements = ast.parse(text).body
-        self.imports = [n for n in _outermost(self.statements) if _is_import(n)]
+        self.imports = [n for n in _statements(self.statements, inside=False) if _is_import(n)]
         self._functions: dict[str, list[tuple[int, ast.FunctionDef]]] = {}
         for i, statement in enumerate(self.statements):
-            for n in ast.walk(statement):
+            for n in _statements([statement], inside=True):
                 if isinstance(n, ast.FunctionDef):
                     self._functions.setdefault(n.name, []).append((i, n))
         self._codes: dict[tuple[int, int, bool], dict[tuple[str, int], CodeType]] = {}
@@ -179,7 +179,7 @@ class _File:
                 own = made.get((node.name, _first_line(node)))
                 if own is not None and _content(own) == content:
                     # To the lines that frames of this code name, if the text has moved since.
-                    found = copy.deepcopy(node)
+                    found: ast.FunctionDef = pickle.loads(pickle.dumps(node))  # a copy, quickly
                     return ast.increment_lineno(found, code.co_firstlineno - _first_line(node))
         return None
 
@@ -198,13 +198,15 @@ class _File:
 _file = functools.lru_cache(4)(_File)  # a model's classes are mostly of a few files
 
 
-def _outermost(statements: list[Any]) -> Iterator[ast.stmt]:
-    """The statements of a module's own scope."""
+def _statements(statements: list[Any], inside: bool) -> Iterator[ast.stmt]:
+    """The statements and those in them; ``inside`` functions and classes as well, or not."""
     for statement in statements:
         yield statement
-        if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        if inside or not isinstance(
+            statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        ):
             for part in ("body", "orelse", "finalbody", "handlers", "cases"):
-                yield from _outermost(getattr(statement, part, []))
+                yield from _statements(getattr(statement, part, []), inside)
 
 
 def _is_import(statement: ast.stmt) -> bool:
