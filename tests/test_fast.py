@@ -291,15 +291,19 @@ def test_dropped_elements_are_exactly_zero(value):
         assert (grad[~keep] == 0).all()
 
 
-def unscaled(name, shape, *arguments):
+def unscaled(name, shape, held, *arguments):
     """Call a kernel that keeps everything, as far as a mask can, with a scale of 1."""
-    return fast_calls.selection(tuple(shape), 1, 1.0).call(name, pair(1), *arguments)
+    return fast_calls.selection(tuple(shape), 1, 1.0).call(name, pair(1), held, *arguments)
+
+
+def at(t):
+    return fast_calls.matrix(t, t.numel(), "t")[1]
 
 
 def convert(value, dtype):
     out = torch.empty_like(value, dtype=dtype)
-    given = (fused._matrix(out)[1], fused._matrix(value)[1], 0, 0, (0, 0), (0, False))
-    unscaled("forward", value.shape, *given)
+    given = (at(out), at(value), 0, 0, (0, 0), (0, False))
+    unscaled("forward", value.shape, (out, value), *given)
     return out
 
 
@@ -344,9 +348,10 @@ def on_a_grid(name, x, short=False):
     number = fused._FUNCTIONS[name] + short * fused._SHORT
     u = x.reshape(1, -1)
     value, slope, ones = torch.empty_like(u), torch.empty_like(u), torch.ones_like(u)
-    at = [fused._matrix(t)[1] for t in (value, u, ones, slope)]
-    unscaled("forward", u.shape, *at[:2], 0, 0, (0, 0), (number, False))
-    unscaled("backward", u.shape, *at[2:0:-1], 0, 0, at[3], (0, 0), (number, False))
+    tensors = (value, u, ones, slope)
+    v, x_, g, s = map(at, tensors)
+    unscaled("forward", u.shape, tensors, v, x_, 0, 0, (0, 0), (number, False))
+    unscaled("backward", u.shape, tensors, g, x_, 0, 0, s, (0, 0), (number, False))
     return value.view_as(x), slope.view_as(x)
 
 

@@ -35,7 +35,7 @@ LAYERS = [
     ["fast_cache"],
     ["choice", "noise"],
     ["mask"],
-    ["strides", "lasting", "files", "torch_private"],
+    ["strides", "lasting", "files", "memory", "torch_private"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -13,8 +13,9 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from . import mask
 from .mask import LANES, Shard
+from .memory import place
 from .torch_private import transformation
 
 ENVIRONMENT, CACHE_ENVIRONMENT = "TRIDROP_CPU", "TRIDROP_CPU_CACHE"
@@ -119,14 +121,16 @@ _MOST_PARTS, _LONGEST_PART = 256, 1024
 
 Parts = list[tuple[int, int]]
 
-_pool: ThreadPoolExecutor | None = None
-_workers = 0
+_jobs: SimpleQueue[_Job] = SimpleQueue()
+_workers = 0  # threads that wait for jobs
+# How long a thread sleeps that has missed its waking, which only an interrupt can make it.
+_PATIENCE = 0.01
 
 
 def _forget() -> None:
     """A forked child has none of its parent's threads."""
-    global _pool, _workers
-    _pool, _workers = None, 0
+    global _jobs, _workers
+    _jobs, _workers = SimpleQueue(), 0
 
 
 if hasattr(os, "register_at_fork"):
@@ -141,39 +145,117 @@ def parts_of(rows: int, columns: int) -> Parts:
     return [(start, min(rows, start + step)) for start in range(0, rows, step or 1)]
 
 
-def share(parts: Parts, elements: int, call: Callable[[int, int, int], object]) -> None:
+class _Job:
+    """Parts that several threads take, each one after another, until none is left.
+
+    To append to a list and to take the next number are atomic, and no lock is held that an
+    interrupt, or a signal handler that calls an op itself, could find taken.
+    """
+
+    def __init__(self, parts: Parts, call: Callable[[int, int, int], object], held: Any) -> None:
+        self.parts = parts
+        self.call: Any = call
+        # What the kernels have addresses of lives as long as a thread may work on it.
+        self.held = held
+        self.numbers = iter(range(len(parts)))
+        self.entered: list[None] = []  # an entry for each helper that may take parts,
+        self.gone: list[None] = []  # and for each that will take no more
+        self.errors: list[BaseException] = []
+        self.wake: SimpleQueue[None] = SimpleQueue()
+
+    def work(self) -> None:
+        """Do parts until none is left."""
+        for number in self.numbers:
+            self.call(number, *self.parts[number])
+
+    def help(self) -> None:
+        """The same in a thread of tridrop's own."""
+        self.entered.append(None)  # before any part is taken: who finds none left sees it
+        try:
+            self.work()
+        except BaseException as error:
+            self.drop()
+            self.errors.append(error)
+        finally:
+            self.gone.append(None)
+            self.wake.put(None)
+
+    def wait(self) -> None:
+        """Return when no helper works any more. There are no parts left to take."""
+        while len(self.gone) < len(self.entered):
+            with suppress(Empty):
+                self.wake.get(timeout=_PATIENCE)
+
+    def drop(self) -> None:
+        """Let no part begin any more."""
+        for _ in self.numbers:
+            pass
+
+    def forget(self) -> None:
+        """Leave nothing to a helper that comes too late."""
+        self.call = self.held = None
+
+
+def _serve(jobs: SimpleQueue[_Job]) -> None:
+    """What a thread of tridrop's own does."""
+    while True:
+        jobs.get().help()
+
+
+def share(
+    parts: Parts, elements: int, call: Callable[[int, int, int], object], held: Any
+) -> None:
     """``call(number, start, stop)`` for all parts of so many elements, on at most torch's number of
     threads.
 
-    ``call`` runs a kernel and nothing of torch, whose modes and threads are those of a thread. The
-    threads are tridrop's own: numba's either forbid two calls at a time or do not survive a
-    fork, depending on the machine. The calling thread does its part, and all of it if need be.
+    ``call`` runs a kernel and nothing of torch, whose modes and threads are those of a thread.
+    ``held`` is all that it has addresses of. The threads are tridrop's own: numba's either forbid
+    two calls at a time or do not survive a fork, depending on the machine. The calling thread does
+    its part, and all of it if need be.
+
+    Whatever is raised meanwhile, in a part or by an interrupt (Ctrl-C, a signal's handler), no
+    thread reads or writes that memory when this function is left.
     """
-    global _pool, _workers
     worthwhile = min(len(parts), elements // _PART)
     threads = min(torch.get_num_threads(), worthwhile) if worthwhile > 1 else 1
-    numbers = list(range(len(parts)))
-
-    def work() -> None:
-        while True:
-            try:
-                number = numbers.pop()  # atomic
-            except IndexError:
-                return
-            call(number, *parts[number])
-
     if threads < 2:
-        work()
+        for number, part in enumerate(parts):
+            call(number, *part)
         return
-    if _pool is None or _workers < threads - 1:
-        _pool, _workers = ThreadPoolExecutor(threads - 1, "tridrop"), threads - 1
-    helpers: list[Future[None]] = []
-    with suppress(RuntimeError):  # when the interpreter is shutting down
-        helpers += [_pool.submit(work) for _ in range(threads - 1)]
-    work()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    job = _Job(parts, call, held)
+    raised: BaseException | None = None
+    while True:  # until nobody works: a second interrupt comes while the first is seen to
+        try:
+            if raised is None:
+                _hand_out(job, threads - 1)
+                job.work()
+            else:
+                job.drop()
+            job.wait()
+            break
+        except BaseException as error:
+            raised = error
+    job.forget()
+    if raised is None and job.errors:
+        raised = job.errors.pop()
+    if raised is not None:
+        try:
+            raise raised
+        finally:
+            del raised  # or its traceback would keep this frame, and that the memory
+
+
+def _hand_out(job: _Job, helpers: int) -> None:
+    """Ask so many threads to help."""
+    global _workers
+    while _workers < helpers:
+        try:
+            Thread(target=_serve, args=(_jobs,), name="tridrop", daemon=True).start()
+        except RuntimeError:  # no more threads: the interpreter is shutting down
+            return
+        _workers += 1
+    for _ in range(helpers):
+        _jobs.put(job)
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -181,10 +263,7 @@ def share(parts: Parts, elements: int, call: Callable[[int, int, int], object]) 
 
 def pair_of(seed: Tensor | None) -> tuple[Tensor | None, int]:
     """The two numbers of a seed side by side, and their address; 0 where there is none."""
-    if seed is None:
-        return None, 0
-    pair = seed if seed.is_contiguous() else seed.contiguous()
-    return pair, pair.data_ptr()
+    return (None, 0) if seed is None else place(seed, 2, 8, "seed")
 
 
 def rule_of(
@@ -211,13 +290,13 @@ def mask_of(
 def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: int) -> Tensor:
     """The decisions of the first ``columns`` of all rows."""
     keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
-    decisions, _held = mask_of(where, seed, domain, t)
+    decisions, held = mask_of(where, seed, domain, t)
     out = keep.data_ptr()
 
     def call(_: int, start: int, stop: int) -> None:
         _loaded.keep_rows(start, stop, columns, decisions, out)
 
-    share(parts_of(where.rows, columns), where.rows * columns, call)
+    share(parts_of(where.rows, columns), where.rows * columns, call, (keep, held))
     return keep
 
 
@@ -260,12 +339,12 @@ def attention_keep_mask(
     batch, heads, queries, keys = shape
     rows = batch * heads * queries
     keep = torch.empty((rows, keys), dtype=torch.bool, device="cpu")
-    _pair, address = pair_of(seed)
+    pair, address = pair_of(seed)
     domain, sizes = mask.DOMAINS["attention"] << 28, (heads, queries)
     others = (keys, sizes, address, domain, t - 1, tuple(origin), keep.data_ptr())
 
     def call(_: int, start: int, stop: int) -> None:
         loops.keep_scores(start, stop, *others)
 
-    share(parts_of(rows, keys), rows * keys, call)
+    share(parts_of(rows, keys), rows * keys, call, (keep, pair))
     return keep.view(tuple(shape))

@@ -11,7 +11,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from . import fast, mask
 from .mask import Shard
+from .memory import place, whole
 
 Matrix = tuple[int, int]  # how the kernels take one: (address, kind); an address of 0 is none
+NONE: Matrix = (0, 0)  # an absent one
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in fast_storage.py
 # glibc maps what is larger than this anew for every allocation: DEFAULT_MMAP_THRESHOLD_MAX, see
 # mallopt(3).
@@ -54,6 +56,28 @@ def result(
         start = -(-address // page) * page
         _madvise(start, (address + made.nbytes - start) // page * page, _MADV_HUGEPAGE)
     return made, (address, KINDS[dtype])
+
+
+@overload
+def matrix(t: Tensor, count: int, name: str) -> tuple[Tensor, Matrix]: ...
+@overload
+def matrix(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, Matrix]: ...
+def matrix(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, Matrix]:
+    """A contiguous tensor of ``count`` elements, and how the kernels take it."""
+    if t is None:
+        return None, NONE
+    kind = KINDS[t.dtype]
+    t, at = place(t, count, 2 if kind else 4, name)
+    return t, (at, kind)
+
+
+def vector(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, int]:
+    """The same in fp32, and the address alone; 0 is none."""
+    if t is None:
+        return None, 0
+    if t.dtype != torch.float32:
+        t = whole(t, name).detach().to(torch.float32)
+    return place(t, count, 4, name)
 
 
 class _Rows(NamedTuple):
@@ -91,19 +115,20 @@ class Selection:
     parts: fast.Parts
     # As fast.rule_of gives it, where a row has the coordinate of its number and no factor.
     fixed: tuple[tuple[int, int], tuple[int, int]] | None
+    count: int  # elements of the result
 
     @property
     def drops(self) -> bool:
         """Whether anything is dropped."""
         return self.threshold > 0 or bool(self.rows)
 
-    def call(self, name: str, seed: Tensor | None, *arguments: Any) -> None:
+    def call(self, name: str, seed: Tensor | None, held: Any, *arguments: Any) -> None:
         """Call a kernel for all rows, by several threads, with its arguments after ``scale``.
 
-        Whoever calls keeps alive what they point to.
+        ``held`` is what these point to.
         """
         kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
-        decisions, _held = self._decisions(seed)
+        decisions, drawn = self._decisions(seed)
         if len(self.parts) == 1:
             kernel(*self.parts[0], columns, decisions, scale, *arguments)
             return
@@ -111,7 +136,7 @@ class Selection:
         def call(_: int, start: int, stop: int) -> None:
             kernel(start, stop, columns, decisions, scale, *arguments)
 
-        fast.share(self.parts, self.where.rows * columns, call)
+        fast.share(self.parts, self.count, call, (held, drawn))
 
     def sum(
         self,
@@ -119,15 +144,16 @@ class Selection:
         seed: Tensor | None,
         like: Tensor,
         sums: Sequence[Sum],
+        held: Any,
         *arguments: Any,
     ) -> list[Tensor | None]:
         """Call a kernel that sums over the rows as well, and give the sums.
 
-        ``arguments`` are those before the places of the sums, and the last. Sums are made in fp32
-        within a part of the rows, then in fp64 in the order of the parts.
+        ``arguments`` are those before the places of the sums, and the last; ``held`` is what they
+        point to. Sums are made in fp32 within a part of the rows, then in fp64 in the order of the parts.
         """
         kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
-        decisions, _held = self._decisions(seed)
+        decisions, drawn = self._decisions(seed)
         count = len(self.parts)
         found: list[Tensor | None] = []
         places: list[Any] = []
@@ -154,7 +180,7 @@ class Selection:
                 )
                 kernel(start, stop, columns, decisions, scale, *before, own, options)
 
-            fast.share(self.parts, self.where.rows * columns, call)
+            fast.share(self.parts, self.count, call, (held, drawn, found))
         for i, t, dtype in unfinished:
             if count > 1:
                 t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))
@@ -200,4 +226,4 @@ def selection(
     fixed = None
     if not rows and (not where.leading or drop_threshold == 0):
         fixed = fast.rule_of(where, "elements", drop_threshold)
-    return Selection(fast.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed)
+    return Selection(fast.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed, where.rows * where.cols)

@@ -20,12 +20,15 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
+    keep,
+    kept,
     opened,
     prepared_backward,
     wanted,
 )
 
 _WIDTH = len(AttentionInputs._fields)
+_SAVED = ("out", "lse", *AttentionInputs._fields)
 # Of the inputs: query, key, value, mask and sinks.
 _DIFFERENTIABLE = (0, 1, 2, 3, 5)
 
@@ -92,11 +95,11 @@ class Attention(Function):
         ctx.packed, ctx.prepared = opened(packed)
         ctx.needs = tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *tensors)
+        keep(ctx, packed, _SAVED, *output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        *saved, p = ctx.saved_tensors
+        *saved, p = kept(ctx)
         if dout is None and dlse is None:
             return (None,) * (_WIDTH + 1)
         if dout is None:
@@ -124,11 +127,11 @@ class AttentionBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, ctx.needs = inputs
-        ctx.save_for_backward(*tensors)
+        keep(ctx, ctx.packed, ("dout", "dlse", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dlse, _, _, *tensors = ctx.saved_tensors
+        dout, dlse, _, _, *tensors = kept(ctx)
         inputs = AttentionInputs(*tensors)
         options = ops.unpack_attention(*ctx.packed)
         floats = inputs.mask is not None and inputs.mask.dtype != torch.bool

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..backends import Prepared
 from ..backends.reference import elementwise
 from ..distributed import dtensor
@@ -71,6 +72,41 @@ def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.forward(*arguments)
     return apply(function, *arguments)
+
+
+def keep(
+    ctx: Any, packed: tuple[Any, ...] | Known, names: Sequence[str], *tensors: Tensor | None
+) -> None:
+    """``ctx.save_for_backward(*tensors)``, with what these are, for :func:`kept` to compare.
+
+    ``packed`` is a known call, or the options of another: what one saves is always alike.
+    """
+    ctx.save_for_backward(*tensors)
+    needs = ctx.needs_input_grad
+    found = packed.saved.get(needs) if isinstance(packed, Known) else None
+    if found is None and not torch.compiler.is_compiling():
+        found = tuple(map(memory.given, names, tensors))
+        if isinstance(packed, Known):
+            packed.saved[needs] = found
+    ctx.given = found
+
+
+def kept(ctx: Any) -> tuple[Tensor | None, ...]:
+    """``ctx.saved_tensors``, which are what they were; ValueError where one is not.
+
+    autograd looks for changes in place, and sees neither a new ``.data`` nor what hooks give back.
+    """
+    saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+    then = ctx.given
+    if then is None:  # compiled: what is saved is the compiler's business
+        return saved
+    for t, was in zip(saved, then, strict=True):
+        if was is not None and memory.changed(t, was):  # type: ignore[arg-type]
+            return tuple(
+                t if t is None or was is None else memory.still(t, was)
+                for t, was in zip(saved, then, strict=True)
+            )
+    return saved
 
 
 def opened(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:

@@ -20,10 +20,15 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
+    keep,
+    kept,
     opened,
     prepared_backward,
     wanted,
 )
+
+
+_SAVED = ("x", "bias", "layer_scale", "seed", "p")
 
 
 class Fused(Function):
@@ -74,13 +79,13 @@ class Fused(Function):
         # Without an activation, x matters only to the gradient of layer_scale.
         if ctx.packed[0] == "none" and not needs[2]:
             x = bias = None
-        ctx.save_for_backward(x, bias, layer_scale, seed, p)
+        keep(ctx, packed, _SAVED, x, bias, layer_scale, seed, p)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found = (None, None, None)
         if any(ctx.needs_input_grad[:3]):
-            *tensors, p = ctx.saved_tensors
+            *tensors, p = kept(ctx)
             found = prepared_backward(ctx, (grad,), tensors, ctx.dtypes)
             if found is None:
                 given = (grad, *tensors, p, ctx.packed, ctx.order, ctx.dtypes)
@@ -117,11 +122,11 @@ class FusedBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, _, ctx.dtypes = inputs
-        ctx.save_for_backward(*tensors)
+        keep(ctx, ctx.packed, ("grad", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        grad, x, bias, layer_scale, seed, p = ctx.saved_tensors
+        grad, x, bias, layer_scale, seed, p = kept(ctx)
         options = ops.unpack(*ctx.packed[:-1])
         drop = elementwise.multiplier(tuple(grad.shape), seed, p, options)
         given = {"grad": grad, "x": x, "bias": bias, "layer_scale": layer_scale}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..strides import where_kept
-from .common import Function, apply_in_backward, each_sample
+from .common import Function, apply_in_backward, each_sample, keep, kept
 
 # (seed, shape, *options) -> what is kept, and what that is multiplied by; both broadcast to shape.
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -32,11 +32,11 @@ class Masked(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, seed, ctx.rule, ctx.options = inputs
-        ctx.save_for_backward(seed)
+        keep(ctx, (), ("seed",), seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (seed,) = ctx.saved_tensors
+        (seed,) = kept(ctx)
         return apply_in_backward(Masked, grad, seed, ctx.rule, ctx.options), None, None, None
 
     @staticmethod

@@ -19,10 +19,15 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
+    keep,
+    kept,
     opened,
     prepared_backward,
     wanted,
 )
+
+
+_SAVED = ("stream", "statistics", "x", "bias", "layer_scale", "weight", "seed", "p")
 
 
 class FusedNorm(Function):
@@ -82,11 +87,11 @@ class FusedNorm(Function):
         ctx.set_materialize_grads(False)
         if not needs[2]:
             x = bias = None
-        ctx.save_for_backward(stream, statistics, x, bias, layer_scale, weight, seed, p)
+        keep(ctx, packed, _SAVED, stream, statistics, x, bias, layer_scale, weight, seed, p)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
-        *saved, p = ctx.saved_tensors
+        *saved, p = kept(ctx)
         if ctx.after:
             dstream = None
         if dout is None and dstream is None:
@@ -116,11 +121,11 @@ class FusedNormBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, ctx.dtypes = inputs
-        ctx.save_for_backward(*tensors)
+        keep(ctx, ctx.packed, ("dout", "dstream", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = ctx.saved_tensors
+        dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = kept(ctx)
         options = ops.unpack_norm(*ctx.packed)
         drop = elementwise.multiplier(tuple(dout.shape), seed, p, options)
         # The statistics are functions of the stream, and are computed from it again.

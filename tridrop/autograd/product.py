@@ -14,7 +14,10 @@ from ..backends.reference import product
 from ..distributed import layouts
 from ..ops.library import composes
 from ..ops.product import product_backward, product_forward, unpack_product
-from .common import Function, apply_in_backward, each_sample
+from .common import Function, apply_in_backward, each_sample, keep, kept
+
+
+_SAVED = ("x", "weight", "seeds", "p")
 
 
 class Product(Function):
@@ -39,12 +42,12 @@ class Product(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.packed = inputs
-        ctx.save_for_backward(*tensors)
+        keep(ctx, ctx.packed, _SAVED, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dx, dweight = apply_in_backward(
-            ProductBackward, grad, *ctx.saved_tensors, ctx.packed, tuple(ctx.needs_input_grad[:2])
+            ProductBackward, grad, *kept(ctx), ctx.packed, tuple(ctx.needs_input_grad[:2])
         )
         return dx, dweight, None, None, None
 
@@ -73,13 +76,13 @@ class ProductBackward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        keep(ctx, ctx.packed, ("grad", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
         # out is linear in each of grad, x and weight:
         #   <ddx, dx> + <ddweight, dweight> = <grad, product(ddx, weight) + product(x, ddweight)>
-        grad, x, weight, *drop = ctx.saved_tensors
+        grad, x, weight, *drop = kept(ctx)
         dgrad = dx = dweight = None
         if ddx is not None:
             ddx = ddx.to(x.dtype)

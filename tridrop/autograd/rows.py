@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import mask
 from ..ops.masks import keep_mask
 from ..strides import where_kept
-from .common import Function, apply_in_backward, each_sample
+from .common import Function, apply_in_backward, each_sample, keep, kept
 
 _X, _ROWS = 0, 1
 
@@ -46,11 +46,11 @@ class DropRows(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, rows, seed, p_tensor, *ctx.rest = inputs
-        ctx.save_for_backward(rows, seed, p_tensor)
+        keep(ctx, (), ("rows", "seed", "p"), rows, seed, p_tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dx = apply_in_backward(DropRows, grad, *ctx.saved_tensors, *ctx.rest)
+        dx = apply_in_backward(DropRows, grad, *kept(ctx), *ctx.rest)
         return dx, *(None,) * 7
 
     @staticmethod

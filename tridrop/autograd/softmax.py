@@ -19,10 +19,15 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
+    keep,
+    kept,
     opened,
     prepared_backward,
     wanted,
 )
+
+
+_SAVED = ("scores", "mask", "lse", "seed", "p")
 
 
 def _is_plain(
@@ -77,9 +82,9 @@ class SoftmaxDropout(Function):
         ctx.set_materialize_grads(False)
         ctx.plain = _is_plain(seed, p, ctx.packed, ctx.dtypes) and not ctx.return_softmax
         if ctx.plain:
-            ctx.save_for_backward(out)
+            keep(ctx, ctx.packed, ("out",), out)
         else:
-            ctx.save_for_backward(scores, mask, lse, seed, p)
+            keep(ctx, inputs[-1], _SAVED, scores, mask, lse, seed, p)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dsoftmax: Tensor | None, *_: Any) -> Any:
@@ -88,8 +93,8 @@ class SoftmaxDropout(Function):
         if dout is None and dsoftmax is None:
             return (None,) * 5
         if ctx.plain and dout is not None:
-            return reference.of_scores(dout, *ctx.saved_tensors), *(None,) * 4
-        *saved, p = ctx.saved_tensors
+            return reference.of_scores(dout, *kept(ctx)), *(None,) * 4
+        *saved, p = kept(ctx)
         found = prepared_backward(ctx, (dout, dsoftmax), saved, ctx.dtypes)
         if found is None:
             given = (dout, dsoftmax, *saved, p, ctx.packed, ctx.dtypes)
@@ -112,11 +117,11 @@ class SoftmaxBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, ctx.dtypes = inputs
-        ctx.save_for_backward(*tensors)
+        keep(ctx, ctx.packed, ("dout", "dsoftmax", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dsoftmax, scores, mask, _, seed, p = ctx.saved_tensors
+        dout, dsoftmax, scores, mask, _, seed, p = kept(ctx)
         options = ops.unpack_attention(*ctx.packed)
         drop = reference.attention_multiplier(scores.shape, seed, p, options)
         gradients = reference.softmax_gradients

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..memory import all_whole
 from ..spec import NormOptions, Options
 from ..spec_attention import AttentionInputs, AttentionOptions
 from ..spec_product import ProductOptions
@@ -213,38 +214,56 @@ class _Held(NamedTuple):
     options: Any
 
     def forward(self, *arguments: Any) -> Any:
+        arguments = all_whole(arguments, ("x", "bias", "layer_scale", "residual", "seed"))
         return self.module.forward(*arguments, None, self.options)
 
     def backward(self, *arguments: Any) -> Any:
-        return self.module.backward(*arguments[:-1], None, self.options, arguments[-1])
+        names = ("grad", "x", "bias", "layer_scale", "seed", "dtypes")
+        *tensors, dtypes = all_whole(arguments, names)
+        return self.module.backward(*tensors, None, self.options, dtypes)
+
+
+_NORM = ("x", "bias", "layer_scale", "residual", "weight", "norm_bias", "seed")
+_OF_NORM = (
+    "dout", "dstream", "stream", "statistics", "x", "bias", "layer_scale", "weight", "seed",
+    "dtypes",
+)  # fmt: skip
 
 
 class _HeldNorm(_Held):
     def forward(self, *arguments: Any) -> Any:
-        return self.module.norm_forward(*arguments, None, self.options)
+        return self.module.norm_forward(*all_whole(arguments, _NORM), None, self.options)
 
     def backward(self, *arguments: Any) -> Any:
-        return self.module.norm_backward(*arguments[:-1], None, self.options, arguments[-1])
+        *tensors, dtypes = all_whole(arguments, _OF_NORM)
+        return self.module.norm_backward(*tensors, None, self.options, dtypes)
 
 
 class _HeldSoftmax(_Held):
     def forward(self, *arguments: Any) -> Any:
-        return self.module.softmax_forward(*arguments[:-1], None, self.options, arguments[-1])
+        names = ("scores", "mask", "seed", "return_softmax")
+        *tensors, both = all_whole(arguments, names)
+        return self.module.softmax_forward(*tensors, None, self.options, both)
 
     def backward(self, *arguments: Any) -> Any:
-        return self.module.softmax_backward(*arguments[:-1], None, self.options, arguments[-1])
+        names = ("dout", "dsoftmax", "scores", "mask", "lse", "seed", "dtypes")
+        *tensors, dtypes = all_whole(arguments, names)
+        return self.module.softmax_backward(*tensors, None, self.options, dtypes)
+
+
+_ATTENTION = AttentionInputs._fields[:-1]
 
 
 class _HeldAttention(_Held):
     """Its inputs one by one, up to the seed."""
 
     def forward(self, *arguments: Any) -> Any:
-        return self.module.attention_forward(
-            AttentionInputs._make((*arguments, None)), self.options
-        )
+        inputs = AttentionInputs._make((*all_whole(arguments, _ATTENTION), None))
+        return self.module.attention_forward(inputs, self.options)
 
     def backward(self, *arguments: Any) -> Any:
-        dout, dlse, out, lse, *inputs, needs = arguments
+        names = ("dout", "dlse", "out", "lse", *_ATTENTION, "needs")
+        dout, dlse, out, lse, *inputs, needs = all_whole(arguments, names)
         given = AttentionInputs._make((*inputs, None))
         return self.module.attention_backward(dout, dlse, out, lse, given, self.options, needs)
 

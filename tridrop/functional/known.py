@@ -98,7 +98,7 @@ def learn(
     prepared = backends.prepare(name, family.name, shape, options, *operands)
     if len(_known) >= _MOST:
         _known.clear()
-    _known[key] = Known(family.pack(options, name), prepared, draws)
+    _known[key] = Known(family.pack(options, name), prepared, draws, {})
 
 
 def call(

@@ -8,6 +8,7 @@ everywhere. The derivative lives above, in autograd.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -15,12 +16,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import memory
 from ..backends import Prepared
+from ..memory import Given
 from ..spec import check_probability
 from ..torch_private import forward_mode, is_legacy_batched, is_wrapped, trace_state, watched
 
 _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")
+_NAMES = re.compile(r"(\w+)(?=[,)])")  # of a schema's arguments
 PLAIN = (Tensor, nn.Parameter)
 
 _is_exporting = torch.compiler.is_exporting
@@ -64,9 +68,14 @@ def define(
     The result calls it, on the shortest way: the function itself where nobody watches.
     """
     name = schema.split("(")[0]
+    names = _NAMES.findall(schema.partition("->")[0])
     # Results are laid out by the strides of operands: a compiler must pass those it was told of.
     _library.define(schema, tags=(*tags, torch.Tag.needs_exact_strides))
-    _library.impl(name, function, "CompositeExplicitAutograd")
+
+    def checked(*arguments: Any) -> Any:
+        return function(*memory.all_whole(arguments, names))
+
+    _library.impl(name, checked, "CompositeExplicitAutograd")
 
     def shapes(*arguments: Any) -> Any:
         _refuse_onnx(name)
@@ -77,7 +86,7 @@ def define(
 
     def call(*arguments: Any) -> Any:
         if unobserved(arguments):
-            return function(*arguments)
+            return checked(*arguments)
         if trace_state() is not None:
             _refuse_onnx(name)
         return operator(*arguments)
@@ -122,6 +131,8 @@ class Known(NamedTuple):
     packed: tuple[Any, ...]  # the options, as operators take them
     prepared: Prepared  # its backend
     draws: bool  # whether it takes a seed
+    # What its tensors saved for backward are, by which gradients are asked for.
+    saved: dict[tuple[bool, ...], tuple[Given | None, ...]]
 
 
 def filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import fast, fast_calls
-from ...fast_calls import KINDS, Matrix
+from ...fast_calls import KINDS, NONE, matrix, vector
 from ...spec import NormOptions, Options, output_shape
 from . import elementwise, norm
 
@@ -29,29 +29,7 @@ _BACKWARD: dict[int, Callable[..., Tensor]] = {
     3: partial(torch.ops.aten.gelu_backward.default, approximate="tanh"),
     4: torch.ops.aten.silu_backward.default,
 }
-_NONE = _NO_SUMS = (0, 0)  # an absent matrix; the addresses of two absent sums
-
-
-def _vector(t: Tensor | None) -> tuple[Tensor | None, int]:
-    """A vector in fp32, and its address."""
-    if t is None:
-        return None, 0
-    if t.dtype != torch.float32 or not t.is_contiguous():
-        t = t.detach().to(torch.float32).contiguous()
-    return t, t.data_ptr()
-
-
-@overload
-def _matrix(t: Tensor) -> tuple[Tensor, Matrix]: ...
-@overload
-def _matrix(t: Tensor | None) -> tuple[Tensor | None, Matrix]: ...
-def _matrix(t: Tensor | None) -> tuple[Tensor | None, Matrix]:
-    """A contiguous tensor, and how the kernels take it."""
-    if t is None:
-        return None, _NONE
-    if not t.is_contiguous():
-        t = t.detach().contiguous()
-    return t, (t.data_ptr(), KINDS[t.dtype])
+_NO_SUMS = (0, 0)  # the addresses of two absent sums
 
 
 class PreparedElementwise(NamedTuple):
@@ -61,6 +39,7 @@ class PreparedElementwise(NamedTuple):
     shape: tuple[int, ...]
     options: Options
     kind: tuple[int, bool]  # the number of f in fast_math, and whether it is gated
+    width: int  # of the rows of x: twice those of the result where f is gated
 
     def forward(
         self,
@@ -75,11 +54,16 @@ class PreparedElementwise(NamedTuple):
             nothing = elementwise.Multiplier(None, 1.0)
             result = elementwise.compose(x, bias, layer_scale, residual, nothing, self.options)
             return result.clone() if elementwise.is_view(result, x) else result
-        (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
-        (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
+        columns, width, count = self.drop.where.cols, self.width, self.drop.count
+        gated = width != columns
+        _x, u = matrix(x, 2 * count if gated else count, "x")
+        _residual, r = matrix(residual, count, "residual")
+        _bias, b = vector(bias, width, "bias")
+        _scale, g = vector(layer_scale, columns, "layer_scale")
         dtype = x.dtype if residual is None else residual.dtype
-        out, o = fast_calls.result(_x, dtype, self.shape if self.kind[1] else None)
-        self.drop.call("forward", seed, o, u, b, g, r, self._kind(dtype))
+        out, o = fast_calls.result(_x, dtype, self.shape if gated else None)
+        held = (_x, _residual, _bias, _scale, out)
+        self.drop.call("forward", seed, held, o, u, b, g, r, self._kind(dtype))
         return out
 
     def backward(
@@ -101,20 +85,22 @@ class PreparedElementwise(NamedTuple):
                 found = _BACKWARD[function](grad, x if bias is None else x + bias)
                 dbias = None if dtypes[1] is None else elementwise.sum_rows(found)
                 return (None if dtypes[0] is None else found), dbias, None
-        columns = self.drop.where.cols
-        width = 2 * columns if gated else columns
-        (_grad, d), (_x, u) = _matrix(grad), _matrix(x)
-        (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
-        dx, place = None, _NONE
+        columns, width, count = self.drop.where.cols, self.width, self.drop.count
+        _grad, d = matrix(grad, count, "grad")
+        _x, u = matrix(x, 2 * count if gated else count, "x")
+        _bias, b = vector(bias, width, "bias")
+        _scale, g = vector(layer_scale, columns, "layer_scale")
+        dx, place = None, NONE
         if dtypes[0] is not None:
             shape = (*self.shape[:-1], width) if gated else None
             dx, place = fast_calls.result(_grad, dtypes[0], shape)
         given, kind = (d, u, b, g, place), self._kind(*dtypes)
+        held = (_grad, _x, _bias, _scale, dx)
         if dtypes[1] is None and dtypes[2] is None:
-            self.drop.call("backward", seed, *given, _NO_SUMS, kind)
+            self.drop.call("backward", seed, held, *given, _NO_SUMS, kind)
             return dx, None, None
         sums = (fast_calls.Sum(width, dtypes[1]), fast_calls.Sum(columns, dtypes[2]))
-        dbias, dlayer_scale = self.drop.sum("backward", seed, grad, sums, *given, kind)
+        dbias, dlayer_scale = self.drop.sum("backward", seed, grad, sums, held, *given, kind)
         return dx, dbias, dlayer_scale
 
     def _kind(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
@@ -163,17 +149,22 @@ class PreparedNorm(NamedTuple):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The op; arguments as in ``backends.Backend.norm_forward``."""
         options = self.options
-        (_x, u), (_residual, r) = _matrix(x), _matrix(residual)
+        columns, count = self.drop.where.cols, self.drop.count
+        (_x, u), (_residual, r) = matrix(x, count, "x"), matrix(residual, count, "residual")
         out, o = fast_calls.result(_x, options.out_dtype)
         # Where the stream is not kept, its kind still says how it is rounded.
         stream, stored = None, (0, KINDS[options.stream_dtype])
         if options.keep_stream and not options.after:
             stream, stored = fast_calls.result(_x, options.stream_dtype)
         statistics = x.new_empty((*self.shape[:-1], 2), dtype=torch.float32)
-        (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
-        (_weight, w), (_norm_bias, n) = _matrix(weight), _matrix(norm_bias)
-        given = (o, u, stored, r, statistics.data_ptr(), (b, g, w, n))
-        self.drop.call("norm_forward", seed, *given, (*self.kind, float(options.eps)))
+        _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
+        _bias, b = vector(bias, columns, "bias")
+        _scale, g = vector(layer_scale, columns, "layer_scale")
+        _weight, w = matrix(weight, columns, "weight")
+        _norm_bias, n = matrix(norm_bias, columns, "norm_bias")
+        held = (_x, _residual, _bias, _scale, _weight, _norm_bias, out, stream, statistics)
+        given = (o, u, stored, r, m, (b, g, w, n))
+        self.drop.call("norm_forward", seed, held, *given, (*self.kind, float(options.eps)))
         return out, stream, statistics
 
     def backward(
@@ -190,20 +181,23 @@ class PreparedNorm(NamedTuple):
         dtypes: norm.Dtypes,
     ) -> tuple[Tensor | None, ...]:
         """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
-        (_dout, d), (_dstream, ds) = _matrix(dout), _matrix(dstream)
-        dx, place = None, _NONE
+        columns, count = self.drop.where.cols, self.drop.count
+        (_dout, d), (_dstream, ds) = matrix(dout, count, "dout"), matrix(dstream, count, "dstream")
+        dx, place = None, NONE
         if dtypes[0] is not None:
             dx, place = fast_calls.result(_dout, dtypes[0])
-        dresidual, further = None, _NONE
+        dresidual, further = None, NONE
         if dtypes[3] is not None and not self.options.after:
             dresidual, further = fast_calls.result(_dout, dtypes[3])
-        (_stream, s), (_x, u) = _matrix(stream), _matrix(x)
-        (_bias, b), (_scale, g) = _vector(bias), _vector(layer_scale)
-        _weight, w = _matrix(weight)
-        _statistics, m = _vector(statistics)
-        sums = _sums_of_norm(self.drop.where.cols, dtypes)
+        (_stream, s), (_x, u) = matrix(stream, count, "stream"), matrix(x, count, "x")
+        _bias, b = vector(bias, columns, "bias")
+        _scale, g = vector(layer_scale, columns, "layer_scale")
+        _weight, w = matrix(weight, columns, "weight")
+        _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
+        sums = _sums_of_norm(columns, dtypes)
         given = ((d, ds, s, u), m, (b, g, w), (place, further), self.kind)
-        found = self.drop.sum("norm_backward", seed, dout, sums, *given)
+        held = (_dout, _dstream, _stream, _x, _bias, _scale, _weight, _statistics, dx, dresidual)
+        found = self.drop.sum("norm_backward", seed, dout, sums, held, *given)
         dbias, dscale, dweight, dnorm_bias = found
         return dx, dbias, dscale, dresidual, dweight, dnorm_bias
 
@@ -222,7 +216,9 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise | 
     if isinstance(options, NormOptions):
         kind = (options.norm == "rms_norm", options.after, options.zero_centered)
         return PreparedNorm(drop, shape, options, kind)
-    return PreparedElementwise(drop, shape, options, (_FUNCTIONS[options.function], options.gated))
+    function = (_FUNCTIONS[options.function], options.gated)
+    width = 2 * drop.where.cols if options.gated else drop.where.cols
+    return PreparedElementwise(drop, shape, options, function, width)
 
 
 def prepare(shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> Any:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ... import fast
 from ... import mask as contract
-from ...fast_calls import KINDS, Matrix
+from ...fast_calls import matrix, vector
 from ...spec_attention import AttentionOptions, four
 
-_NONE: Matrix = (0, 0)
 _FAR = 1 << 62  # beyond all indices
 
 
@@ -34,24 +33,22 @@ def without_band(options: AttentionOptions) -> AttentionOptions:
     return replace(options, lower=None, upper=None)
 
 
-def _place(t: Tensor | None) -> Matrix:
-    assert t is None or t.is_contiguous()
-    return _NONE if t is None else (t.data_ptr(), KINDS[t.dtype])
-
-
-def _vector(t: Tensor | None) -> int:
-    assert t is None or (t.is_contiguous() and t.dtype == torch.float32)
-    return 0 if t is None else t.data_ptr()
-
-
 def _call(
-    name: str, x: Tensor, seed: Tensor | None, options: AttentionOptions, *arguments: Any
+    name: str,
+    x: Tensor,
+    seed: Tensor | None,
+    options: AttentionOptions,
+    held: Any,
+    *arguments: Any,
 ) -> None:
-    """Call a kernel for all rows of the scores ``x``, by several threads."""
+    """Call a kernel for all rows of the scores ``x``, by several threads.
+
+    ``held`` is what the arguments point to.
+    """
     batch, heads, queries, keys = four(x.shape)
     rows = batch * heads * queries
     threshold = options.threshold()
-    _pair, address = fast.pair_of(seed)
+    pair, address = fast.pair_of(seed)
     decisions = (address, contract.DOMAINS["attention"] << 28, threshold - 1, *options.origin)
     band = (
         -_FAR if options.lower is None else options.lower,
@@ -63,7 +60,7 @@ def _call(
     def call(_: int, start: int, stop: int) -> None:
         kernel(start, stop, *given)
 
-    fast.share(fast.parts_of(rows, keys), rows * keys, call)
+    fast.share(fast.parts_of(rows, keys), rows * keys, call, (held, pair))
 
 
 def forward(
@@ -79,9 +76,12 @@ def forward(
 
     All are contiguous, ``lse`` of fp32; ``out`` may be ``x``.
     """
+    rows, count = x.numel() // x.shape[-1], x.numel()
+    (_x, u), (_out, o) = matrix(x, count, "scores"), matrix(out, count, "out")
+    (_both, b), (_lse, m) = matrix(probabilities, count, "softmax"), vector(lse, rows, "lse")
     _call(
-        "softmax_forward", x, seed, options,
-        float(scale), _place(x), _place(out), _place(probabilities), _vector(lse),
+        "softmax_forward", x, seed, options, (_x, _out, _both, _lse),
+        float(scale), u, o, b, m,
     )  # fmt: skip
 
 
@@ -100,8 +100,11 @@ def backward(
 
     All are contiguous, ``dlse`` of fp32; ``kept`` may be ``x``, and ``dx`` may be ``dout``.
     """
-    given = (_place(x), _place(dout), _place(dsoftmax), _vector(dlse))
+    rows, count = x.numel() // x.shape[-1], x.numel()
+    (_x, u), (_dx, place) = matrix(x, count, "scores"), matrix(dx, count, "dx")
+    (_dout, d), (_both, s) = matrix(dout, count, "dout"), matrix(dsoftmax, count, "dsoftmax")
+    (_dlse, m), (_kept, k) = vector(dlse, rows, "dlse"), matrix(kept, count, "kept")
     _call(
-        "softmax_backward", x, seed, options,
-        float(scale), given, _place(kept), _place(dx),
+        "softmax_backward", x, seed, options, (_x, _dx, _dout, _both, _dlse, _kept),
+        float(scale), (u, d, s, m), k, place,
     )  # fmt: skip
