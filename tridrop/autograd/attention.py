@@ -20,8 +20,8 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    keep,
-    kept,
+    save,
+    unchanged,
     opened,
     prepared_backward,
     wanted,
@@ -95,11 +95,11 @@ class Attention(Function):
         ctx.packed, ctx.prepared = opened(packed)
         ctx.needs = tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
         ctx.set_materialize_grads(False)
-        keep(ctx, packed, _SAVED, *output, *tensors)
+        save(ctx, packed, _SAVED, *output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        *saved, p = kept(ctx)
+        *saved, p = unchanged(ctx)
         if dout is None and dlse is None:
             return (None,) * (_WIDTH + 1)
         if dout is None:
@@ -127,11 +127,11 @@ class AttentionBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, ctx.needs = inputs
-        keep(ctx, ctx.packed, ("dout", "dlse", *_SAVED), *tensors)
+        save(ctx, ctx.packed, ("dout", "dlse", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dlse, _, _, *tensors = kept(ctx)
+        dout, dlse, _, _, *tensors = unchanged(ctx)
         inputs = AttentionInputs(*tensors)
         options = ops.unpack_attention(*ctx.packed)
         floats = inputs.mask is not None and inputs.mask.dtype != torch.bool

@@ -63,6 +63,11 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     return function.forward(*arguments)
 
 
+def whole(t: Tensor, name: str) -> Tensor:
+    """:func:`tridrop.memory.whole`, of a function in torch's own operators, where it computes."""
+    return memory.whole(t, name) if not watched() and plain(t) else t
+
+
 def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
     """The same, inside the backward of another.
 
@@ -74,10 +79,10 @@ def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
     return apply(function, *arguments)
 
 
-def keep(
+def save(
     ctx: Any, packed: tuple[Any, ...] | Known, names: Sequence[str], *tensors: Tensor | None
 ) -> None:
-    """``ctx.save_for_backward(*tensors)``, with what these are, for :func:`kept` to compare.
+    """``ctx.save_for_backward(*tensors)``, with what these are, for :func:`unchanged` to compare.
 
     ``packed`` is a known call, or the options of another: what one saves is always alike.
     """
@@ -91,7 +96,7 @@ def keep(
     ctx.given = found
 
 
-def kept(ctx: Any) -> tuple[Tensor | None, ...]:
+def unchanged(ctx: Any) -> tuple[Tensor | None, ...]:
     """``ctx.saved_tensors``, which are what they were; ValueError where one is not.
 
     autograd looks for changes in place, and sees neither a new ``.data`` nor what hooks give back.

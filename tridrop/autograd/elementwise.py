@@ -20,8 +20,8 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    keep,
-    kept,
+    save,
+    unchanged,
     opened,
     prepared_backward,
     wanted,
@@ -79,13 +79,13 @@ class Fused(Function):
         # Without an activation, x matters only to the gradient of layer_scale.
         if ctx.packed[0] == "none" and not needs[2]:
             x = bias = None
-        keep(ctx, packed, _SAVED, x, bias, layer_scale, seed, p)
+        save(ctx, packed, _SAVED, x, bias, layer_scale, seed, p)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found = (None, None, None)
         if any(ctx.needs_input_grad[:3]):
-            *tensors, p = kept(ctx)
+            *tensors, p = unchanged(ctx)
             found = prepared_backward(ctx, (grad,), tensors, ctx.dtypes)
             if found is None:
                 given = (grad, *tensors, p, ctx.packed, ctx.order, ctx.dtypes)
@@ -122,11 +122,11 @@ class FusedBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, _, ctx.dtypes = inputs
-        keep(ctx, ctx.packed, ("grad", *_SAVED), *tensors)
+        save(ctx, ctx.packed, ("grad", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        grad, x, bias, layer_scale, seed, p = kept(ctx)
+        grad, x, bias, layer_scale, seed, p = unchanged(ctx)
         options = ops.unpack(*ctx.packed[:-1])
         drop = elementwise.multiplier(tuple(grad.shape), seed, p, options)
         given = {"grad": grad, "x": x, "bias": bias, "layer_scale": layer_scale}

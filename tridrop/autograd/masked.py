@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..strides import where_kept
-from .common import Function, apply_in_backward, each_sample, keep, kept
+from .common import Function, apply_in_backward, each_sample, save, unchanged, whole
 
 # (seed, shape, *options) -> what is kept, and what that is multiplied by; both broadcast to shape.
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -23,6 +23,7 @@ class Masked(Function):
 
     @staticmethod
     def forward(x: Tensor, seed: Tensor, rule: Rule, options: tuple[Any, ...]) -> Tensor:
+        x, seed = whole(x, "x"), whole(seed, "seed")
         keep, scale = rule(seed, tuple(x.shape), *options)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         out = where_kept(keep, wide * scale.to(wide.dtype))
@@ -32,11 +33,11 @@ class Masked(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, seed, ctx.rule, ctx.options = inputs
-        keep(ctx, (), ("seed",), seed)
+        save(ctx, (), ("seed",), seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (seed,) = kept(ctx)
+        (seed,) = unchanged(ctx)
         return apply_in_backward(Masked, grad, seed, ctx.rule, ctx.options), None, None, None
 
     @staticmethod

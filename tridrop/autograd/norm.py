@@ -19,8 +19,8 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    keep,
-    kept,
+    save,
+    unchanged,
     opened,
     prepared_backward,
     wanted,
@@ -87,11 +87,11 @@ class FusedNorm(Function):
         ctx.set_materialize_grads(False)
         if not needs[2]:
             x = bias = None
-        keep(ctx, packed, _SAVED, stream, statistics, x, bias, layer_scale, weight, seed, p)
+        save(ctx, packed, _SAVED, stream, statistics, x, bias, layer_scale, weight, seed, p)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
-        *saved, p = kept(ctx)
+        *saved, p = unchanged(ctx)
         if ctx.after:
             dstream = None
         if dout is None and dstream is None:
@@ -121,11 +121,11 @@ class FusedNormBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, ctx.dtypes = inputs
-        keep(ctx, ctx.packed, ("dout", "dstream", *_SAVED), *tensors)
+        save(ctx, ctx.packed, ("dout", "dstream", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = kept(ctx)
+        dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = unchanged(ctx)
         options = ops.unpack_norm(*ctx.packed)
         drop = elementwise.multiplier(tuple(dout.shape), seed, p, options)
         # The statistics are functions of the stream, and are computed from it again.

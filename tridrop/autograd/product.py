@@ -14,7 +14,7 @@ from ..backends.reference import product
 from ..distributed import layouts
 from ..ops.library import composes
 from ..ops.product import product_backward, product_forward, unpack_product
-from .common import Function, apply_in_backward, each_sample, keep, kept
+from .common import Function, apply_in_backward, each_sample, save, unchanged
 
 
 _SAVED = ("x", "weight", "seeds", "p")
@@ -42,12 +42,12 @@ class Product(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.packed = inputs
-        keep(ctx, ctx.packed, _SAVED, *tensors)
+        save(ctx, ctx.packed, _SAVED, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dx, dweight = apply_in_backward(
-            ProductBackward, grad, *kept(ctx), ctx.packed, tuple(ctx.needs_input_grad[:2])
+            ProductBackward, grad, *unchanged(ctx), ctx.packed, tuple(ctx.needs_input_grad[:2])
         )
         return dx, dweight, None, None, None
 
@@ -76,13 +76,13 @@ class ProductBackward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, _ = inputs
         ctx.set_materialize_grads(False)
-        keep(ctx, ctx.packed, ("grad", *_SAVED), *tensors)
+        save(ctx, ctx.packed, ("grad", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
         # out is linear in each of grad, x and weight:
         #   <ddx, dx> + <ddweight, dweight> = <grad, product(ddx, weight) + product(x, ddweight)>
-        grad, x, weight, *drop = kept(ctx)
+        grad, x, weight, *drop = unchanged(ctx)
         dgrad = dx = dweight = None
         if ddx is not None:
             ddx = ddx.to(x.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import mask
 from ..ops.masks import keep_mask
 from ..strides import where_kept
-from .common import Function, apply_in_backward, each_sample, keep, kept
+from .common import Function, apply_in_backward, each_sample, save, unchanged, whole
 
 _X, _ROWS = 0, 1
 
@@ -35,6 +35,7 @@ class DropRows(Function):
         width: int,
         backend: str,
     ) -> Tensor:
+        x, rows = whole(x, "x"), whole(rows, "rows")
         keep = keep_mask(seed, [count, width], p_tensor, p, "elements", [], [], [], backend)
         if p_tensor is None:
             scaled = x * mask.scale(mask.threshold(p))
@@ -46,11 +47,11 @@ class DropRows(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, rows, seed, p_tensor, *ctx.rest = inputs
-        keep(ctx, (), ("rows", "seed", "p"), rows, seed, p_tensor)
+        save(ctx, (), ("rows", "seed", "p"), rows, seed, p_tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dx = apply_in_backward(DropRows, grad, *kept(ctx), *ctx.rest)
+        dx = apply_in_backward(DropRows, grad, *unchanged(ctx), *ctx.rest)
         return dx, *(None,) * 7
 
     @staticmethod

@@ -19,8 +19,8 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    keep,
-    kept,
+    save,
+    unchanged,
     opened,
     prepared_backward,
     wanted,
@@ -82,9 +82,9 @@ class SoftmaxDropout(Function):
         ctx.set_materialize_grads(False)
         ctx.plain = _is_plain(seed, p, ctx.packed, ctx.dtypes) and not ctx.return_softmax
         if ctx.plain:
-            keep(ctx, ctx.packed, ("out",), out)
+            save(ctx, ctx.packed, ("out",), out)
         else:
-            keep(ctx, inputs[-1], _SAVED, scores, mask, lse, seed, p)
+            save(ctx, inputs[-1], _SAVED, scores, mask, lse, seed, p)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dsoftmax: Tensor | None, *_: Any) -> Any:
@@ -93,8 +93,8 @@ class SoftmaxDropout(Function):
         if dout is None and dsoftmax is None:
             return (None,) * 5
         if ctx.plain and dout is not None:
-            return reference.of_scores(dout, *kept(ctx)), *(None,) * 4
-        *saved, p = kept(ctx)
+            return reference.of_scores(dout, *unchanged(ctx)), *(None,) * 4
+        *saved, p = unchanged(ctx)
         found = prepared_backward(ctx, (dout, dsoftmax), saved, ctx.dtypes)
         if found is None:
             given = (dout, dsoftmax, *saved, p, ctx.packed, ctx.dtypes)
@@ -117,11 +117,11 @@ class SoftmaxBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.packed, ctx.dtypes = inputs
-        keep(ctx, ctx.packed, ("dout", "dsoftmax", *_SAVED), *tensors)
+        save(ctx, ctx.packed, ("dout", "dsoftmax", *_SAVED), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dsoftmax, scores, mask, _, seed, p = kept(ctx)
+        dout, dsoftmax, scores, mask, _, seed, p = unchanged(ctx)
         options = ops.unpack_attention(*ctx.packed)
         drop = reference.attention_multiplier(scores.shape, seed, p, options)
         gradients = reference.softmax_gradients

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, spec
+from ..autograd.common import whole
 from ..spec import Options
 from .elementwise import ShardLike, dropout, fused
 from .masks import seed_on
@@ -245,4 +246,5 @@ def normal_noise(
     """
     shape = spec.check_shape(shape)
     shared = spec.resolve_noise_shape(noise_shape, shape)
-    return noise.normals(seed_on(seed, device), shape, shared, spec.resolve_shard(shard, shape))
+    numbers = whole(seed_on(seed, device), "seed")
+    return noise.normals(numbers, shape, shared, spec.resolve_shard(shard, shape))

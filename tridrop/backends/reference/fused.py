@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ... import fast, fast_calls
 from ...fast_calls import KINDS, NONE, matrix, vector
+from ...memory import all_whole
 from ...spec import NormOptions, Options, output_shape
 from . import elementwise, norm
 
 # As numbered in fast_math.py.
 _FUNCTIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _SHORT = 3
+_NAMES = ("x", "bias", "layer_scale", "residual")
 # grad, u -> grad * f'(u), torch's own.
 _BACKWARD: dict[int, Callable[..., Tensor]] = {
     2: torch.ops.aten.gelu_backward.default,
@@ -52,7 +54,8 @@ class PreparedElementwise(NamedTuple):
         """The op; arguments as in ``backends.Backend.forward``."""
         if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
             nothing = elementwise.Multiplier(None, 1.0)
-            result = elementwise.compose(x, bias, layer_scale, residual, nothing, self.options)
+            x, *others = all_whole((x, bias, layer_scale, residual), _NAMES)
+            result = elementwise.compose(x, *others, nothing, self.options)
             return result.clone() if elementwise.is_view(result, x) else result
         columns, width, count = self.drop.where.cols, self.width, self.drop.count
         gated = width != columns
@@ -82,6 +85,7 @@ class PreparedElementwise(NamedTuple):
                 return grad, None, None
             alike = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
             if x is not None and alike and function in _BACKWARD:
+                grad, x, bias = all_whole((grad, x, bias), ("grad", "x", "bias"))
                 found = _BACKWARD[function](grad, x if bias is None else x + bias)
                 dbias = None if dtypes[1] is None else elementwise.sum_rows(found)
                 return (None if dtypes[0] is None else found), dbias, None
