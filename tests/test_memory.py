@@ -149,7 +149,8 @@ def test_what_is_shared_is_let_go(threads):
 
 
 def test_all_parts_are_done_once(threads):
+    done = []
     for _ in range(200):
-        done = []
+        done.clear()
         fast.share(PARTS, 1 << 30, lambda number, *_: done.append(number), None)
         assert sorted(done) == list(range(len(PARTS)))

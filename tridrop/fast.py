@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import mask
 from .mask import LANES, Shard
-from .memory import place
+from .memory import SEEDS, place
 from .torch_private import transformation
 
 ENVIRONMENT, CACHE_ENVIRONMENT = "TRIDROP_CPU", "TRIDROP_CPU_CACHE"
@@ -202,9 +202,7 @@ def _serve(jobs: SimpleQueue[_Job]) -> None:
         jobs.get().help()
 
 
-def share(
-    parts: Parts, elements: int, call: Callable[[int, int, int], object], held: Any
-) -> None:
+def share(parts: Parts, elements: int, call: Callable[[int, int, int], object], held: Any) -> None:
     """``call(number, start, stop)`` for all parts of so many elements, on at most torch's number of
     threads.
 
@@ -263,7 +261,10 @@ def _hand_out(job: _Job, helpers: int) -> None:
 
 def pair_of(seed: Tensor | None) -> tuple[Tensor | None, int]:
     """The two numbers of a seed side by side, and their address; 0 where there is none."""
-    return (None, 0) if seed is None else place(seed, 2, 8, "seed")
+    if seed is None:
+        return None, 0
+    pair, (address, _) = place(seed, 2, "seed", SEEDS)
+    return pair, address
 
 
 def rule_of(

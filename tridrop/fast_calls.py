@@ -19,11 +19,10 @@ from torch import Tensor
 
 from . import fast, mask
 from .mask import Shard
-from .memory import place, whole
+from .memory import SEEDS, STORED, Matrix, place, whole
 
-Matrix = tuple[int, int]  # how the kernels take one: (address, kind); an address of 0 is none
 NONE: Matrix = (0, 0)  # an absent one
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in fast_storage.py
+KINDS = {dtype: kind for dtype, (kind, _) in STORED.items()}
 # glibc maps what is larger than this anew for every allocation: DEFAULT_MMAP_THRESHOLD_MAX, see
 # mallopt(3).
 _MAPPED_ANEW = 32 << 20
@@ -63,12 +62,8 @@ def matrix(t: Tensor, count: int, name: str) -> tuple[Tensor, Matrix]: ...
 @overload
 def matrix(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, Matrix]: ...
 def matrix(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, Matrix]:
-    """A contiguous tensor of ``count`` elements, and how the kernels take it."""
-    if t is None:
-        return None, NONE
-    kind = KINDS[t.dtype]
-    t, at = place(t, count, 2 if kind else 4, name)
-    return t, (at, kind)
+    """:func:`tridrop.memory.place` of a tensor that may be absent."""
+    return (None, NONE) if t is None else place(t, count, name)
 
 
 def vector(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, int]:
@@ -77,7 +72,8 @@ def vector(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, int]
         return None, 0
     if t.dtype != torch.float32:
         t = whole(t, name).detach().to(torch.float32)
-    return place(t, count, 4, name)
+    t, (at, _) = place(t, count, name)
+    return t, at
 
 
 class _Rows(NamedTuple):
@@ -116,11 +112,7 @@ class Selection:
     # As fast.rule_of gives it, where a row has the coordinate of its number and no factor.
     fixed: tuple[tuple[int, int], tuple[int, int]] | None
     count: int  # elements of the result
-
-    @property
-    def drops(self) -> bool:
-        """Whether anything is dropped."""
-        return self.threshold > 0 or bool(self.rows)
+    drops: bool  # whether anything is dropped
 
     def call(self, name: str, seed: Tensor | None, held: Any, *arguments: Any) -> None:
         """Call a kernel for all rows, by several threads, with its arguments after ``scale``.
@@ -150,7 +142,8 @@ class Selection:
         """Call a kernel that sums over the rows as well, and give the sums.
 
         ``arguments`` are those before the places of the sums, and the last; ``held`` is what they
-        point to. Sums are made in fp32 within a part of the rows, then in fp64 in the order of the parts.
+        point to. Sums are made in fp32 within a part of the rows, then in fp64 in the order of the
+        parts.
         """
         kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
         decisions, drawn = self._decisions(seed)
@@ -190,8 +183,11 @@ class Selection:
     def _decisions(self, seed: Tensor | None) -> tuple[tuple[int, ...], Any]:
         """What the kernels are told of them, and what that points to."""
         if self.fixed is not None:
-            pair, address = fast.pair_of(seed)
-            return (0, *self.fixed[0], address, *self.fixed[1], 0), pair
+            first, rule = self.fixed
+            if seed is None:
+                return (0, *first, 0, *rule, 0), None
+            pair, (address, _) = place(seed, 2, "seed", SEEDS)
+            return (0, *first, address, *rule, 0), pair
         factors = None
         if self.rows:
             assert seed is not None
@@ -226,4 +222,7 @@ def selection(
     fixed = None
     if not rows and (not where.leading or drop_threshold == 0):
         fixed = fast.rule_of(where, "elements", drop_threshold)
-    return Selection(fast.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed, where.rows * where.cols)
+    return Selection(
+        fast.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed,
+        where.rows * where.cols, drop_threshold > 0 or bool(rows),
+    )  # fmt: skip

@@ -1,9 +1,9 @@
 """Memory that is a tensor's own: what is looked at before loops and kernels go by addresses.
 
 A tensor can lose its memory behind the back of its shape: a storage is resized, as FSDP frees what
-it will gather again; a hook on saved tensors gives back what it likes; ``x.data`` is replaced. Loops
-that believe the shape would read what is another's, as many of torch's own operators do. So an
-address is given out by :func:`place` alone, and only of memory that is there.
+it will gather again; a hook on saved tensors gives back what it likes; ``x.data`` is replaced.
+Loops that believe the shape would read what is another's, as many of torch's own operators do. So
+an address is given out by :func:`place` alone, and only of memory that is there.
 """
 
 from __future__ import annotations
@@ -14,30 +14,40 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-_STORED = ("cpu", "cuda")  # devices whose tensors are their storage
+Matrix = tuple[int, int]  # how the kernels take one: (address, kind); an address of 0 is none
+
+_DEVICES = ("cpu", "cuda")  # devices whose tensors are their storage
 
 
-def place(t: Tensor, count: int, size: int, name: str) -> tuple[Tensor, int]:
-    """``t``, or a contiguous copy, and the address of its ``count`` elements of ``size`` bytes.
+# How loops take a dtype, as in fast_storage.py, and the bytes of an element.
+Stored = dict[torch.dtype, tuple[int, int]]
+STORED: Stored = {torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2)}
+SEEDS: Stored = {torch.int64: (0, 8)}
 
-    Raises as :func:`whole`, and ValueError where there are fewer elements.
+
+def place(t: Tensor, count: int, name: str, stored: Stored = STORED) -> tuple[Tensor, Matrix]:
+    """``t``, or a contiguous copy, and where ``count`` elements of it lie: (address, kind).
+
+    Raises as :func:`whole`; TypeError for a dtype that is not among ``stored``, and ValueError
+    where there are fewer elements.
     """
     try:
+        kind, size = stored[t.dtype]
         if t.is_contiguous():
             at = t.data_ptr()
             if at and (t.storage_offset() + count) * size <= t.untyped_storage().nbytes():
-                return t, at
+                return t, (at, kind)
+    except KeyError:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in stored)
+        raise TypeError(f"{name} is {_words(t)}; give {known}") from None
     except RuntimeError:  # a kind of tensor that has no address: whole() says what it is
         pass
     t = whole(t, name).detach().contiguous()
     if t.device.type != "cpu":
         raise ValueError(f"{name} is on {t.device}; loops for CPUs take tensors on the CPU")
-    if t.numel() < count or t.itemsize != size:
-        raise ValueError(
-            f"{name} is {_words(t)}: {t.numel()} elements of {t.itemsize} bytes; the call takes "
-            f"{count} of {size} bytes from it"
-        )
-    return t, t.data_ptr()
+    if t.numel() < count:
+        raise ValueError(f"{name} is {_words(t)}, {t.numel()} elements, and the call takes {count}")
+    return t, (t.data_ptr(), kind)
 
 
 def whole(t: Tensor, name: str) -> Tensor:
@@ -51,7 +61,8 @@ def whole(t: Tensor, name: str) -> Tensor:
         if (
             t.is_contiguous()
             and t.data_ptr()
-            and t.storage_offset() * t.itemsize + t.nbytes <= t.untyped_storage().nbytes()
+            and t.storage_offset() == 0
+            and t.nbytes <= t.untyped_storage().nbytes()
         ):
             return t
     except RuntimeError:  # a kind of tensor that has no address, or no storage
@@ -60,7 +71,7 @@ def whole(t: Tensor, name: str) -> Tensor:
         raise TypeError(f"{name} is {_words(t)} in layout {t.layout}; give a strided tensor")
     if t._is_zerotensor():
         return t.clone()
-    if t.device.type not in _STORED or t.numel() == 0:
+    if t.device.type not in _DEVICES or t.numel() == 0:
         return t
     last = t.storage_offset() + sum(
         (n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)
@@ -69,8 +80,8 @@ def whole(t: Tensor, name: str) -> Tensor:
     if need > have or t.data_ptr() == 0:
         raise ValueError(
             f"{name} is {_words(t)}, which needs a storage of {need} bytes, and its storage has "
-            f"{have}: it was freed or made smaller, as by untyped_storage().resize_(). Call the op, "
-            "and its backward, while the tensor has its memory"
+            f"{have}: it was freed or made smaller, as by untyped_storage().resize_(). Call the "
+            "op, and its backward, while the tensor has its memory"
         )
     return t
 
@@ -92,41 +103,38 @@ def _words(t: Tensor) -> str:
 class Given(NamedTuple):
     """What a tensor was when something was prepared for it."""
 
-    name: str
+    place: int  # among those that were saved with it
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: Any  # True for a CPU, which takes less time to ask than the device itself
+    name: str
 
 
-def given(name: str, t: Tensor | None) -> Given | None:
-    """What ``t`` is now."""
-    return None if t is None else Given(name, t.shape, t.dtype, t.is_cpu or t.device)
-
-
-def changed(t: Tensor, then: Given) -> bool:
-    """Whether a tensor is another now, or has to be looked at by :func:`still`."""
-    return (
-        t.shape != then.shape
-        or t.dtype is not then.dtype
-        or (t.is_cpu or t.device) != then.device
-        or t.is_neg()
+def given(names: Iterable[str], tensors: Iterable[Tensor | None]) -> tuple[Given, ...]:
+    """What those of the tensors are now that there are."""
+    return tuple(
+        Given(i, t.shape, t.dtype, t.is_cpu or t.device, name)
+        for i, (name, t) in enumerate(zip(names, tensors, strict=True))
+        if t is not None
     )
 
 
-def still(t: Tensor, then: Given) -> Tensor:
+def still(t: Tensor | None, then: Given) -> Tensor:
     """``t`` where it is what it was; ValueError, which says what it is now, where it is not."""
-    if t.shape == then.shape and t.dtype == then.dtype:
-        if (t.is_cpu or t.device) == then.device:
-            return t.resolve_neg()
-        _refuse(t, then, f"on {t.device}")
-    _refuse(t, then, _words(t))
+    if t is None:
+        _refuse(then, "nothing")
+    if t.shape != then.shape or t.dtype != then.dtype:
+        _refuse(then, _words(t))
+    if (t.is_cpu or t.device) != then.device:
+        _refuse(then, f"{_words(t)} on {t.device}")
+    return t.resolve_neg() if t.is_neg() else t
 
 
-def _refuse(t: Tensor, then: Given, now: str) -> NoReturn:
+def _refuse(then: Given, now: str) -> NoReturn:
     was = f"a {str(then.dtype).removeprefix('torch.')} tensor of shape {list(then.shape)}"
     on = "cpu" if then.device is True else then.device
     raise ValueError(
-        f"backward is given {then.name} as {now}; forward saved {was} on {on}. Either its .data was "
-        "replaced between forward and backward, or a hook on saved tensors gave back another: both "
-        "must leave shape, dtype and device as they were"
+        f"backward is given {then.name} as {now}; forward saved {was} on {on}. Either its .data "
+        "was replaced between forward and backward, or a hook on saved tensors gave back another: "
+        "both must leave shape, dtype and device as they were"
     )

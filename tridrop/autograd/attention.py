@@ -20,10 +20,10 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    save,
-    unchanged,
     opened,
     prepared_backward,
+    save,
+    unchanged,
     wanted,
 )
 
@@ -99,14 +99,14 @@ class Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        *saved, p = unchanged(ctx)
+        saved = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * (_WIDTH + 1)
         if dout is None:
             dout = torch.zeros_like(saved[0])
         found = prepared_backward(ctx, (dout, dlse), saved, ctx.needs)
         if found is None:
-            given = (dout, dlse, *saved, p, ctx.packed, ctx.needs)
+            given = (dout, dlse, *unchanged(ctx, saved), ctx.packed, ctx.needs)
             found = apply_in_backward(AttentionBackward, *given)
         return *_spread(found, _WIDTH), None
 
@@ -131,7 +131,7 @@ class AttentionBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dlse, _, _, *tensors = unchanged(ctx)
+        dout, dlse, _, _, *tensors = unchanged(ctx, ctx.saved_tensors)
         inputs = AttentionInputs(*tensors)
         options = ops.unpack_attention(*ctx.packed)
         floats = inputs.mask is not None and inputs.mask.dtype != torch.bool

@@ -17,8 +17,6 @@ from ..ops.library import PLAIN, Known, plain, unobserved
 from ..strides import laid, order_of
 from ..torch_private import watched
 
-_SAVED = {*PLAIN, type(None)}
-
 
 class Function(torch.autograd.Function):
     """What the functions of all families are."""
@@ -87,31 +85,26 @@ def save(
     ``packed`` is a known call, or the options of another: what one saves is always alike.
     """
     ctx.save_for_backward(*tensors)
-    needs = ctx.needs_input_grad
-    found = packed.saved.get(needs) if isinstance(packed, Known) else None
-    if found is None and not torch.compiler.is_compiling():
-        found = tuple(map(memory.given, names, tensors))
-        if isinstance(packed, Known):
-            packed.saved[needs] = found
-    ctx.given = found
+    if isinstance(packed, Known):
+        found = packed.saved.get(ctx.needs_input_grad)
+        if found is None:
+            found = packed.saved[ctx.needs_input_grad] = memory.given(names, tensors)
+        ctx.given = found
+    elif torch.compiler.is_compiling():  # what is saved is the compiler's business
+        ctx.given = ()
+    else:
+        ctx.given = memory.given(names, tensors)
 
 
-def unchanged(ctx: Any) -> tuple[Tensor | None, ...]:
-    """``ctx.saved_tensors``, which are what they were; ValueError where one is not.
+def unchanged(ctx: Any, saved: Sequence[Tensor | None]) -> list[Any]:
+    """``saved``, which is ``ctx.saved_tensors``, where it is what was saved; else ValueError.
 
     autograd looks for changes in place, and sees neither a new ``.data`` nor what hooks give back.
     """
-    saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-    then = ctx.given
-    if then is None:  # compiled: what is saved is the compiler's business
-        return saved
-    for t, was in zip(saved, then, strict=True):
-        if was is not None and memory.changed(t, was):  # type: ignore[arg-type]
-            return tuple(
-                t if t is None or was is None else memory.still(t, was)
-                for t, was in zip(saved, then, strict=True)
-            )
-    return saved
+    found = list(saved)
+    for then in ctx.given:
+        found[then.place] = memory.still(found[then.place], then)
+    return found
 
 
 def opened(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:
@@ -124,16 +117,26 @@ def prepared_backward(
 ) -> Any:
     """The gradients, where the call is known and nothing but the backend has to see them.
 
-    ``needed`` tells the backend which: their dtypes, or whether they are wanted.
+    ``saved`` are all tensors that were saved, of which p, the last one, is absent. ``needed`` tells
+    the backend which: their dtypes, or whether they are wanted.
     """
     if ctx.prepared is None or torch.is_grad_enabled() or watched():
         return None
     for grad in incoming:
         if grad is not None and not plain(grad):
             return None
-    if not _SAVED.issuperset(map(type, saved)):  # a hook may give back what it likes
-        return None
-    return ctx.prepared.backward(*incoming, *saved, needed)
+    t: Any
+    for place, shape, dtype, device, _ in ctx.given:
+        t = saved[place]
+        if (  # as unchanged() says where it is not so
+            type(t) not in PLAIN
+            or t.shape != shape
+            or t.dtype is not dtype
+            or (t.is_cpu or t.device) != device
+            or t.is_neg()
+        ):
+            return None
+    return ctx.prepared.backward(*incoming, *saved[:-1], needed)
 
 
 def each_sample(

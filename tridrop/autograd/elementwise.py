@@ -20,13 +20,12 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    save,
-    unchanged,
     opened,
     prepared_backward,
+    save,
+    unchanged,
     wanted,
 )
-
 
 _SAVED = ("x", "bias", "layer_scale", "seed", "p")
 
@@ -85,10 +84,10 @@ class Fused(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found = (None, None, None)
         if any(ctx.needs_input_grad[:3]):
-            *tensors, p = unchanged(ctx)
-            found = prepared_backward(ctx, (grad,), tensors, ctx.dtypes)
+            saved = ctx.saved_tensors
+            found = prepared_backward(ctx, (grad,), saved, ctx.dtypes)
             if found is None:
-                given = (grad, *tensors, p, ctx.packed, ctx.order, ctx.dtypes)
+                given = (grad, *unchanged(ctx, saved), ctx.packed, ctx.order, ctx.dtypes)
                 found = apply_in_backward(FusedBackward, *given)
             elif not (grad.is_contiguous() or found[0] is None or found[0] is grad):
                 found = (laid(found[0], order_of(grad, ctx.order)), *found[1:])
@@ -126,7 +125,7 @@ class FusedBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        grad, x, bias, layer_scale, seed, p = unchanged(ctx)
+        grad, x, bias, layer_scale, seed, p = unchanged(ctx, ctx.saved_tensors)
         options = ops.unpack(*ctx.packed[:-1])
         drop = elementwise.multiplier(tuple(grad.shape), seed, p, options)
         given = {"grad": grad, "x": x, "bias": bias, "layer_scale": layer_scale}

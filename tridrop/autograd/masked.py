@@ -37,7 +37,7 @@ class Masked(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (seed,) = unchanged(ctx)
+        (seed,) = unchanged(ctx, ctx.saved_tensors)
         return apply_in_backward(Masked, grad, seed, ctx.rule, ctx.options), None, None, None
 
     @staticmethod

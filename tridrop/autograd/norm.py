@@ -19,13 +19,12 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    save,
-    unchanged,
     opened,
     prepared_backward,
+    save,
+    unchanged,
     wanted,
 )
-
 
 _SAVED = ("stream", "statistics", "x", "bias", "layer_scale", "weight", "seed", "p")
 
@@ -91,7 +90,7 @@ class FusedNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
-        *saved, p = unchanged(ctx)
+        saved = ctx.saved_tensors
         if ctx.after:
             dstream = None
         if dout is None and dstream is None:
@@ -99,7 +98,7 @@ class FusedNorm(Function):
         incoming = torch.zeros_like(saved[0]) if dout is None else dout
         found = prepared_backward(ctx, (incoming, dstream), saved, ctx.dtypes)
         if found is None:
-            given = (incoming, dstream, *saved, p, ctx.packed, ctx.dtypes)
+            given = (incoming, dstream, *unchanged(ctx, saved), ctx.packed, ctx.dtypes)
             found = apply_in_backward(FusedNormBackward, *given)
         if ctx.after and ctx.needs_input_grad[3]:
             found = (*found[:3], dout, *found[4:])
@@ -125,7 +124,9 @@ class FusedNormBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = unchanged(ctx)
+        dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = unchanged(
+            ctx, ctx.saved_tensors
+        )
         options = ops.unpack_norm(*ctx.packed)
         drop = elementwise.multiplier(tuple(dout.shape), seed, p, options)
         # The statistics are functions of the stream, and are computed from it again.

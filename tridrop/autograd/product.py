@@ -16,7 +16,6 @@ from ..ops.library import composes
 from ..ops.product import product_backward, product_forward, unpack_product
 from .common import Function, apply_in_backward, each_sample, save, unchanged
 
-
 _SAVED = ("x", "weight", "seeds", "p")
 
 
@@ -47,7 +46,11 @@ class Product(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dx, dweight = apply_in_backward(
-            ProductBackward, grad, *unchanged(ctx), ctx.packed, tuple(ctx.needs_input_grad[:2])
+            ProductBackward,
+            grad,
+            *unchanged(ctx, ctx.saved_tensors),
+            ctx.packed,
+            tuple(ctx.needs_input_grad[:2]),
         )
         return dx, dweight, None, None, None
 
@@ -82,7 +85,7 @@ class ProductBackward(Function):
     def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
         # out is linear in each of grad, x and weight:
         #   <ddx, dx> + <ddweight, dweight> = <grad, product(ddx, weight) + product(x, ddweight)>
-        grad, x, weight, *drop = unchanged(ctx)
+        grad, x, weight, *drop = unchanged(ctx, ctx.saved_tensors)
         dgrad = dx = dweight = None
         if ddx is not None:
             ddx = ddx.to(x.dtype)

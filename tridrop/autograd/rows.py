@@ -51,7 +51,7 @@ class DropRows(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dx = apply_in_backward(DropRows, grad, *unchanged(ctx), *ctx.rest)
+        dx = apply_in_backward(DropRows, grad, *unchanged(ctx, ctx.saved_tensors), *ctx.rest)
         return dx, *(None,) * 7
 
     @staticmethod

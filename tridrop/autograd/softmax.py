@@ -19,13 +19,12 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    save,
-    unchanged,
     opened,
     prepared_backward,
+    save,
+    unchanged,
     wanted,
 )
-
 
 _SAVED = ("scores", "mask", "lse", "seed", "p")
 
@@ -93,11 +92,11 @@ class SoftmaxDropout(Function):
         if dout is None and dsoftmax is None:
             return (None,) * 5
         if ctx.plain and dout is not None:
-            return reference.of_scores(dout, *unchanged(ctx)), *(None,) * 4
-        *saved, p = unchanged(ctx)
+            return reference.of_scores(dout, *unchanged(ctx, ctx.saved_tensors)), *(None,) * 4
+        saved = ctx.saved_tensors
         found = prepared_backward(ctx, (dout, dsoftmax), saved, ctx.dtypes)
         if found is None:
-            given = (dout, dsoftmax, *saved, p, ctx.packed, ctx.dtypes)
+            given = (dout, dsoftmax, *unchanged(ctx, saved), ctx.packed, ctx.dtypes)
             found = apply_in_backward(SoftmaxBackward, *given)
         return *found, None, None, None
 
@@ -121,7 +120,7 @@ class SoftmaxBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        dout, dsoftmax, scores, mask, _, seed, p = unchanged(ctx)
+        dout, dsoftmax, scores, mask, _, seed, p = unchanged(ctx, ctx.saved_tensors)
         options = ops.unpack_attention(*ctx.packed)
         drop = reference.attention_multiplier(scores.shape, seed, p, options)
         gradients = reference.softmax_gradients

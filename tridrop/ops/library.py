@@ -132,7 +132,7 @@ class Known(NamedTuple):
     prepared: Prepared  # its backend
     draws: bool  # whether it takes a seed
     # What its tensors saved for backward are, by which gradients are asked for.
-    saved: dict[tuple[bool, ...], tuple[Given | None, ...]]
+    saved: dict[tuple[bool, ...], tuple[Given, ...]]
 
 
 def filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

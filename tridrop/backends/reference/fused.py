@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import fast, fast_calls
 from ...fast_calls import KINDS, NONE, matrix, vector
-from ...memory import all_whole
+from ...memory import all_whole, place
 from ...spec import NormOptions, Options, output_shape
 from . import elementwise, norm
 
@@ -41,7 +41,8 @@ class PreparedElementwise(NamedTuple):
     shape: tuple[int, ...]
     options: Options
     kind: tuple[int, bool]  # the number of f in fast_math, and whether it is gated
-    width: int  # of the rows of x: twice those of the result where f is gated
+    columns: int
+    width: int  # the columns of x: twice those of the result where f is gated
 
     def forward(
         self,
@@ -55,17 +56,22 @@ class PreparedElementwise(NamedTuple):
         if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
             nothing = elementwise.Multiplier(None, 1.0)
             x, *others = all_whole((x, bias, layer_scale, residual), _NAMES)
-            result = elementwise.compose(x, *others, nothing, self.options)
+            result = elementwise.compose(x, *others, nothing, self.options)  # type: ignore[call-arg]
             return result.clone() if elementwise.is_view(result, x) else result
-        columns, width, count = self.drop.where.cols, self.width, self.drop.count
-        gated = width != columns
-        _x, u = matrix(x, 2 * count if gated else count, "x")
-        _residual, r = matrix(residual, count, "residual")
-        _bias, b = vector(bias, width, "bias")
-        _scale, g = vector(layer_scale, columns, "layer_scale")
-        dtype = x.dtype if residual is None else residual.dtype
-        out, o = fast_calls.result(_x, dtype, self.shape if gated else None)
-        held = (_x, _residual, _bias, _scale, out)
+        columns, width, count = self.columns, self.width, self.drop.count
+        x, u = place(x, count if width == columns else 2 * count, "x")
+        b = g = 0
+        r = NONE
+        if bias is not None:
+            bias, b = vector(bias, width, "bias")
+        if layer_scale is not None:
+            layer_scale, g = vector(layer_scale, columns, "layer_scale")
+        dtype = x.dtype
+        if residual is not None:
+            residual, r = place(residual, count, "residual")
+            dtype = residual.dtype
+        out, o = fast_calls.result(x, dtype, None if width == columns else self.shape)
+        held = (x, residual, bias, layer_scale, out)
         self.drop.call("forward", seed, held, o, u, b, g, r, self._kind(dtype))
         return out
 
@@ -89,16 +95,16 @@ class PreparedElementwise(NamedTuple):
                 found = _BACKWARD[function](grad, x if bias is None else x + bias)
                 dbias = None if dtypes[1] is None else elementwise.sum_rows(found)
                 return (None if dtypes[0] is None else found), dbias, None
-        columns, width, count = self.drop.where.cols, self.width, self.drop.count
-        _grad, d = matrix(grad, count, "grad")
+        columns, width, count = self.columns, self.width, self.drop.count
+        _grad, d = place(grad, count, "grad")
         _x, u = matrix(x, 2 * count if gated else count, "x")
         _bias, b = vector(bias, width, "bias")
         _scale, g = vector(layer_scale, columns, "layer_scale")
-        dx, place = None, NONE
+        dx, at = None, NONE
         if dtypes[0] is not None:
             shape = (*self.shape[:-1], width) if gated else None
-            dx, place = fast_calls.result(_grad, dtypes[0], shape)
-        given, kind = (d, u, b, g, place), self._kind(*dtypes)
+            dx, at = fast_calls.result(_grad, dtypes[0], shape)
+        given, kind = (d, u, b, g, at), self._kind(*dtypes)
         held = (_grad, _x, _bias, _scale, dx)
         if dtypes[1] is None and dtypes[2] is None:
             self.drop.call("backward", seed, held, *given, _NO_SUMS, kind)
@@ -154,20 +160,19 @@ class PreparedNorm(NamedTuple):
         """The op; arguments as in ``backends.Backend.norm_forward``."""
         options = self.options
         columns, count = self.drop.where.cols, self.drop.count
-        (_x, u), (_residual, r) = matrix(x, count, "x"), matrix(residual, count, "residual")
+        (_x, u), (_residual, r) = place(x, count, "x"), matrix(residual, count, "residual")
         out, o = fast_calls.result(_x, options.out_dtype)
         # Where the stream is not kept, its kind still says how it is rounded.
         stream, stored = None, (0, KINDS[options.stream_dtype])
         if options.keep_stream and not options.after:
             stream, stored = fast_calls.result(_x, options.stream_dtype)
         statistics = x.new_empty((*self.shape[:-1], 2), dtype=torch.float32)
-        _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
         _bias, b = vector(bias, columns, "bias")
         _scale, g = vector(layer_scale, columns, "layer_scale")
         _weight, w = matrix(weight, columns, "weight")
         _norm_bias, n = matrix(norm_bias, columns, "norm_bias")
         held = (_x, _residual, _bias, _scale, _weight, _norm_bias, out, stream, statistics)
-        given = (o, u, stored, r, m, (b, g, w, n))
+        given = (o, u, stored, r, statistics.data_ptr(), (b, g, w, n))
         self.drop.call("norm_forward", seed, held, *given, (*self.kind, float(options.eps)))
         return out, stream, statistics
 
@@ -186,20 +191,20 @@ class PreparedNorm(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
         columns, count = self.drop.where.cols, self.drop.count
-        (_dout, d), (_dstream, ds) = matrix(dout, count, "dout"), matrix(dstream, count, "dstream")
-        dx, place = None, NONE
+        (_dout, d), (_dstream, ds) = place(dout, count, "dout"), matrix(dstream, count, "dstream")
+        dx, at = None, NONE
         if dtypes[0] is not None:
-            dx, place = fast_calls.result(_dout, dtypes[0])
+            dx, at = fast_calls.result(_dout, dtypes[0])
         dresidual, further = None, NONE
         if dtypes[3] is not None and not self.options.after:
             dresidual, further = fast_calls.result(_dout, dtypes[3])
-        (_stream, s), (_x, u) = matrix(stream, count, "stream"), matrix(x, count, "x")
+        (_stream, s), (_x, u) = place(stream, count, "stream"), matrix(x, count, "x")
         _bias, b = vector(bias, columns, "bias")
         _scale, g = vector(layer_scale, columns, "layer_scale")
         _weight, w = matrix(weight, columns, "weight")
         _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
         sums = _sums_of_norm(columns, dtypes)
-        given = ((d, ds, s, u), m, (b, g, w), (place, further), self.kind)
+        given = ((d, ds, s, u), m, (b, g, w), (at, further), self.kind)
         held = (_dout, _dstream, _stream, _x, _bias, _scale, _weight, _statistics, dx, dresidual)
         found = self.drop.sum("norm_backward", seed, dout, sums, held, *given)
         dbias, dscale, dweight, dnorm_bias = found
@@ -221,8 +226,9 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise | 
         kind = (options.norm == "rms_norm", options.after, options.zero_centered)
         return PreparedNorm(drop, shape, options, kind)
     function = (_FUNCTIONS[options.function], options.gated)
-    width = 2 * drop.where.cols if options.gated else drop.where.cols
-    return PreparedElementwise(drop, shape, options, function, width)
+    columns = drop.where.cols
+    width = 2 * columns if options.gated else columns
+    return PreparedElementwise(drop, shape, options, function, columns, width)
 
 
 def prepare(shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> Any:

@@ -101,10 +101,10 @@ def backward(
     All are contiguous, ``dlse`` of fp32; ``kept`` may be ``x``, and ``dx`` may be ``dout``.
     """
     rows, count = x.numel() // x.shape[-1], x.numel()
-    (_x, u), (_dx, place) = matrix(x, count, "scores"), matrix(dx, count, "dx")
+    (_x, u), (_dx, o) = matrix(x, count, "scores"), matrix(dx, count, "dx")
     (_dout, d), (_both, s) = matrix(dout, count, "dout"), matrix(dsoftmax, count, "dsoftmax")
     (_dlse, m), (_kept, k) = vector(dlse, rows, "dlse"), matrix(kept, count, "kept")
     _call(
         "softmax_backward", x, seed, options, (_x, _dx, _dout, _both, _dlse, _kept),
-        float(scale), (u, d, s, m), k, place,
+        float(scale), (u, d, s, m), k, o,
     )  # fmt: skip
