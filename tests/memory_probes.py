@@ -88,6 +88,13 @@ def lora() -> tuple[Callable[[], Tensors], Call]:
     return make, lambda t: tridrop.lora_delta(**t, p=0.25)
 
 
+def dropconnect() -> tuple[Callable[[], Tensors], Call]:
+    def make() -> Tensors:
+        return {"x": numbers(ROWS, COLUMNS), "weight": numbers(16, COLUMNS), "bias": numbers(16)}
+
+    return make, lambda t: tridrop.dropconnect_linear(**t, p=0.25)
+
+
 def mask_of(op: Callable[..., Any], *arguments: Any) -> tuple[Callable[[], Tensors], Call]:
     return dict, lambda t: op(t["seed"], *arguments)
 
@@ -115,6 +122,7 @@ CALLS: dict[str, tuple[Callable[[], Tensors], Call]] = {
     "attention": attention(dropout_p=0.25, return_lse=True),
     "attention alone": attention(is_causal=False),
     "lora": lora(),
+    "dropconnect": dropconnect(),
     "locked": of_x(tridrop.locked_dropout, 7, ROWS, COLUMNS, p=0.25),
     "drop block": of_x(tridrop.drop_block2d, 2, 3, 16, 16, p=0.25, block_size=3),
     "heads": of_x(tridrop.head_dropout, 2, 4, 16, 8, p=0.25, rescale="kept"),
@@ -123,7 +131,7 @@ CALLS: dict[str, tuple[Callable[[], Tensors], Call]] = {
     "normal noise": mask_of(tridrop.normal_noise, (ROWS, COLUMNS)),
     "kept indices": mask_of(tridrop.kept_indices, (2, 16), 3),
 }
-_MIXED = ("lora",)
+_MIXED = ("lora", "dropconnect")
 
 
 def tensors_of(name: str) -> Tensors:

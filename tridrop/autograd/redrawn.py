@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import Given, given, still
 from ..torch_private import saved_tensor_hooks, transformation
 
 
@@ -21,6 +22,7 @@ class Drawn:
     value: Tensor
     draw: Callable[[Tensor], Tensor]
     version: int = 0  # of the weight when it was dropped
+    given: tuple[Given, ...] = ()  # what it was then
     waiting: int = 0  # views of it that a graph has saved and backward has not asked for
     again: Tensor | None = None
 
@@ -34,8 +36,9 @@ class Drawn:
             )
         again = self.again
         if again is None:
+            weight = still(self.weight, self.given[0])
             with torch.no_grad():
-                again = self.draw(self.weight)
+                again = self.draw(weight)
         self.waiting -= 1
         self.again = again if self.waiting > 0 else None
         return again.as_strided(size, stride, offset)
@@ -55,6 +58,7 @@ def redrawn(weights: Sequence[Drawn]) -> Iterator[None]:
     known = {}
     for drawn in weights:
         drawn.version = drawn.weight._version
+        drawn.given = given(("weight",), (drawn.weight,))
         known[drawn.value.untyped_storage().data_ptr()] = drawn
     around = saved_tensor_hooks(False)
 
