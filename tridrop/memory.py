@@ -90,7 +90,8 @@ def all_whole(arguments: Iterable[Any], names: Iterable[str]) -> tuple[Any, ...]
     """The arguments, whose tensors are :func:`whole`."""
     return tuple(
         [
-            whole(a, name) if isinstance(a, Tensor) else a
+            # isinstance() takes a while to say no
+            a if a is None or not isinstance(a, Tensor) else whole(a, name)
             for a, name in zip(arguments, names, strict=True)
         ]
     )

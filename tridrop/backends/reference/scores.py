@@ -98,7 +98,7 @@ def backward(
 ) -> None:
     """Fill ``dx``, the gradient of x, and ``kept``, the result of :func:`forward`, where given.
 
-    All are contiguous, ``dlse`` of fp32; ``kept`` may be ``x``, and ``dx`` may be ``dout``.
+    What is filled is contiguous, ``dlse`` of fp32; ``kept`` may be ``x``, ``dx`` may be ``dout``.
     """
     rows, count = x.numel() // x.shape[-1], x.numel()
     (_x, u), (_dx, o) = matrix(x, count, "scores"), matrix(dx, count, "dx")

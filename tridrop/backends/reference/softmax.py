@@ -19,6 +19,7 @@ from torch import Tensor
 from ... import fast
 from ... import mask as contract
 from ...fast_calls import result
+from ...memory import all_whole, whole
 from ...spec_attention import AttentionOptions, four
 from ...torch_private import aten_softmax_backward
 from . import scores as loops
@@ -139,6 +140,7 @@ def softmax_forward(
         both = torch.empty_like(out) if return_softmax else None
         loops.forward(x, seed, options, scale, out, both)
         return out, both, scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
+    scores, mask, seed = all_whole((scores, mask, seed), ("scores", "mask", "seed"))
     drop = attention_multiplier(scores.shape, seed, p, options)
     if drop.keep is None and options.scale == 1 and (mask is None or mask.dtype == torch.bool):
         score = masked_scores(scores, mask, options)  # torch's softmax is fp32 inside
@@ -211,15 +213,17 @@ def softmax_backward(
     """The op's gradients; arguments as in ``backends.Backend.softmax_backward``."""
     if not _is_torchs(mask, options) and loops.serves(seed, p, scores, mask):
         x, scale = _scaled(scores, mask, options)
-        g, h = (None if t is None else t.contiguous() for t in (dout, dsoftmax))
         dx, _ = result(x, x.dtype)
-        loops.backward(x, seed, options, scale, g, dx, h)
+        loops.backward(x, seed, options, scale, dout, dx, dsoftmax)
         dscores = dmask = None
         if dtypes[0] is not None:
             dscores = (dx if scale == options.scale else dx * options.scale).to(dtypes[0])
         if dtypes[1] is not None and mask is not None:
             dmask = own(dx.sum_to_size(mask.shape).to(dtypes[1]), dx)
         return dscores, dmask
+    dout, dsoftmax, scores, mask, seed = all_whole(
+        (dout, dsoftmax, scores, mask, seed), ("dout", "dsoftmax", "scores", "mask", "seed")
+    )
     drop = attention_multiplier(scores.shape, seed, p, options)
     wide, added = _compute(scores, mask)
     g, h = compute(dout, dsoftmax)
@@ -240,8 +244,10 @@ def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
 
 def _scaled(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> tuple[Tensor, float]:
     """Contiguous scores with their mask but not the band, and what is still their factor."""
+    scores = whole(scores, "scores")
     if mask is None:
         return scores.contiguous(), options.scale
+    mask = whole(mask, "mask")
     wide, added = _compute(scores, mask)
     masked = masked_scores(options.scale * wide, added, loops.without_band(options))
     return masked.contiguous(), 1.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...mask import TILE
+from ...memory import all_whole
 from ...spec_attention import AttentionOptions, four
 from . import launch
 from .launch import MAX_GRID_Y, Tile
@@ -102,6 +103,7 @@ def softmax_forward(
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Launch the forward kernel; arguments as in ``backends.Backend.softmax_forward``."""
+    scores, mask, seed = all_whole((scores, mask, seed), ("scores", "mask", "seed"))
     plan = rows(scores.shape, options, tile)
     out = torch.empty(plan.shape, dtype=scores.dtype, device=scores.device)
     softmax = torch.empty_like(out) if return_softmax else None
@@ -142,6 +144,10 @@ def softmax_backward(
     dtypes: tuple[torch.dtype | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward kernel; arguments as in ``backends.Backend.softmax_backward``."""
+    dout, dsoftmax, scores, mask, lse, seed = all_whole(
+        (dout, dsoftmax, scores, mask, lse, seed),
+        ("dout", "dsoftmax", "scores", "mask", "lse", "seed"),
+    )
     plan = rows(scores.shape, options, tile)
     dscores_dtype, dmask_dtype = dtypes
 
