@@ -1,0 +1,91 @@
+"""Many calls in one process, which may crash: what was last begun is on its standard output."""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import json
+import random
+import sys
+import time
+from typing import Any
+
+import torch
+
+from . import calls
+from .calls import Call
+from .outcomes import Outcome, difference, disagreement
+from .targets import Target, targets
+
+SLOW = 10.0  # seconds; a wrong call that compiles anew takes longer than any that does not
+
+
+_output = sys.stdout  # what the calls themselves print goes elsewhere
+
+
+def say(**record: Any) -> None:
+    print(json.dumps(record), file=_output, flush=True)
+
+
+def pick(names: list[str], seed: int, number: int) -> str:
+    """The target of a call."""
+    return random.Random(f"{seed}:{number}").choice(names)
+
+
+def right_calls(found: dict[str, Target], seed: int) -> list[tuple[str, Outcome]]:
+    """What right calls of every target give, by the loops."""
+    made = []
+    for name, target in found.items():
+        for number in range(2):
+            call = Call(target, seed, -1 - number, oddities=0)
+            made.append((f"{call.key}", call.run(calls.WAYS[0])))
+    return made
+
+
+def changed(before: list[tuple[str, Outcome]], after: list[tuple[str, Outcome]]) -> list[str]:
+    """What right calls no longer give, to the bit."""
+    found = []
+    for (name, a), (_, b) in zip(before, after, strict=True):
+        if (a.kind, a.error) != (b.kind, b.error):
+            found.append(f"{name}: {a.kind} {a.error}, then {b.kind} {b.error}")
+        elif any(_differ(x, y) for x, y in zip(a.results, b.results, strict=True)):
+            found.append(f"{name}: other numbers than before")
+    return found
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or a.is_meta:
+        return False
+    return difference(a, b) is not None or not torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def run(seed: int, numbers: range, only: str | None) -> None:
+    """Make the calls of ``numbers``, one record a call."""
+    faulthandler.enable()
+    sys.stdout = io.StringIO()
+    torch.set_num_threads(1)
+    found = targets()
+    if only is not None:
+        found = {only: found[only]}
+    names = sorted(found)
+    before = right_calls(found, seed)
+    for number in numbers:
+        say(begun=number)
+        call = Call(found[pick(names, seed, number)], seed, number)
+        start = time.perf_counter()
+        first = call.run(calls.WAYS[0])
+        taken = time.perf_counter() - start
+        what = call.what
+        kind, detail = first.kind, first.error
+        second = call.run(calls.WAYS[1])
+        apart = disagreement(first, second)
+        if apart is not None:
+            kind, detail = apart
+        elif second.kind == "another error of ours" and kind != "as torch's module":
+            kind, detail = second.kind, second.error
+        elif taken > SLOW:
+            kind, detail = "slow", f"{taken:.0f} s"
+        say(number=number, op=call.target.name, kind=kind, what=what, detail=detail)
+    for line in changed(before, right_calls(found, seed)):
+        say(poisoned=line)
+    say(done=True)
