@@ -7,7 +7,8 @@ to what is stored. A row of scores stays in the cache. Matrices are pairs (addre
 ``sizes`` are the numbers of heads and of queries. ``mask`` is what decides: the address of the
 seed, the domain, ``last`` (an element is dropped iff its bits are at most that, none where it is
 negative) and what the coordinates (batch, head, query, key) begin at. ``band`` are the bounds of
-key - query, both local indices, outside of which probabilities are 0.
+key - query, both local indices, outside of which probabilities are 0. A score of minus infinity has
+the probability 0 and the gradient 0 also in a row with NaN, as a key outside of the band has.
 """
 
 from __future__ import annotations
@@ -106,6 +107,32 @@ def softmax(u):
     return shift + np.log(whole)
 
 
+@part(set())
+def exclude(scores, u):
+    """u = 0 where a score is minus infinity: in a row with NaN its exponential is no number."""
+    for j in range(u.size):
+        if scores[j] == _NOTHING:
+            u[j] = _ZERO
+
+
+@part(set())
+def inner_of_some(u, v):
+    """The sum of u * v where u is not 0, whatever v is elsewhere."""
+    found = _ZERO
+    for j in range(u.size):
+        if u[j] != _ZERO:
+            found += u[j] * v[j]
+    return found
+
+
+@part(set())
+def clear_others(u, v):
+    """v = 0 where u is."""
+    for j in range(u.size):
+        if u[j] == _ZERO:
+            v[j] = _ZERO
+
+
 @inline(set())
 def seen(row, queries, keys, band):
     """The first key that a row's query sees, and the one after the last."""
@@ -142,15 +169,25 @@ def outside(u, first, end):
     fill(u[end:], u.size - end, _ZERO)
 
 
+@part(set())
+def again(x, at, size, scale, spare, u):
+    """Of a row with NaN: read its scores once more, for those that are minus infinity."""
+    scores = spare[:size]
+    load(x, at, size, scores)
+    if scale != 1:
+        rescale(scores, np.float32(scale))
+    exclude(scores, u)
+
+
 @kernel
 def forward(start, stop, keys, sizes, mask, factor, band, scale, x, out, probabilities, lse):
     """out and probabilities of the rows from start to stop, and lse, an address of fp32.
 
     ``factor`` is what a kept probability is multiplied by, ``scale`` a score.
     """
-    memory = scratch(4 * STRIP + 2 * width_of(keys))
+    memory = scratch(4 * STRIP + 3 * width_of(keys))
     bits, words = randoms(memory, width_of(keys), mask[2])
-    u = row_of_scratch(memory, 1, keys)
+    u, spare = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
     last = np.uint32(max(0, mask[2]))
     for r in range(start, stop):
         first, end = seen(r, sizes[1], keys, band)
@@ -160,6 +197,8 @@ def forward(start, stop, keys, sizes, mask, factor, band, scale, x, out, probabi
         if scale != 1:
             rescale(v, np.float32(scale))
         found = softmax(v)
+        if found != found:
+            again(x, r * keys + first, end - first, scale, spare, v)
         if lse != 0:
             vector(lse, stop, np.float32)[r] = found
         if probabilities[0] != 0:
@@ -190,7 +229,9 @@ def backward(start, stop, keys, sizes, mask, factor, band, scale, given, kept, d
         load(x, r * keys + first, size, v)
         if scale != 1:
             rescale(v, np.float32(scale))
-        softmax(v)
+        found = softmax(v)
+        if found != found:
+            again(x, r * keys + first, size, scale, spare, v)
         lane = bits_of_row(bits, words, mask, r, sizes, first, end)
         b = bits[lane : lane + size]
         if kept[0] != 0:
@@ -209,9 +250,16 @@ def backward(start, stop, keys, sizes, mask, factor, band, scale, given, kept, d
             load(dsoftmax, r * keys + first, size, c)
             add(w, size, c)
         along = inner(v, w)
+        # A key without a part in the row has none in the sum, and no gradient, whatever came in.
+        odd = not np.isfinite(along)
+        if odd:
+            along = inner_of_some(v, w)
         if dlse != 0:
             along -= vector(dlse, stop, np.float32)[r]
+            odd = odd or not np.isfinite(along)
         project(v, w, along, np.float32(scale))
+        if odd:
+            clear_others(v, w)
         outside(g, first, end)
         store(dx, r * keys, keys, g)
     held(memory)

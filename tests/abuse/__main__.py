@@ -22,7 +22,8 @@ _BATCH = 2000  # calls a process
 class Found:
     """The outcomes of a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
         self.counts: Counter[str] = Counter()
         self.by_op: dict[str, Counter[str]] = defaultdict(Counter)
         self.faults: list[dict[str, Any]] = []
@@ -33,6 +34,9 @@ class Found:
         self.by_op[record["op"]][kind] += 1
         if KINDS[kind]:
             self.faults.append(record)
+            if len(self.faults) <= self.examples:
+                print(f"{kind}: number {record['number']}: {record['what']}", flush=True)
+                print(f"    {record['detail']}", flush=True)
 
 
 def child(seed: int, first: int, last: int, op: str | None, found: Found, verbose: bool) -> int:
@@ -117,14 +121,12 @@ def main() -> int:
         count = given.calls if given.only is None else 1
         run(given.seed, range(first, first + count), given.op)
         return 0
-    found, number, last = Found(), given.first, given.first + given.calls
+    found, number, last = Found(given.examples), given.first, given.first + given.calls
     while number < last:
         batch = min(last, number + _BATCH)
         number = child(given.seed, number, batch, given.op, found, given.verbose)
         if given.calls > _BATCH:
             print(f"{number - given.first} calls, {len(found.faults)} faults", flush=True)
-    for fault in found.faults[: given.examples]:
-        print(f"{fault['kind']}: seed {given.seed}, number {fault['number']}: {fault['what']}\n    {fault['detail']}")
     print(table(found))
     return 1 if found.faults else 0
 

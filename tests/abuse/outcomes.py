@@ -117,8 +117,8 @@ def difference(a: Any, b: Any) -> str | None:
         return None
     if tuple(a.shape) != tuple(b.shape):
         return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    a, b = (t.detach().as_subclass(Tensor) for t in (a, b))
     a, b = (t if t.layout == torch.strided else t.to_dense() for t in (a, b))
+    a, b = (t.detach().as_subclass(Tensor) for t in (a, b))
     if not a.is_floating_point():
         return None if torch.equal(a, b) else "other numbers"
     tolerance = _TOLERANCES.get(a.dtype, 0.1)

@@ -24,7 +24,7 @@ from . import flash
 from . import scores as loops
 from .blocks import blocks, is_block
 from .elementwise import Multiplier, compute, to
-from .softmax import attention_multiplier, band, masked_scores, safe_softmax
+from .softmax import are_finite, attention_multiplier, band, masked_scores, safe_softmax
 
 Gradients = tuple[Tensor | None, ...]
 _P = ParamSpec("_P")
@@ -180,9 +180,16 @@ def _gradients(
         kept = drop(probabilities)
         terms = kept * dkept
         delta = (terms if out is None else dout * out).sum(-1, keepdim=True)
+        finite = are_finite(delta)
+        if not finite:  # a key without a part has none in the sum, and no gradient
+            terms = terms.masked_fill(probabilities == 0, 0.0)
+            delta = terms.sum(-1, keepdim=True) if out is None else delta
         if dlse is not None:
             delta = delta - dlse.unsqueeze(-1)
+            finite = finite and are_finite(delta)
         dscore = torch.addcmul(terms, probabilities, delta, value=-1)
+        if not finite:
+            dscore = dscore.masked_fill(probabilities == 0, 0.0)
     dvalue = kept.transpose(-1, -2) @ dout
     draw = dscore if capped is None else dscore * (1 - capped * capped)
 

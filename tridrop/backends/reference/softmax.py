@@ -103,7 +103,9 @@ def safe_softmax(
     empty = total == 0
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, -math.inf, largest + torch.log(total)).squeeze(-1)
-    return exponentials / total, lse, None if share is None else share / total
+    # Of a row with NaN, too, a key that takes no part has the probability 0.
+    probabilities = torch.where(scores == -math.inf, 0.0, exponentials / total)
+    return probabilities, lse, None if share is None else share / total
 
 
 def _differentiable(scores: Tensor) -> Tensor:
@@ -195,8 +197,23 @@ def softmax_gradients(
 
 
 def of_scores(dprobabilities: Tensor, probabilities: Tensor) -> Tensor:
-    """P * (dP - sum(dP * P)) by torch's own backward of the softmax; differentiable."""
-    return aten_softmax_backward(dprobabilities, probabilities, -1, probabilities.dtype)
+    """P * (dP - sum(dP * P)) by torch's own backward of the softmax; differentiable.
+
+    It is 0 where P is, whatever dP is there or elsewhere in the row.
+    """
+    dtype = probabilities.dtype
+    found = aten_softmax_backward(dprobabilities, probabilities, -1, dtype)
+    if are_finite(found[..., :1]):  # of a row whose sum is not, none is
+        return found
+    none = probabilities == 0
+    incoming = dprobabilities.masked_fill(none, 0.0)
+    found = aten_softmax_backward(incoming, probabilities, -1, dtype)
+    return found.masked_fill(none, 0.0)
+
+
+def are_finite(t: Tensor) -> bool:
+    """Whether all numbers are known to be finite: those that the host can read."""
+    return fast.readable(t) and not t.requires_grad and bool(t.isfinite().all())
 
 
 def softmax_backward(

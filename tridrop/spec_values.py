@@ -1,0 +1,118 @@
+"""The checks of single arguments that all ops and modules share.
+
+Each raises a TypeError or ValueError that names the argument, and gives back, where the value is a
+number, the plain one: what is compared with another call's options, and what a loop is compiled
+for, is never a look-alike such as ``Fraction(0)`` or an ``IntEnum``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+
+def given(value: object, name: str) -> str:
+    """How a message begins: the argument, what it is and of which type."""
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = f"{shown[:77]}..."
+    return f"{name} is {shown} of type {type(value).__name__}"
+
+
+def check_tensor(t: Tensor, name: str) -> None:
+    """Raise unless ``t`` is a tensor in plain memory, of any dtype and strides."""
+    if not isinstance(t, Tensor):
+        if isinstance(t, Proxy):
+            raise TypeError(
+                f"{name} is a torch.fx.Proxy: torch.fx.symbolic_trace cannot look into this call. "
+                "Trace the model as it was before the swap, after tridrop.unswap(model), or with a "
+                "torch.fx.Tracer whose is_leaf_module keeps the module that makes the call whole"
+            )
+        raise TypeError(f"{name} is of type {type(t).__name__}; give a torch.Tensor")
+    if t.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, whose elements have no coordinates in one mask: pad it "
+            f"with torch.nested.to_padded_tensor({name}, 0.0), or give its values, "
+            f"torch.cat({name}.unbind())"
+        )
+    if t.layout is not torch.strided:
+        raise TypeError(
+            f"{name} has the layout {t.layout}, and ops read plain memory: use {name}.to_dense()"
+        )
+    if t.is_quantized:
+        raise TypeError(f"{name} is quantised, {t.dtype}: use {name}.dequantize()")
+
+
+def check_flag(value: bool, name: str) -> None:
+    """Raise unless ``value`` is True or False, as torch does."""
+    if value is not True and value is not False:
+        raise TypeError(f"{given(value, name)}; give True or False")
+
+
+def check_flags(**values: bool) -> None:
+    """:func:`check_flag` of several, by their names."""
+    for name, value in values.items():
+        if value is not True and value is not False:
+            check_flag(value, name)
+
+
+def check_whole(value: Any, name: str, least: int | None = None, wanted: str = "an int") -> int:
+    """``value`` as a plain int, or one of a compiler; TypeError for another type.
+
+    ValueError for one below ``least``. ``wanted`` says what to give.
+    """
+    if isinstance(value, torch.SymInt):
+        number: Any = value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = int(value)
+    else:
+        raise TypeError(f"{given(value, name)}; give {wanted}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} = {number}; give {wanted}, {least} or more")
+    return number  # type: ignore[no-any-return]
+
+
+def check_finite(value: Any, name: str) -> float:
+    """``value`` as a float; TypeError unless it is a number, ValueError unless it is finite."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(
+        value, (int, float, torch.SymFloat, torch.SymInt)
+    ):
+        raise TypeError(f"{given(value, name)}; give a number")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond all floats
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} = {number}; it must be finite")
+    return number
+
+
+def check_choice(value: Any, name: str, known: Collection[str]) -> None:
+    """Raise unless ``value`` is one of these words."""
+    if not isinstance(value, str):
+        words = ", ".join(map(repr, known))
+        raise TypeError(f"{given(value, name)}; give one of {words}")
+    if value not in known:
+        raise ValueError(f"{name} = {value!r}; known: {', '.join(map(repr, known))}")
+
+
+def check_sequence(value: Any, name: str, wanted: str) -> None:
+    """Raise unless ``value`` is a list, a tuple or another sequence, and no word."""
+    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Sequence):
+        raise TypeError(f"{given(value, name)}; give {wanted}")
+
+
+def check_wholes(values: Iterable[Any], name: str) -> tuple[int, ...]:
+    """The entries of a sequence as plain ints."""
+    return tuple(check_whole(n, f"{name}[{i}]") for i, n in enumerate(values))
+
+
+def check_module(module: nn.Module, name: str = "model") -> None:
+    """Raise unless ``module`` is one."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} is a {type(module).__name__}; give a torch.nn.Module")
