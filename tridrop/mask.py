@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .lasting import lasting
+from .spec_values import check_tensor, check_whole
 
 # Philox4x32: the multipliers of a round and the Weyl increments of its key (Random123).
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -80,12 +81,14 @@ def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Ten
     """The seed tensor (seed, stream): int64, shape [2]. An int means ``(seed, 0)``.
 
     Raises TypeError for anything but an int or an int64 tensor, ValueError for an int outside
-    int64, a tensor of another shape, or one on another device than ``device``.
+    int64, a tensor of another shape or on another device than ``device``.
 
     >>> as_seed(7)
     tensor([7, 0])
     """
     if isinstance(seed, Tensor):
+        if seed.layout is not torch.strided:
+            check_tensor(seed, "seed")
         if seed.dtype != torch.int64:
             raise TypeError(
                 f"seed has dtype {seed.dtype}; a seed tensor is int64 of shape [2], "
@@ -102,14 +105,10 @@ def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Ten
                 f"move it once with seed.to('{device}')"
             )
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(
-            f"seed is {seed!r} of type {type(seed).__name__}; give None (draw one from torch's "
-            "generator), an int, or an int64 tensor of shape [2]"
-        )
+    seed = check_whole(seed, "seed", wanted="None, an int, or an int64 tensor of shape [2]")
     if not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"seed = {seed} is outside int64, [-2^63, 2^63)")
-    # Filled on the device: torch.tensor(..., device="cuda") would copy from the host and wait.
+    # Filled on the device: torch.tensor(..., device="cuda") would wait for a copy.
     result = torch.zeros(2, dtype=torch.int64, device=device)
     result[:1].fill_(seed)
     return lasting(result)
@@ -166,15 +165,16 @@ def fold_in(seed: int | Tensor, stream: int | Tensor) -> Tensor:
     """
     base = as_seed(seed)
     if isinstance(stream, Tensor):
+        check_tensor(stream, "stream")
         if stream.dtype != torch.int64 or stream.dim() != 0:
-            raise TypeError(
-                f"stream has dtype {stream.dtype} and shape {tuple(stream.shape)}; "
-                "give an int or an int64 tensor of shape []"
-            )
-    elif isinstance(stream, bool) or not isinstance(stream, (int, torch.SymInt)):
-        raise TypeError(f"stream is {stream!r} of type {type(stream).__name__}; give an int")
-    elif not -(1 << 63) <= stream < 1 << 63:
-        raise ValueError(f"stream = {stream} is outside int64, [-2^63, 2^63)")
+            found = f"{stream.dtype} and shape {tuple(stream.shape)}"
+            raise TypeError(f"stream has dtype {found}; give an int or an int64 tensor of shape []")
+        if stream.device != base.device:
+            raise ValueError(f"stream is on {stream.device} but seed is on {base.device}: move it")
+    else:
+        stream = check_whole(stream, "stream")
+        if not -(1 << 63) <= stream < 1 << 63:
+            raise ValueError(f"stream = {stream} is outside int64, [-2^63, 2^63)")
     folded = base[1] * _wrap(FOLD_MULTIPLIER) + stream
     return lasting(torch.stack((base[0], folded)))
 

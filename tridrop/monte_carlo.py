@@ -7,7 +7,7 @@ learning", ICML 2016.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from . import seeds
 from .dropping import find
 from .mask import as_seed, fold_in, key_of
+from .spec_values import check_choice, check_flags, check_module, check_whole, given
 
+_MOST_MEMBERS = 1 << 31
 _OUTPUTS = ("values", "logits", "probabilities")
 
 
@@ -51,8 +53,7 @@ def mc_dropout(model: nn.Module) -> Iterator[tuple[str, ...]]:
     >>> model[2].training
     False
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     found, unknown = find(model)
     if not any(d.drops for d in found):
         raise ValueError(
@@ -166,10 +167,13 @@ def mc_predict(
     """
     inputs = _checked_inputs(x)
     chosen = _checked_members(samples, members)
-    if output not in _OUTPUTS:
-        raise ValueError(f"output = {output!r}; known: {', '.join(_OUTPUTS)}")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk = {chunk!r}; give how many pairs to compute at a time, 1 or more")
+    check_choice(output, "output", _OUTPUTS)
+    chunk = check_whole(chunk, "chunk", 1, "how many pairs to compute at a time, an int")
+    dim = check_whole(dim, "dim")
+    check_flags(vectorize=vectorize, keep_samples=keep_samples, progress=progress)
+    check_module(model)
+    if call is not None and not callable(call):
+        raise TypeError(f"{given(call, 'call')}; give a function of the inputs, or None")
     if seed is None:
         seed = int(torch.randint(1 << 62, ()))
     as_seed(seed)  # raises for what is not a seed
@@ -210,12 +214,15 @@ def _checked_inputs(x: Any) -> tuple[Tensor, ...]:
 
 def _checked_members(samples: int, members: Sequence[int] | None) -> tuple[int, ...]:
     if members is None:
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples = {samples!r}; give the number of members, 1 or more")
+        samples = check_whole(samples, "samples", 1, "the number of members, an int")
+        if samples >= _MOST_MEMBERS:
+            raise ValueError(f"samples = {samples}; give fewer than 2^31")
         return tuple(range(samples))
-    found = tuple(members)
-    if not found or any(isinstance(m, bool) or not isinstance(m, int) or m < 0 for m in found):
-        raise ValueError(f"members = {found}; give their numbers, 0 or more, at least one")
+    if not isinstance(members, Iterable):
+        raise TypeError(f"{given(members, 'members')}; give their numbers, such as range(3)")
+    found = tuple(check_whole(m, "a number of members", 0) for m in members)
+    if not found:
+        raise ValueError("members has no number; give at least one")
     return found
 
 

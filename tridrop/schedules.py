@@ -20,6 +20,7 @@ from .nn.modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .nn.norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .nn.structured import PatchDropout
 from .spec import check_probability
+from .spec_values import check_flag, check_module
 from .swapping.kinds import kind_of
 
 Schedule = Callable[[int], float]
@@ -238,8 +239,8 @@ class DropoutSchedule:
         relative: bool = False,
         where: Callable[[str, nn.Module], bool] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+        check_module(model)
+        check_flag(relative, "relative")
         if not callable(schedule):
             raise TypeError(
                 f"schedule is a {type(schedule).__name__}; give a function of the step, such as "

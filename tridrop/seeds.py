@@ -18,6 +18,7 @@ from . import recomputation
 from .lasting import lasting
 from .mask import as_seed, fold_in, new_seed
 from .recomputation import now
+from .spec_values import check_module, check_whole
 from .torch_private import backward_task, dispatch_modes
 
 # Sites whose seeds are made ahead, in a few launches a context and not a few launches a call.
@@ -198,10 +199,7 @@ def batch_slice(origin: int, size: int) -> Iterator[None]:
     True
     """
     for name, value, least in (("origin", origin, 0), ("size", size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; give an int")
-        if value < least:
-            raise ValueError(f"{name} = {value}; give {least} or more")
+        check_whole(value, name, least)
     blocks = now()
     before, blocks.batch = blocks.batch, (origin, size)
     try:
@@ -355,6 +353,8 @@ def number_sites(model: nn.Module, first: int = 0) -> int:
     >>> tridrop.nn.number_sites(model), model[2].site
     (2, 1)
     """
+    check_module(model)
+    first = check_whole(first, "first", 0)
     for module in model.modules():
         own = module.__dict__
         if "_tridrop_count" in own:

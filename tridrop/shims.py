@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import spec
+from . import spec, spec_values
 from .functional import (
     dropout,
     dropout_add,
@@ -59,8 +59,12 @@ def _bias_dropout_add(
     training: bool,
     seed: int | Tensor | None,
 ) -> Tensor:
+    if not isinstance(x_with_bias, (tuple, list)) or len(x_with_bias) != 2:
+        raise TypeError(f"{spec_values.given(x_with_bias, 'x_with_bias')}; give the pair (x, bias)")
     x, bias = x_with_bias
     spec.check_input(x)
+    if bias is not None:
+        spec.check_input(bias, "bias")
     spec.check_probability(prob, "prob", tensor_allowed=True)
     spec.check_residual(residual, x.shape, x)
     if bias is not None and bias.dim() != 1:
@@ -230,6 +234,14 @@ def layer_norm_fn(
     """
     spec.check_input(x)
     spec.check_probability(dropout_p, "dropout_p", tensor_allowed=True)
+    spec_values.check_flags(
+        prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm,
+        return_dropout_mask=return_dropout_mask,
+    )  # fmt: skip
+    for name, t in (("rowscale", rowscale), ("out", out), ("residual_out", residual_out)):
+        if t is not None:
+            spec_values.check_tensor(t, name)
+            spec.check_device(t, name, x)
     if bias1 is not None and weight1 is None:
         raise ValueError("bias1 is given without weight1: give weight1, torch.ones(D) for none")
     if rowscale is not None:
@@ -255,7 +267,7 @@ def layer_norm_fn(
             dtype = torch.float32 if in_fp32 else x.dtype
             stream = dropout(x1, dropout_p, seed=other).to(dtype)
     norm = dropout_add_rms_norm if is_rms_norm else dropout_add_layer_norm
-    wanted = out_dtype or x.dtype if out is None else out.dtype
+    wanted = out.dtype if out is not None else x.dtype if out_dtype is None else out_dtype
     keeps = prenorm or weight1 is not None or residual_out is not None
     first, *kept = _tuple(
         norm(

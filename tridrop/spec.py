@@ -13,10 +13,17 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
 from . import noise
 from .mask import Shard, scale, threshold
+from .spec_values import (
+    check_finite,
+    check_flag,
+    check_sequence,
+    check_tensor,
+    check_whole,
+    given,
+)
 
 # name -> (the function of one argument, whether the input holds two halves: f(first) * second)
 ACTIVATIONS: dict[str, tuple[str, bool]] = {
@@ -105,6 +112,7 @@ def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: boo
     if isinstance(p, Tensor):
         if not tensor_allowed:
             raise TypeError(f"{name} is a tensor; give a Python number")
+        check_tensor(p, name)
         if p.dim() != 0 or not p.is_floating_point():
             raise TypeError(
                 f"{name} is a tensor of dtype {p.dtype} and shape {tuple(p.shape)}; "
@@ -118,41 +126,40 @@ def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: boo
         return
     # The first two before Real, which NumPy's numbers are, and which takes longer to ask.
     if isinstance(p, bool) or not isinstance(p, (float, int, Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} is {p!r} of type {type(p).__name__}; give a number in [0, 1]")
+        raise TypeError(f"{given(p, name)}; give a number in [0, 1]")
     if not 0 <= p <= 1:  # also true for NaN
         raise ValueError(f"{name} = {p}; the probability of dropping must lie in [0, 1]")
 
 
-def check_training(training: bool) -> None:
-    """Raise unless ``training`` is True or False, as torch does."""
-    if training is not True and training is not False:
-        raise TypeError(
-            f"training is {training!r} of type {type(training).__name__}; give True or False"
+def check_rate(p: float | Tensor, device: torch.device, name: str = "p") -> None:
+    """Raise unless a ``p`` that is a tensor can be read beside data on ``device``.
+
+    One on the CPU can always be: it becomes a number.
+    """
+    if isinstance(p, Tensor) and p.device != device and p.device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {p.device} but the data is on {device}: give a number, or a tensor "
+            "there or on the CPU"
         )
+
+
+def check_eps(eps: float, name: str = "eps") -> float:
+    """``eps`` as a float; ValueError unless it is finite and 0 or more."""
+    number = check_finite(eps, name)
+    if number < 0:
+        raise ValueError(f"{name} = {eps}; it must be a number of 0 or more")
+    return number
 
 
 def drops(p: float | Tensor, training: bool) -> bool:
     """Whether a call with a checked ``p`` drops anything; it draws a seed just then."""
-    check_training(training)
+    check_flag(training, "training")
     return training and (isinstance(p, Tensor) or p > 0)
 
 
 def check_input(x: Tensor, name: str = "x") -> None:
     """Raise unless ``x`` is a tensor of a supported floating-point dtype."""
-    if not isinstance(x, Tensor):
-        if isinstance(x, Proxy):
-            raise TypeError(
-                f"{name} is a torch.fx.Proxy: torch.fx.symbolic_trace cannot look into this call. "
-                "Trace the model as it was before the swap, after tridrop.unswap(model), or with a "
-                "torch.fx.Tracer whose is_leaf_module keeps the module that makes the call whole"
-            )
-        raise TypeError(f"{name} is of type {type(x).__name__}; give a torch.Tensor")
-    if x.is_nested:
-        raise TypeError(
-            f"{name} is a nested tensor, whose elements have no coordinates in one mask: pad it "
-            f"with torch.nested.to_padded_tensor({name}, 0.0), or give its values, "
-            f"torch.cat({name}.unbind())"
-        )
+    check_tensor(x, name)
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {x.dtype}; dropout scales by 1 / (1 - p) and needs "
@@ -170,10 +177,10 @@ def check_vector(v: Tensor | None, name: str, size: int, x: Tensor) -> None:
     check_device(v, name, x)
 
 
-def check_device(v: Tensor, name: str, x: Tensor) -> None:
-    """Raise unless ``v`` is on the device of ``x``."""
+def check_device(v: Tensor, name: str, x: Tensor, other: str = "x") -> None:
+    """Raise unless ``v`` is on the device of ``x``, which messages call ``other``."""
     if v.device != x.device:
-        raise ValueError(f"{name} is on {v.device} but x is on {x.device}: move one of them")
+        raise ValueError(f"{name} is on {v.device} but {other} is on {x.device}: move one of them")
 
 
 def check_residual(
@@ -192,9 +199,7 @@ def check_residual(
 def check_out_dtype(dtype: torch.dtype, *operands: Tensor | None) -> None:
     """Raise unless ``dtype`` is one that a result computed from these operands can have."""
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(
-            f"out_dtype is {dtype!r} of type {type(dtype).__name__}; give a torch.dtype"
-        )
+        raise TypeError(f"{given(dtype, 'out_dtype')}; give a torch.dtype")
     if dtype not in FLOATS:
         raise ValueError(
             f"out_dtype = {dtype}; give float16, bfloat16, float32, float64, or None for x's dtype"
@@ -222,9 +227,11 @@ def check_activation(activation: str | None) -> str:
     """The name of the activation, "none" for None; ValueError for an unknown one."""
     if activation is None:
         return "none"
+    if not isinstance(activation, str):
+        raise TypeError(f"{given(activation, 'activation')}; give None or a name, such as 'gelu'")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}; known: None, {', '.join(ACTIVATIONS)}")
-    return activation
+    return str(activation)
 
 
 def output_shape(x: Tensor, activation: str) -> tuple[int, ...]:
@@ -241,14 +248,19 @@ def output_shape(x: Tensor, activation: str) -> tuple[int, ...]:
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a mask as a tuple; ValueError unless it has non-negative integers."""
-    if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
-        raise TypeError(
-            f"shape is {shape!r} of type {type(shape).__name__}; give a tuple with the size of "
-            "each dimension"
-        )
+    check_sequence(shape, "shape", "a tuple with the size of each dimension")
     if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
         raise ValueError(f"shape = {tuple(shape)}: give non-negative integers")
-    return tuple(shape)
+    if not all(isinstance(n, torch.SymInt) for n in shape) and max(
+        _elements(shape), *(n for n in shape if not isinstance(n, torch.SymInt))
+    ) >= (1 << 63):
+        raise ValueError(f"shape = {tuple(shape)} has 2^63 elements or more")
+    return tuple(check_whole(n, "shape") for n in shape)
+
+
+def _elements(shape: Sequence[int]) -> int:
+    """The product of the sizes that are numbers already."""
+    return math.prod(n for n in shape if not isinstance(n, torch.SymInt))
 
 
 def check_attention_coordinates(whole: Sequence[int]) -> None:
@@ -276,11 +288,7 @@ def resolve_noise_shape(
     """The dimensions along which the mask is shared, from a ``noise_shape`` as in Keras and TF."""
     if noise_shape is None:
         return ()
-    if isinstance(noise_shape, (str, bytes)) or not isinstance(noise_shape, Sequence):
-        raise TypeError(
-            f"noise_shape is {noise_shape!r} of type {type(noise_shape).__name__}; "
-            "give a tuple with an entry a dimension"
-        )
+    check_sequence(noise_shape, "noise_shape", "a tuple with an entry a dimension")
     if len(noise_shape) != len(shape):
         raise ValueError(
             f"noise_shape = {tuple(noise_shape)} has {len(noise_shape)} entries for a tensor of "
@@ -288,9 +296,12 @@ def resolve_noise_shape(
         )
     shared = []
     for dim, (entry, size) in enumerate(zip(noise_shape, shape, strict=True)):
-        if entry is None or (entry == size and size != 1):
+        if entry is None:
             continue
-        if isinstance(entry, bool) or entry != 1:
+        whole = isinstance(entry, (int, torch.SymInt)) and not isinstance(entry, bool)
+        if whole and entry == size and size != 1:
+            continue
+        if not whole or entry != 1:
             raise ValueError(
                 f"noise_shape[{dim}] = {entry}, but the tensor has shape {tuple(shape)}: each "
                 "entry is 1 (one draw shared along the dimension), the size, or None for the size"
@@ -311,14 +322,14 @@ def resolve_shard(
     if shard is None:
         return None
     if isinstance(shard, Shard):
-        whole, origin = tuple(shard.global_shape), tuple(shard.origin)
+        pair: Sequence[Sequence[int]] = (shard.global_shape, shard.origin)
     elif isinstance(shard, (tuple, list)) and len(shard) == 2:
-        whole, origin = tuple(shard[0]), tuple(shard[1])
+        pair = shard
     else:
-        raise TypeError(
-            f"shard is {shard!r} of type {type(shard).__name__}; "
-            "give tridrop.Shard(global_shape, origin)"
-        )
+        raise TypeError(f"{given(shard, 'shard')}; give tridrop.Shard(global_shape, origin)")
+    for name, part in zip(("global_shape", "origin"), pair, strict=True):
+        check_sequence(part, f"shard's {name}", "a tuple with an entry a dimension")
+    whole, origin = (tuple(part) for part in pair)
     if not len(whole) == len(origin) == len(shape):
         raise ValueError(
             f"shard has global_shape {whole} and origin {origin} for a tensor of shape "
@@ -326,6 +337,7 @@ def resolve_shard(
         )
     if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in whole + origin):
         raise TypeError(f"shard has global_shape {whole} and origin {origin}; give integers")
+    whole, origin = (tuple(check_whole(n, "shard") for n in part) for part in (whole, origin))
     for dim, (size, start, local) in enumerate(zip(whole, origin, shape, strict=True)):
         if start < 0 or start + local > size:
             raise ValueError(

@@ -10,19 +10,21 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .mask import Shard, scale, threshold
 from .spec import (
+    ATTENTION_LIMITS,
     FLOATS,
     check_attention_coordinates,
     check_device,
     check_input,
     resolve_shard,
 )
+from .spec_values import check_finite, check_tensor, check_whole, given
 
 HEAD_DIM_LIMIT = 256
 Window = int | tuple[int | None, int | None]
@@ -77,10 +79,7 @@ def check_dtypes(query: Tensor, **others: Tensor) -> None:
                 f"{name} has dtype {t.dtype} but query has {query.dtype}: give all one dtype, "
                 "for instance under torch.autocast or with .to()"
             )
-        if t.device != query.device:
-            raise ValueError(
-                f"{name} is on {t.device} but query is on {query.device}: move one of them"
-            )
+        check_device(t, name, query, "query")
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -116,8 +115,7 @@ def check_mask(
     """Raise unless ``mask`` is None or a bool or float tensor that broadcasts to ``shape``."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} is of type {type(mask).__name__}; give a torch.Tensor or None")
+    check_tensor(mask, name)
     if mask.dtype != torch.bool and mask.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {mask.dtype}; give bool (True: takes part) or floating-point "
@@ -145,6 +143,7 @@ def check_key_mask(mask: Tensor | None, batch: int, keys: int, x: Tensor) -> Non
             f"key_mask is {given}; give a bool tensor, True where a key takes part: "
             "mask.bool(), or ~key_padding_mask for torch.nn's convention"
         )
+    check_tensor(mask, "key_mask")
     if mask.device != x.device:
         raise ValueError(f"key_mask is on {mask.device} but the data is on {x.device}: move it")
     if tuple(mask.shape) != (batch, keys):
@@ -157,28 +156,37 @@ def resolve_band(is_causal: bool, window: Window | None) -> tuple[int | None, in
     """The bounds of key - query, each or None: both what is_causal and what window allow."""
     lower, upper = None, None
     if window is not None:
-        pair = (window, window) if isinstance(window, int) else window
+        pair = (window, window) if isinstance(window, (int, torch.SymInt)) else window
         if isinstance(pair, (tuple, list)) and len(pair) == 2:
             left, right = pair
         else:
             raise TypeError(
-                f"window is {window!r}; give (left, right), the number of keys before and after a "
-                "query's own that it sees, None for no bound, or one int for both"
+                f"{given(window, 'window')}; give (left, right), the number of keys before and "
+                "after a query's own that it sees, None for no bound, or one int for both"
             )
-        for name, size in (("left", left), ("right", right)):
-            if size is None:
-                continue
-            if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-                raise TypeError(f"window's {name} is {size!r}; give an int of 0 or more, or None")
-            if size < 0:
-                raise ValueError(
-                    f"window's {name} = {size}; give an int of 0 or more, or None for no bound"
-                )
+        left, right = _reach(left, "left"), _reach(right, "right")
         lower = None if left is None else -left
         upper = right
     if is_causal:
         upper = 0  # a window to the right of 0 or more is cut
     return lower, upper
+
+
+def _reach(size: int | None, name: str) -> int | None:
+    """How far a window reaches; None where it leaves no key out, however far beyond all of them."""
+    if size is None:
+        return None
+    size = check_whole(size, f"window's {name}", 0, "an int of 0 or more, or None for no bound")
+    if not isinstance(size, torch.SymInt) and size >= max(ATTENTION_LIMITS.values()):
+        return None
+    return size
+
+
+def typed(window: Any) -> Any:
+    """A window as a part of a key: with the types of its numbers, of which True and 1 are equal."""
+    if isinstance(window, (tuple, list)):
+        return (type(window), *window, *map(type, window))
+    return window, type(window)
 
 
 def resolve_origin(
@@ -195,26 +203,17 @@ def resolve_origin(
 
 def resolve_scale(value: float | None, default: float) -> float:
     """The factor of the scores, a finite number."""
-    if value is None:
-        return default
-    if isinstance(value, (bool, Tensor)) or not isinstance(
-        value, (int, float, torch.SymFloat, torch.SymInt)
-    ):
-        raise TypeError(f"scale is {value!r} of type {type(value).__name__}; give a number or None")
-    if not math.isfinite(value):
-        raise ValueError(f"scale = {value}; it must be finite")
-    return float(value)
+    return default if value is None else check_finite(value, "scale")
 
 
 def resolve_softcap(value: float | None) -> float:
     """The bound of the scores; 0 where there is none."""
     if value is None:
         return 0.0
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"softcap is {value!r} of type {type(value).__name__}; give a number")
-    if not (value > 0 and math.isfinite(value)):
+    number = check_finite(value, "softcap")
+    if number <= 0:
         raise ValueError(f"softcap = {value}; it must be positive and finite, or None for none")
-    return float(value)
+    return number
 
 
 def check_sinks(sinks: Tensor | None, heads: int, x: Tensor) -> None:
@@ -245,6 +244,7 @@ def check_packed(
                 f"{name} is {given}; give an int32 tensor of sequences + 1 offsets, "
                 "such as torch.tensor([0, 5, 12], dtype=torch.int32)"
             )
+        check_tensor(t, name)
         if t.dim() != 1 or t.shape[0] < 2:
             raise ValueError(
                 f"{name} has shape {tuple(t.shape)}; it must be (sequences + 1,), the offsets of "
@@ -277,10 +277,10 @@ def resolve_longest(longest: int | None, tokens: int, offsets: Tensor, name: str
     """A bound of the packed sequences' lengths: the number of tokens where none is given."""
     if longest is None:
         return tokens
-    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
-        raise TypeError(f"{name} is {longest!r} of type {type(longest).__name__}; give an int")
-    if longest < 0:
-        raise ValueError(f"{name} = {longest}; it must be 0 or more")
+    longest = check_whole(longest, name, 0)
+    most = ATTENTION_LIMITS["query"]
+    if not isinstance(longest, torch.SymInt) and longest > most:
+        raise ValueError(f"{name} = {longest}; give {most} or less, or None")
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         found = int(offsets.diff().max())
         if found > longest:

@@ -74,7 +74,7 @@ def check_whole(value: Any, name: str, least: int | None = None, wanted: str = "
         raise TypeError(f"{given(value, name)}; give {wanted}")
     if least is not None and number < least:
         raise ValueError(f"{name} = {number}; give {wanted}, {least} or more")
-    return number  # type: ignore[no-any-return]
+    return number
 
 
 def check_finite(value: Any, name: str) -> float:

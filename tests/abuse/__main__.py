@@ -51,7 +51,8 @@ def child(seed: int, first: int, last: int, op: str | None, found: Found, verbos
     process = subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     selector = selectors.DefaultSelector()
     for stream in (process.stdout, process.stderr):
         os.set_blocking(stream.fileno(), False)
@@ -73,7 +74,9 @@ def child(seed: int, first: int, last: int, op: str | None, found: Found, verbos
                     done = done or "done" in record
                     if "poisoned" in record:
                         kind, what = "a right call differs afterwards", record["poisoned"]
-                        found.add({"number": last, "op": "", "kind": kind, "what": what, "detail": ""})
+                        found.add(
+                            {"number": last, "op": "", "kind": kind, "what": what, "detail": ""}
+                        )
                     if "kind" in record:
                         found.add(record)
                         if verbose:

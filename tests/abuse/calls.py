@@ -122,7 +122,9 @@ class Call:
             if not grads:
                 stack.enter_context(torch.no_grad())
             made = function(**own)
-            if isinstance(made, AbstractContextManager) and not isinstance(made, (Tensor, nn.Module)):
+            if isinstance(made, AbstractContextManager) and not isinstance(
+                made, (Tensor, nn.Module)
+            ):
                 made = stack.enter_context(made)
             results = list(flat(made))
         del given
@@ -131,15 +133,16 @@ class Call:
     def _torch_raises(self, kind: type[Exception]) -> bool:
         """Whether torch's own module raises this class of error for the same arguments."""
         twin = self.target.twin
-        if twin is None:
-            return False
         chooser = random.Random(self.key)
         torch.manual_seed(chooser.randrange(1 << 30))
         own, further = self._arguments(chooser)
+        wrapped = own.get("rnn", own.get("cell"))
+        if twin is None and not isinstance(wrapped, nn.Module):
+            return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                twin(**own)(**further)
+                (wrapped if twin is None else twin(**own))(**further)
             except kind:
                 return True
             except Exception:
@@ -159,7 +162,9 @@ def _leaves(groups: list[dict[str, Any]]) -> list[Tensor]:
         for t in flat(list(group.values())):
             if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() == 0:
                 continue
-            with contextlib.suppress(RuntimeError):  # of a view, say, or where nothing has gradients
+            with contextlib.suppress(
+                RuntimeError
+            ):  # of a view, say, or where nothing has gradients
                 found.append(t if t.requires_grad else t.requires_grad_())
     return found
 

@@ -35,7 +35,7 @@ def pick(names: list[str], seed: int, number: int) -> str:
 def right_calls(found: dict[str, Target], seed: int) -> list[tuple[str, Outcome]]:
     """What right calls of every target give, by the loops."""
     made = []
-    for name, target in found.items():
+    for target in found.values():
         for number in range(2):
             call = Call(target, seed, -1 - number, oddities=0)
             made.append((f"{call.key}", call.run(calls.WAYS[0])))

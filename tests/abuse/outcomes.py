@@ -77,10 +77,14 @@ def _is_torchs(error: BaseException) -> bool:
     file = last.tb_frame.f_code.co_filename
     if "/site-packages/torch/" in file:
         return True
+    if error.__cause__ is not None:  # said again, with what to do
+        return _is_torchs(error.__cause__)
     line = linecache.getline(file, last.tb_lineno).strip()
     if "/tridrop/" not in file or line.startswith(("raise", "assert")):
         return "/abuse/" in file
-    of_torch = type(error) in (RuntimeError, IndexError) or isinstance(error, torch.OutOfMemoryError)
+    of_torch = type(error) in (RuntimeError, IndexError) or isinstance(
+        error, torch.OutOfMemoryError
+    )
     return of_torch and type(error).__module__ in ("builtins", "torch")
 
 
@@ -102,7 +106,12 @@ def flat(value: Any, depth: int = 0) -> Iterator[Any]:
 
 
 # Both ways round once; sums are made in another order.
-_TOLERANCES = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 1.7e-2, torch.float16: 2.1e-3}
+_TOLERANCES = {
+    torch.float64: 1e-11,
+    torch.float32: 3e-5,
+    torch.bfloat16: 1.7e-2,
+    torch.float16: 2.1e-3,
+}
 
 
 def difference(a: Any, b: Any) -> str | None:
@@ -111,7 +120,12 @@ def difference(a: Any, b: Any) -> str | None:
         return f"{type(a).__name__} and {type(b).__name__}"
     if not isinstance(a, Tensor):
         return None
-    if a.dtype != b.dtype or a.layout != b.layout or a.device != b.device or a.is_nested != b.is_nested:
+    if (
+        a.dtype != b.dtype
+        or a.layout != b.layout
+        or a.device != b.device
+        or a.is_nested != b.is_nested
+    ):
         return f"{a.dtype}, {a.layout}, {a.device} and {b.dtype}, {b.layout}, {b.device}"
     if a.is_nested or a.is_meta or a.is_quantized:
         return None

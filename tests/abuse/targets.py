@@ -44,9 +44,7 @@ class Target:
 def parameters(function: Callable[..., Any], skip: int = 0) -> tuple[Parameter, ...]:
     found = list(inspect.signature(function).parameters.values())[skip:]
     return tuple(
-        Parameter(
-            p.name, str(p.annotation), p.kind is p.KEYWORD_ONLY, p.default is not p.empty
-        )
+        Parameter(p.name, str(p.annotation), p.kind is p.KEYWORD_ONLY, p.default is not p.empty)
         for p in found
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     )

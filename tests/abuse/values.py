@@ -166,7 +166,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
     )},
     "on meta": lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"),
     "sparse": lambda t: t.detach().to_sparse(),
-    "sparse rows": lambda t: t.detach().reshape(-1, max(1, t.shape[-1] if t.dim() else 1)).to_sparse_csr(),
+    "sparse rows": lambda t: t.detach().reshape(t.shape[0] if t.dim() else 1, -1).to_sparse_csr(),
     "mkldnn": lambda t: t.detach().float().to_mkldnn(),
     "quantised": lambda t: torch.quantize_per_tensor(t.detach().float(), 0.1, 0, torch.qint8),
     "nested": lambda t: torch.nested.nested_tensor(

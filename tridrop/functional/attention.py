@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, ops, spec, spec_attention
+from .. import backends, ops, spec, spec_attention, spec_values
 from ..autograd import Attention, apply, torchs_attention
 from ..spec_attention import AttentionOptions, Window
 from . import known
 from .elementwise import ShardLike, distinct
 from .softmax import as_four, settle_attention
 
-_FAMILY = known.Family("attention", Attention, ops.pack_attention)
+_NAMES = ("query", "key", "value", "attn_mask", "key_mask", "sinks")
+_FAMILY = known.Family("attention", Attention, ops.pack_attention, _NAMES)
 
 
 def _same_batch(
@@ -76,6 +77,8 @@ def _prepared(
     """The arguments of the op, checked, and the result's dimensions before the queries."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
     spec_attention.check_dtypes(query, key=key, value=value)
+    spec_values.check_flag(is_causal, "is_causal")
+    spec_values.check_flag(enable_gqa, "enable_gqa")
     spec_attention.check_shapes(query, key, value, enable_gqa)
     spec.check_probability(dropout_p, "dropout_p", tensor_allowed=True)
     is_packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -124,7 +127,9 @@ def _prepared(
     )
     alone = query.dim() < 4 and not is_packed  # no batch dimension
     sequences = None if shard is not None or alone else batch
-    options, p_tensor, drawn = settle_attention(query, dropout_p, True, seed, options, sequences)
+    options, p_tensor, drawn = settle_attention(
+        query, dropout_p, True, seed, options, sequences, "dropout_p"
+    )
     tensors = (q, k, v, as_four(mask, leading), key_mask, sinks, cu_seqlens_q, cu_seqlens_k)
     inputs = (*distinct(*tensors), drawn, p_tensor)
     packed = ops.pack_attention(options, backends.choose(query.device))
@@ -218,11 +223,14 @@ def scaled_dot_product_attention(
     call = None
     # One by one: Dynamo of torch 2.11 cannot compare tuples with tensors in them.
     whole = cu_seqlens_q is None and cu_seqlens_k is None
-    if whole and max_seqlen_q is None and max_seqlen_k is None:
+    flags = type(is_causal) is type(enable_gqa) is type(return_lse) is bool
+    if flags and whole and max_seqlen_q is None and max_seqlen_k is None:
         # True and 1.0 equal 1, and only one of them may be refused.
-        numbers = (type(scale), scale, type(softcap), softcap, repr(window))
-        settings = ("attention", *numbers, not is_causal, not enable_gqa)
+        numbers = (type(scale), scale, type(softcap), softcap, spec_attention.typed(window))
+        settings = ("attention", *numbers, is_causal, enable_gqa)
         call = known.key_of(settings, dropout_p, None, shard, *operands)
+    else:
+        spec_values.check_flag(return_lse, "return_lse")
     results: tuple[Tensor, Tensor]
     found = known.recall(call)
     if found is not None:
@@ -287,6 +295,10 @@ def scaled_dot_product_attention_backward(
     >>> out, lse = scaled_dot_product_attention(q, k, v, return_lse=True)
     >>> grads = scaled_dot_product_attention_backward(q, out, lse, q, k, v, seed=1)
     """
+    tensors = {"query": query, "key": key, "value": value, "grad": grad, "out": out, "lse": lse}
+    for name, t in tensors.items():
+        spec.check_input(t, name)
+        spec.check_device(t, name, query, "query")
     if not query.dim() == key.dim() == value.dim() == 4 or seed is None:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} and "

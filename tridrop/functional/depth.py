@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import backends, choice, spec
+from .. import backends, choice, spec, spec_values
 from ..seeds import host_seed, refuse_batch, seed_for
 from ..spec import Options
 from .elementwise import dropout
@@ -42,8 +42,7 @@ def stochastic_depth(
             [2., 2.]])
     """
     spec.check_input(input, "input")
-    if mode not in ("batch", "row"):
-        raise ValueError(f"mode = {mode!r}; known: 'batch', 'row'")
+    spec_values.check_choice(mode, "mode", ("batch", "row"))
     if input.dim() == 0:
         raise ValueError("input is a scalar; its first dimension must be that of the samples")
     first = None if mode == "row" else 1
@@ -92,6 +91,8 @@ def drop_path_subset(
     """
     spec.check_input(x)
     spec.check_probability(p)
+    if not callable(branch):
+        raise TypeError(f"{spec_values.given(branch, 'branch')}; give a function of x, or a module")
     if x.dim() == 0:
         raise ValueError("x is a scalar; its first dimension must be that of the samples")
     batch = x.shape[0]
@@ -103,6 +104,7 @@ def drop_path_subset(
     k = choice.left(batch, p)
     kept = kept_indices(seed_for(x.device, seed), (batch,), k).sort().values
     out = branch(x.index_select(0, kept))
+    spec_values.check_tensor(out, "what branch returns")
     if out.shape != (k, *x.shape[1:]):
         raise ValueError(
             f"branch made {tuple(out.shape)} of {(k, *x.shape[1:])}; a residual branch must keep "
@@ -146,6 +148,7 @@ def layer_drop(
     ['first', 'third']
     """
     spec.check_probability(p)
+    spec_values.check_sequence(layers, "layers", "a list of them")
     if not spec.drops(p, training):
         return list(layers)
     return left_layers(layers, p, host_seed(seed))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import spec
+from .. import spec, spec_values
 from ..autograd import Masked, apply
 from ..seeds import refuse_batch, seed_for
 from .masks import keep_mask
@@ -44,14 +44,14 @@ def drop_block2d(
         p: about the part to drop, a number in [0, 1].
         block_size: the side of a block, odd; that of the map where this is smaller.
         inplace: write the result into ``input`` and return it.
-        eps: keeps the scale finite where everything is dropped.
+        eps: keeps the scale finite where everything is dropped; finite, 0 or more.
         training: False returns ``input`` itself, as p = 0 does.
         seed: as in :func:`tridrop.dropout`.
 
     Raises:
         ValueError: p outside [0, 1]; input of other than 4 dimensions; a block size that is not
-            odd and positive.
-        TypeError: input of another dtype, p, block_size or seed of another type.
+            odd and positive; an eps that is negative, infinite or NaN.
+        TypeError: input of another dtype, p, block_size, eps, inplace or seed of another type.
 
     >>> import torch
     >>> drop_block2d(torch.ones(1, 1, 5, 5), 0.3, 3, seed=4)[0, 0].round(decimals=2)
@@ -98,8 +98,9 @@ def _drop_block(
     if input.dim() != dims + 2:
         space = "D, H, W" if dims == 3 else "H, W"
         raise ValueError(f"input has shape {tuple(input.shape)}; give [N, C, {space}]")
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"block_size is {block_size!r}; give an odd int")
+    block_size = spec_values.check_whole(block_size, "block_size", wanted="an odd int")
+    eps = spec.check_eps(eps)
+    spec_values.check_flag(inplace, "inplace")
     if not spec.drops(p, training) or input.numel() == 0:
         return input
     size = min(block_size, *input.shape[2:])
@@ -109,7 +110,8 @@ def _drop_block(
             f"{size}; it must be odd and positive"
         )
     refuse_batch("drop_block2d" if dims == 2 else "drop_block3d")
-    out: Tensor = apply(Masked, input, seed_for(input.device, seed), _blocks, (p, size, eps))
+    given = (float(p), size, eps)
+    out: Tensor = apply(Masked, input, seed_for(input.device, seed), _blocks, given)
     return input.copy_(out) if inplace else out
 
 

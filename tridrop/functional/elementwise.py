@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import backends, ops, seeds, spec
+from .. import backends, ops, seeds, spec, spec_values
 from ..autograd import Fused, apply
 from ..distributed import agree
 from ..distributed.dtensor import is_dtensor
@@ -20,7 +20,8 @@ from . import known
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
 
-_FAMILY = known.Family("elementwise", Fused, ops.pack)
+_NAMES = ("x", "bias", "layer_scale", "residual")
+_FAMILY = known.Family("elementwise", Fused, ops.pack, _NAMES)
 
 _O = TypeVar("_O", bound=Options)
 
@@ -49,7 +50,7 @@ def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:
 
 def rated(p: float | Tensor, training: bool, options: _O) -> tuple[_O, Tensor | None, bool]:
     """The options with their rates, p where it is a tensor, and whether anything drops."""
-    spec.check_training(training)
+    spec_values.check_flag(training, "training")
     if not training:
         return replace(options, drop_path=0.0), None, False
     if isinstance(p, Tensor):
@@ -62,6 +63,7 @@ def settle(
     x: Tensor, p: float | Tensor, training: bool, seed: int | Tensor | None, options: _O
 ) -> tuple[_O, Tensor | None, Tensor | None]:
     """The options with their rates, p where it is a tensor, and the seed where anything drops."""
+    spec.check_rate(p, x.device)
     options, p_tensor, drops = rated(p, training, options)
     if not drops:
         return options, p_tensor, None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import spec
+from .. import spec, spec_values
 from ..seeds import seed_for
 from .elementwise import in_batch
 from .masks import keep_mask
@@ -55,7 +55,9 @@ def embedding_dropout(
     >>> embedding_dropout(words, torch.ones(4, 2), 0.5, seed=7)[:, 0]
     tensor([2., 0., 0., 2., 0., 0.])
     """
+    spec_values.check_tensor(input, "input")
     spec.check_input(weight, "weight")
+    spec.check_device(input, "input", weight, "weight")
     spec.check_probability(p, tensor_allowed=True)
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; an embedding's is [V, D]")
@@ -101,15 +103,15 @@ def word_dropout(
     >>> word_dropout(torch.arange(8), 0.5, token=99, exempt=[5], seed=1)
     tensor([ 0, 99,  2, 99,  4,  5,  6,  7])
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input is of type {type(input).__name__}; give a torch.Tensor")
+    spec_values.check_tensor(input, "input")
     if input.is_floating_point() or input.is_complex() or input.dtype == torch.bool:
         raise TypeError(f"input has dtype {input.dtype}; give integers, the numbers of words")
     spec.check_probability(p, tensor_allowed=True)
+    spec.check_rate(p, input.device)
     limits = torch.iinfo(input.dtype)
+    spec_values.check_sequence(exempt, "exempt", "a tuple of numbers of words")
     for name, word in (("token", token), *(("exempt", word) for word in exempt)):
-        if isinstance(word, bool) or not isinstance(word, int):
-            raise TypeError(f"{name}: {word!r} is a {type(word).__name__}; give an int")
+        spec_values.check_whole(word, name)
         if not limits.min <= word <= limits.max:
             raise ValueError(f"{name}: {word} is outside {input.dtype}")
     if not spec.drops(p, training):

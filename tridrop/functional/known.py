@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import backends, fast, seeds
 from ..autograd import Function, apply, straight
 from ..ops.library import PLAIN, Known
+from ..spec_values import check_tensor
 from ..torch_private import watched
 
 Key = tuple[Any, ...]
@@ -42,7 +43,9 @@ def key_of(
 ) -> Key | None:
     """All that a call depends on but its data and seed; None where that is more than is seen here.
 
-    ``settings`` are the name of the function and its other options. A ``p`` that is a tensor has a
+    ``settings`` are the name of the function and its other options, each of one type or beside its
+    type: what only compares equal to an option that has been checked is checked itself, and refused
+    perhaps, and an option without a hash is not looked up. A ``p`` that is a tensor has a
     value of its own each time, and one that is not a float may be True, which equals 1.0 and is no
     probability: such calls are checked again, as are those with a noise_shape or a shard.
     """
@@ -80,6 +83,7 @@ class Family(NamedTuple):
     name: str  # as backends.prepare takes it
     function: type[Function]  # of the operands, a seed, p as a tensor, and options
     pack: Callable[[Any, str], tuple[Any, ...]]  # options and a backend, as operators take them
+    operands: tuple[str, ...]  # their names, in messages
 
 
 def learn(
@@ -108,7 +112,19 @@ def call(
     *operands: Tensor | None,
 ) -> Any:
     """The call itself; the first operand is a tensor."""
-    function = family.function
+    try:
+        return _call(family.function, known, seed, *operands)
+    except RuntimeError:
+        # A key says nothing of layouts, which would take longer to ask for than to check anew.
+        for name, t in zip(family.operands, operands, strict=False):
+            if t is not None:
+                check_tensor(t, name)
+        raise
+
+
+def _call(
+    function: type[Function], known: Known, seed: int | Tensor | None, *operands: Tensor | None
+) -> Any:
     drawn = seeds.seed_for(operands[0].device, seed) if known.draws else None  # type: ignore[union-attr]
     if drawn is not None and type(drawn) is not Tensor:
         return apply(function, *operands, drawn, None, known.packed)

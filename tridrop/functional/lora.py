@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import spec
+from .. import spec, spec_values
 from ..distributed.dtensor import is_dtensor
 from ..mask import fold_in
 from ..spec_product import check_matrix, check_rank, check_same_dtype, groups
@@ -148,7 +147,12 @@ def lora_deltas(
             [3.]]), tensor([[1.],
             [3.]]))
     """
+    spec_values.check_flag(shared_mask, "shared_mask")
+    matrices = "a list of matrices, one for each adapter"
+    spec_values.check_sequence(As, "As", matrices)
+    spec_values.check_sequence(Bs, "Bs", matrices)
     biases = [None] * len(Bs) if biases is None else biases
+    spec_values.check_sequence(biases, "biases", "a list of vectors or None, one for each adapter")
     count = len(As)
     gains = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
     for name, given in (("Bs", Bs), ("biases", biases), ("scaling", gains)):
@@ -178,11 +182,7 @@ def _check_adapters(
 
 
 def _check_scaling(scaling: float) -> float:
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling is {scaling!r} of type {type(scaling).__name__}; give a number")
-    if not math.isfinite(scaling):
-        raise ValueError(f"scaling = {scaling}; give a finite number, such as alpha / r")
-    return float(scaling)
+    return spec_values.check_finite(scaling, "scaling")
 
 
 def _seeds(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, ops, spec
+from .. import backends, ops, spec, spec_values
 from ..mask import as_seed
 from ..spec import Options
 from .elementwise import ShardLike
@@ -18,9 +18,10 @@ def seed_on(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
     return as_seed(seed, device if isinstance(seed, Tensor) or device is not None else "cpu")
 
 
-def _rate(p: float | Tensor) -> tuple[float, Tensor | None]:
-    """(p, None), or (0, p) where it is a tensor; checked."""
+def _rate(p: float | Tensor, seed: Tensor) -> tuple[float, Tensor | None]:
+    """(p, None), or (0, p) where it is a tensor; checked, also beside the seed."""
     spec.check_probability(p, tensor_allowed=True)
+    spec.check_rate(p, seed.device)
     return (0.0, p) if isinstance(p, Tensor) else (float(p), None)
 
 
@@ -51,10 +52,11 @@ def keep_mask(
     >>> keep_mask(1, (8,), 0.5)
     tensor([ True, False,  True, False,  True, False,  True,  True])
     """
-    rate, p_tensor = _rate(p)
     seed = seed_on(seed, device)
+    rate, p_tensor = _rate(p, seed)
     shape = spec.check_shape(shape)
     shared = spec.resolve_noise_shape(noise_shape, shape)
+    spec_values.check_choice(domain, "domain", ("elements", "drop_path"))
     if domain == "drop_path":
         if noise_shape is not None or len(shape) < 2:
             raise ValueError(
@@ -62,8 +64,6 @@ def keep_mask(
                 f"noise_shape; given shape {shape} and noise_shape {noise_shape}"
             )
         shared = tuple(range(1, len(shape)))
-    elif domain != "elements":
-        raise ValueError(f"domain = {domain!r}; known: 'elements', 'drop_path'")
     where = spec.resolve_shard(shard, shape)
     *_, whole, origin, _, name = ops.pack(
         Options(shared=shared, shard=where), backends.choose(seed.device)
@@ -93,8 +93,7 @@ def kept_indices(
             [1, 3, 5]])
     """
     shape = spec.check_shape(shape)
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k is {k!r} of type {type(k).__name__}; give how many to keep, an int")
+    k = spec_values.check_whole(k, "k", wanted="how many to keep, an int")
     if not shape or not 0 <= k <= shape[-1]:
         raise ValueError(f"k = {k} of shape {shape}; give from 0 to the size of the last dimension")
     seed = seed_on(seed, device)
@@ -146,8 +145,8 @@ def attention_keep_mask(
     >>> attention_keep_mask(1, (1, 1, 1, 4), 0.25, shard=where)
     tensor([[[[ True, False,  True,  True]]]])
     """
-    rate, p_tensor = _rate(p)
     seed = seed_on(seed, device)
+    rate, p_tensor = _rate(p, seed)
     shape = spec.check_shape(shape)
     spec.check_attention_coordinates(shape)
     where = spec.resolve_shard(shard, shape, flattened=False)

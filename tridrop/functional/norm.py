@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, ops, spec
+from .. import backends, ops, spec, spec_values
 from ..autograd import FusedNorm, apply
 from ..spec import NormOptions
 from . import known
 from .elementwise import ShardLike, distinct, settle
 
-_FAMILY = known.Family("norm", FusedNorm, ops.pack_norm)
+_NAMES = ("x", "bias", "layer_scale", "residual", "weight", "norm_bias")
+_FAMILY = known.Family("norm", FusedNorm, ops.pack_norm, _NAMES)
 
 
 def _fused_norm(
@@ -41,18 +42,21 @@ def _fused_norm(
     """The checked call: (out, stream)."""
     operands = (x, bias, layer_scale, residual, weight, norm_bias)
     # Backward reads the stream; without one, only the next block would.
-    keep_stream = prenorm or torch.is_grad_enabled()
+    keep_stream = prenorm is True or torch.is_grad_enabled()
     key = None
     numbers = type(drop_path) is float and (eps is None or type(eps) is float)
-    if numbers and type(training) is bool:
-        # Not the options themselves, which may be of any type.
-        choices = (not training, not zero_centered, not keep_stream, not residual_in_fp32)
+    flags = type(training) is type(prenorm) is type(residual_in_fp32) is type(zero_centered) is bool
+    if numbers and flags:
+        choices = (training, zero_centered, keep_stream, residual_in_fp32)
         settings = (norm, after, drop_path, eps, out_dtype, choices)
         key = known.key_of(settings, p, noise_shape, shard, *operands)
     found = known.recall(key)
     if found is not None:
         return known.call(_FAMILY, found, seed, *operands)[:2]
     spec.check_input(x)
+    spec_values.check_flag(prenorm, "prenorm")
+    spec_values.check_flag(residual_in_fp32, "residual_in_fp32")
+    spec_values.check_flag(zero_centered, "zero_centered_weight")
     if x.dim() == 0:
         raise ValueError("x has no dimension to normalise over: give it one or more")
     if residual is not None:
@@ -70,8 +74,7 @@ def _fused_norm(
         )
     if eps is None:
         eps = torch.finfo(x.dtype).eps
-    if not eps >= 0:
-        raise ValueError(f"eps = {eps}; it must be a number of 0 or more")
+    eps = spec.check_eps(eps)
     stream_dtype = x.dtype if residual is None else residual.dtype
     if out_dtype is None:
         out_dtype = stream_dtype if after else x.dtype
@@ -82,7 +85,7 @@ def _fused_norm(
         shared=spec.resolve_noise_shape(noise_shape, x.shape),
         shard=where,
         norm=norm,
-        eps=float(eps),
+        eps=eps,
         zero_centered=zero_centered,
         after=after,
         keep_stream=keep_stream,

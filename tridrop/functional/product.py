@@ -36,6 +36,7 @@ def dropped_product(
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     weight = weight.to(dtype)
     drops = spec.drops(p, training)
+    spec.check_rate(p, x.device)
     if not drops and x.dtype == dtype:
         out = F.linear(x, weight)
         return out if gain == 1 else out * gain

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import spec
+from .. import spec, spec_values
 from ..seeds import batch_origin
 from .elementwise import dropout, in_batch
 from .rows import drop_rows
@@ -60,6 +60,7 @@ def locked_dropout(
     x = input.data if isinstance(input, PackedSequence) else input
     spec.check_input(x, "input")
     spec.check_probability(p, tensor_allowed=True)
+    spec_values.check_flag(batch_first, "batch_first")
     if not packed and x.dim() not in (2, 3):
         raise ValueError(
             f"input has shape {tuple(x.shape)}; locked_dropout takes [T, B, C] ([B, T, C] with "

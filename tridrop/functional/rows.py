@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import backends
 from ..autograd import DropRows, apply
 from ..seeds import seed_for
+from ..spec import check_rate
 
 
 def drop_rows(
@@ -17,6 +18,7 @@ def drop_rows(
     ``x`` is [..., last], ``rows`` [...] and ``width`` the last size, or 1 for one decision a row.
     Arguments are checked already; p is above 0.
     """
+    check_rate(p, x.device)
     drawn = seed_for(x.device, seed)
     p_tensor, rate = (p, 0.0) if isinstance(p, Tensor) else (None, float(p))
     out: Tensor = apply(

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from .. import backends, ops, seeds, spec, spec_attention
+from .. import backends, ops, seeds, spec, spec_attention, spec_values
 from ..autograd import SoftmaxDropout, apply
 from ..spec_attention import AttentionOptions
 from . import known
@@ -22,7 +22,9 @@ def _pack(options: AttentionOptions, backend: str, *, return_softmax: bool) -> t
 
 
 _FAMILIES = {
-    wanted: known.Family("softmax", SoftmaxDropout, partial(_pack, return_softmax=wanted))
+    wanted: known.Family(
+        "softmax", SoftmaxDropout, partial(_pack, return_softmax=wanted), ("scores", "mask")
+    )
     for wanted in (False, True)
 }
 
@@ -53,12 +55,14 @@ def settle_attention(
     seed: int | Tensor | None,
     options: AttentionOptions,
     batch: int | None,
+    name: str = "p",
 ) -> tuple[AttentionOptions, Tensor | None, Tensor | None]:
     """The options with their rate, p where it is a tensor, and the seed where anything drops.
 
     ``batch`` is the number of sequences, None where a shard says which they are.
     """
-    spec.check_training(training)
+    spec_values.check_flag(training, "training")
+    spec.check_rate(p, x.device, name)
     p_tensor = p if training and isinstance(p, Tensor) else None
     if training and not isinstance(p, Tensor):
         options = replace(options, p=float(p))
@@ -156,15 +160,17 @@ def softmax_dropout(
     >>> softmax_dropout(torch.zeros(1, 4), 0.5, return_softmax=True, seed=1)
     (tensor([[0.0000, 0.0000, 0.0000, 0.5000]]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
     """
-    family = _FAMILIES[bool(return_softmax)]
-    settings = ("softmax", type(scale), scale, not training, not is_causal, not return_softmax)
     key = None
-    if type(training) is bool:
+    if type(training) is type(is_causal) is type(return_softmax) is bool:
+        settings = ("softmax", type(scale), scale, training, is_causal, return_softmax)
         key = known.key_of(settings, p, None, shard, scores, mask)
     found = known.recall(key)
     if found is not None:
-        out, softmax, _ = known.call(family, found, seed, scores, mask)
+        out, softmax, _ = known.call(_FAMILIES[return_softmax], found, seed, scores, mask)
         return (out, softmax) if return_softmax else out
+    spec_values.check_flag(is_causal, "is_causal")
+    spec_values.check_flag(return_softmax, "return_softmax")
+    family = _FAMILIES[return_softmax]
     spec.check_input(scores, "scores")
     if scores.dim() < 2:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .. import choice, spec
+from .. import choice, spec, spec_values
 from ..autograd import Masked, apply
 from ..mask import Shard
 from ..seeds import refuse_batch, seed_for
@@ -78,12 +78,16 @@ def patch_dropout(
     >>> patch_dropout(tokens, 0.5, ordered=True, return_indices=True, seed=1)
     (tensor([[0, 1, 3, 5]]), tensor([[0, 2, 4]]))
     """
+    spec_values.check_tensor(x, "x")
     spec.check_probability(p)
+    spec_values.check_flag(ordered, "ordered")
+    spec_values.check_flag(return_indices, "return_indices")
     if p == 1:
         raise ValueError("p = 1 leaves no token; give a rate in [0, 1)")
     if x.dim() < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; give [batch, tokens, ...]")
     batch, tokens = x.shape[:2]
+    num_prefix_tokens = spec_values.check_whole(num_prefix_tokens, "num_prefix_tokens")
     if not 0 <= num_prefix_tokens <= tokens:
         raise ValueError(
             f"num_prefix_tokens = {num_prefix_tokens} of {tokens} tokens; give from 0 to {tokens}"
@@ -140,8 +144,8 @@ def head_dropout(
             [0., 0., 2., 0.]])
     """
     spec.check_input(x)
-    if rescale not in ("expected", "kept"):
-        raise ValueError(f"rescale = {rescale!r}; known: 'expected', 'kept'")
+    spec_values.check_choice(rescale, "rescale", ("expected", "kept"))
+    dim = spec_values.check_whole(dim, "dim")
     if not (1 <= dim < x.dim() or 1 - x.dim() <= dim < 0):
         raise ValueError(
             f"dim = {dim} of shape {tuple(x.shape)}; give the dimension of the heads, which is not "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..spec import check_probability
+from ..spec_values import check_tensor
 from .modules import _Site
 from .nested import attend
 
@@ -148,6 +149,9 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
             AssertionError, RuntimeError: shapes or dtypes that do not fit, and ``is_causal``
                 without attn_mask, as torch raises.
         """
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(t, Tensor):
+                check_tensor(t, name)
         if query.is_nested or key.is_nested or value.is_nested:
             masked = key_padding_mask is not None or attn_mask is not None or is_causal
             if masked or not self.batch_first:
@@ -317,7 +321,10 @@ def _check_dimensions(
         ("key_padding_mask", key_padding_mask, (given - 1,)),
         ("attn_mask", attn_mask, (2, 3)),
     ):
-        if x is not None and x.dim() not in wanted:
+        if x is None:
+            continue
+        check_tensor(x, name)
+        if x.dim() not in wanted:
             beside = " (2 is without a batch)" if x is query else f" beside a query of {given}"
             raise AssertionError(
                 f"{name} has {x.dim()} dimensions; give {' or '.join(map(str, wanted))}{beside}"

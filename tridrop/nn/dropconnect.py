@@ -17,6 +17,7 @@ from ..autograd.redrawn import redrawn
 from ..functional.dropconnect import drop_weight
 from ..seeds import seed_for
 from ..spec import check_probability
+from ..spec_values import check_module, check_sequence
 from .modules import _Site
 
 _READS = 2  # that may come before a first call: of a dtype, a print
@@ -167,6 +168,7 @@ def weight_drop(module: nn.Module, names: str | Sequence[str], p: float = 0.5) -
     >>> bool((layer(torch.eye(8)) - layer.bias == 0).any())
     True
     """
+    check_module(module, "module")
     check_probability(p)
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise ValueError(
@@ -174,6 +176,8 @@ def weight_drop(module: nn.Module, names: str | Sequence[str], p: float = 0.5) -
             "never calls it, so that nothing would drop: drop the attention's own in_proj_weight, "
             "or its weights with dropout="
         )
+    if not isinstance(names, str):
+        check_sequence(names, "names", "a name, or a list of them")
     wanted = [names] if isinstance(names, str) else list(names)
     parameters = dict(module.named_parameters(recurse=False))
     for name in wanted:
@@ -222,6 +226,7 @@ def remove_weight_drop(module: nn.Module) -> nn.Module:
     >>> sorted(dict(tridrop.nn.remove_weight_drop(layer).named_parameters()))
     ['bias', 'weight']
     """
+    check_module(module, "module")
     call = _call_of(module)
     if call is None:
         return module

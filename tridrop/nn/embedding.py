@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..spec import check_probability
+from ..spec_values import check_sequence
 from .modules import _Site
 
 
@@ -76,6 +77,7 @@ class WordDropout(_Site):
         super().__init__()
         check_probability(p)
         self.p = p
+        check_sequence(exempt, "exempt", "a tuple of numbers of words")
         self.token = token
         self.exempt = tuple(exempt)
 

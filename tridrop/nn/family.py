@@ -10,6 +10,7 @@ from .. import functional as F
 from .. import recomputation
 from ..mask import as_seed, fold_in
 from ..spec import check_probability
+from ..spec_values import check_choice, check_tensor
 from .modules import _Site
 
 Function = Callable[..., Tensor]
@@ -159,13 +160,11 @@ class _Spatial(_Keras):
         self, rate: float, data_format: str = "channels_last", seed: int | None = None
     ) -> None:
         super().__init__(rate, seed)
-        if data_format not in ("channels_last", "channels_first"):
-            raise ValueError(
-                f"data_format = {data_format!r}; known: 'channels_last', 'channels_first'"
-            )
+        check_choice(data_format, "data_format", ("channels_last", "channels_first"))
         self.data_format = data_format
 
     def forward(self, input: Tensor, training: bool | None = None) -> Tensor:
+        check_tensor(input, "input")
         if input.dim() != self.dimensions + 2:
             raise ValueError(
                 f"{type(self).__name__} takes {self.dimensions + 2} dimensions, the batch, "

@@ -11,6 +11,7 @@ from torch.nn.functional import gelu, linear, relu
 
 from .. import functional as F
 from .. import spec
+from ..spec_values import check_tensor
 from .attention import MultiheadAttention
 from .modules import Dropout
 from .nested import Nested
@@ -127,6 +128,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             AssertionError, RuntimeError: shapes or dtypes that do not fit, and ``is_causal``
                 without src_mask, as torch raises.
         """
+        if not isinstance(src, Tensor):
+            check_tensor(src, "src")
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
         x = src
@@ -248,6 +251,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             AssertionError, RuntimeError: shapes or dtypes that do not fit, and a hint without its
                 mask, as torch raises.
         """
+        for name, t in (("tgt", tgt), ("memory", memory)):
+            if not isinstance(t, Tensor):
+                check_tensor(t, name)
         if tgt.is_nested or memory.is_nested:
             raise TypeError("nested tensors are not taken: pad, and give key padding masks")
         x = tgt

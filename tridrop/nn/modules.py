@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import seeds
 from ..spec import check_activation, check_probability
+from ..spec_values import check_flag, check_sequence, check_tensor
 
 
 class _Site(nn.Module):
@@ -20,6 +21,7 @@ class _Site(nn.Module):
         """This site's seed under an active tridrop.rng; None leaves the choice to the call."""
         if not (self.training if training is None else training) or not seeds.active():
             return None
+        check_tensor(x, "the module's input")
         return seeds.seed_for(x.device, None, self.site)
 
 
@@ -49,10 +51,13 @@ class Dropout(nn.Dropout, _Site):
     ) -> None:
         check_probability(p)
         super().__init__(p, inplace)
+        if noise_shape is not None:
+            check_sequence(noise_shape, "noise_shape", "a tuple with an entry a dimension")
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested is not False:  # or is of no tensor: torch.fx traces with such
+        # Of no tensor it is another thing, or not there: torch.fx traces with such.
+        if getattr(input, "is_nested", False) is not False:
             return self._nested(input)
         out = F.dropout(
             input, self.p, self.training, noise_shape=self.noise_shape, seed=self._seed(input)
@@ -85,10 +90,12 @@ class DropPath(_Site):
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
         check_probability(drop_prob, "drop_prob")
+        check_flag(scale_by_keep, "scale_by_keep")
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor(x, "x")
         if x.dim() == 0:
             raise ValueError("DropPath drops indices of the first dimension; x has none")
         noise_shape = (None, *(1,) * (x.dim() - 1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..spec import check_probability
+from ..spec_values import check_flags, check_whole
 from .modules import _Site
 
 
@@ -36,10 +37,12 @@ class _DropoutAddNorm(_Site):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(normalized_shape, bool) or not isinstance(normalized_shape, int):
-            raise TypeError(
-                f"normalized_shape = {normalized_shape!r}: give the size of the last dimension"
-            )
+        wanted_size = "the size of the last dimension, an int"
+        normalized_shape = check_whole(normalized_shape, "normalized_shape", wanted=wanted_size)
+        check_flags(
+            elementwise_affine=elementwise_affine, bias=bias, prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32, zero_centered_weight=zero_centered_weight,
+        )  # fmt: skip
         check_probability(p)
         check_probability(drop_path, "drop_path")
         self.normalized_shape = (normalized_shape,)

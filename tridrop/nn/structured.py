@@ -11,6 +11,7 @@ from .. import functional as F
 from ..functional.depth import left_layers
 from ..seeds import host_seed
 from ..spec import check_probability
+from ..spec_values import check_choice
 from .modules import _Site
 
 
@@ -30,6 +31,7 @@ class StochasticDepth(_Site):
     def __init__(self, p: float, mode: str) -> None:
         super().__init__()
         check_probability(p)
+        check_choice(mode, "mode", ("batch", "row"))
         self.p = p
         self.mode = mode
 

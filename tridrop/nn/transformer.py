@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..spec import ACTIVATIONS
+from ..spec import ACTIVATIONS, check_activation
+from ..spec_values import check_flags, check_whole
 from .attention import ScaledDotProductAttention
 from .modules import ActivationDropout, DropoutAdd
 from .norm import DropoutAddLayerNorm
@@ -60,9 +61,11 @@ class TransformerBlock(nn.Module):
         is_causal: bool = True,
     ) -> None:
         super().__init__()
+        dim, num_heads = check_whole(dim, "dim", 1), check_whole(num_heads, "num_heads", 1)
         if dim % num_heads:
             raise ValueError(f"num_heads = {num_heads} does not divide dim = {dim}")
-        hidden = 4 * dim if mlp_dim is None else mlp_dim
+        hidden = 4 * dim if mlp_dim is None else check_whole(mlp_dim, "mlp_dim", 1)
+        check_flags(norm_first=norm_first, is_causal=is_causal)
         self.num_heads = num_heads
         self.norm_first = norm_first
         self.norm1: nn.LayerNorm | DropoutAddLayerNorm
@@ -75,7 +78,9 @@ class TransformerBlock(nn.Module):
         # pre-norm: the end of the first branch and the norm before the second
         self.norm2 = DropoutAddLayerNorm(dim, p, drop_path=drop_path, prenorm=norm_first)
         self.drop_hidden = ActivationDropout(activation, activation_p)
-        width = 2 * hidden if ACTIVATIONS[activation][1] else hidden  # a gated one halves it
+        width = (
+            2 * hidden if ACTIVATIONS[check_activation(activation)][1] else hidden
+        )  # a gated one halves it
         self.fc1 = nn.Linear(dim, width)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop2 = DropoutAdd(p, drop_path) if norm_first else None

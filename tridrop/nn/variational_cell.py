@@ -10,6 +10,7 @@ from .. import functional as F
 from .. import recomputation, seeds
 from ..mask import as_seed, fold_in
 from ..spec import check_probability
+from ..spec_values import check_tensor
 from .cells import Drops, Weights, as_given, as_tuple, check_place, project, step
 from .recurrent import LockedDropout
 
@@ -74,6 +75,7 @@ class VariationalCell(nn.Module):
         """``[B, C]`` or ``[C]``, and the last state: as torch's cells, and what they return."""
         if not (self.input_dropout.active or self.recurrent_dropout.active):
             return self.cell(input, hx)
+        check_tensor(input, "input")
         if input.dim() not in (1, 2):
             raise ValueError(f"input has shape {tuple(input.shape)}; a cell takes [B, C] or [C]")
         first, second = self._seeds(input, hx, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..seeds import number_sites
+from ..spec_values import check_flags, check_module
 from . import classes, found, kinds
 from .encoders import close_paths, open_path
 from .interfaces import Interfaces
@@ -52,8 +53,8 @@ def swap(
     >>> swap(model).counts()
     {'fused': 4, 'swapped': 0, 'left': 0}
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
+    check_flags(dropout=dropout, attention=attention, inside=inside, across=across, dry_run=dry_run)
     levels = Levels(dropout, attention, inside, across)
     if not dry_run:
         unswap(model)
@@ -111,6 +112,7 @@ def unswap(model: nn.Module) -> None:
     Where nothing was swapped it does nothing. Raises RuntimeError where a module was given another
     class after the swap.
     """
+    check_module(model)
     for module in model.modules():  # all of them, before anything is changed
         inherited = any("_tridrop_base" in c.__dict__ for c in type(module).__mro__)
         if inherited and not classes.is_swapped(module):
