@@ -13,7 +13,7 @@ backend as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,11 +111,28 @@ def _halves(u: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
     return first, second
 
 
-def activate(u: Tensor, options: Options) -> Tensor:
-    """v = f(u), or f(first half) * second half."""
+def activate(u: Tensor, options: Options, exact: bool = True) -> Tensor:
+    """v = f(u), or f(first half) * second half.
+
+    torch's gelu(inf) is NaN where its loop uses vectors and inf in the rest; ``exact`` is inf.
+    """
     first, second = _halves(u, options)
     value = FUNCTIONS[options.function][0](first)
+    if exact and options.function == "gelu":
+        value = torch.where(first == math.inf, first, value)
     return value if second is None else value * second
+
+
+def is_torchs(steps: int, curved: bool, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether torch gives the same without dropout, in no more passes or with its own bits.
+
+    The same is one rounding: fp32 throughout, or a single operation, beside ``steps`` of the
+    activation. Those that are ``curved`` have torch's bits in fp32.
+    """
+    given = [t for t in others if t is not None]
+    if any(t.dtype != x.dtype for t in given):
+        return False
+    return steps + len(given) < 2 or (curved and x.dtype == torch.float32)
 
 
 def compose(
@@ -125,9 +142,10 @@ def compose(
     residual: Tensor | None,
     drop: Multiplier,
     options: Options,
+    exact: bool = True,
 ) -> Tensor:
     """The formula at the head of this file, in the dtype of its arguments."""
-    value = activate(x if bias is None else x + bias, options)
+    value = activate(x if bias is None else x + bias, options, exact)
     if layer_scale is not None:
         value = value * layer_scale
     if options.noise == "alpha":
@@ -177,9 +195,12 @@ def sum_rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 1).sum(0)
 
 
-def compute(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in fp32, or all of them in fp64 where any is."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+def compute(
+    *tensors: Tensor | None, dtypes: Sequence[torch.dtype | None] = ()
+) -> list[Tensor | None]:
+    """The tensors in fp32, or all of them in fp64 where any is, or one of ``dtypes``."""
+    wide = torch.float64 in dtypes
+    wide = wide or any(t is not None and t.dtype == torch.float64 for t in tensors)
     dtype = torch.float64 if wide else torch.float32
     return [None if t is None else to(t, dtype) for t in tensors]
 
@@ -216,7 +237,10 @@ def composed(
     u, b, g, r = compute(x, bias, layer_scale, residual)
     assert u is not None
     drop = multiplier(output_shape(x, options.activation), seed, p, options)
-    return to(compose(u, b, g, r, drop, options), dtype)
+    exact = True
+    if drop.keep is None and options.function == "gelu":
+        exact = not is_torchs(1 + options.gated, True, x, bias, layer_scale, residual)
+    return to(compose(u, b, g, r, drop, options, exact), dtype)
 
 
 def own(result: Tensor, argument: Tensor) -> Tensor:
@@ -243,7 +267,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The op's gradients; arguments as in ``backends.Backend.backward``."""
     drop = multiplier(tuple(grad.shape), seed, p, options)
-    g, u, b, s = compute(grad, x, bias, layer_scale)
+    g, u, b, s = compute(grad, x, bias, layer_scale, dtypes=dtypes)
     assert g is not None
     needs = (dtypes[0] is not None, dtypes[1] is not None, dtypes[2] is not None)
     results = gradients(g, u, b, s, drop, options, needs)

@@ -8,7 +8,7 @@ for each shape and set of options.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class PreparedElementwise(NamedTuple):
         if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
             nothing = elementwise.Multiplier(None, 1.0)
             x, *others = all_whole((x, bias, layer_scale, residual), _NAMES)
-            result = elementwise.compose(x, *others, nothing, self.options)  # type: ignore[call-arg]
+            result = elementwise.compose(x, *others, nothing, self.options, False)  # type: ignore[call-arg]
             return result.clone() if elementwise.is_view(result, x) else result
         columns, width, count = self.columns, self.width, self.drop.count
         x, u = place(x, count if width == columns else 2 * count, "x")
@@ -120,17 +120,8 @@ class PreparedElementwise(NamedTuple):
         return self.kind[0] + _SHORT, self.kind[1]
 
     def _is_torchs(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether torch gives the same without dropout, in no more passes or with its own bits.
-
-        The same is one rounding: fp32 throughout, or a single operation. Activations have torch's
-        bits in fp32.
-        """
-        given = [t for t in others if t is not None]
-        if any(t.dtype != x.dtype for t in given):
-            return False
         function, gated = self.kind
-        steps = (function > 0) + gated + len(given)
-        return steps < 2 or (function > 1 and x.dtype == torch.float32)
+        return elementwise.is_torchs((function > 0) + gated, function > 1, x, *others)
 
 
 @lru_cache(256)
@@ -250,9 +241,13 @@ def _prepared(
     shape: tuple[int, ...],
     options: Options,
     *tensors: Tensor | None,
+    dtypes: Sequence[torch.dtype | None] = (),
 ) -> Any:
-    """The same, where the host can also read the random part."""
-    if p is not None or not fast.readable(seed):
+    """The same, where the host can also read the random part.
+
+    ``dtypes`` are those of results: an operand that is not kept for backward may be fp64.
+    """
+    if p is not None or torch.float64 in dtypes or not fast.readable(seed):
         return None
     return prepare(shape, options, *tensors)
 
@@ -287,7 +282,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The op's gradients; arguments as in ``backends.Backend.backward``."""
     tensors = (grad, x, bias, layer_scale)
-    found = _prepared(seed, p, tuple(grad.shape), options, *tensors)
+    found = _prepared(seed, p, tuple(grad.shape), options, *tensors, dtypes=dtypes)
     if found is None:
         return elementwise.backward(*tensors, seed, p, options, dtypes)
     dx, dbias, dlayer_scale = found.backward(*tensors, seed, dtypes)
@@ -330,7 +325,7 @@ def norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
     tensors = (dout, dstream, stream, statistics, x, bias, layer_scale, weight)
-    found = _prepared(seed, p, tuple(dout.shape), options, *tensors)
+    found = _prepared(seed, p, tuple(dout.shape), options, *tensors, dtypes=dtypes)
     if found is None:
         return norm.norm_backward(*tensors, seed, p, options, dtypes)
     results: tuple[Tensor | None, ...] = found.backward(*tensors, seed, dtypes)

@@ -216,7 +216,7 @@ def norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
     drop = multiplier(tuple(dout.shape), seed, p, options)
-    wide = compute(dout, dstream, stream, x, bias, layer_scale, weight)
+    wide = compute(dout, dstream, stream, x, bias, layer_scale, weight, dtypes=dtypes)
     needs = tuple(dtype is not None for dtype in dtypes)
     results = norm_gradients(*wide, drop, options, needs)  # type: ignore[call-arg, arg-type]
     dx, *others = (
