@@ -64,6 +64,8 @@ class Call:
     def __init__(self, target: Target, seed: int, number: int, oddities: int | None = None) -> None:
         self.target, self.key = target, f"{seed}:{number}:{target.name}"
         self.oddities, self.what = oddities, ""
+        self.right: list[dict[str, Any]] = []
+        self.odd: list[tuple[int, str, Any]] = []
 
     def run(self, way: str) -> Outcome:
         """The outcome with CPU tensors served by ``way``: results, then gradients."""
@@ -97,10 +99,12 @@ class Call:
         count = chooser.choices((0, 1, 2, 3), (1, 6, 2, 1))[0]
         count = count if self.oddities is None else self.oddities
         notes = []
+        self.right, self.odd = [dict(group) for group in given], []
         # Data are more often odd than options: there is more that may be odd.
         weights = [3 if isinstance(group[name], Tensor) else 1 for group, name in places]
         for group, name in chooser.choices(places, weights, k=count) if places else ():
             what, group[name] = odd(group[name], chooser)
+            self.odd.append((0 if group is given[0] else 1, name, group[name]))
             notes.append(f"{name}: {what}")
         self.what = f"{target.name}({'; '.join(notes) or 'nothing odd'})"
         return given[0], given[1]
@@ -131,22 +135,29 @@ class Call:
         return [*results, *_gradients(results, leaves, go)]
 
     def _torch_raises(self, kind: type[Exception]) -> bool:
-        """Whether torch's own module raises this class of error for the same arguments."""
-        twin = self.target.twin
+        """Whether torch's own module raises this class of error for the same arguments, or for one
+        of those that are odd."""
         chooser = random.Random(self.key)
         torch.manual_seed(chooser.randrange(1 << 30))
         own, further = self._arguments(chooser)
         wrapped = own.get("rnn", own.get("cell"))
-        if twin is None and not isinstance(wrapped, nn.Module):
-            return False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                (wrapped if twin is None else twin(**own))(**further)
-            except kind:
-                return True
-            except Exception:
-                return False
+        tried = [(own, further)]
+        for group, name, value in self.odd:
+            alone = [dict(arguments) for arguments in self.right]
+            alone[group][name] = value
+            tried.append((alone[0], alone[1]))
+        for first, second in tried:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    if self.target.twin is not None:
+                        self.target.twin(**first)(**second)
+                    elif isinstance(wrapped, nn.Module):
+                        wrapped(**second)
+                except kind:
+                    return True
+                except Exception:
+                    continue
         return False
 
 

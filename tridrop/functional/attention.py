@@ -223,14 +223,15 @@ def scaled_dot_product_attention(
     call = None
     # One by one: Dynamo of torch 2.11 cannot compare tuples with tensors in them.
     whole = cu_seqlens_q is None and cu_seqlens_k is None
-    flags = type(is_causal) is type(enable_gqa) is type(return_lse) is bool
+    flags = (is_causal is False or is_causal is True) and (
+        enable_gqa is False or enable_gqa is True
+    )
     if flags and whole and max_seqlen_q is None and max_seqlen_k is None:
         # True and 1.0 equal 1, and only one of them may be refused.
         numbers = (type(scale), scale, type(softcap), softcap, spec_attention.typed(window))
         settings = ("attention", *numbers, is_causal, enable_gqa)
         call = known.key_of(settings, dropout_p, None, shard, *operands)
-    else:
-        spec_values.check_flag(return_lse, "return_lse")
+    spec_values.check_flag(return_lse, "return_lse")
     results: tuple[Tensor, Tensor]
     found = known.recall(call)
     if found is not None:

@@ -112,24 +112,19 @@ def call(
     *operands: Tensor | None,
 ) -> Any:
     """The call itself; the first operand is a tensor."""
+    function = family.function
     try:
-        return _call(family.function, known, seed, *operands)
+        drawn = seeds.seed_for(operands[0].device, seed) if known.draws else None  # type: ignore[union-attr]
+        if drawn is not None and type(drawn) is not Tensor:
+            return apply(function, *operands, drawn, None, known.packed)
+        if torch.is_grad_enabled():
+            for t in operands:
+                if t is not None and t.requires_grad:
+                    return straight(function, *operands, drawn, None, known)
+        return function.forward(*operands, drawn, None, known)
     except RuntimeError:
-        # A key says nothing of layouts, which would take longer to ask for than to check anew.
+        # A key says nothing of layouts: to ask for them would take longer than to fail.
         for name, t in zip(family.operands, operands, strict=False):
             if t is not None:
                 check_tensor(t, name)
         raise
-
-
-def _call(
-    function: type[Function], known: Known, seed: int | Tensor | None, *operands: Tensor | None
-) -> Any:
-    drawn = seeds.seed_for(operands[0].device, seed) if known.draws else None  # type: ignore[union-attr]
-    if drawn is not None and type(drawn) is not Tensor:
-        return apply(function, *operands, drawn, None, known.packed)
-    if torch.is_grad_enabled():
-        for t in operands:
-            if t is not None and t.requires_grad:
-                return straight(function, *operands, drawn, None, known)
-    return function.forward(*operands, drawn, None, known)

@@ -45,8 +45,13 @@ def _fused_norm(
     keep_stream = prenorm is True or torch.is_grad_enabled()
     key = None
     numbers = type(drop_path) is float and (eps is None or type(eps) is float)
-    flags = type(training) is type(prenorm) is type(residual_in_fp32) is type(zero_centered) is bool
-    if numbers and flags:
+    if (
+        numbers
+        and (training is True or training is False)
+        and (prenorm is False or prenorm is True)
+        and (residual_in_fp32 is False or residual_in_fp32 is True)
+        and (zero_centered is False or zero_centered is True)
+    ):
         choices = (training, zero_centered, keep_stream, residual_in_fp32)
         settings = (norm, after, drop_path, eps, out_dtype, choices)
         key = known.key_of(settings, p, noise_shape, shard, *operands)

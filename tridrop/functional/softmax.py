@@ -161,7 +161,11 @@ def softmax_dropout(
     (tensor([[0.0000, 0.0000, 0.0000, 0.5000]]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
     """
     key = None
-    if type(training) is type(is_causal) is type(return_softmax) is bool:
+    if (
+        (training is True or training is False)
+        and (is_causal is False or is_causal is True)
+        and (return_softmax is False or return_softmax is True)
+    ):
         settings = ("softmax", type(scale), scale, training, is_causal, return_softmax)
         key = known.key_of(settings, p, None, shard, scores, mask)
     found = known.recall(key)

@@ -181,8 +181,8 @@ def _gradients(
         terms = kept * dkept
         delta = (terms if out is None else dout * out).sum(-1, keepdim=True)
         finite = are_finite(delta)
-        if not finite:  # a key without a part has none in the sum, and no gradient
-            terms = terms.masked_fill(probabilities == 0, 0.0)
+        if not finite:  # what is dropped, or has no part, has none in the sum, and no gradient
+            terms = (probabilities * drop(dkept)).masked_fill(probabilities == 0, 0.0)
             delta = terms.sum(-1, keepdim=True) if out is None else delta
         if dlse is not None:
             delta = delta - dlse.unsqueeze(-1)

@@ -234,13 +234,14 @@ def composed(
 ) -> Tensor:
     """The same in torch's own operators, perhaps as a view of x."""
     dtype = x.dtype if residual is None else residual.dtype
-    u, b, g, r = compute(x, bias, layer_scale, residual)
-    assert u is not None
+    operands = (x, bias, layer_scale, residual)
     drop = multiplier(output_shape(x, options.activation), seed, p, options)
-    exact = True
-    if drop.keep is None and options.function == "gelu":
-        exact = not is_torchs(1 + options.gated, True, x, bias, layer_scale, residual)
-    return to(compose(u, b, g, r, drop, options, exact), dtype)
+    bare = drop.keep is None and options.function == "gelu"
+    if bare and is_torchs(1 + options.gated, True, *operands):
+        return compose(*operands, drop, options, exact=False)  # with torch's own bits
+    u, b, g, r = compute(*operands)
+    assert u is not None
+    return to(compose(u, b, g, r, drop, options), dtype)
 
 
 def own(result: Tensor, argument: Tensor) -> Tensor:
