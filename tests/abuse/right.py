@@ -218,6 +218,7 @@ RIGHT: dict[str, Maker] = {
     "names": lambda plan: "weight",
     # Modules.
     "dropout": lambda plan: plan.drawn(0.0, 0.1, 0.5),
+    "swap.dropout": lambda plan: plan.drawn(True, False),
     "drop_prob": lambda plan: plan.drawn(0.0, 0.1, 0.5),
     "DropPathSubset.branch": lambda plan: nn.Linear(16, 16),
     "in_features": lambda plan: 16,
