@@ -145,7 +145,8 @@ def softmax_dropout(
 
     Returns:
         A contiguous tensor of scores' shape and dtype; computed in fp32 and rounded once. A key
-        that takes no part has probability 0, exactly; so have all keys of a row without any.
+        that takes no part has probability 0, exactly; so have all keys of a row without any. On a
+        CPU that holds beside a score that is NaN, too.
 
     Raises:
         ValueError: scores of fewer than two dimensions, or of other than four with a shard; a mask
