@@ -104,7 +104,7 @@ def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Ten
                 f"seed is on {seed.device} but the data is on {device}: "
                 f"move it once with seed.to('{device}')"
             )
-        return seed.resolve_neg() if seed.is_neg() else seed  # loops read its memory
+        return seed
     seed = check_whole(seed, "seed", wanted="None, an int, or an int64 tensor of shape [2]")
     if not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"seed = {seed} is outside int64, [-2^63, 2^63)")

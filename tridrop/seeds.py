@@ -279,7 +279,7 @@ def host_seed(seed: int | Tensor | None, site: int | None = None) -> Tensor:
     context = now().context
     given = seed if seed is not None or context is None else context.base
     device = given.device if isinstance(given, Tensor) else torch.device("cpu")
-    return seed_for(device, seed, site).cpu()
+    return seed_for(device, seed, site).cpu().resolve_neg()  # its memory is read
 
 
 def _use(blocks: recomputation.Blocks, site: int) -> tuple[int, int]:

@@ -251,16 +251,15 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     check_sequence(shape, "shape", "a tuple with the size of each dimension")
     if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
         raise ValueError(f"shape = {tuple(shape)}: give non-negative integers")
-    if not all(isinstance(n, torch.SymInt) for n in shape) and max(
-        _elements(shape), *(n for n in shape if not isinstance(n, torch.SymInt))
-    ) >= (1 << 63):
+    if not torch.compiler.is_compiling() and _beyond(shape):
         raise ValueError(f"shape = {tuple(shape)} has 2^63 elements or more")
     return tuple(check_whole(n, "shape") for n in shape)
 
 
-def _elements(shape: Sequence[int]) -> int:
-    """The product of the sizes that are numbers already."""
-    return math.prod(n for n in shape if not isinstance(n, torch.SymInt))
+def _beyond(shape: Sequence[int]) -> bool:
+    """Whether a size, or their product, is not an int64."""
+    sizes = [n for n in shape if not isinstance(n, torch.SymInt)]
+    return max(math.prod(sizes), *sizes, 0) >= 1 << 63
 
 
 def check_attention_coordinates(whole: Sequence[int]) -> None:

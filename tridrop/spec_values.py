@@ -87,7 +87,7 @@ def check_finite(value: Any, name: str) -> float:
         number = float(value)
     except OverflowError:  # an int beyond all floats
         number = math.inf
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # also true for NaN; math.isfinite cannot be traced
         raise ValueError(f"{name} = {number}; it must be finite")
     return number
 

@@ -115,7 +115,7 @@ def call(
     function = family.function
     try:
         drawn = seeds.seed_for(operands[0].device, seed) if known.draws else None  # type: ignore[union-attr]
-        if drawn is not None and type(drawn) is not Tensor:
+        if drawn is not None and (type(drawn) is not Tensor or drawn.is_neg()):
             return apply(function, *operands, drawn, None, known.packed)
         if torch.is_grad_enabled():
             for t in operands:

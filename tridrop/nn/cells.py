@@ -13,11 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..spec_values import check_tensor, given
+
 State = tuple[Tensor, ...]  # (h,), and (h, c) of an LSTM
 
 
 def as_tuple(state: Any) -> State:
     return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def given_state(hx: Any) -> State:
+    """:func:`as_tuple` of what a caller gives; TypeError unless it is of tensors."""
+    if not isinstance(hx, (Tensor, tuple, list)):
+        raise TypeError(f"{given(hx, 'hx')}; give a tensor, or a pair of them for an LSTM")
+    state = as_tuple(hx)
+    for s in state:
+        check_tensor(s, "hx")
+    return state
 
 
 def as_given(state: State) -> Any:

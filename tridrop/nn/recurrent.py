@@ -14,7 +14,18 @@ from .. import functional as F
 from ..functional.recurrent import Sequences
 from ..spec import check_probability
 from ..torch_private import recurrent
-from .cells import Drops, State, Weights, as_given, as_tuple, check_place, project, scan, step
+from .cells import (
+    Drops,
+    State,
+    Weights,
+    as_given,
+    as_tuple,
+    check_place,
+    given_state,
+    project,
+    scan,
+    step,
+)
 from .modules import _Site
 
 _FUSED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -180,7 +191,7 @@ class VariationalRNN(nn.Module):
             sizes = [rnn.proj_size or rnn.hidden_size]
             sizes += [rnn.hidden_size] if rnn.mode == "LSTM" else []
             return as_given(tuple(x.new_zeros(rows, batch, size) for size in sizes))
-        for s in as_tuple(hx):
+        for s in given_state(hx):
             if s.dim() != (3 if batched else 2):
                 raise RuntimeError(
                     f"for {'batched 3-D' if batched else 'unbatched 2-D'} input the states must "

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import ACTIVATIONS, check_activation
-from ..spec_values import check_flags, check_whole
+from ..spec_values import check_flags, check_tensor, check_whole
 from .attention import ScaledDotProductAttention
 from .modules import ActivationDropout, DropoutAdd
 from .norm import DropoutAddLayerNorm
@@ -89,6 +89,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, tokens, dim] -> [batch, tokens, dim]"""
+        check_tensor(x, "x")
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {tuple(x.shape)}; give [batch, tokens, dim]")
         attended = self._attend(self.norm1(x) if self.norm_first else x)
         attended = F.linear(attended, self.proj.weight)
         if self.drop2 is None:

@@ -11,7 +11,7 @@ from .. import recomputation, seeds
 from ..mask import as_seed, fold_in
 from ..spec import check_probability
 from ..spec_values import check_tensor
-from .cells import Drops, Weights, as_given, as_tuple, check_place, project, step
+from .cells import Drops, Weights, as_given, check_place, given_state, project, step
 from .recurrent import LockedDropout
 
 _Seeds = tuple[Tensor | None, Tensor | None]
@@ -85,7 +85,7 @@ class VariationalCell(nn.Module):
         if hx is None:
             state = (x.new_zeros(shape),) * (2 if self.kind == "LSTM" else 1)
         else:
-            state = as_tuple(hx) if batched else tuple(s[None] for s in as_tuple(hx))
+            state = given_state(hx) if batched else tuple(s[None] for s in given_state(hx))
         for s in state:
             if tuple(s.shape) != shape:
                 raise ValueError(f"a state has shape {tuple(s.shape)}; with this input {shape}")
