@@ -117,10 +117,15 @@ def activate(u: Tensor, options: Options, exact: bool = True) -> Tensor:
     torch's gelu(inf) is NaN where its loop uses vectors and inf in the rest; ``exact`` is inf.
     """
     first, second = _halves(u, options)
+    value = _function(first, options, exact)
+    return value if second is None else value * second
+
+
+def _function(first: Tensor, options: Options, exact: bool = True) -> Tensor:
     value = FUNCTIONS[options.function][0](first)
     if exact and options.function == "gelu":
         value = torch.where(first == math.inf, first, value)
-    return value if second is None else value * second
+    return value
 
 
 def is_torchs(steps: int, curved: bool, x: Tensor, *others: Tensor | None) -> bool:
@@ -180,11 +185,11 @@ def gradients(
         if needs[2]:
             dlayer_scale = sum_rows(drop(grad * activate(u, options)))
         first, second = _halves(u, options)
-        function, derivative = FUNCTIONS[options.function]
+        derivative = FUNCTIONS[options.function][1]
         if second is None:
             parts = [scaled * derivative(first)]
         else:
-            parts = [scaled * second * derivative(first), scaled * function(first)]
+            parts = [scaled * second * derivative(first), scaled * _function(first, options)]
     # The selection comes last: a dropped element's gradient is 0 whatever its input was.
     dropped = [drop(part) for part in parts]
     dx = dropped[0] if len(dropped) == 1 else torch.cat(dropped, -1)
