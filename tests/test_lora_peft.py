@@ -740,14 +740,18 @@ def test_a_changed_forward_is_not_rewritten():
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:.*nested tensor")
+@pytest.mark.parametrize("first", [False, True], ids=["swap-first", "adapter-first"])
+@pytest.mark.parametrize("p", [0.1, 0.0])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("target", ["linear1", "linear2", "out_proj", "self_attn"])
-def test_encoders_in_evaluation_do_not_lose_their_adapters(target, stacked):
+def test_encoders_in_evaluation_do_not_lose_their_adapters(target, stacked, p, first):
     """torch's inference path reads the weights of the base past them: PEFT's own result is lost."""
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, p, batch_first=True)
     model = nn.TransformerEncoder(layer, 2) if stacked else nn.Sequential(layer)
-    config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=[target])
+    if not first:
+        tridrop.swap(model)
+    config = peft.LoraConfig(r=4, lora_dropout=p, target_modules=[target])
     model = trained(peft.get_peft_model(model, config)).eval()
     x = torch.randn(3, 5, 16)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
@@ -758,7 +762,8 @@ def test_encoders_in_evaluation_do_not_lose_their_adapters(target, stacked):
         expected = model(x, **masks)
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-    tridrop.swap(model)
+    if first:
+        tridrop.swap(model)
     for gradients in (True, False):  # the base is frozen: nothing asks for a gradient either way
         with torch.set_grad_enabled(gradients):
             found = model(x, **masks)
@@ -770,8 +775,60 @@ def test_encoders_in_evaluation_do_not_lose_their_adapters(target, stacked):
     assert not any("_tridrop" in name for m in model.modules() for name in m.__dict__)
 
 
-def test_encoders_without_adapters_keep_their_inference_path():
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+class Stack(nn.TransformerEncoder):
+    pass
+
+
+OFF = dict.fromkeys(("dropout", "attention", "inside", "across"), False)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensor")
+@pytest.mark.parametrize("kind", [nn.TransformerEncoder, Stack])
+@pytest.mark.parametrize("switches", [{}, OFF], ids=["all", "nothing"])
+def test_encoders_without_adapters_keep_their_inference_path(kind, switches):
+    torch.manual_seed(0)
+    plain = kind(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    model = copy.deepcopy(plain)
+    tridrop.swap(model, **switches)
+    for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert made.use_nested_tensor
+        assert made.layers[0].activation_relu_or_gelu == 1
+        config = peft.LoraConfig(r=4, target_modules=["layers.1.linear2"])
+        adapted = peft.get_peft_model(made, config)
+        layers = made.layers
+        assert [layer.activation_relu_or_gelu for layer in layers] == [1, 0]
+        assert not made.use_nested_tensor
+        adapted.unload()
+        assert made.use_nested_tensor
+        assert [layer.activation_relu_or_gelu for layer in layers] == [1, 1]
+        made.use_nested_tensor = False
+        layers[0].activation_relu_or_gelu = 2
+        tridrop.unswap(made)
+        assert type(made) is kind
+        assert not made.use_nested_tensor
+        assert layers[0].activation_relu_or_gelu == 2
+        made.use_nested_tensor = True
+        layers[0].activation_relu_or_gelu = 1
+        x, padding = torch.randn(2, 5, 16), torch.arange(5) > torch.tensor([[2], [4]])
+        with torch.no_grad():
+            found = made(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(found, plain(x, src_key_padding_mask=padding))
+
+
+def test_encoders_in_evaluation_compile_and_trace_while_an_adapter_comes():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     tridrop.swap(model)
-    assert model.use_nested_tensor
-    assert model.layers[0].activation_relu_or_gelu == 1
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+        config = peft.LoraConfig(r=4, target_modules=["linear1"])
+        trained(peft.get_peft_model(model, config)).eval()
+        adapted = model(x)
+        torch.testing.assert_close(compiled(x), adapted)
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), adapted)
+        tridrop.unswap(model)
+        assert not torch.allclose(model(x), adapted)  # torch's path loses it

@@ -20,6 +20,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from . import branches, source
+from .kinds import base_of
 from .memory import memory_of
 from .present import At, holds, is_own
 
@@ -177,6 +178,6 @@ class _Exchange(ast.NodeTransformer):
 
 def parts(module: Any, name: str) -> tuple[str, ...]:
     """The ops of an adapter's branch that are one, for the report."""
-    found = rewritten(type(module).__dict__.get("_tridrop_base", type(module)))
+    found = rewritten(base_of(module))
     adds = found is not None and found.adds and name not in module.lora_variant
     return ("dropout", "lora_A", "lora_B", *(["add"] if adds else []))

@@ -19,6 +19,7 @@ from torch import nn
 
 from . import adapters, draws, emission, kinds, lazy, rewrite, source
 from .draws import mentions_dropout
+from .encoders import closing
 from .flow import Unfollowed, analyse
 from .memory import memory_of
 from .modules import drop_path_forward
@@ -299,6 +300,7 @@ def _make(base: type, recipe: Recipe) -> type:
     in_tuple = forward is not None and any(shape for _, shape in rewrite.returns(forward.node))
     namespace = {
         **new,
+        **closing(base),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

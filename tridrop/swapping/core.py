@@ -7,12 +7,13 @@ from torch import nn
 from ..seeds import number_sites
 from ..spec_values import check_flags, check_module
 from . import classes, found, kinds
-from .encoders import close_paths, open_path
+from .encoders import has_path
 from .interfaces import Interfaces
+from .kinds import base_of
 from .modules import REPLACEMENTS
 from .report import Report
 from .rewrite import Levels
-from .survey import Survey, base_of
+from .survey import Survey
 
 
 def swap(
@@ -74,13 +75,13 @@ def _apply(survey: Survey, interfaces: Interfaces) -> None:
         base = base_of(module)
         kind = kinds.kind_of(module)
         drops_samples = kind is not None and kind.name == "drop_path"
-        if survey.levels.dropout if drops_samples else survey.work(module).changes():
+        changes = survey.levels.dropout if drops_samples else survey.work(module).changes()
+        if changes or has_path(base):
             module.__class__ = classes.swapped_class(base, recipe)
     for module in survey.names:
         if type(module) in REPLACEMENTS and survey.replaces(module):
             module.__class__ = REPLACEMENTS[type(module)]
     interfaces.apply()
-    close_paths(survey.names)
 
 
 def _number(model: nn.Module, survey: Survey) -> None:
@@ -123,7 +124,6 @@ def unswap(model: nn.Module) -> None:
     for module in model.modules():
         if classes.is_swapped(module):
             module.__class__ = type(module).__dict__["_tridrop_base"]
-        open_path(module)
         for name in ("_tridrop_site", "_tridrop_count", "_tridrop_attention_site"):
             module.__dict__.pop(name, None)
         if not hasattr(type(module), "site"):

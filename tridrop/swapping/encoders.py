@@ -2,36 +2,48 @@
 
 In evaluation ``nn.TransformerEncoderLayer`` gives the weights of its linear layers and attention to
 one operator. What sits in their place, such as an adapter, is not called then: its result is lost.
-torch reads two attributes before it takes the path; they are set so that it does not.
+torch reads an attribute before it takes the path, and one before a stack of layers packs tensors
+for it. Of swapped ones they say no while there is an adapter, whenever it was put there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from torch import nn
 
-from .survey import base_of
-
-_LAYER, _STACK = "activation_relu_or_gelu", "use_nested_tensor"
-_BEFORE = "_tridrop_inference_path"
+from .kinds import base_of
 
 
-def close_paths(modules: Iterable[nn.Module]) -> None:
-    """Keep encoder layers with adapters, and stacks that would pack tensors for them, off it."""
-    for module in modules:
-        if isinstance(module, nn.TransformerEncoderLayer):
-            if _adapted(module):
-                _set(module, _LAYER, 0)
-        elif isinstance(module, nn.TransformerEncoder) and any(map(_adapted, module.layers)):
-            _set(module, _STACK, False)
+def has_path(base: type) -> bool:
+    """Whether modules of a class take that path, or pack tensors for it."""
+    return issubclass(base, (nn.TransformerEncoderLayer, nn.TransformerEncoder))
 
 
-def open_path(module: nn.Module) -> None:
-    """Undo :func:`close_paths` for one module."""
-    for name, value in module.__dict__.pop(_BEFORE, {}).items():
-        setattr(module, name, value)
+def closing(base: type) -> dict[str, Any]:
+    """What a swapped class needs so that the path is closed to adapters."""
+    if issubclass(base, nn.TransformerEncoderLayer):
+        return _closing(base, "activation_relu_or_gelu", 0, lambda layer: [layer])
+    if issubclass(base, nn.TransformerEncoder):
+        return _closing(base, "use_nested_tensor", False, lambda stack: stack.layers)
+    return {}
+
+
+def _closing(
+    base: type, name: str, closed: object, layers: Callable[[Any], Iterable[nn.Module]]
+) -> dict[str, Any]:
+    def get(self: nn.Module) -> Any:
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        value = self.__dict__[name]
+        return closed if value and any(map(_adapted, layers(self))) else value
+
+    def set(self: nn.Module, value: object) -> None:
+        self.__dict__[name] = value
+
+    unused = [*getattr(base, "__jit_unused_properties__", []), name]  # TorchScript would compile it
+    return {name: property(get, set), "__jit_unused_properties__": unused}
 
 
 def _adapted(layer: nn.Module) -> bool:
@@ -42,9 +54,3 @@ def _adapted(layer: nn.Module) -> bool:
         parts.append((getattr(owner, name, None), nn.Linear))
     classes = [(cast(Any, base_of(part)), torchs) for part, torchs in parts if part is not None]
     return any(own.forward is not torchs.forward for own, torchs in classes)
-
-
-def _set(module: nn.Module, name: str, value: object) -> None:
-    if hasattr(module, name):
-        module.__dict__.setdefault(_BEFORE, {})[name] = getattr(module, name)
-        setattr(module, name, value)

@@ -13,9 +13,10 @@ from torch import nn
 from . import classes, draws, kinds
 from .hidden import hidden_roots
 from .interfaces import Interfaces
+from .kinds import base_of
 from .report import Site
 from .rewrite import ATTENTION_PARTS
-from .survey import Survey, base_of, has_own_forward, is_torchs
+from .survey import Survey, has_own_forward, is_torchs
 
 _HIDDEN = "it is kept in a plain list or dict, where torch's train() and to() do not reach it"
 

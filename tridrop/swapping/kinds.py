@@ -81,6 +81,13 @@ def known(kind: type) -> Kind | None:
     return None if found is None else found.kind
 
 
+def base_of(module: nn.Module) -> type:
+    """A module's class, or the one it had before the swap."""
+    kind = type(module)
+    base: type = kind.__dict__.get("_tridrop_base", kind)
+    return base
+
+
 def kind_of(module: Any) -> Kind | None:
     """What a module is, or None. One whose forward was replaced is nothing that is known."""
     if not isinstance(module, nn.Module) or "forward" in module.__dict__:

@@ -16,8 +16,9 @@ from torch import nn
 from . import classes, kinds
 from .classes import Work
 from .hidden import hidden_roots, with_hidden
+from .kinds import base_of
 from .rewrite import Levels
-from .survey import Survey, base_of, dropped_by
+from .survey import Survey, dropped_by
 from .wording import Plans
 
 if TYPE_CHECKING:

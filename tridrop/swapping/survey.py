@@ -13,16 +13,10 @@ from torch import nn
 
 from . import adapters, branches, classes, kinds
 from .classes import Recipe
+from .kinds import base_of
 from .present import Holds, is_own
 from .recognise import Method, Tail, called_by, resolve, self_of
 from .rewrite import ATTENTION_PARTS, Levels, Op
-
-
-def base_of(module: nn.Module) -> type:
-    """A module's class, or the one it had before the swap."""
-    kind = type(module)
-    base: type = kind.__dict__.get("_tridrop_base", kind)
-    return base
 
 
 class Survey:
@@ -312,8 +306,8 @@ def dropped_by(module: nn.Module, op: Op) -> list[nn.Module]:
 
 def is_torchs(base: type) -> bool:
     """Whether a class is one of torch.nn's building blocks, which have no sites inside."""
-    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    if base in layers or classes.is_sequence(base):
+    read = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder)
+    if base in read or classes.is_sequence(base):
         return False
     # Another forward that somebody gave it is read like any other text.
     return base.__module__.startswith("torch.nn.modules.") and has_own_forward(base)

@@ -9,10 +9,11 @@ from torch import nn
 
 from . import classes, emission
 from .classes import Recipe, Work
+from .kinds import base_of
 from .modules import REPLACEMENTS
 from .recognise import called_by, called_path
 from .rewrite import Levels, Op, Plan, taken_up
-from .survey import Survey, base_of
+from .survey import Survey
 
 # What a caller does with a value that it takes over.
 _DONE = {
