@@ -188,3 +188,86 @@ def test_attention_of_a_model_that_calls_a_replaced_function_is_left(monkeypatch
     report = tridrop.swap(model)
     assert model.config._attn_implementation == "sdpa"
     assert "torch's scaled_dot_product_attention was replaced" in {s.reason for s in report.sites}
+
+
+def _wrapped(function, calls):
+    def attention_forward(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return attention_forward
+
+
+def _replace(what, calls, monkeypatch):
+    """Put another function in the place of the one that BERT's attention looks up."""
+    file = transformers.models.bert.modeling_bert
+    table = file.ALL_ATTENTION_FUNCTIONS
+    if what == "eager":
+        other = _wrapped(file.eager_attention_forward, calls)
+        monkeypatch.setattr(file, "eager_attention_forward", other)
+    elif what == "the library's":
+        monkeypatch.setitem(type(table)._global_mapping, "sdpa", _wrapped(table["sdpa"], calls))
+    elif what == "the file's":
+        monkeypatch.setitem(table._local_mapping, "sdpa", _wrapped(table["sdpa"], calls))
+    else:
+        functional = torch.nn.functional
+        other = _wrapped(functional.scaled_dot_product_attention, calls)
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", other)
+
+
+REPLACED = ["eager", "the library's", "the file's", "torch's"]
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_an_attention_function_that_was_replaced_is_what_runs(what, monkeypatch):
+    calls = []
+    model = make("BERT").train()
+    chosen = "eager" if what == "eager" else "sdpa"
+    model.set_attn_implementation(chosen)
+    _replace(what, calls, monkeypatch)
+    report = tridrop.swap(model)
+    assert model.config._attn_implementation == chosen
+    assert len([s for s in report.sites if s.status == "left" and "replaced" in s.reason]) == 2
+    model(**batch("BERT"))
+    assert len(calls) == 2
+    monkeypatch.undo()
+    tridrop.swap(model)
+    assert model.config._attn_implementation == "tridrop"
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("what", REPLACED)
+def test_the_report_says_that_an_attention_function_was_replaced(what, dry_run, monkeypatch):
+    model = make("BERT").train()
+    model.set_attn_implementation("eager" if what == "eager" else "sdpa")
+    report = tridrop.swap(model, dry_run=dry_run)
+    assert report.changed() == []
+    _replace(what, [], monkeypatch)
+    assert report.changed() == ["BertSelfAttention"]
+    assert "Changed since the swap: BertSelfAttention" in str(report)
+    monkeypatch.undo()
+    assert report.changed() == []
+
+
+@pytest.mark.parametrize("name", ["BERT", "BART", "ViT", "Llama", "T5", "GPT-2"])
+def test_functions_of_the_libraries_own_are_none_that_were_replaced(name):
+    for chosen in ("eager", "sdpa"):
+        model = make(name)
+        model.set_attn_implementation(chosen)
+        report = tridrop.swap(model)
+        assert not [s for s in report.sites if s.status == "left" and "replaced" in s.reason]
+        assert report.changed() == []
+
+
+def test_another_attention_that_is_set_after_the_swap_stays(monkeypatch):
+    model = make("BERT").train()
+    model.set_attn_implementation("sdpa")
+    report = tridrop.swap(model)
+    model.set_attn_implementation("eager")
+    assert report.changed() == ["BertSelfAttention"]
+    tridrop.unswap(model)
+    assert model.config._attn_implementation == "eager"  # and not what it was before the swap
+    assert report.changed() == []
+    tridrop.swap(model)
+    tridrop.unswap(model)
+    assert model.config._attn_implementation == "eager"

@@ -8,7 +8,7 @@ from ..seeds import number_sites
 from ..spec_values import check_flags, check_module
 from . import classes, found, kinds
 from .encoders import has_path
-from .interfaces import Interfaces
+from .interfaces import Interfaces, give_back
 from .kinds import base_of
 from .modules import REPLACEMENTS
 from .report import Report
@@ -65,9 +65,10 @@ def swap(
         _apply(survey, interfaces)
         _number(model, survey)
     sites = found.sites_of(model, survey, interfaces)
-    return Report(
-        sites, levels, dry_run, model, certain=found.is_certain(model), read=survey.read()
-    )
+    read = survey.read()
+    for name, each in interfaces.read().items():
+        read.setdefault(name, []).extend(each)
+    return Report(sites, levels, dry_run, model, certain=found.is_certain(model), read=read)
 
 
 def _apply(survey: Survey, interfaces: Interfaces) -> None:
@@ -128,6 +129,4 @@ def unswap(model: nn.Module) -> None:
             module.__dict__.pop(name, None)
         if not hasattr(type(module), "site"):
             module.__dict__.pop("site", None)
-        before = module.__dict__.pop("_tridrop_attention", None)
-        if before is not None:
-            module.set_attn_implementation(before)  # type: ignore[operator]
+        give_back(module)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 from torch.nn import functional as F
 
 from ..integrations import transformers
+from . import classes
+from .kinds import base_of
 from .originals import is_attention
-from .rewrite import Levels
+from .present import At, Holds, holds
 from .survey import Survey
 
 ATTENTION = "tridrop"  # the name of the attention function in transformers
+_TABLE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in its models' files
+_BEFORE = "_tridrop_attention"  # what a model had before, in its __dict__
 
 
 class Interfaces:
@@ -21,17 +27,22 @@ class Interfaces:
     def __init__(self, survey: Survey) -> None:
         self.owners: dict[nn.Module, nn.Module] = {}  # attention module -> its model
         self.reasons: dict[nn.Module, str] = {}  # why a model keeps its function
+        self.looked_up: dict[nn.Module, dict[str, list[At]]] = {}  # functions, by names of classes
         modules = {name: module for module, name in survey.names.items()}
         rates: dict[nn.Module, list[float | None]] = {}
         for module in survey.recipes:
-            for _, place in survey.work(module).places:
+            for method, place in survey.work(module).places:
                 if place.op.name == "interface":
                     owner = self._owner(survey.names[module], modules)
                     if owner is not None:
                         self.owners[module] = owner
                         rates.setdefault(owner, []).append(survey.rate(module, place.op))
-        for owner, found in rates.items():
-            self.reasons[owner] = self._why_not(owner, found, survey.levels)
+                        base = base_of(module)
+                        text = classes.text_of(base, survey.recipes[module].children)
+                        found = _looked_up(text.methods[method].function, _chosen(owner))
+                        self.looked_up.setdefault(owner, {})[base.__name__] = found
+        for owner, each in rates.items():
+            self.reasons[owner] = self._why_not(owner, each, survey)
 
     @staticmethod
     def _owner(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
@@ -43,10 +54,9 @@ class Interfaces:
             if not name:
                 return None
 
-    @staticmethod
-    def _why_not(owner: Any, rates: list[float | None], levels: Levels) -> str:
-        now = owner.config._attn_implementation
-        if not levels.attention:
+    def _why_not(self, owner: Any, rates: list[float | None], survey: Survey) -> str:
+        now = _chosen(owner)
+        if not survey.levels.attention:
             return "its level is off"
         if now == ATTENTION:
             return ""
@@ -60,7 +70,9 @@ class Interfaces:
             return "torch's scaled_dot_product_attention was replaced"
         if now == "eager" and getattr(owner.config, "reorder_and_upcast_attn", False):
             return "it upcasts its scores (reorder_and_upcast_attn)"
-        return ""
+        each = self.looked_up[owner].values()
+        replaced = [at.name for found in each for at in found if _is_replaced(at)]
+        return f"its attention function was replaced: {replaced[0]}" if replaced else ""
 
     def reason(self, module: nn.Module) -> str:
         """Why an attention module keeps its function; empty where it does not."""
@@ -70,8 +82,60 @@ class Interfaces:
     def apply(self) -> None:
         """Choose tridrop's attention."""
         for owner, reason in self.reasons.items():
-            now = owner.config._attn_implementation  # type: ignore[union-attr]
+            now = _chosen(owner)
             if not reason and now != ATTENTION:
                 transformers.register()
                 owner.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-                owner.__dict__["_tridrop_attention"] = now
+                owner.__dict__[_BEFORE] = now
+
+    def read(self) -> dict[str, list[Holds]]:
+        """By the names of classes: whether tridrop's attention still stands for what they had."""
+        found: dict[str, list[Holds]] = {}
+        for owner, places in self.looked_up.items():
+            if not self.reasons[owner]:
+                chosen = _stays(weakref.ref(owner))
+                before = owner.__dict__.get(_BEFORE, _chosen(owner))
+                torchs = () if before == "eager" else (At(F, "scaled_dot_product_attention"),)
+                for name, each in places.items():
+                    found.setdefault(name, []).extend((holds(*each, *torchs), chosen))
+        return found
+
+
+def give_back(model: Any) -> None:
+    """The attention function that a model had, unless it was given another since."""
+    before = model.__dict__.pop(_BEFORE, None)
+    if before is not None and _chosen(model) == ATTENTION:
+        model.set_attn_implementation(before)
+
+
+def _chosen(model: Any) -> str | None:
+    found: str | None = model.config._attn_implementation
+    return found
+
+
+def _stays(model: weakref.ref[Any]) -> Holds:
+    """Whether a swapped model has tridrop's attention still."""
+
+    def stays() -> bool:
+        now = model()
+        return now is None or _BEFORE not in now.__dict__ or _chosen(now) == ATTENTION
+
+    return stays
+
+
+def _looked_up(function: FunctionType, chosen: str | None) -> list[At]:
+    """Where the function stands that a method finds by a name of transformers."""
+    table = function.__globals__.get(_TABLE)
+    if table is not None and chosen in table:
+        return [At(table, str(chosen))]
+    names = [name for name in function.__code__.co_names if name.endswith(_EAGER)]
+    return [At(function.__globals__, name) for name in names if name in function.__globals__]
+
+
+def _is_replaced(at: At) -> bool:
+    """Whether it is neither one of transformers nor, of the eager ones, of the model's own file."""
+    function = at.now()
+    if not isinstance(function, FunctionType) or function.__name__ != function.__qualname__:
+        return True
+    home = function.__globals__
+    return home is not at.owner and home["__name__"].partition(".")[0] != "transformers"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -24,13 +24,13 @@ _MISSING = object()
 
 
 class At(NamedTuple):
-    """A function as an attribute of a class or module, or under a name in a dict of globals."""
+    """A function as an attribute of a class or module, or under a name in a mapping."""
 
     owner: Any
     name: str
 
     def now(self) -> Any:
-        if isinstance(self.owner, dict):
+        if isinstance(self.owner, Mapping):
             return self.owner.get(self.name, _MISSING)
         return getattr(self.owner, self.name, _MISSING)
 
@@ -80,7 +80,7 @@ def _terms(places: tuple[At, ...]) -> tuple[list[str], dict[str, Any]]:
 
     for place in places:
         function, owner = place.now(), name_of(place.owner)
-        if isinstance(place.owner, dict):
+        if isinstance(place.owner, Mapping):
             left = f"{owner}.get({place.name!r})"
         elif function is _MISSING:
             terms.append(f"not hasattr({owner}, {place.name!r})")

@@ -117,8 +117,11 @@ class Report:
 
         Somebody gave them another method, or torch another function that they call; or gave one of
         these another code or other defaults. What runs is what is there now: such a module is
-        called as it is, and fused with nothing. Another swap reads it again. (Of a report that was
-        unpickled nothing is known.)
+        called as it is, and fused with nothing. Named too are attention modules of transformers
+        whose model was given another attention function since, which then runs; and those whose
+        function that tridrop's stands for (eager_attention_forward in the model's file, or what
+        is registered as "sdpa") was replaced, which does not run as long as "tridrop" is set.
+        Another swap reads all again. (Of a report that was unpickled nothing is known.)
 
         >>> import tridrop
         >>> report = tridrop.swap(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
@@ -279,7 +282,8 @@ class Report:
                 yield "Nothing matched: the model is unchanged."
         if changed := self.changed():
             yield Text(
-                f"Changed since the swap, and called as they are: {', '.join(changed)}.",
+                f"Changed since the swap: {', '.join(changed)}. They are called as they are; "
+                'only attention stays tridrop\'s where "tridrop" is set.',
                 style="yellow",
             )
         if self.verification is not None:
