@@ -260,3 +260,55 @@ def test_dropout_in_a_loop_draws_anew_each_time_and_warns_under_rng():
     tridrop.swap(model)
     with pytest.warns(UserWarning, match="was called twice"):
         swapped_outcome(model, inputs)
+
+
+# ------------------------------------------------------------------------------------- branches
+
+
+def test_attention_in_a_branch_is_said_to_be_in_one():
+    """Falcon's dropout of attention is in the branch for alibi alone, which is off by default."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    words = torch.randint(0, 50, (2, 7))
+    verdicts = {}
+    for alibi in (False, True):
+        config = transformers.FalconConfig(attention_dropout=0.5, alibi=alibi, **sizes)
+        model = transformers.FalconModel(config).train()
+        report = tridrop.swap(model)
+        sites = [site for site in report.sites if site.kind == "FalconAttention"]
+        assert [site.condition.partition(" and ")[0] for site in sites] == 2 * ["alibi is not None"]
+        assert "Only in a branch: FalconAttention if alibi is not None" in str(report)
+        assert report.to_dict()["sites"][-1].keys() >= {"condition"}
+        seen = report.verify(words)
+        verdicts[alibi] = [c.verdict for c in seen.sites if c.site.kind == "FalconAttention"]
+        assert "Only in a branch" not in str(report)  # what was seen is said instead
+    assert verdicts[False] == ["never called", "never called"]
+    assert sorted(verdicts[True]) == ["drops as reported", "never called"]
+
+
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own = True
+        self.a, self.b, self.c, self.d = (torch.nn.Dropout(0.1) for _ in range(4))
+
+    def forward(self, x, y=None, mode="sum"):
+        if y is None:
+            return self.a(x)
+        if self.own and self.training:  # which the module itself decides
+            x = self.b(x)
+        if mode == "sum" or mode == "mean":
+            x = x + y
+            return self.c(x) if not x.requires_grad else x
+        elif not mode:
+            x = self.d(x)
+        return x
+
+
+def test_conditions_are_those_on_what_a_forward_is_given_or_computes():
+    report = tridrop.swap(Branches())
+    assert [site.condition for site in report.sites] == [
+        "y is None",
+        "",
+        "(mode == 'sum' or mode == 'mean') and not x.requires_grad",
+        "not (mode == 'sum' or mode == 'mean') and not mode",
+    ]

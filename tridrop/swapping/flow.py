@@ -43,6 +43,32 @@ class Flow:
         """The uses that a definition reaches."""
         return [name for name, ids in self.reaching.items() if definition in ids]
 
+    def condition(self, node: ast.AST, owner: str) -> str:
+        """The tests around a node that read variables other than ``owner``, as one expression."""
+        found: list[str] = []
+        while node in self.parents:
+            outer = self.parents[node]
+            if isinstance(outer, (ast.If, ast.IfExp)) and node is not outer.test:
+                names = {n.id for n in ast.walk(outer.test) if isinstance(n, ast.Name)}
+                if names & (self.locals - {owner}):
+                    body = outer.body if isinstance(outer.body, list) else [outer.body]
+                    found.insert(0, _stated(outer.test, node in body))
+            node = outer
+        return " and ".join(found)
+
+
+def _stated(test: ast.expr, holds: bool) -> str:
+    """A test that holds, or its opposite, as a part of a conjunction."""
+    if holds:
+        return f"({ast.unparse(test)})" if isinstance(test, ast.BoolOp) else ast.unparse(test)
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _stated(test.operand, True)
+    if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Is, ast.IsNot)):
+        other: ast.cmpop = ast.IsNot() if isinstance(test.ops[0], ast.Is) else ast.Is()
+        if len(test.ops) == 1:
+            return ast.unparse(ast.Compare(test.left, [other], test.comparators))
+    return f"not ({ast.unparse(test)})"
+
 
 def analyse(node: ast.FunctionDef) -> Flow:
     """The flow of a function's variables."""

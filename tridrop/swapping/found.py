@@ -14,6 +14,7 @@ from . import classes, draws, kinds
 from .hidden import hidden_roots
 from .interfaces import Interfaces
 from .kinds import base_of
+from .recognise import self_of
 from .report import Site
 from .rewrite import ATTENTION_PARTS
 from .survey import Survey, has_own_forward, is_torchs
@@ -52,7 +53,8 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
     found = []
     if module in survey.recipes:
         work = survey.work(module)
-        for i, (_, place) in enumerate(work.places):
+        text = classes.text_of(base_of(module), survey.recipes[module].children)
+        for i, (method, place) in enumerate(work.places):
             parts, reason = place.parts, ""
             if place.op.name == "interface":
                 reason = interfaces.reason(module)
@@ -65,12 +67,13 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
                 reason = "its level is off"
             stream = None if first is None or not parts else first + i
             p = survey.rate(module, place.op)
-            found.append(Site(name, kind, place.text, place.line, p, parts, reason, stream))
+            read = text.methods.get(method)
+            when = "" if read is None else read.flow.condition(place.op.node, self_of(read.node))
+            found.append(Site(name, kind, place.text, place.line, p, parts, reason, stream, when))
         uncalled = survey.why_uncalled(module) if _looks_like_dropout(module) else ""
         for _, place in () if survey.drops(module) else work.drawn:  # a drop path's are known
             reason = uncalled or place.op.reason
             found.append(Site(name, kind, place.text, place.line, None, (), reason, None))
-        text = classes.text_of(base_of(module), survey.recipes[module].children)
         for method, reason in text.unread.items():
             if text.caught(base_of(module), method) and survey.levels.dropout:
                 continue  # one of the places above

@@ -42,6 +42,8 @@ class Site:
         reason: why it was left; of a LoRA adapter's dropout with a mask of tridrop's and no more,
             why it was not fused; "unknown: ..." of a module that no text shows to be called.
         stream: its number under :func:`tridrop.rng`: its mask is that of fold_in(seed, stream).
+        condition: of a call that stands in a branch of its forward, the condition on what that is
+            given or computes ("alibi is not None"); whether it holds :meth:`Report.verify` tells.
     """
 
     module: str
@@ -52,6 +54,7 @@ class Site:
     parts: tuple[str, ...]
     reason: str
     stream: int | None
+    condition: str = ""
 
     @property
     def status(self) -> str:
@@ -280,6 +283,12 @@ class Report:
             yield ", ".join(f"{n} {status}" for status, n in counts.items())
             if counts["left"] == len(self.sites):
                 yield "Nothing matched: the model is unchanged."
+        branches = {f"{s.kind} if {s.condition}": None for s in self.sites if s.condition}
+        if branches and self.verification is None:
+            yield Text(
+                f"Only in a branch: {'; '.join(branches)}. report.verify(batch) tells whether "
+                "they run."
+            )
         if changed := self.changed():
             yield Text(
                 f"Changed since the swap: {', '.join(changed)}. They are called as they are; "
