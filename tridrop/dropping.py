@@ -18,8 +18,8 @@ from torch import nn
 
 from .nn.modules import _Site as Site
 from .swapping import classes, kinds, layer_drop
-from .swapping.recognise import self_of
 from .swapping.kinds import base_of
+from .swapping.recognise import self_of
 from .swapping.survey import is_torchs
 from .torch_private import AnyDropout
 
