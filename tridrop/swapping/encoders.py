@@ -8,8 +8,8 @@ for it. Of swapped ones they say no while there is an adapter, whenever it was p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -24,20 +24,20 @@ def has_path(base: type) -> bool:
 def closing(base: type) -> dict[str, Any]:
     """What a swapped class needs so that the path is closed to adapters."""
     if issubclass(base, nn.TransformerEncoderLayer):
-        return _closing(base, "activation_relu_or_gelu", 0, lambda layer: [layer])
+        return _closing(base, "activation_relu_or_gelu", 0, _adapted)
     if issubclass(base, nn.TransformerEncoder):
-        return _closing(base, "use_nested_tensor", False, lambda stack: stack.layers)
+        return _closing(base, "use_nested_tensor", False, _any_adapted)
     return {}
 
 
 def _closing(
-    base: type, name: str, closed: object, layers: Callable[[Any], Iterable[nn.Module]]
+    base: type, name: str, closed: object, adapted: Callable[[nn.Module], bool]
 ) -> dict[str, Any]:
     def get(self: nn.Module) -> Any:
         if name not in self.__dict__:
             raise AttributeError(name)
         value = self.__dict__[name]
-        return closed if value and any(map(_adapted, layers(self))) else value
+        return closed if value and adapted(self) else value
 
     def set(self: nn.Module, value: object) -> None:
         self.__dict__[name] = value
@@ -46,11 +46,32 @@ def _closing(
     return {name: property(get, set), "__jit_unused_properties__": unused}
 
 
+def _any_adapted(stack: nn.Module) -> bool:
+    """Whether a layer of a stack has such a part; torch packs nothing while the first one trains."""
+    layers: Any = stack._modules["layers"]
+    every = layers._modules.values()
+    first = next(iter(every), None)
+    return first is not None and not first.training and any(map(_adapted, every))
+
+
 def _adapted(layer: nn.Module) -> bool:
     """Whether a part whose weights the path reads does more with them than torch's module."""
-    attention = getattr(layer, "self_attn", None)
-    parts: list[tuple[Any, Any]] = [(attention, nn.MultiheadAttention)]
-    for owner, name in ((attention, "out_proj"), (layer, "linear1"), (layer, "linear2")):
-        parts.append((getattr(owner, name, None), nn.Linear))
-    classes = [(cast(Any, base_of(part)), torchs) for part, torchs in parts if part is not None]
-    return any(own.forward is not torchs.forward for own, torchs in classes)
+    modules: Any = layer._modules
+    for name in ("linear1", "linear2"):
+        part = modules.get(name)
+        if type(part) is not nn.Linear and _is_other(part, nn.Linear):
+            return True
+    attention = modules.get("self_attn")
+    if attention is None:
+        return False
+    if _is_other(attention, nn.MultiheadAttention):
+        return True
+    return _is_other(attention._modules.get("out_proj"), nn.Linear)
+
+
+def _is_other(part: nn.Module | None, torchs: type[nn.Module]) -> bool:
+    """Whether a module's forward is not that of torch's class."""
+    if part is None or type(part).forward is torchs.forward:  # the quick answer
+        return False
+    base: Any = base_of(part)
+    return base.forward is not torchs.forward
