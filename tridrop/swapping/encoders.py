@@ -47,7 +47,7 @@ def _closing(
 
 
 def _any_adapted(stack: nn.Module) -> bool:
-    """Whether a layer of a stack has such a part; torch packs nothing while the first one trains."""
+    """Whether a layer of a stack has such a part; of a first layer in training nothing is asked."""
     layers: Any = stack._modules["layers"]
     every = layers._modules.values()
     first = next(iter(every), None)
