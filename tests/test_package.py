@@ -35,11 +35,7 @@ LAYERS = [
     ["fast_cache"],
     ["choice", "noise"],
     ["mask"],
-<<<<<<< HEAD
     ["strides", "lasting", "files", "memory", "torch_private", "spec_values"],
-=======
-    ["strides", "lasting", "files", "torch_private", "spec_values"],
->>>>>>> 59aacfb (Arguments are checked in one place: tensors in plain memory, flags, whole numbers and words, by their names; options are plain values before they become a key)
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 
