@@ -270,12 +270,13 @@ def test_tensors_of_a_compiler_are_known():
     assert torch.Tensor in kinds
 
 
-def test_the_partitioner_says_whether_it_draws_again(monkeypatch):
+def test_the_partitioner_says_whether_it_draws_again():
     from torch._functorch import config
 
     assert not private.partitioner_redraws()
-    monkeypatch.setattr(config, "activation_memory_budget", 0.5)
-    assert private.partitioner_redraws()
+    with config.patch(activation_memory_budget=0.5):  # monkeypatch would lose the setting
+        assert private.partitioner_redraws()
+    assert not private.partitioner_redraws()
 
 
 def test_collectives_that_are_traced():
