@@ -146,8 +146,8 @@ class Call:
             alone = [dict(arguments) for arguments in self.right]
             alone[group][name] = value
             tried.append((alone[0], alone[1]))
-        # Its checks of shapes assert here and fail in a product there.
-        alike = (AssertionError, RuntimeError)
+        # torch's checks of shapes assert here, and there a transpose or a product fails.
+        alike = (AssertionError, RuntimeError, IndexError)
         kinds = alike if kind in alike else (kind,)
         for first, second in tried:
             with warnings.catch_warnings():
