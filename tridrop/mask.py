@@ -87,7 +87,7 @@ def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Ten
     tensor([7, 0])
     """
     if isinstance(seed, Tensor):
-        if seed.layout is not torch.strided:
+        if not torch.compiler.is_compiling() and seed.layout is not torch.strided:
             check_tensor(seed, "seed")
         if seed.dtype != torch.int64:
             raise TypeError(
