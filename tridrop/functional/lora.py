@@ -161,6 +161,7 @@ def lora_deltas(
     if not count:
         raise ValueError("As is empty: give the matrices of one adapter or more")
     _check_adapters(x, As, Bs, biases)
+    spec.check_probability(p, tensor_allowed=True)
     seeds = _seeds(x, seed, None if shared_mask else count, p, training)
     parts = _way_down(x, As, p, training, gains, shard, seeds, shared_mask)
     return tuple(map(_way_up, parts, Bs, biases, gains))
