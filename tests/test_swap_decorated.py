@@ -126,7 +126,9 @@ def joined(report):
     return "return" in site.parts
 
 
-@pytest.mark.parametrize("decorators", HAND_ON + DO_MORE, ids=str)
+@pytest.mark.parametrize(
+    "decorators", HAND_ON + DO_MORE, ids=lambda d: "-".join(f.__name__ for f in d)
+)
 def test_values_are_those_of_the_decorated_model(decorators):
     names = {"old": 0.5} if renames in decorators else {"scale": 0.5}
     model = block_of(decorators, **names)

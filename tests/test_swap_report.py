@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import pickle
@@ -411,3 +412,21 @@ def test_on_a_gpu_the_figures_are_those_of_its_operators():
     assert (found.before.dropouts, found.after.dropouts) == (2, 2)
     assert found.after.saved_bytes < found.before.saved_bytes
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+def test_a_report_in_the_place_of_a_model_says_what_to_write():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+    kept, model = model, tridrop.swap(model)
+    lines = (
+        r"in place and returns a report.*\n    report = tridrop.swap\(model\)\n    out = model\(x\)"
+    )
+    with pytest.raises(TypeError, match=lines):
+        model(torch.ones(1, 4))
+    for name in ("parameters", "train", "to", "state_dict"):
+        with pytest.raises(AttributeError, match=f"no {name}: .*{lines}"):
+            getattr(model, name)
+    with pytest.raises(AttributeError, match="'Report' object has no attribute 'sitse'"):
+        _ = model.sitse
+    assert not hasattr(model, "__setstate__")
+    assert copy.deepcopy(model).sites == pickle.loads(pickle.dumps(model)).sites == model.sites
+    assert kept(torch.ones(1, 4)).shape == (1, 4)

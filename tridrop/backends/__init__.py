@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -283,8 +283,7 @@ _state = _State()
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str) -> AbstractContextManager[None]:
     """Run the calls inside the block on the backend ``name``: "triton" or "reference".
 
     It goes before ``TRIDROP_BACKEND`` in the environment and before the default, which is Triton
@@ -293,12 +292,20 @@ def backend(name: str) -> Iterator[None]:
 
     The setting is process-wide: do not enter it in several threads at once.
 
+    Raises:
+        ValueError: another name, at once.
+
     >>> import tridrop
     >>> with tridrop.backend("reference"):
     ...     tridrop.dropout(torch.ones(4), 0.5, seed=1)
     tensor([2., 0., 2., 0.])
     """
     _check_name(name, "tridrop.backend(...)")
+    return _entered(name)
+
+
+@contextmanager
+def _entered(name: str) -> Iterator[None]:
     before = _state.explicit
     _state.explicit = name
     try:

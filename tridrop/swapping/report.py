@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -22,6 +22,12 @@ from .wording import Plans
 if TYPE_CHECKING:
     from .verify import Verification
 
+# Other libraries give a model back, and so `model = tridrop.swap(model)` is written by habit.
+_NO_MODEL = (
+    "tridrop.swap changes the model in place and returns a report, which this is. Write\n"
+    "    report = tridrop.swap(model)\n"
+    "    out = model(x)"
+)
 _BESIDES = 76  # columns of the table for all but the code
 
 
@@ -109,6 +115,15 @@ class Report:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_read": {}}  # these cannot be pickled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not a model: raises a TypeError that says what to write."""
+        raise TypeError(_NO_MODEL)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if hasattr(nn.Module, name) and not name.startswith("__"):
+            raise AttributeError(f"no {name}: {_NO_MODEL}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def counts(self) -> dict[str, int]:
         """How many sites were fused, swapped and left."""
