@@ -40,7 +40,8 @@ def check_tensor(t: Tensor, name: str) -> None:
             f"with torch.nested.to_padded_tensor({name}, 0.0), or give its values, "
             f"torch.cat({name}.unbind())"
         )
-    if t.layout is not torch.strided:
+    # Dynamo refuses a question for the layout inside the backward of an autograd.Function.
+    if not torch.compiler.is_compiling() and t.layout is not torch.strided:
         raise TypeError(
             f"{name} has the layout {t.layout}, and ops read plain memory: use {name}.to_dense()"
         )
