@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import signal
 
 import torch
 import torchvision_ops  # noqa: F401  # before anything imports torchvision
@@ -12,6 +13,9 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when the kernels are defined, so before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What is started in the background may be told to ignore Ctrl-C; the tests raise it in themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LIBRARIES = ("torch", "triton", "transformers", "peft", "timm")
 

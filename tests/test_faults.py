@@ -255,7 +255,8 @@ def test_every_source_is_in_the_stamp(name, monkeypatch):
 
 
 def test_all_that_loops_are_made_of_is_among_the_sources():
-    """Their files' imports, but for this cache; mask.py has numbers for them, and takes none."""
+    """Their files' imports, but for this cache; mask.py has numbers for them, and takes none of
+    those that it checks arguments with."""
     found = {"fast_kernels.py"}
     for path in ROOT.glob("fast_*.py"):
         text = path.read_text()
@@ -265,7 +266,7 @@ def test_all_that_loops_are_made_of_is_among_the_sources():
     while todo:
         for name in re.findall(r"^from \.(\w+) import", (ROOT / todo.pop()).read_text(), re.M):
             file = f"{name}.py"
-            if file not in found and name not in ("fast_cache", "lasting"):
+            if file not in found and name not in ("fast_cache", "lasting", "spec_values"):
                 found.add(file)
                 todo.append(file)
     assert found == set(fast_cache.SOURCES)

@@ -344,7 +344,7 @@ def test_half_precision_is_summed_in_float32():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"output": "classes"}, ValueError, "known: values"),
+        ({"output": "classes"}, ValueError, "known: 'values'"),
         ({"samples": 0}, ValueError, "number of members"),
         ({"members": []}, ValueError, "at least one"),
         ({"members": [-1]}, ValueError, "0 or more"),

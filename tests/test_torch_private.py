@@ -213,8 +213,10 @@ def test_operators_name_their_arguments():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_attention_of_cpus_has_its_operator(backward):
+def test_attention_of_cpus_has_its_operator(backward, monkeypatch):
     assert private.cpu_attention(backward) is not None
+    monkeypatch.setattr(private, "schema_of", lambda operator: [])  # another operator by that name
+    assert private.cpu_attention(backward) is None
 
 
 def test_recurrent_layers_run_on_given_weights():

@@ -200,7 +200,7 @@ def test_bad_input():
         tridrop.word_dropout(torch.ones(2), 0.5, token=0)
     with pytest.raises(TypeError, match=r"give a torch\.Tensor"):
         tridrop.word_dropout([1, 2], 0.5, token=0)
-    with pytest.raises(TypeError, match=r"token: 1\.5"):
+    with pytest.raises(TypeError, match=r"token is 1\.5 of type float"):
         tridrop.word_dropout(words, 0.5, token=1.5)
     with pytest.raises(ValueError, match=r"exempt: 300 is outside torch\.uint8"):
         tridrop.word_dropout(words.to(torch.uint8), 0.5, token=0, exempt=[300])

@@ -197,7 +197,7 @@ def attention_forward(
         dropout,
         causal,
         scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),  # torch.jit.trace gives a tensor
         key_mask=key_mask,
         sinks=s_aux,
         softcap=softcap,
