@@ -108,11 +108,11 @@ def softmax(u):
 
 
 @part(set())
-def exclude(scores, u):
-    """u = 0 where a score is minus infinity: in a row with NaN its exponential is no number."""
+def clear(u, v, number):
+    """v = 0 where u is this number."""
     for j in range(u.size):
-        if scores[j] == _NOTHING:
-            u[j] = _ZERO
+        if u[j] == number:
+            v[j] = _ZERO
 
 
 @part(set())
@@ -123,14 +123,6 @@ def inner_of_some(u, v):
         if u[j] != _ZERO:
             found += u[j] * v[j]
     return found
-
-
-@part(set())
-def clear_others(u, v):
-    """v = 0 where u is."""
-    for j in range(u.size):
-        if u[j] == _ZERO:
-            v[j] = _ZERO
 
 
 @inline(set())
@@ -176,7 +168,7 @@ def again(x, at, size, scale, spare, u):
     load(x, at, size, scores)
     if scale != 1:
         rescale(scores, np.float32(scale))
-    exclude(scores, u)
+    clear(scores, u, _NOTHING)  # in a row with NaN their exponential is no number
 
 
 @kernel
@@ -259,7 +251,7 @@ def backward(start, stop, keys, sizes, mask, factor, band, scale, given, kept, d
             odd = odd or not np.isfinite(along)
         project(v, w, along, np.float32(scale))
         if odd:
-            clear_others(v, w)
+            clear(v, w, _ZERO)
         outside(g, first, end)
         store(dx, r * keys, keys, g)
     held(memory)
