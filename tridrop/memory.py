@@ -16,7 +16,7 @@ from torch import Tensor
 
 Matrix = tuple[int, int]  # how the kernels take one: (address, kind); an address of 0 is none
 
-_TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)  # the types that are what they hold
 _DEVICES = ("cpu", "cuda")  # devices whose tensors are their storage
 
 
@@ -96,7 +96,7 @@ def all_whole(arguments: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ..
                 and a.data_ptr()
                 and not a.storage_offset()
                 and a.nbytes <= a.untyped_storage().nbytes()
-                if type(a) in _TENSORS
+                if type(a) in PLAIN
                 else not isinstance(a, Tensor)
             ):
                 break

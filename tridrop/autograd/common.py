@@ -13,7 +13,8 @@ from .. import memory
 from ..backends import Prepared
 from ..backends.reference import elementwise
 from ..distributed import dtensor
-from ..ops.library import PLAIN, Known, plain, unobserved
+from ..memory import PLAIN
+from ..ops.library import Known, plain, unobserved
 from ..strides import laid, order_of
 from ..torch_private import watched
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import backends, fast, seeds
 from ..autograd import Function, apply, straight
-from ..ops.library import PLAIN, Known
+from ..memory import PLAIN
+from ..ops.library import Known
 from ..spec_values import check_tensor
 from ..torch_private import watched
 

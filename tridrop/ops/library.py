@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import memory
 from ..backends import Prepared
-from ..memory import Given
+from ..memory import PLAIN, Given
 from ..spec import check_probability
 from ..torch_private import forward_mode, is_legacy_batched, is_wrapped, trace_state, watched
 
 _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")
 _NAMES = re.compile(r"(\w+)(?=[,)])")  # of a schema's arguments
-PLAIN = (Tensor, nn.Parameter)
 
 _is_exporting = torch.compiler.is_exporting
 
