@@ -70,7 +70,7 @@ def vector(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, int]
     """The same in fp32, and the address alone; 0 is none."""
     if t is None:
         return None, 0
-    if t.dtype != torch.float32:
+    if t.dtype is not torch.float32:
         t = whole(t, name).detach().to(torch.float32)
     t, (at, _) = place(t, count, name)
     return t, at
@@ -111,6 +111,7 @@ class Selection:
     parts: fast.Parts
     # As fast.rule_of gives it, where a row has the coordinate of its number and no factor.
     fixed: tuple[tuple[int, int], tuple[int, int]] | None
+    alone: int | None  # the number of rows, where they are one part
     count: int  # elements of the result
     drops: bool  # whether anything is dropped
 
@@ -121,8 +122,8 @@ class Selection:
         """
         kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
         decisions, drawn = self._decisions(seed)
-        if len(self.parts) == 1:
-            kernel(*self.parts[0], columns, decisions, scale, *arguments)
+        if self.alone is not None:
+            kernel(0, self.alone, columns, decisions, scale, *arguments)
             return
 
         def call(_: int, start: int, stop: int) -> None:
@@ -164,7 +165,7 @@ class Selection:
             found.append(t)
         *before, options = arguments
         if count == 1:
-            kernel(*self.parts[0], columns, decisions, scale, *before, tuple(places), options)
+            kernel(0, self.alone, columns, decisions, scale, *before, tuple(places), options)
         else:
 
             def call(number: int, start: int, stop: int) -> None:
@@ -222,7 +223,8 @@ def selection(
     fixed = None
     if not rows and (not where.leading or drop_threshold == 0):
         fixed = fast.rule_of(where, "elements", drop_threshold)
+    alone = where.rows if len(parts) == 1 else None
     return Selection(
-        fast.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed,
+        fast.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed, alone,
         where.rows * where.cols, drop_threshold > 0 or bool(rows),
     )  # fmt: skip

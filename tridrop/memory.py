@@ -34,10 +34,13 @@ def place(t: Tensor, count: int, name: str, stored: Stored = STORED) -> tuple[Te
     """
     try:
         kind, size = stored[t.dtype]
-        if t.is_contiguous():
-            at = t.data_ptr()
-            if at and (t.storage_offset() + count) * size <= t.untyped_storage().nbytes():
-                return t, (at, kind)
+        at = t.data_ptr()
+        if (
+            at
+            and t.is_contiguous()
+            and (t.storage_offset() + count) * size <= t.untyped_storage().nbytes()
+        ):
+            return t, (at, kind)
     except KeyError:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in stored)
         raise TypeError(f"{name} is {_words(t)}; give {known}") from None

@@ -97,10 +97,15 @@ class PreparedElementwise(NamedTuple):
                 return (None if dtypes[0] is None else found), dbias, None
         columns, width, count = self.columns, self.width, self.drop.count
         _grad, d = place(grad, count, "grad")
-        _x, u = matrix(x, 2 * count if gated else count, "x")
-        _bias, b = vector(bias, width, "bias")
-        _scale, g = vector(layer_scale, columns, "layer_scale")
-        dx, at = None, NONE
+        _x = _bias = _scale = dx = None
+        u = at = NONE
+        b = g = 0
+        if x is not None:
+            _x, u = place(x, 2 * count if gated else count, "x")
+        if bias is not None:
+            _bias, b = vector(bias, width, "bias")
+        if layer_scale is not None:
+            _scale, g = vector(layer_scale, columns, "layer_scale")
         if dtypes[0] is not None:
             shape = (*self.shape[:-1], width) if gated else None
             dx, at = fast_calls.result(_grad, dtypes[0], shape)
