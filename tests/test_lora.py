@@ -70,6 +70,16 @@ def test_a_seed_for_each_mask_and_a_scaling_for_each_adapter(backend):
         torch.testing.assert_close(both[i], alone)
 
 
+def test_a_scaling_of_any_size_scales_the_bias_too():
+    """torch multiplies by no whole number of more than 64 bits; a float has the same value."""
+    x, A, B, bias = (torch.randn(*shape) for shape in ((2, 4), (3, 4), (5, 3), (5,)))
+    found, expected = (
+        tridrop.lora_delta(x, A, B, 0.0, scaling=scaling, bias=bias)
+        for scaling in (1 << 64, float(1 << 64))
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.9, False)])
 def test_without_dropout_it_is_two_linear_layers_and_draws_nothing(backend, p, training):
     x, base = draw(5, 40), draw(5, 12)

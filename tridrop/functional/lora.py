@@ -234,5 +234,6 @@ def _way_down(
 
 def _way_up(down: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
     """down @ B^T + scaling * bias"""
-    shift = None if bias is None else (bias * scaling).to(B.dtype)
+    # Of a float: torch takes no whole number of more than 64 bits.
+    shift = None if bias is None else (bias * _check_scaling(scaling)).to(B.dtype)
     return F.linear(down, B.to(down.dtype), None if shift is None else shift.to(down.dtype))
