@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tridrop
-from tridrop import fast
+from tridrop.backends.cpu import serving
 
 P, EPS = 0.1, 1e-6
 SIZES = {(8192, 1024): 15, (64, 64): 1000}  # shape -> rounds
@@ -197,7 +197,7 @@ def circumstances() -> dict[str, Any]:
         "load average at the start": list(os.getloadavg()),
         "torch": torch.__version__,
         "numpy": importlib.metadata.version("numpy"),
-        "masks on cpu": fast.report(),
+        "masks on cpu": serving.report(),
         "capability of torch": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "tridrop": tridrop.__version__,

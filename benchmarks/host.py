@@ -32,7 +32,7 @@ from gpu_plan import stub
 from torch import Tensor
 
 import tridrop
-from tridrop.bench.machine import Machine
+from tridrop.commands.bench.machine import Machine
 
 P = 0.1
 ROUNDS, CALLS = 25, 100

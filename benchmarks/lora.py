@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 import tridrop
-from tridrop.bench.machine import Machine
-from tridrop.bench.probes import kept_by, storage_bytes
-from tridrop.bench.timing import quantiles
+from tridrop.commands.bench.machine import Machine
+from tridrop.commands.bench.probes import kept_by, storage_bytes
+from tridrop.commands.bench.timing import quantiles
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS, RATES = (8, 16, 64), (0.0, 0.05)

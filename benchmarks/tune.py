@@ -41,9 +41,9 @@ import torch
 from triton.runtime.errors import OutOfResources
 from tune_cases import DTYPES, FAMILIES, Call, Family, Settings, Size, replaced
 
-from tridrop import inspection
 from tridrop.backends.triton import gpu
 from tridrop.backends.triton.compile import SHARED
+from tridrop.commands import inspection
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -157,7 +157,7 @@ def measure(family: Family, size: Size, dtype: str, rounds: int, device: str = "
 
 def compiled(name: str, row: str, arch: str, dtype: str, settings: Settings) -> Row:
     """What a candidate comes to as machine code; for a process of its own."""
-    from tridrop.inspection.records import compile_row
+    from tridrop.commands.inspection.records import compile_row
 
     family = FAMILIES[name]
     about = {"family": name, "size": list(family.rows[row]), "dtype": dtype, "arch": arch}

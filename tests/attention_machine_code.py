@@ -16,8 +16,8 @@ import torch
 
 from tridrop.backends.triton import attention_launch as launch
 from tridrop.backends.triton.compile import Compiled, capture
-from tridrop.inspection.machine_code import count, parse
-from tridrop.spec_attention import AttentionInputs, AttentionOptions
+from tridrop.commands.inspection.machine_code import count, parse
+from tridrop.spec.attention import AttentionInputs, AttentionOptions
 
 
 def record(compiled: Compiled, **about) -> dict:

@@ -21,7 +21,7 @@ from triton.compiler.compiler import make_backend
 
 from tridrop.backends.triton import attention_launch as launch
 from tridrop.backends.triton.compile import SHARED, TARGETS, Compiled, capture
-from tridrop.spec_attention import AttentionInputs, AttentionOptions
+from tridrop.spec.attention import AttentionInputs, AttentionOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = (16, 32, 64, 128, 256)
@@ -59,7 +59,7 @@ def shared_bytes(compiled: Compiled) -> int:
 
 
 OPTIONS = AttentionOptions(p=0.1, scale=0.125, max_query=LENGTH, max_key=LENGTH)
-# What the rows of tridrop.check.attention_cases have: masks, bounds, softcap and sinks.
+# What the rows of tridrop.commands.check.attention_cases have: masks, bounds, softcap and sinks.
 KINDS = {
     "plain": {},
     "bool mask": {"mask": empty(2, 1, 1, LENGTH)},

@@ -15,10 +15,10 @@ import torch
 
 from tridrop.backends.triton import elementwise, norm_launch, softmax_launch
 from tridrop.backends.triton.compile import capture
-from tridrop.inspection import ARCHS
-from tridrop.inspection.machine_code import parse
-from tridrop.spec import NormOptions, Options
-from tridrop.spec_attention import AttentionOptions
+from tridrop.commands.inspection import ARCHS
+from tridrop.commands.inspection.machine_code import parse
+from tridrop.spec.attention import AttentionOptions
+from tridrop.spec.elementwise import NormOptions, Options
 
 
 def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:

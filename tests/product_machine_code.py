@@ -13,8 +13,8 @@ import torch
 
 from tridrop.backends.triton import product_launch as launch
 from tridrop.backends.triton.compile import Compiled, capture
-from tridrop.inspection.machine_code import count, parse
-from tridrop.spec_product import ProductOptions
+from tridrop.commands.inspection.machine_code import count, parse
+from tridrop.spec.product import ProductOptions
 
 RANKS = [(8,), (64,), (256,), (16, 16, 16)]
 

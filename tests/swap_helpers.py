@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import tridrop
-from tridrop import seeds
+from tridrop.contract import seeds
 from tridrop.swapping import Report
 
 SEED = 7

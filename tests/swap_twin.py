@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import tridrop
-from tridrop import seeds
-from tridrop.mask import scale, threshold
+from tridrop.contract import seeds
+from tridrop.contract.mask import scale, threshold
 from tridrop.swapping import Report
 
 SEED, LEFT = 11, 12  # of the sites, and of what was left to torch

@@ -65,7 +65,7 @@ def test_outcomes_say_whose_an_error_is():
     leaf = torch.ones(2, requires_grad=True)
     assert raised(lambda: tridrop.nn.Dropout(inplace=True)(leaf)).kind == "torch's own error"
     # An attribute that is missing within the package is nobody else's.
-    assert raised(lambda: tridrop.mask.rate_table("x")).kind == "another error of ours"
+    assert raised(lambda: tridrop.contract.mask.rate_table("x")).kind == "another error of ours"
 
 
 def test_outcomes_are_compared():

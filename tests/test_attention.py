@@ -5,17 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import PLAIN
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
 from tridrop.backends.triton import attention_launch
-from tridrop.check.measure import error, tolerance
-from tridrop.mask import scale, threshold
+from tridrop.commands.check.measure import error, tolerance
+from tridrop.contract.mask import scale, threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
+BACKENDS = [PLAIN, "reference", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)

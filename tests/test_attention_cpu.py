@@ -8,8 +8,9 @@ from torch import Tensor
 
 import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
-from tridrop.backends.reference import attention, blocks, flash
-from tridrop.check.measure import error, tolerance
+from tridrop.backends.cpu import blocks, flash
+from tridrop.backends.reference import attention
+from tridrop.commands.check.measure import error, tolerance
 from tridrop.nn.attention import ScaledDotProductAttention
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hosts import PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,12 +22,12 @@ import tridrop
 from tridrop.backends.triton import masks as triton_masks
 from tridrop.backends.triton.launch import Tile
 from tridrop.backends.triton.mask import keep_scores, load_key
-from tridrop.mask import attention_keep_mask, threshold
-from tridrop.spec import ATTENTION_LIMITS
-from tridrop.spec_attention import AttentionOptions
+from tridrop.contract.mask import attention_keep_mask, threshold
+from tridrop.spec.attention import AttentionOptions
+from tridrop.spec.elementwise import ATTENTION_LIMITS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
+BACKENDS = [PLAIN, "triton"]
 HERE = Path(__file__).parent
 VECTORS = json.loads((HERE / "data" / "mask_vectors.json").read_text())["attention"]
 PAGE = (HERE.parent / "docs" / "mask-contract.md").read_text()

@@ -25,8 +25,8 @@ from test_mask_statistics import (
 from torch import Tensor
 
 import tridrop
-from tridrop.mask import key_of, threshold
-from tridrop.spec import ATTENTION_LIMITS
+from tridrop.contract.mask import key_of, threshold
+from tridrop.spec.elementwise import ATTENTION_LIMITS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = tuple(ATTENTION_LIMITS.values())

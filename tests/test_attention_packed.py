@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import PLAIN
 from torch import Tensor
 
 import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
+BACKENDS = [PLAIN, "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -137,7 +138,7 @@ def test_operators_tell_torch_the_shapes_and_strides_they_return(backend, layout
         tensors = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors)
     mask, sinks = draw(2, 1, 6, 9, seed=4), draw(4, seed=5)
     key_mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
-    options = tridrop.spec_attention.AttentionOptions(p=0.3, scale=0.25, lower=-3, softcap=2.0)
+    options = tridrop.spec.attention.AttentionOptions(p=0.3, scale=0.25, lower=-3, softcap=2.0)
     packed = tridrop.ops.pack_attention(options, backend)
     seed = torch.tensor([3, 0], device=DEVICE)
     arguments = (*tensors, mask, key_mask, sinks, None, None, seed, None, *packed)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tridrop
-from tridrop import bench, check, cli
-from tridrop.bench import (
+from tridrop.commands import bench, check, cli
+from tridrop.commands.bench import (
     gate,
     machine,
     models,
@@ -29,7 +29,7 @@ from tridrop.bench import (
     steps,
     timing,
 )
-from tridrop.bench.timing import BACKWARD, BOTH, COPY, FORWARD
+from tridrop.commands.bench.timing import BACKWARD, BOTH, COPY, FORWARD
 
 SMALL = {"sizes": ["16x24"], "rounds": 3, "modes": ["both"], "dtypes": ["fp32"]}
 COMPILE = torch.compile

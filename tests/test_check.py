@@ -6,11 +6,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hosts import PLAIN
 
 import tridrop
-from tridrop import check, cli
 from tridrop.backends.triton import elementwise as kernels
 from tridrop.backends.triton import launch
+from tridrop.commands import check, cli
 from tridrop.functional import elementwise, known
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def everywhere(table):
     return [
         pytest.param(row, dtype, backend, id=f"{backend}-{name}-{row.name}")
-        for backend in ("reference", "triton")
+        for backend in (PLAIN, "triton")
         for name, dtype in check.DTYPES.items()
         for row in table
     ]
@@ -33,7 +34,7 @@ def test_every_case_holds(case, dtype, backend):
     # Triton's interpreter cannot multiply matrices of bf16, from which attention's mask is read.
     blind = case.multiplies and backend == "triton" and dtype == torch.bfloat16
     assert ({"saved"} if blind and DEVICE == "cpu" else {"masks", "saved"}) <= ran
-    if backend == "reference" or dtype != torch.bfloat16 or DEVICE == "cuda":
+    if backend != "triton" or dtype != torch.bfloat16 or DEVICE == "cuda":
         operands = {f"grad {name}" for name in case.shapes if name != "out"}
         assert ran == {"value", "p = 0", "masks", "saved", "expectation |z|"} | operands
 
@@ -75,42 +76,42 @@ def options_become(monkeypatch, wrong):
 def test_a_wrong_scale_fails(monkeypatch):
     """1 / (1 - p) of a rate that was rounded to 1/256, in the host code of either backend."""
 
-    class Rounded(tridrop.spec.Options):
+    class Rounded(tridrop.spec.elementwise.Options):
         def scales(self):
             return tuple(1 / (1 - round(r * 256) / 256) for r in (self.p, self.drop_path))
 
     options_become(monkeypatch, Rounded)
-    for backend in ("reference", "triton"):
+    for backend in (PLAIN, "triton"):
         assert {"value", "grad x"} <= failures(backend)
 
 
 def test_a_large_error_of_the_scale_shows_in_the_expectation(monkeypatch):
-    class Unscaled(tridrop.spec.Options):
+    class Unscaled(tridrop.spec.elementwise.Options):
         def scales(self):
             return 1.0, 1.0
 
     options_become(monkeypatch, Unscaled)
-    for backend in ("reference", "triton"):
+    for backend in (PLAIN, "triton"):
         assert "expectation |z|" in failures(backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 def test_wrong_moments_fail(monkeypatch, backend):
     """Alpha dropout with dropout's scale, Gaussian noise of a tenth more."""
-    right = tridrop.noise.scale
+    right = tridrop.contract.noise.scale
 
     def wrong(kind, threshold):
         return right("mask" if kind == "alpha" else kind, threshold) * (
             1.1 if kind == "gaussian" else 1
         )
 
-    monkeypatch.setattr(tridrop.noise, "scale", wrong)
+    monkeypatch.setattr(tridrop.contract.noise, "scale", wrong)
     monkeypatch.setattr(launch, "plan", launch.plan.__wrapped__)  # plans keep their scales
     assert "invariant variance |z|" in failures(backend, "alpha_dropout")
     assert "invariant variance |z|" in failures(backend, "gaussian_dropout")
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 def test_maps_that_are_not_dropped_whole_fail(monkeypatch, backend):
     plain = tridrop.functional.family._feature_shape
     monkeypatch.setattr(
@@ -119,7 +120,7 @@ def test_maps_that_are_not_dropped_whole_fail(monkeypatch, backend):
     assert {"invariant shared", "masks"} <= failures(backend, "dropout2d")
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 def test_a_mask_shifted_in_backward_fails(monkeypatch, backend):
     module = tridrop.backends.load(backend)
     right = module.backward
@@ -128,14 +129,14 @@ def test_a_mask_shifted_in_backward_fails(monkeypatch, backend):
         whole = tuple(n + 1 for n in grad.shape)
         at = (0,) * (grad.dim() - 1) + (1,)
         values = {**vars(options), "shard": tridrop.Shard(whole, at)}
-        options = tridrop.spec.Options(**values)
+        options = tridrop.spec.elementwise.Options(**values)
         return right(grad, x, bias, layer_scale, seed, p, options, dtypes)
 
     monkeypatch.setattr(module, "backward", shifted)
     assert {"grad x", "grad bias", "masks"} <= failures(backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 def test_a_bias_gradient_from_the_unmasked_gradient_fails(monkeypatch, backend):
     module = tridrop.backends.load(backend)
     right = module.backward
@@ -195,7 +196,7 @@ def test_a_stored_mask_fails(monkeypatch):
 
     monkeypatch.setattr(tridrop.autograd.Fused, "setup_context", staticmethod(hoarding))
     case = check.CASES[0]
-    results = tridrop.check.measure.Check(case, torch.float32, "reference", DEVICE, 8)
+    results = tridrop.commands.check.measure.Check(case, torch.float32, "reference", DEVICE, 8)
     assert not next(results.saves_no_mask()).passed
 
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from ring import RingAttention
 
 import tridrop
-from tridrop import check, functional
+from tridrop import functional
+from tridrop.commands import check
 from tridrop.functional.rows import drop_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

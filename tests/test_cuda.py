@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tridrop
-from tridrop.check.measure import error, tolerance
-from tridrop.mask import scale, threshold
+from tridrop.commands.check.measure import error, tolerance
+from tridrop.contract.mask import scale, threshold
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

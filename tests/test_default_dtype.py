@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tridrop
-from tridrop import check, fast
+from tridrop.backends.cpu import serving as fast
+from tridrop.commands import check
 from tridrop.functional import known
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import PLAIN
 
-import tridrop.demo
-from tridrop.demo import architectures, model, options, report, text, train
+import tridrop.commands.demo
+from tridrop.commands.demo import architectures, model, options, report, text, train
 
 TINY = [
     "--layers=1", "--dim=16", "--heads=2", "--context=8", "--batch=2",
@@ -37,12 +38,14 @@ def _settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def parse(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tridrop demo")
-    tridrop.demo.add_arguments(parser)
+    tridrop.commands.demo.add_arguments(parser)
     return parser.parse_args([str(a) for a in arguments])
 
 
 def demo(out: Path, *arguments: object) -> int:
-    return tridrop.demo.run(parse(*TINY, "--steps=4", "--eval-every=2", "--out", out, *arguments))
+    return tridrop.commands.demo.run(
+        parse(*TINY, "--steps=4", "--eval-every=2", "--out", out, *arguments)
+    )
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -252,7 +255,7 @@ def test_backends_train_alike(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
     losses = []
-    for backend in ("triton", "reference"):
+    for backend in ("triton", PLAIN):
         assert demo(tmp_path / backend, "--device", device, "--backend", backend) == 0
         found = results(tmp_path / backend)
         assert found["backend"] == backend
@@ -373,7 +376,7 @@ def test_a_sigterm_to_a_process(tmp_path: Path) -> None:
     """From outside, as a batch system sends it."""
     arguments = [*TINY, "--steps=100000", "--eval-every=10", f"--out={tmp_path}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tridrop.demo", *arguments],
+        [sys.executable, "-m", "tridrop.commands.demo", *arguments],
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

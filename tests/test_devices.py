@@ -40,7 +40,7 @@ def runs_triton(node: ast.AST) -> bool:
         elif isinstance(part, ast.Tuple | ast.List | ast.Set):
             rows = [e.elts if isinstance(e, ast.Tuple) else [e] for e in part.elts]
             given = [entry for row in rows for entry in row]
-            if not any(isinstance(e, ast.Constant) and e.value == "reference" for e in given):
+            if not any(ast.unparse(e) in ("PLAIN", "'reference'") for e in given):
                 continue
         else:
             continue

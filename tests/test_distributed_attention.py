@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import PLAIN
 from ring import RingAttention, combine
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -34,7 +35,7 @@ def one_process(is_causal, p=0.3):
     return out.detach(), weights, [t.grad for t in (q, k, v)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_blocks_combine_to_the_whole(backend, is_causal):
     """Blocks of uneven lengths, forward and backward, with a float mask and shared key heads."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hosts import PLAIN
 from torch import nn
 
 import tridrop
@@ -15,7 +16,7 @@ def kept(out):
     return out.detach() != 0
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 def test_rows_of_the_whole_mask(backend):
     device = DEVICE if backend == "triton" else "cpu"
     seed = tridrop.fold_in(SEED, 0).to(device)
@@ -108,7 +109,7 @@ def test_samples_that_come_second_and_weights_that_are_none():
         assert torch.equal(kept(data[1]), whole[5].expand(3, 8))
         words = tridrop.word_dropout(torch.ones(2, 8, dtype=torch.int64), P, token=0, seed=SEED)
         assert torch.equal(words == 1, whole[4:])
-        for backend in ("reference", "triton"):
+        for backend in (PLAIN, "triton"):
             eye = torch.eye(8, device=DEVICE)
             with tridrop.backend(backend):
                 out = tridrop.dropconnect_linear(eye, weight.to(DEVICE), p=P, seed=SEED)

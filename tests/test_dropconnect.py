@@ -7,19 +7,20 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import PLAIN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
 from tridrop.autograd.redrawn import Drawn
-from tridrop.check.measure import MAX_Z
+from tridrop.commands.check.measure import MAX_Z
 from tridrop.functional import dropconnect as functional
 from tridrop.nn.dropconnect import WeightDropped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=[PLAIN, "triton"])
 def backend(request):
     with tridrop.backend(request.param):
         yield request.param

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tridrop
-from tridrop import cli
-from tridrop.demo.experiments import (
+from tridrop.commands import cli
+from tridrop.commands.demo.experiments import (
     digits,
     lora,
     measures,

@@ -5,16 +5,17 @@ import warnings
 
 import pytest
 import torch
+from hosts import PLAIN
 from scipy import stats
 from torch import nn
 
 import tridrop
-from tridrop import noise
-from tridrop.check.measure import MAX_Z, error, tolerance
-from tridrop.mask import ONE, philox, threshold
+from tridrop.commands.check.measure import MAX_Z, error, tolerance
+from tridrop.contract import noise
+from tridrop.contract.mask import ONE, philox, threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("reference", "triton")
+BACKENDS = (PLAIN, "triton")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,4 +1,4 @@
-"""The masks and blocks of tridrop.fast: the bits of mask.py, the numbers of the reference."""
+"""The masks and blocks of the cpu backend: the bits of the contract, the reference's numbers."""
 
 import json
 import math
@@ -15,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tridrop
-from tridrop import fast, fast_calls, info, mask
-from tridrop.backends.reference import fused
-from tridrop.check.measure import error, tolerance
-from tridrop.mask import Shard
-from tridrop.spec import ACTIVATIONS
+from tridrop.backends.cpu import elementwise as fused
+from tridrop.backends.cpu import selection as fast_calls
+from tridrop.backends.cpu import serving as fast
+from tridrop.commands import info
+from tridrop.commands.check.measure import error, tolerance
+from tridrop.contract import mask
+from tridrop.contract.mask import Shard
+from tridrop.spec.elementwise import ACTIVATIONS
 
 needs_numba = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
 VECTORS = json.loads((Path(__file__).parent / "data" / "mask_vectors.json").read_text())
@@ -328,7 +331,8 @@ def test_conversions_are_torchs(dtype):
 
 @needs_numba
 def test_numbers_of_kinds_and_functions_are_the_kernels():
-    from tridrop import fast_math, fast_storage
+    from tridrop.backends.cpu.loops import activations as fast_math
+    from tridrop.backends.cpu.loops import storage as fast_storage
 
     for name, dtype in (("FP32", "float32"), ("BF16", "bfloat16"), ("FP16", "float16")):
         assert getattr(fast_storage, name) == fast_calls.KINDS[getattr(torch, dtype)]
@@ -589,7 +593,7 @@ def test_a_broken_numba_is_reported(monkeypatch):
     monkeypatch.setattr(fast, "_has_numba", True)
     monkeypatch.setattr(fast, "_loaded", None)
     monkeypatch.setattr(fast, "_broken", None)
-    monkeypatch.setitem(sys.modules, "tridrop.fast_kernels", None)
+    monkeypatch.setitem(sys.modules, "tridrop.backends.cpu.loops.mask", None)
     monkeypatch.delattr(tridrop, "fast_kernels", raising=False)
     with pytest.warns(UserWarning, match="numba cannot be imported"):
         tridrop.dropout(torch.ones(8), 0.5)
@@ -603,13 +607,13 @@ def test_a_broken_numba_is_reported(monkeypatch):
 def test_torch_by_choice(monkeypatch):
     monkeypatch.setenv("TRIDROP_CPU", "torch")
     assert not fast.serves()
-    assert fused.prepare((4, 8), tridrop.spec.Options(p=0.5)) is None
+    assert fused.prepare((4, 8), tridrop.spec.elementwise.Options(p=0.5)) is None
     assert "torch (TRIDROP_CPU=torch" in info.render(info.collect())
 
 
 LAZY = """
-import sys, torch, tridrop, tridrop.info
-tridrop.info.collect()
+import sys, torch, tridrop, tridrop.commands.info
+tridrop.commands.info.collect()
 assert "numba" not in sys.modules
 tridrop.dropout(torch.ones(8), 0.5)
 assert "numba" not in sys.modules or {expected}

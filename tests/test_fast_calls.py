@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import tridrop
-from tridrop import fast
-from tridrop.check.measure import error, tolerance
+from tridrop.backends.cpu import serving as fast
+from tridrop.commands.check.measure import error, tolerance
 
 pytestmark = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
 

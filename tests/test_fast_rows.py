@@ -1,12 +1,13 @@
-"""The loops of tridrop.fast over short rows, several at a time: the results of one at a time."""
+"""The compiled loops over short rows, several at a time: the results of one at a time."""
 
 import pytest
 import torch
 from test_fast import _no_choice, compare, needs_numba, pair, tensors  # noqa: F401
 
 import tridrop
-from tridrop import fast, mask
-from tridrop.mask import Shard
+from tridrop.backends.cpu import serving as fast
+from tridrop.contract import mask
+from tridrop.contract.mask import Shard
 
 FAR = (1 << 35) - 8  # groups on both sides of 2^32
 PLACES = {  # of [7, 11, columns]: the whole and the origin without columns, the first one, shared

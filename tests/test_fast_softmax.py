@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import tridrop
-from tridrop import Shard, fast
-from tridrop.backends.reference import blocks, scores
-from tridrop.check.measure import error, tolerance
+from tridrop import Shard
+from tridrop.backends.cpu import blocks
+from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import softmax as scores
+from tridrop.commands.check.measure import error, tolerance
 
 pytestmark = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
 

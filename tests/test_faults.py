@@ -20,7 +20,7 @@ import pytest
 from fault_helpers import add_many, add_one
 
 import tridrop
-from tridrop import fast
+from tridrop.backends.cpu import serving as fast
 
 if not fast.serves():
     pytest.skip("needs numba", allow_module_level=True)
@@ -29,7 +29,7 @@ from numba import njit
 from numba.core import config
 from numba.core.errors import NumbaWarning
 
-from tridrop import fast_cache
+from tridrop.backends.cpu.loops import cache as fast_cache
 
 ROOT = Path(tridrop.__file__).resolve().parent
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tridrop
-from tridrop.files import replacing
+from tridrop.base.files import replacing
 
 PACKAGE = Path(tridrop.__file__).resolve().parent
 
@@ -108,10 +108,10 @@ FULL = """
 import json, resource, sys
 from pathlib import Path
 from matplotlib.figure import Figure
-from tridrop.bench import plots, step_report
-from tridrop.bench.report import Files
-from tridrop.demo import report
-from tridrop.inspection import report as inspection
+from tridrop.commands.bench import plots, step_report
+from tridrop.commands.bench.report import Files
+from tridrop.commands.demo import report
+from tridrop.commands.inspection import report as inspection
 
 folder = Path(sys.argv[1])
 

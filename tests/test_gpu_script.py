@@ -18,8 +18,8 @@ import lora  # noqa: E402
 from gpu_plan import context, headline, pieces, running  # noqa: E402
 from gpu_plan.pieces import Piece  # noqa: E402
 
-from tridrop import cli  # noqa: E402
-from tridrop.bench import rows  # noqa: E402
+from tridrop.commands import cli  # noqa: E402
+from tridrop.commands.bench import rows  # noqa: E402
 
 
 def python(name, program, estimate_s=1.0, **about):
@@ -361,7 +361,7 @@ def test_the_headline_has_every_row_that_is_expected():
 
 
 def rows_of(asked):
-    from tridrop.bench.options import Options
+    from tridrop.commands.bench.options import Options
 
     return Options.of(
         "cuda", ops=asked.op, dtypes=asked.dtype, sizes=asked.size, lengths=asked.length,

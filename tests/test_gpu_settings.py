@@ -10,7 +10,7 @@ from triton.runtime import driver
 
 from tridrop.backends.triton import attention_launch, gpu, launch
 from tridrop.backends.triton.compile import SHARED, TARGETS
-from tridrop.spec_attention import AttentionInputs, AttentionOptions
+from tridrop.spec.attention import AttentionInputs, AttentionOptions
 
 
 class Machine:

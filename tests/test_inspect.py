@@ -11,9 +11,10 @@ import torch
 import triton
 
 import tridrop
-from tridrop import backends, cli, inspection
-from tridrop.inspection import devices, machine_code, report, rows
-from tridrop.mask import PHILOX_M0, PHILOX_M1
+from tridrop import backends
+from tridrop.commands import cli, inspection
+from tridrop.commands.inspection import devices, machine_code, report, rows
+from tridrop.contract.mask import PHILOX_M0, PHILOX_M1
 
 ROOT = Path(__file__).parents[1]
 PINNED = f"triton=={triton.__version__}" in (ROOT / "constraints.txt").read_text()

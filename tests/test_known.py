@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from hosts import PLAIN
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import tridrop
-from tridrop import backends, fast, fast_calls
+from tridrop import backends
+from tridrop.backends.cpu import selection as fast_calls
+from tridrop.backends.cpu import serving as fast
 from tridrop.functional import known
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,8 +112,8 @@ def test_known_calls_give_what_checked_ones_do(monkeypatch, name, dtype, backend
         assert not known._known
         first = results(call, *given)
         assert len(known._known) == 1
-        monkeypatch.setattr(tridrop.spec, "check_input", None)  # not needed any more
-        monkeypatch.setattr(tridrop.spec_attention, "check_dtypes", None)
+        monkeypatch.setattr(tridrop.spec.elementwise, "check_input", None)  # not needed any more
+        monkeypatch.setattr(tridrop.spec.attention, "check_dtypes", None)
         assert_equal(first, expected)
         assert_equal(results(call, *given), expected)
     assert len(known._known) == 1
@@ -253,7 +256,7 @@ def test_the_choice_of_a_backend_is_asked_each_time(monkeypatch):
     x, calls = X.to(DEVICE), []
     usual = backends.choose(x.device)
     other = "triton" if usual == "reference" else "reference"
-    for name in ("reference", "triton"):
+    for name in (PLAIN, "triton"):
         module = backends.load(name)
         right = module.prepare
         monkeypatch.setattr(

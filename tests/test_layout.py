@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import tridrop
-from tridrop import fast
+from tridrop.backends.cpu import serving as fast
+from tridrop.base.strides import laid, order_of
 from tridrop.functional import known
-from tridrop.strides import laid, order_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["numba", "torch", "triton"] if fast.serves() else ["torch", "triton"]

@@ -3,17 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import PLAIN
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
-from tridrop.check.measure import error, saved_bytes, tolerance
-from tridrop.mask import ONE, threshold
-from tridrop.spec_product import groups
+from tridrop.commands.check.measure import error, saved_bytes, tolerance
+from tridrop.contract.mask import ONE, threshold
+from tridrop.spec.product import groups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=[PLAIN, "triton"])
 def backend(request):
     with tridrop.backend(request.param):
         yield request.param

@@ -9,16 +9,17 @@ import numpy as np
 import numpy_mask
 import pytest
 import torch
+from hosts import PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tridrop
-from tridrop.mask import as_seed, key_of, rate_table, scale, threshold
-from tridrop.spec import Options
+from tridrop.contract.mask import as_seed, key_of, rate_table, scale, threshold
+from tridrop.spec.elementwise import Options
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
+BACKENDS = [PLAIN, "triton"]
 PAGE = (Path(__file__).parents[1] / "docs" / "mask-contract.md").read_text()
 
 exact = settings(max_examples=100, deadline=None, derandomize=True)

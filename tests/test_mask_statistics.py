@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 import tridrop
-from tridrop.mask import key_of, threshold
+from tridrop.contract.mask import key_of, threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALPHA = 1e-8

@@ -34,7 +34,7 @@ def test_every_group_is_of_tests_that_are_there(matrix):
 
 
 def test_the_rows_are_the_versions_that_private_names_were_checked_with(matrix):
-    from tridrop.torch_private import CHECKED
+    from tridrop.base.torch_private import CHECKED
 
     assert tuple(row.torch.rsplit(".", 1)[0] for row in matrix.ROWS) == CHECKED
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import tridrop
-from tridrop import fast, memory
+from tridrop.backends.cpu import serving as fast
+from tridrop.base import memory
 
 HERE = Path(__file__).parent
 needs_numba = pytest.mark.skipif(not fast.serves(), reason="numba does not serve CPU tensors")

@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import PLAIN
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
 from tridrop.backends.triton import launch
-from tridrop.check.measure import error, tolerance
+from tridrop.commands.check.measure import error, tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
+BACKENDS = [PLAIN, "reference", "triton"]
 NORMS = {
     "layer_norm": (tridrop.dropout_add_layer_norm, tridrop.layer_norm_dropout),
     "rms_norm": (tridrop.dropout_add_rms_norm, tridrop.rms_norm_dropout),
@@ -59,7 +60,7 @@ def run(function, *tensors: Tensor | None, grad: Tensor) -> list[Tensor]:
 def assert_as_accurate_as_eager(norm, x, residual, weight, bias, grad, p=0.4, seed=3):
     """Every result within twice eager's own error against fp64."""
     keep = tridrop.keep_mask(seed, x.shape, p, device=DEVICE)
-    scale = tridrop.mask.scale(tridrop.mask.threshold(p))
+    scale = tridrop.contract.mask.scale(tridrop.contract.mask.threshold(p))
 
     def eager(x, residual, weight, bias):
         stream = residual + torch.where(keep, x * scale, 0)
@@ -349,7 +350,7 @@ def test_opcheck(backend, norm):
     x, residual, weight, bias = draw(4, 3, 16), draw(4, 3, 16), draw(16), draw(16)
     seed = tridrop.new_seed(DEVICE)
     for after in (False, True):
-        options = tridrop.spec.NormOptions(p=0.3, drop_path=0.2, norm=norm, after=after)
+        options = tridrop.spec.elementwise.NormOptions(p=0.3, drop_path=0.2, norm=norm, after=after)
         packed = tridrop.ops.pack_norm(options, tridrop.backends.choose(x.device))
         first = None if after else bias
         arguments = (x, first, first, residual, weight, bias, seed, None, *packed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tridrop
-from tridrop import fast
+from tridrop.backends.cpu import serving as fast
 
 INF, NAN = math.inf, math.nan
 pytestmark = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")

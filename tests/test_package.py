@@ -13,11 +13,9 @@ import tridrop
 PACKAGE = Path(tridrop.__file__).parent
 # A layer may import itself and those after it. What stands on one line shares a layer.
 LAYERS = [
-    ["cli", "__main__"],
-    ["bench"],
-    ["check", "demo", "inspection", "info"],
+    ["__main__"],
+    ["commands"],
     ["monte_carlo", "schedules"],
-    ["dropping"],
     ["swapping"],
     ["integrations"],
     ["nn", "shims"],
@@ -25,17 +23,12 @@ LAYERS = [
     ["autograd"],
     ["distributed"],
     ["ops"],
-    ["seeds", "backends.triton", "backends.reference", "backends"],
-    ["recomputation"],
-    ["spec", "spec_attention", "spec_product"],
-    ["fast_calls"],
-    ["fast"],
-    ["fast_elementwise", "fast_norm", "fast_softmax"],
-    ["fast_kernels", "fast_math", "fast_storage", "fast_vectors"],
-    ["fast_cache"],
-    ["choice", "noise"],
-    ["mask"],
-    ["strides", "lasting", "files", "memory", "torch_private", "spec_values"],
+    ["backends"],
+    ["backends.triton", "backends.cpu"],
+    ["backends.reference"],
+    ["spec"],
+    ["contract"],
+    ["base"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 
@@ -86,12 +79,13 @@ def test_imports_point_downwards(path):
             continue
         other = layer_of(name.removeprefix("tridrop."))
         assert LEVEL[own] <= LEVEL[other], f"{own} imports {other}, a layer above"
-        if own == "backends.triton" or own == "backends.reference":
-            allowed = (own, "spec", "spec_attention", "spec_product", "choice", "noise", "mask")
-            allowed += ("memory",)
-            allowed += ("torch_private",)  # names of torch's, and nothing of tridrop's
-            allowed += ("fast", "fast_calls") if own == "backends.reference" else ()
+        if own.startswith("backends."):
+            allowed = {own, "spec", "contract", "base"}
+            # It hands over what its loops do not take.
+            allowed |= {"backends.reference"} if own == "backends.cpu" else set()
             assert other in allowed, f"backend {own} imports {other}"
+        if name.split(".")[0] == "numba":
+            assert "loops" in parts, "only the loops import numba"
 
 
 def test_only_the_user_imports_the_callback_of_transformers():
@@ -100,7 +94,7 @@ def test_only_the_user_imports_the_callback_of_transformers():
 
 
 def test_philox_is_in_the_two_mask_modules_alone():
-    allowed = {PACKAGE / "mask.py", PACKAGE / "backends" / "triton" / "mask.py"}
+    allowed = {PACKAGE / "contract" / "mask.py", PACKAGE / "backends" / "triton" / "mask.py"}
     for path in FILES:
         text = path.read_text()
         for word in ("0xD2511F53", "tl.rand", "tl.philox", "bernoulli"):
@@ -130,7 +124,7 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
 
-import torch, tridrop, tridrop.info
+import torch, tridrop, tridrop.commands.info
 x = torch.ones(8, requires_grad=True)
 y = tridrop.dropout_add(x, x, 0.5, bias=torch.ones(8), activation="gelu", seed=1)
 y.sum().backward()
@@ -142,7 +136,7 @@ except ImportError as error:
     assert "pip install triton" in str(error)
 else:
     raise SystemExit("the triton backend ran without triton")
-assert "triton is not installed" in tridrop.info.render(tridrop.info.collect())
+assert "triton is not installed" in tridrop.commands.info.render(tridrop.commands.info.collect())
 """
 
 WITHOUT_GPU = """
@@ -191,7 +185,7 @@ def test_backend_choice(monkeypatch):
 
     choose = tridrop.backends.choose
     monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
-    assert choose(torch.device("cpu")) == "reference"
+    assert choose(torch.device("cpu")) == "cpu"
     assert choose(torch.device("cuda")) == "triton"
     monkeypatch.setenv("TRIDROP_BACKEND", "triton")
     assert choose(torch.device("cpu")) == "triton"
@@ -200,7 +194,7 @@ def test_backend_choice(monkeypatch):
     monkeypatch.setenv("TRIDROP_BACKEND", "cuda")
     with pytest.raises(ValueError, match="TRIDROP_BACKEND names the backend 'cuda'"):
         choose(torch.device("cpu"))
-    with pytest.raises(ValueError, match="known: triton, reference"):
+    with pytest.raises(ValueError, match="known: triton, cpu, reference"):
         tridrop.backend("jax")  # when it is made, not when it is entered
 
 

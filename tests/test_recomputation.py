@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 import tridrop
-from tridrop import recomputation, seeds
+from tridrop.contract import recomputation, seeds
 from tridrop.distributed import batch_slice
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from hosts import PLAIN
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
-from tridrop.mask import ONE, fold_in, threshold
+from tridrop.contract.mask import ONE, fold_in, threshold
 from tridrop.nn import LockedDropout, VariationalCell, VariationalRNN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +38,7 @@ def close(a, b):
 # ------------------------------------------------------------------------------- locked dropout
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 @pytest.mark.parametrize("form", ["time", "batch", "packed", "alone"])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_mask_for_all_steps_whatever_the_layout(form, backend, as_tensor):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
-from tridrop.mask import as_seed
+from tridrop.contract.mask import as_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

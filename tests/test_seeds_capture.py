@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tridrop
-from tridrop import seeds
+from tridrop.contract import seeds
 
 CUDA = torch.device("cuda", 0)
 

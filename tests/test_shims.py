@@ -5,18 +5,19 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import PLAIN
 from torch import Tensor
 
 import tridrop
 from tridrop import shims
-from tridrop.check.measure import error, tolerance
+from tridrop.commands.check.measure import error, tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 P = 0.4
-SCALE = tridrop.mask.scale(tridrop.mask.threshold(P))
+SCALE = tridrop.contract.mask.scale(tridrop.contract.mask.threshold(P))
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=[PLAIN, "triton"])
 def backend(request):
     with tridrop.backend(request.param):
         yield request.param

@@ -7,16 +7,18 @@ import numpy as np
 import numpy_mask
 import pytest
 import torch
+from hosts import PLAIN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
-from tridrop import check, choice, mask
-from tridrop.check.measure import MAX_Z
-from tridrop.mask import ONE, threshold
+from tridrop.commands import check
+from tridrop.commands.check.measure import MAX_Z
+from tridrop.contract import choice, mask
+from tridrop.contract.mask import ONE, threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("reference", "triton")
+BACKENDS = (PLAIN, "triton")
 SCALE = ONE / (ONE - threshold(0.4))
 
 

@@ -45,7 +45,7 @@ PROGRAM = """
 import json, torch
 from tridrop.backends import triton as backend
 from tridrop.backends.triton.compile import capture
-from tridrop.inspection.rows import TABLE
+from tridrop.commands.inspection.rows import TABLE
 
 rows = ["dropout_add bias backward", "dropout_add_layer_norm backward", "softmax_dropout backward"]
 texts = {}

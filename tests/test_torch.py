@@ -6,14 +6,15 @@ import warnings
 
 import pytest
 import torch
+from hosts import PLAIN
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
-from tridrop import seeds
+from tridrop.contract import seeds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
+BACKENDS = [PLAIN, "triton"]
 
 
 def both(x: Tensor, residual: Tensor, bias: Tensor, seed: Tensor | None = None) -> Tensor:
@@ -188,7 +189,7 @@ def test_export_in_eval():
 
 
 def arguments(activation: str, **kwargs):
-    options = tridrop.spec.Options(activation=activation, **kwargs)
+    options = tridrop.spec.elementwise.Options(activation=activation, **kwargs)
     return tridrop.ops.pack(options, tridrop.backends.choose(torch.device(DEVICE)))
 
 
@@ -250,10 +251,10 @@ def test_vmap_respects_torch_randomness():
     assert not torch.equal(different[0], different[1])
 
 
-@pytest.mark.parametrize("activation", [*tridrop.spec.ACTIVATIONS])
+@pytest.mark.parametrize("activation", [*tridrop.spec.elementwise.ACTIVATIONS])
 def test_first_and_second_derivatives(activation):
     """Against finite differences, in fp64; the inputs keep clear of relu's kink."""
-    gated = tridrop.spec.ACTIVATIONS[activation][1]
+    gated = tridrop.spec.elementwise.ACTIVATIONS[activation][1]
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape):
@@ -287,7 +288,7 @@ def test_second_derivatives_of_backends_agree(activation):
     results = []
     for name in BACKENDS:
         x, residual, bias = operands()
-        shape = tridrop.spec.output_shape(x, activation)
+        shape = tridrop.spec.elementwise.output_shape(x, activation)
         residual = residual[..., : shape[-1]].clone().requires_grad_()
         with tridrop.backend(name):
             out = tridrop.dropout_add(

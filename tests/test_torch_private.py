@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tridrop
-from tridrop import torch_private as private
+from tridrop.base import torch_private as private
 
 PACKAGE = Path(tridrop.__file__).parent
 
@@ -59,7 +59,7 @@ def test_no_other_module_reaches_for_a_private_name_of_torch():
         if path.name != "torch_private.py"
         for line, name in reaches(ast.parse(path.read_text()))
     ]
-    assert not found, f"put these into tridrop/torch_private.py: {found}"
+    assert not found, f"put these into tridrop/base/torch_private.py: {found}"
 
 
 def test_what_is_gone_raises_and_says_what_it_was_for():

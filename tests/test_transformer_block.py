@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hosts import PLAIN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,7 +79,7 @@ def test_block_is_the_same_on_both_backends():
     pytest.importorskip("triton")
     block = numbered_block(attention_p=0.4).float().to(DEVICE)
     found = []
-    for backend in ("reference", "triton"):
+    for backend in (PLAIN, "triton"):
         x = draw().float().to(DEVICE).requires_grad_()
         with tridrop.backend(backend), tridrop.rng(5):
             out = block(x)
@@ -95,7 +96,7 @@ def test_multihead_attention_runs_on_both_backends(need_weights):
     padding = (torch.arange(9)[None] >= torch.tensor([[9], [6]])).to(DEVICE)
     causal = nn.Transformer.generate_square_subsequent_mask(9).isinf().to(DEVICE)
     found = []
-    for backend in ("reference", "triton"):
+    for backend in (PLAIN, "triton"):
         layer.zero_grad()
         with tridrop.backend(backend), tridrop.rng(5):
             out, weights = layer(

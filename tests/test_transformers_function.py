@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.modeling_utils  # noqa: F401  # with it masks can be made
+from hosts import PLAIN
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
@@ -97,7 +98,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 @pytest.mark.parametrize("case", CALLS)
 def test_function_equals_the_formula(case, backend):
     device = DEVICE if backend == "triton" else "cpu"

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from hosts import PLAIN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
-from tridrop.mask import ONE, threshold
+from tridrop.contract.mask import ONE, threshold
 from tridrop.nn import EmbeddingDropout, WordDropout
 
 WORDS, WIDTH = 50, 12
@@ -25,7 +26,7 @@ def rows_kept(seed, p):
     return tridrop.keep_mask(seed, (WORDS, WIDTH), p, noise_shape=(WORDS, 1), device=DEVICE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_it_looks_up_in_a_dropped_matrix(dtype, backend, as_tensor):

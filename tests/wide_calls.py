@@ -18,10 +18,10 @@ from address_ranges import Kernel
 
 from tridrop.backends import triton as backend
 from tridrop.backends.triton.compile import LAUNCHERS, capture
-from tridrop.inspection.rows import TABLE
-from tridrop.spec import NormOptions, Options, Shard
-from tridrop.spec_attention import AttentionInputs, AttentionOptions
-from tridrop.spec_product import ProductOptions
+from tridrop.commands.inspection.rows import TABLE
+from tridrop.spec.attention import AttentionInputs, AttentionOptions
+from tridrop.spec.elementwise import NormOptions, Options, Shard
+from tridrop.spec.product import ProductOptions
 
 LONG = (1 << 31) + 4099  # no multiple of a block
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -7,6 +7,8 @@ No mask is ever stored: backward regenerates it from a seed, and the mask is a p
 from . import distributed, nn, schedules, shims
 from . import integrations as _integrations  # noqa: F401  (other libraries' plugs)
 from .backends import backend
+from .contract.mask import Shard, fold_in, new_seed
+from .contract.seeds import rng
 from .functional import (
     activation_dropout,
     alpha_dropout,
@@ -43,10 +45,8 @@ from .functional import (
     stochastic_depth,
     word_dropout,
 )
-from .mask import Shard, fold_in, new_seed
 from .monte_carlo import Prediction, mc_dropout, mc_predict
 from .schedules import DropoutSchedule
-from .seeds import rng
 from .swapping import swap, unswap
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 """``python -m tridrop`` is the command ``tridrop``."""
 
-from .cli import main
+from .commands.cli import main
 
 raise SystemExit(main())

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import seeds
-from .dropping import find
-from .mask import as_seed, fold_in, key_of
-from .spec_values import check_choice, check_flags, check_module, check_whole, given
+from .base.arguments import check_choice, check_flags, check_module, check_whole, given
+from .contract import seeds
+from .contract.mask import as_seed, fold_in, key_of
+from .swapping.dropping import find
 
 _MOST_MEMBERS = 1 << 31
 _OUTPUTS = ("values", "logits", "probabilities")

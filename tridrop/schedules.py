@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dropping import find
-from .lasting import lasting
+from .base.arguments import check_flag, check_module
+from .base.lasting import lasting
 from .nn import EmbeddingDropout, LockedDropout, WordDropout
 from .nn.attention import MultiheadAttention, ScaledDotProductAttention
 from .nn.modules import ActivationDropout, Dropout, DropoutAdd, DropPath
 from .nn.norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .nn.structured import PatchDropout
-from .spec import check_probability
-from .spec_values import check_flag, check_module
+from .spec.elementwise import check_probability
+from .swapping.dropping import find
 from .swapping.kinds import kind_of
 
 Schedule = Callable[[int], float]

@@ -18,7 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import spec, spec_values
+from .base import arguments as spec_values
+from .contract.mask import fold_in
+from .contract.seeds import seed_for
 from .functional import (
     dropout,
     dropout_add,
@@ -26,8 +28,7 @@ from .functional import (
     dropout_add_rms_norm,
     keep_mask,
 )
-from .mask import fold_in
-from .seeds import seed_for
+from .spec import elementwise as spec
 
 __all__ = [
     "bias_dropout_add_fused_inference",

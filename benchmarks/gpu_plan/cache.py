@@ -186,7 +186,7 @@ def _install(arch: int) -> None:
 
 
 def _rows() -> list[Any]:
-    from tridrop.bench.options import Options
+    from tridrop.commands.bench.options import Options
 
     attention = Options.of(
         "cuda", ops=["scaled_dot_product_attention"], lengths=LENGTHS, head_dims=WIDTHS
@@ -215,8 +215,8 @@ def _row(index: int) -> None:
     """Forward and backward at the size that is timed, with dropout and without."""
     import torch
 
-    from tridrop.bench.providers import tridrop_call
-    from tridrop.bench.timing import Operands, results
+    from tridrop.commands.bench.providers import tridrop_call
+    from tridrop.commands.bench.timing import Operands, results
 
     row = _rows()[index]
     for p in (P, 0.0):
@@ -229,9 +229,9 @@ def _check(index: int) -> None:
     """What holds a row's kernels right before they are timed."""
     import torch
 
-    from tridrop.bench.gate import SEEDS
-    from tridrop.check import check_case
-    from tridrop.check.measure import run_with_gradients
+    from tridrop.commands.bench.gate import SEEDS
+    from tridrop.commands.check import check_case
+    from tridrop.commands.check.measure import run_with_gradients
 
     row = _rows()[index]
     check_case(row.case, torch.bfloat16, "triton", "cpu", SEEDS)
@@ -245,7 +245,7 @@ def _step(index: int) -> None:
     import torch
 
     import tridrop
-    from tridrop.bench import models
+    from tridrop.commands.bench import models
 
     architecture = models.ARCHITECTURES["gpt2"]
     size = replace(architecture.full, layers=1, vocabulary=64)

@@ -58,9 +58,9 @@ def write(source: Path, into: Path, docs: Path | None, work: Path) -> list[Path]
 
 def _plots(device: str, timed: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
     """Plots of the ops and of the steps, each with the device in its title."""
-    from tridrop.bench import plots, step_report
-    from tridrop.bench.records import Record
-    from tridrop.bench.steps import StepRecord
+    from tridrop.commands.bench import plots, step_report
+    from tridrop.commands.bench.records import Record
+    from tridrop.commands.bench.steps import StepRecord
 
     def made(kind: Any, known: Sequence[dict[str, Any]]) -> list[Any]:
         names = {f.name for f in fields(kind)}

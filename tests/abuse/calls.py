@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tridrop import fast
+from tridrop.backends.cpu import serving as fast
 
 from . import values
 from .outcomes import Outcome, flat, of_error

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import attention
+from ..base.torch_private import forward_mode
 from ..distributed import layouts
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.library import Known, composes
-from ..spec_attention import AttentionInputs
-from ..torch_private import forward_mode
+from ..spec.attention import AttentionInputs
 from .common import (
     Function,
     apply_in_backward,

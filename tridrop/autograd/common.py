@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import memory
 from ..backends import Prepared
 from ..backends.reference import elementwise
+from ..base import memory
+from ..base.memory import PLAIN
+from ..base.strides import laid, order_of
+from ..base.torch_private import watched
 from ..distributed import dtensor
-from ..memory import PLAIN
 from ..ops.library import Known, plain, unobserved
-from ..strides import laid, order_of
-from ..torch_private import watched
 
 
 class Function(torch.autograd.Function):
@@ -63,7 +63,7 @@ def apply(function: type[Function], *arguments: Any) -> Any:
 
 
 def whole(t: Tensor, name: str) -> Tensor:
-    """:func:`tridrop.memory.whole`, of a function in torch's own operators, where it computes."""
+    """:func:`tridrop.base.memory.whole` of a function in torch's own operators."""
     return memory.whole(t, name) if not watched() and plain(t) else t
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.reference import elementwise
+from ..base.strides import Order, laid, order_of
 from ..distributed import layouts
 from ..ops.elementwise import backward, forward
 from ..ops.library import Known, composes
-from ..strides import Order, laid, order_of
 from .batching import all_samples
 from .common import (
     Function,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..strides import where_kept
+from ..base.strides import where_kept
 from .common import Function, apply_in_backward, each_sample, save, unchanged, whole
 
 # (seed, shape, *options) -> what is kept, and what that is multiplied by; both broadcast to shape.

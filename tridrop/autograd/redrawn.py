@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import Given, given, still
-from ..torch_private import saved_tensor_hooks, transformation
+from ..base.memory import Given, given, still
+from ..base.torch_private import saved_tensor_hooks, transformation
 
 
 @dataclass

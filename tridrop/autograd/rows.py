@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import mask
+from ..base.strides import where_kept
+from ..contract import mask
 from ..ops.masks import keep_mask
-from ..strides import where_kept
 from .common import Function, apply_in_backward, each_sample, save, unchanged, whole
 
 _X, _ROWS = 0, 1

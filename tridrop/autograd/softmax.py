@@ -34,7 +34,7 @@ def _is_plain(
 ) -> bool:
     """Whether the result is the softmax of the scores, masked at most, and only they have a
     gradient: then backward is torch's, and keeps what torch's would."""
-    if seed is not None or p is not None or dtypes[1] is not None or packed[-1] != "reference":
+    if seed is not None or p is not None or dtypes[1] is not None or packed[-1] == "triton":
         return False
     return ops.unpack_attention(*packed).scale == 1
 

@@ -1,7 +1,9 @@
-"""Which backend serves a call: explicit > environment > CUDA tensor with triton > reference.
+"""Which backend serves a call: explicit > ``TRIDROP_BACKEND`` > the device of its tensors.
 
-A backend is a module with the functions of :class:`Backend`. Backends do not import each other, and
-nothing outside ``backends/triton`` imports triton.
+Triton serves CUDA tensors where it is installed, the cpu backend CPU tensors where numba is, and
+the reference what is left. A backend is a module with the functions of :class:`.protocol.Backend`. None
+imports another but the cpu backend the reference, to which it hands what its loops do not take; and
+nothing outside ``backends/triton`` imports triton, nothing outside ``backends/cpu`` numba.
 """
 
 from __future__ import annotations
@@ -12,199 +14,18 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..memory import all_whole
-from ..spec import NormOptions, Options
-from ..spec_attention import AttentionInputs, AttentionOptions
-from ..spec_product import ProductOptions
+from ..base.memory import all_whole
+from ..spec.attention import AttentionInputs
+from .cpu import serving as loops
+from .protocol import Backend, Prepared
 
-NAMES = ("triton", "reference")
+NAMES = ("triton", "cpu", "reference")
 ENVIRONMENT = "TRIDROP_BACKEND"
-
-
-class Backend(Protocol):
-    """The functions of a backend module.
-
-    ``x`` is the input, ``bias`` a vector of its last dimension's size, ``layer_scale`` one of the
-    output's, ``residual`` of the output's shape; each but x may be None. ``seed`` is a seed tensor,
-    or None where nothing is dropped. ``p`` is a 0-d tensor that takes the place of ``options.p``.
-    """
-
-    def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        layer_scale: Tensor | None,
-        residual: Tensor | None,
-        seed: Tensor | None,
-        p: Tensor | None,
-        options: Options,
-    ) -> Tensor:
-        """residual + drop_path(layer_scale * dropout(f(x + bias))), of any strides."""
-
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor | None,
-        bias: Tensor | None,
-        layer_scale: Tensor | None,
-        seed: Tensor | None,
-        p: Tensor | None,
-        options: Options,
-        dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, bias and layer_scale in these dtypes; None for those not wanted."""
-
-    def norm_forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        layer_scale: Tensor | None,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        norm_bias: Tensor | None,
-        seed: Tensor | None,
-        p: Tensor | None,
-        options: NormOptions,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(out, stream, statistics): the formulas of ``backends/reference/norm.py``.
-
-        statistics are mean and rstd of every row, fp32, [..., 2]. stream is None where it is x, or
-        not kept.
-        """
-
-    def norm_backward(
-        self,
-        dout: Tensor,
-        dstream: Tensor | None,
-        stream: Tensor,
-        statistics: Tensor,
-        x: Tensor | None,
-        bias: Tensor | None,
-        layer_scale: Tensor | None,
-        weight: Tensor | None,
-        seed: Tensor | None,
-        p: Tensor | None,
-        options: NormOptions,
-        dtypes: tuple[torch.dtype | None, ...],
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, bias, layer_scale, residual, weight, norm_bias; None where not wanted.
-
-        ``x`` is given where layer_scale needs a gradient. ``stream`` is what forward returned, or x
-        where the dropout came after the norm; then the residual's gradient is None.
-        """
-
-    def attention_forward(
-        self, inputs: AttentionInputs, options: AttentionOptions
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse): the formulas of ``backends/reference/attention.py``.
-
-        out is as spec_attention.empty_output makes it; lse [B, H, Sq], fp32 (fp64 for fp64).
-        """
-
-    def attention_backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        inputs: AttentionInputs,
-        options: AttentionOptions,
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key, value, mask and sinks, like their tensors, or None."""
-
-    def softmax_forward(
-        self,
-        scores: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        p: Tensor | None,
-        options: AttentionOptions,
-        return_softmax: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(out, softmax, lse): the formulas of ``backends/reference/softmax.py``.
-
-        scores are [..., queries, keys] of any strides, and mask broadcasts to them; softmax is None
-        where it is not returned; lse is fp32, [..., queries], 0 where backward does without.
-        """
-
-    def softmax_backward(
-        self,
-        dout: Tensor | None,
-        dsoftmax: Tensor | None,
-        scores: Tensor,
-        mask: Tensor | None,
-        lse: Tensor,
-        seed: Tensor | None,
-        p: Tensor | None,
-        options: AttentionOptions,
-        dtypes: tuple[torch.dtype | None, ...],
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of scores and mask in these dtypes; None for those not wanted."""
-
-    def product_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        seeds: Tensor | None,
-        p: Tensor | None,
-        options: ProductOptions,
-    ) -> Tensor:
-        """gain * drop_i(x) @ weight_i^T, side by side, in the weight's dtype.
-
-        The weight_i, of ``options.ranks`` rows, lie one below the other in ``weight``; ``seeds`` is
-        [masks, 2].
-        """
-
-    def product_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        seeds: Tensor | None,
-        p: Tensor | None,
-        options: ProductOptions,
-        needs: tuple[bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and weight in their dtypes; None for those not wanted."""
-
-    def keep_mask(
-        self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
-    ) -> Tensor:
-        """The mask of ``domain``: bool, True where kept."""
-
-    def decision_bits(self, seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The 32 bits that the mask of elements compares with T: int64, in [0, 2^32)."""
-
-    def attention_keep_mask(
-        self, seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: AttentionOptions
-    ) -> Tensor:
-        """The mask of attention from ``options.origin`` on: bool, [B, H, Sq, Sk]."""
-
-    def why_not(self, device: torch.device, dtypes: list[torch.dtype]) -> str | None:
-        """Why the backend cannot serve tensors of this device and dtypes; None where it can."""
-
-    def prepare(self, shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> Any:
-        """An elementwise op or a norm, prepared for calls like this one; None for no more than its
-        options: see :func:`prepare`."""
-
-
-class Prepared(Protocol):
-    """One op, for calls that differ in data and in nothing else.
-
-    Its functions are those of :class:`Backend` without ``p`` and the options.
-    """
-
-    def forward(self, *arguments: Any) -> Any:
-        """The op."""
-
-    def backward(self, *arguments: Any) -> Any:
-        """Its gradients."""
 
 
 class _Held(NamedTuple):
@@ -284,10 +105,11 @@ _has_triton = importlib.util.find_spec("triton") is not None
 
 
 def backend(name: str) -> AbstractContextManager[None]:
-    """Run the calls inside the block on the backend ``name``: "triton" or "reference".
+    """Run the calls inside the block on the backend ``name``: "triton", "cpu" or "reference".
 
     It goes before ``TRIDROP_BACKEND`` in the environment and before the default, which is Triton
-    for CUDA tensors where triton is installed, and the reference otherwise. A choice that cannot be
+    for CUDA tensors where triton is installed, the cpu backend (compiled loops) for CPU tensors
+    where numba is, and the reference, plain torch, otherwise. A choice that cannot be
     met raises when an op is called. The backward of a call runs on the backend of its forward.
 
     The setting is process-wide: do not enter it in several threads at once.
@@ -326,9 +148,11 @@ def choose(device: torch.device) -> str:
         name = os.environ.get(ENVIRONMENT) or None
         if name is not None:
             _check_name(name, ENVIRONMENT)
-    if name is None:
-        name = "triton" if device.type == "cuda" and _has_triton else "reference"
-    return name
+    if name is not None:
+        return name
+    if device.type == "cuda" and _has_triton:
+        return "triton"
+    return "cpu" if device.type == "cpu" and loops.serves() else "reference"
 
 
 def explicit() -> str | None:
@@ -343,6 +167,11 @@ def load(name: str) -> Backend:
         raise ImportError(
             "the Triton backend was asked for but triton is not installed: pip install triton, "
             "or use tridrop.backend('reference')"
+        )
+    if name == "cpu" and not loops.can_serve():
+        raise ImportError(
+            f"the cpu backend was asked for but {loops.why_not()}: pip install numba, or "
+            "use tridrop.backend('reference')"
         )
     return _module(name)
 
@@ -370,16 +199,16 @@ def prepare(
     ``family`` is "elementwise", "norm", "softmax" or "attention". Raises as :func:`serving` does.
     """
     module = serving(name, *(t for t in tensors if t is None or t.is_floating_point()))
-    found: Prepared | None = None
-    if family in ("elementwise", "norm"):
-        found = module.prepare(shape, options, *tensors)
+    prepares = module.PREPARES.get(family)
+    found: Prepared | None = None if prepares is None else prepares(shape, options, *tensors)
     return _HELD[family](module, options) if found is None else found
 
 
 def report() -> list[dict[str, Any]]:
     """What ``tridrop info`` says of each backend: its name, whether it is available, and why."""
     rows: list[dict[str, Any]] = [
-        {"name": "reference", "available": True, "why": "plain torch, on any device"}
+        {"name": "reference", "available": True, "why": "plain torch, on any device"},
+        {"name": "cpu", "available": loops.can_serve(), "why": loops.report()},
     ]
     if not _has_triton:
         why = "triton is not installed"

@@ -5,7 +5,7 @@ What is here is for seeds, for batches that are split outside of DTensors, and f
 docs/distributed.md.
 """
 
-from ..seeds import batch_slice
+from ..contract.seeds import batch_slice
 from .agreement import agree, check_seed, checking, mesh_seed
 from .pipeline import number_microbatches
 

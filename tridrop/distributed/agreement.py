@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..mask import as_seed, fold_in, new_seed
-from ..torch_private import functional_collectives
+from ..base.torch_private import functional_collectives
+from ..contract.mask import as_seed, fold_in, new_seed
 
 _check = os.environ.get("TRIDROP_CHECK_SEEDS", "0") not in ("", "0")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..strides import order_of
+from ..base.strides import order_of
 from .agreement import check_where_asked
 from .layouts import SHARED, Layout, Operand, Piece
 

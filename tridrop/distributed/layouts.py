@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..spec import ACTIVATIONS
+from ..spec.elementwise import ACTIVATIONS
 
 Names = tuple[str, ...]
 SHARED = ""  # a dimension of size 1 that is broadcast: nobody has a part of it

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from ..seeds import batch_slice
+from ..contract.seeds import batch_slice
 
 # What a schedule of torch.distributed.pipelining calls, with the number of a microbatch first.
 _CALLS = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, ops, spec, spec_attention, spec_values
+from .. import backends, ops
 from ..autograd import Attention, apply, torchs_attention
-from ..spec_attention import AttentionOptions, Window
+from ..base import arguments as spec_values
+from ..spec import attention as spec_attention
+from ..spec import elementwise as spec
+from ..spec.attention import AttentionOptions, Window
 from . import known
 from .elementwise import ShardLike, distinct
 from .softmax import as_four, settle_attention

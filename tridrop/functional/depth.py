@@ -8,9 +8,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import backends, choice, spec, spec_values
-from ..seeds import host_seed, refuse_batch, seed_for
-from ..spec import Options
+from .. import backends
+from ..base import arguments as spec_values
+from ..contract import choice
+from ..contract.seeds import host_seed, refuse_batch, seed_for
+from ..spec import elementwise as spec
+from ..spec.elementwise import Options
 from .elementwise import dropout
 from .masks import kept_indices
 

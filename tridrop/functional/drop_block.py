@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import spec, spec_values
 from ..autograd import Masked, apply
-from ..seeds import refuse_batch, seed_for
+from ..base import arguments as spec_values
+from ..contract.seeds import refuse_batch, seed_for
+from ..spec import elementwise as spec
 from .masks import keep_mask
 
 

@@ -7,10 +7,11 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, spec
+from .. import backends
 from ..autograd.redrawn import Drawn, redrawn
-from ..seeds import seed_for
-from ..spec_product import check_matrix, check_same_dtype, product_dtype
+from ..contract.seeds import seed_for
+from ..spec import elementwise as spec
+from ..spec.product import check_matrix, check_same_dtype, product_dtype
 from .elementwise import dropout, in_batch
 from .product import dropped_product
 

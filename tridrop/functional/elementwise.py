@@ -9,13 +9,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import backends, ops, seeds, spec, spec_values
+from .. import backends, ops
 from ..autograd import Fused, apply
+from ..base import arguments as spec_values
+from ..contract import seeds
+from ..contract.mask import Shard
+from ..contract.seeds import seed_for
 from ..distributed import agree
 from ..distributed.dtensor import is_dtensor
-from ..mask import Shard
-from ..seeds import seed_for
-from ..spec import Options
+from ..spec import elementwise as spec
+from ..spec.elementwise import Options
 from . import known
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]

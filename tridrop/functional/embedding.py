@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import spec, spec_values
-from ..seeds import seed_for
+from ..base import arguments as spec_values
+from ..contract.seeds import seed_for
+from ..spec import elementwise as spec
 from .elementwise import in_batch
 from .masks import keep_mask
 from .rows import drop_rows

@@ -9,9 +9,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .. import noise, spec
 from ..autograd.common import whole
-from ..spec import Options
+from ..contract import noise
+from ..spec import elementwise as spec
+from ..spec.elementwise import Options
 from .elementwise import ShardLike, dropout, fused
 from .masks import seed_on
 

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, fast, seeds
+from .. import backends
 from ..autograd import Function, apply, straight
-from ..memory import PLAIN
+from ..backends.cpu import serving
+from ..base.arguments import check_tensor
+from ..base.memory import PLAIN
+from ..base.torch_private import watched
+from ..contract import seeds
 from ..ops.library import Known
-from ..spec_values import check_tensor
-from ..torch_private import watched
 
 Key = tuple[Any, ...]
 
@@ -28,7 +30,7 @@ _known: dict[Key, Known] = {}
 
 # The variables that choose what serves a call. Where one is not set, os.environ.get takes a
 # microsecond to raise and catch a KeyError; the dictionary behind it, where there is one, does not.
-_VARIABLES: tuple[Any, ...] = (backends.ENVIRONMENT, fast.ENVIRONMENT)
+_VARIABLES: tuple[Any, ...] = (backends.ENVIRONMENT, serving.ENVIRONMENT)
 _variable: Callable[[Any], Any] = os.environ.get
 if hasattr(os.environ, "_data") and hasattr(os.environ, "encodekey"):
     _VARIABLES = tuple(map(os.environ.encodekey, _VARIABLES))

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import spec, spec_values
+from ..base import arguments as spec_values
+from ..contract.mask import fold_in
 from ..distributed.dtensor import is_dtensor
-from ..mask import fold_in
-from ..spec_product import check_matrix, check_rank, check_same_dtype, groups
+from ..spec import elementwise as spec
+from ..spec.product import check_matrix, check_rank, check_same_dtype, groups
 from .elementwise import ShardLike, seed_of
 from .product import dropped_product
 

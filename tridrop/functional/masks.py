@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, ops, spec, spec_values
-from ..mask import as_seed
-from ..spec import Options
+from .. import backends, ops
+from ..base import arguments as spec_values
+from ..contract.mask import as_seed
+from ..spec import elementwise as spec
+from ..spec.elementwise import Options
 from .elementwise import ShardLike
 
 

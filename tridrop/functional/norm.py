@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, ops, spec, spec_values
+from .. import backends, ops
 from ..autograd import FusedNorm, apply
-from ..spec import NormOptions
+from ..base import arguments as spec_values
+from ..spec import elementwise as spec
+from ..spec.elementwise import NormOptions
 from . import known
 from .elementwise import ShardLike, distinct, settle
 

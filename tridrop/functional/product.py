@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, spec
+from .. import backends
 from ..autograd import Product, apply
 from ..ops.product import pack_product
-from ..spec_product import ProductOptions, product_dtype
+from ..spec import elementwise as spec
+from ..spec.product import ProductOptions, product_dtype
 from .elementwise import ShardLike, distinct, in_batch, seed_of
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import spec, spec_values
-from ..seeds import batch_origin
+from ..base import arguments as spec_values
+from ..contract.seeds import batch_origin
+from ..spec import elementwise as spec
 from .elementwise import dropout, in_batch
 from .rows import drop_rows
 

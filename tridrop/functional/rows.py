@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import DropRows, apply
-from ..seeds import seed_for
-from ..spec import check_rate
+from ..contract.seeds import seed_for
+from ..spec.elementwise import check_rate
 
 
 def drop_rows(

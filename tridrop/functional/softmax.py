@@ -10,9 +10,13 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from .. import backends, ops, seeds, spec, spec_attention, spec_values
+from .. import backends, ops
 from ..autograd import SoftmaxDropout, apply
-from ..spec_attention import AttentionOptions
+from ..base import arguments as spec_values
+from ..contract import seeds
+from ..spec import attention as spec_attention
+from ..spec import elementwise as spec
+from ..spec.attention import AttentionOptions
 from . import known
 from .elementwise import ShardLike, distinct, seed_of
 

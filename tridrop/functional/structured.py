@@ -8,10 +8,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .. import choice, spec, spec_values
 from ..autograd import Masked, apply
-from ..mask import Shard
-from ..seeds import refuse_batch, seed_for
+from ..base import arguments as spec_values
+from ..contract import choice
+from ..contract.mask import Shard
+from ..contract.seeds import refuse_batch, seed_for
+from ..spec import elementwise as spec
 from .elementwise import dropout
 from .masks import keep_mask, kept_indices
 

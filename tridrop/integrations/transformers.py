@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import seeds
+from ..contract import seeds
 from ..functional import scaled_dot_product_attention, softmax_dropout
 from ..nn.attention import merge_masks
 from . import transformers_masks

@@ -1,6 +1,6 @@
 """Modules with torch.nn's names, arguments and state_dict keys."""
 
-from ..seeds import number_sites
+from ..contract.seeds import number_sites
 from .attention import MultiheadAttention
 from .dropconnect import DropConnectLinear, remove_weight_drop, weight_drop
 from .embedding import EmbeddingDropout, WordDropout

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..spec import check_probability
-from ..spec_values import check_tensor
+from ..base.arguments import check_tensor
+from ..spec.elementwise import check_probability
 from .modules import _Site
 from .nested import attend
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec_values import check_tensor, given
+from ..base.arguments import check_tensor, given
 
 State = tuple[Tensor, ...]  # (h,), and (h, c) of an LSTM
 

@@ -14,10 +14,10 @@ from torch.nn.utils import parametrize
 
 from .. import functional as F
 from ..autograd.redrawn import redrawn
+from ..base.arguments import check_module, check_sequence
+from ..contract.seeds import seed_for
 from ..functional.dropconnect import drop_weight
-from ..seeds import seed_for
-from ..spec import check_probability
-from ..spec_values import check_module, check_sequence
+from ..spec.elementwise import check_probability
 from .modules import _Site
 
 _READS = 2  # that may come before a first call: of a dtype, a print

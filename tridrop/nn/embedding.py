@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..spec import check_probability
-from ..spec_values import check_sequence
+from ..base.arguments import check_sequence
+from ..spec.elementwise import check_probability
 from .modules import _Site
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import recomputation
-from ..mask import as_seed, fold_in
-from ..spec import check_probability
-from ..spec_values import check_choice, check_tensor
+from ..base.arguments import check_choice, check_tensor
+from ..contract import recomputation
+from ..contract.mask import as_seed, fold_in
+from ..spec.elementwise import check_probability
 from .modules import _Site
 
 Function = Callable[..., Tensor]

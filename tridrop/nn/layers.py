@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, relu
 
 from .. import functional as F
-from .. import spec
-from ..spec_values import check_tensor
+from ..base.arguments import check_tensor
+from ..spec import elementwise as spec
 from .attention import MultiheadAttention
 from .modules import Dropout
 from .nested import Nested

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..spec import check_probability
+from ..spec.elementwise import check_probability
 from .modules import _Site
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import seeds
-from ..spec import check_activation, check_probability
-from ..spec_values import check_flag, check_sequence, check_tensor
+from ..base.arguments import check_flag, check_sequence, check_tensor
+from ..contract import seeds
+from ..spec.elementwise import check_activation, check_probability
 
 
 class _Site(nn.Module):

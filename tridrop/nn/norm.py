@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..spec import check_probability
-from ..spec_values import check_flags, check_whole
+from ..base.arguments import check_flags, check_whole
+from ..spec.elementwise import check_probability
 from .modules import _Site
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional as F
+from ..base.torch_private import recurrent
 from ..functional.recurrent import Sequences
-from ..spec import check_probability
-from ..torch_private import recurrent
+from ..spec.elementwise import check_probability
 from .cells import (
     Drops,
     State,

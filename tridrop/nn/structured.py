@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..base.arguments import check_choice
+from ..contract.seeds import host_seed
 from ..functional.depth import left_layers
-from ..seeds import host_seed
-from ..spec import check_probability
-from ..spec_values import check_choice
+from ..spec.elementwise import check_probability
 from .modules import _Site
 
 

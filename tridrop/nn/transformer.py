@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..spec import ACTIVATIONS, check_activation
-from ..spec_values import check_flags, check_tensor, check_whole
+from ..base.arguments import check_flags, check_tensor, check_whole
+from ..spec.elementwise import ACTIVATIONS, check_activation
 from .attention import ScaledDotProductAttention
 from .modules import ActivationDropout, DropoutAdd
 from .norm import DropoutAddLayerNorm

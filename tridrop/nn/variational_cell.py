@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import recomputation, seeds
-from ..mask import as_seed, fold_in
-from ..spec import check_probability
-from ..spec_values import check_tensor
+from ..base.arguments import check_tensor
+from ..contract import recomputation, seeds
+from ..contract.mask import as_seed, fold_in
+from ..spec.elementwise import check_probability
 from .cells import Drops, Weights, as_given, check_place, given_state, project, step
 from .recurrent import LockedDropout
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..spec_attention import AttentionInputs, AttentionOptions, empty_output
+from ..spec.attention import AttentionInputs, AttentionOptions, empty_output
 from .library import define, filled, read_rate
 
 _INPUTS = (

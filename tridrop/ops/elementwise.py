@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..mask import Shard
-from ..spec import Options, output_shape
-from ..strides import laid, order_of
+from ..base.strides import laid, order_of
+from ..contract.mask import Shard
+from ..spec.elementwise import Options, output_shape
 from .library import define, filled, read_rate
 
 # What every op of the family is told besides its tensors; pack() below makes the values. An empty

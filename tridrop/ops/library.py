@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import memory
 from ..backends import Prepared
-from ..memory import PLAIN, Given
-from ..spec import check_probability
-from ..torch_private import forward_mode, is_legacy_batched, is_wrapped, trace_state, watched
+from ..base import memory
+from ..base.memory import PLAIN, Given
+from ..base.torch_private import forward_mode, is_legacy_batched, is_wrapped, trace_state, watched
+from ..spec.elementwise import check_probability
 
 _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")

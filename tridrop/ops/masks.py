@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, choice
-from ..spec import FLOATS
-from ..spec_attention import AttentionOptions
-from ..torch_private import partitioner_redraws
+from .. import backends
+from ..base.torch_private import partitioner_redraws
+from ..contract import choice
+from ..spec.attention import AttentionOptions
+from ..spec.elementwise import FLOATS
 from .elementwise import unpack
 from .library import define, each_seed, read_rate
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..spec import NormOptions, Options
-from ..strides import laid, order_of
+from ..base.strides import laid, order_of
+from ..spec.elementwise import NormOptions, Options
 from .elementwise import OPTIONS, pack, unpack_shared
 from .library import define, filled, read_rate
 

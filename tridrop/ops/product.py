@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..spec_product import ProductOptions
+from ..spec.product import ProductOptions
 from .elementwise import OPTIONS as ELEMENTWISE_OPTIONS
 from .elementwise import pack, unpack_shared
 from .library import define, filled, read_rate

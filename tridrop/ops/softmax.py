@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..spec_attention import AttentionOptions
+from ..spec.attention import AttentionOptions
 from .attention import OPTIONS as OPTIONS
 from .attention import unpack_attention
 from .library import define, filled, read_rate

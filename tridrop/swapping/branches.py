@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import seeds, spec
-from ..spec_product import MAX_RANK
+from ..contract import seeds
+from ..spec import elementwise as spec
+from ..spec.product import MAX_RANK
 from . import lazy
 from .lazy import free
 from .pending import fits

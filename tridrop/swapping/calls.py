@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_compiling
 
-from ..torch_private import has_global_hook
+from ..base.torch_private import has_global_hook
 
 _CALL = nn.Module.__call__  # torch's, where nobody took its place before
 

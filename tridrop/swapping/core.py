@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..seeds import number_sites
-from ..spec_values import check_flags, check_module
+from ..base.arguments import check_flags, check_module
+from ..contract.seeds import number_sites
 from . import classes, found, kinds
 from .encoders import has_path
 from .interfaces import Interfaces, give_back

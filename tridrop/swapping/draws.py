@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..torch_private import OpOverloadPacket
+from ..base.torch_private import OpOverloadPacket
 from .originals import is_attention, is_dropout
 
 # Functions of torch that drop: "rate" and "attention" have a counterpart in tridrop.

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as F
-from .. import seeds, spec
-from ..mask import fold_in
+from ..contract import seeds
+from ..contract.mask import fold_in
+from ..spec import elementwise as spec
 from . import traced
 from .calls import call as call
 from .calls import heard

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import OpOverload, TorchDispatchMode, schema_of, tree_leaves
+from ..base.torch_private import OpOverload, TorchDispatchMode, schema_of, tree_leaves
 from .generators import Generators
 
 # torch's operators that draw random numbers as dropouts do; a seed's randint is none of them.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import seeds
+from ..base.torch_private import FakeTensor, FunctionalTensor
+from ..contract import seeds
+from ..contract.mask import Shard, threshold
+from ..contract.mask import scale as scale_of
 from ..distributed.dtensor import is_distributed
-from ..mask import Shard, threshold
-from ..mask import scale as scale_of
-from ..spec import FLOATS
-from ..torch_private import FakeTensor, FunctionalTensor
+from ..spec.elementwise import FLOATS
 from .kinds import Kind
 
 

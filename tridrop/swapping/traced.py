@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import functional as F
-from .. import seeds, spec
+from ..contract import seeds
+from ..spec import elementwise as spec
 from .pending import fits
 
 

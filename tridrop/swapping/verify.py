@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .. import seeds
+from ..contract import seeds
 from .locate import Locator
 from .measure import Cost, Measurement, changed, cost_of
 from .watch import Draw, Run, Watch

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..mask import new_seed
-from ..torch_private import AnyDropout, OpOverload
+from ..base.torch_private import AnyDropout, OpOverload
+from ..contract.mask import new_seed
 from . import lazy
 from .generators import Generators, moved
 from .locate import Locator

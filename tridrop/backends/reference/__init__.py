@@ -1,16 +1,21 @@
 """The reference backend: plain torch on any device, readable enough to be the specification.
 
-On a CPU with numba, masks come from :mod:`tridrop.fast`, and ``fused.py`` takes what it can.
+Other backends are held to it, and hand it what they do not serve.
 """
 
+from typing import Any
+
 from .attention import attention_backward, attention_forward
-from .elementwise import keep_mask, why_not
-from .fused import backward, forward, norm_backward, norm_forward, prepare
+from .elementwise import backward, forward, keep_mask, why_not
 from .masks import attention_keep_mask, decision_bits
+from .norm import norm_backward, norm_forward
 from .product import product_backward, product_forward
 from .softmax import softmax_backward, softmax_forward
 
+PREPARES: dict[str, Any] = {}  # nothing but options
+
 __all__ = [
+    "PREPARES",
     "attention_backward",
     "attention_forward",
     "attention_keep_mask",
@@ -20,7 +25,6 @@ __all__ = [
     "keep_mask",
     "norm_backward",
     "norm_forward",
-    "prepare",
     "product_backward",
     "product_forward",
     "softmax_backward",

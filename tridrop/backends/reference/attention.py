@@ -1,11 +1,12 @@
-"""Attention in torch: the composition that the kernels must equal, with all scores in memory.
+"""Attention in torch: the composition that the kernels must equal, by blocks of queries.
 
     score = scale * q k^T;   score = softcap * tanh(score / softcap);   score = score + mask
     P = exp(score - lse),   lse = log(sum over keys of exp(score) + exp(sink))
     out = (P * multiplier) v
 
 A score that a mask excludes is -inf. A query with no score left has P = 0, out = 0 and lse = -inf.
-``multiplier`` is the random part, constant for the derivative.
+``multiplier`` is the random part, constant for the derivative. A backend may make the scores' part
+in its own way, with the same values: :data:`Keep` and :data:`OfScores`.
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import reduce, wraps
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...spec_attention import AttentionInputs, AttentionOptions, empty_output
-from . import flash
-from . import scores as loops
+from ...spec.attention import AttentionInputs, AttentionOptions, empty_output
 from .blocks import blocks, is_block
-from .elementwise import Multiplier, compute, to
-from .softmax import are_finite, attention_multiplier, band, masked_scores, safe_softmax
+from .elementwise import compute, to
+from .softmax import (
+    RandomPart,
+    are_finite,
+    attention_multiplier,
+    band,
+    masked_scores,
+    safe_softmax,
+)
 
 Gradients = tuple[Tensor | None, ...]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _repeat(t: Tensor, heads: int) -> Tensor:
+def repeat(t: Tensor, heads: int) -> Tensor:
     """Key heads [B, Hkv, S, E], each for its group of query heads."""
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1)
 
@@ -39,7 +45,7 @@ def _repeat(t: Tensor, heads: int) -> Tensor:
 def scores(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor | None]:
     """(scores, tanh(score / softcap) where there is a softcap), [B, H, Sq, Sk]."""
     query, key, mask, key_mask = inputs.query, inputs.key, inputs.mask, inputs.key_mask
-    score = (query * options.scale) @ _repeat(key, query.shape[1]).transpose(-1, -2)
+    score = (query * options.scale) @ repeat(key, query.shape[1]).transpose(-1, -2)
     capped: Tensor | None = None
     if options.softcap:
         capped = torch.tanh(score / options.softcap)
@@ -50,17 +56,11 @@ def scores(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, 
     return score, capped
 
 
-def _by_loops(inputs: AttentionInputs, *others: Tensor) -> bool:
-    """Whether compiled loops make the probabilities, and their gradient, of such a block."""
-    given = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.key_mask, *others)
-    return inputs.sinks is None and loops.serves(inputs.seed, inputs.p, *given)
-
-
 def _has_float_mask(inputs: AttentionInputs) -> bool:
     return inputs.mask is not None and inputs.mask.dtype != torch.bool
 
 
-def _wide(inputs: AttentionInputs) -> AttentionInputs:
+def wide_of(inputs: AttentionInputs) -> AttentionInputs:
     """The call in the dtype that is computed in."""
     mask = inputs.mask if _has_float_mask(inputs) else None
     q, k, v, floats, sinks = compute(inputs.query, inputs.key, inputs.value, mask, inputs.sinks)
@@ -71,7 +71,7 @@ def _wide(inputs: AttentionInputs) -> AttentionInputs:
     return inputs._replace(query=q, key=k, value=v, mask=mask, sinks=sinks)
 
 
-def _as_given(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def as_given(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Without autocast, which would make 16 bits of products of fp32 operands."""
 
     @wraps(function)
@@ -85,12 +85,25 @@ def _as_given(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
-@_as_given
-def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+def kept_probabilities(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    random_part: RandomPart = attention_multiplier,
+) -> tuple[Tensor, Tensor]:
+    """(P * multiplier, lse) of a block."""
+    score, _ = scores(inputs, options)
+    probabilities, lse, _ = safe_softmax(score, inputs.sinks)
+    return random_part(tuple(score.shape), inputs.seed, inputs.p, options)(probabilities), lse
+
+
+Keep = Callable[[AttentionInputs, AttentionOptions], tuple[Tensor, Tensor]]
+
+
+@as_given
+def attention_forward(
+    inputs: AttentionInputs, options: AttentionOptions, keep: Keep = kept_probabilities
+) -> tuple[Tensor, Tensor]:
     """The op; arguments as in ``backends.Backend.attention_forward``."""
-    found = flash.forward(inputs, options)
-    if found is not None:
-        return found
     query = inputs.query
     out = empty_output(query, inputs.value.shape[-1])
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -99,34 +112,25 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
         out.zero_()
         lse.fill_(-torch.inf)
     for block in blocks(inputs, options):
-        one = _wide(block.inputs)
-        if _by_loops(one):
-            kept, _ = scores(one, loops.without_band(block.options))
-            log_sum = kept.new_empty(kept.shape[:-1], dtype=torch.float32)
-            kept = kept.contiguous()
-            loops.forward(kept, one.seed, block.options, 1.0, kept, lse=log_sum)
-        else:
-            score, _ = scores(one, block.options)
-            probabilities, log_sum, _ = safe_softmax(score, one.sinks)
-            drop = attention_multiplier(tuple(score.shape), one.seed, one.p, block.options)
-            kept = drop(probabilities)
-        out[block.query] = kept @ _repeat(one.value, one.query.shape[1])
+        one = wide_of(block.inputs)
+        kept, log_sum = keep(one, block.options)
+        out[block.query] = kept @ repeat(one.value, one.query.shape[1])
         lse[block.query] = log_sum
     return out, lse
 
 
-@_as_given
+@as_given
 def composed(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """The op in torch's own operators, of sequences that are not packed."""
-    wide = _wide(inputs)
+    wide = wide_of(inputs)
     score, _ = scores(wide, options)
     probabilities, lse, _ = safe_softmax(score, wide.sinks)
-    drop = Multiplier(*attention_multiplier(score.shape, inputs.seed, inputs.p, options))
-    out = drop(probabilities) @ _repeat(wide.value, wide.query.shape[1])
+    drop = attention_multiplier(score.shape, inputs.seed, inputs.p, options)
+    out = drop(probabilities) @ repeat(wide.value, wide.query.shape[1])
     return to(out, inputs.query.dtype), lse
 
 
-@_as_given
+@as_given
 def torchs(inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
     """torch's own attention, with all that leaves keys out in one mask."""
     query, mask = inputs.query, inputs.mask
@@ -144,10 +148,71 @@ def torchs(inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
         mask = mask.masked_fill(~allowed, -torch.inf)
     if mask is not None and mask.dtype != torch.bool:
         mask = to(mask, query.dtype)
-    key, value = (_repeat(t, query.shape[1]) for t in (inputs.key, inputs.value))
+    key, value = (repeat(t, query.shape[1]) for t in (inputs.key, inputs.value))
     return F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=causal, scale=options.scale
     )
+
+
+class ScoreGradients(NamedTuple):
+    """What a block's gradients are made of, beside its operands."""
+
+    kept: Tensor  # P * multiplier
+    dscore: Tensor  # of the scores with their mask
+    capped: Tensor | None  # as :func:`scores` gives it
+    dsinks: Tensor | None  # [H]
+
+
+def score_gradients(
+    dkept: Tensor,
+    delta: Tensor | None,
+    dlse: Tensor | None,
+    lse: Tensor | None,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    random_part: RandomPart = attention_multiplier,
+) -> ScoreGradients:
+    """Of a block; ``dkept`` is the gradient of P * multiplier.
+
+    ``delta`` and ``lse`` are given where they are those of more keys than these.
+    """
+    score, capped = scores(inputs, options)
+    drop = random_part(tuple(score.shape), inputs.seed, inputs.p, options)
+    probabilities, _, sink = safe_softmax(score, inputs.sinks)
+    if lse is not None:
+        lse = lse.unsqueeze(-1)
+        probabilities = torch.where(lse == -torch.inf, 0, torch.exp(score - lse))
+    kept = drop(probabilities)
+    terms = kept * dkept
+    of_these = delta is None
+    if delta is None:
+        delta = terms.sum(-1, keepdim=True)
+    finite = are_finite(delta)
+    if not finite:  # what is dropped, or has no part, has none in the sum, and no gradient
+        terms = (probabilities * drop(dkept)).masked_fill(probabilities == 0, 0.0)
+        delta = terms.sum(-1, keepdim=True) if of_these else delta
+    if dlse is not None:
+        delta = delta - dlse.unsqueeze(-1)
+        finite = finite and are_finite(delta)
+    dscore = torch.addcmul(terms, probabilities, delta, value=-1)
+    if not finite:
+        dscore = dscore.masked_fill(probabilities == 0, 0.0)
+    dsinks = None if sink is None else -(sink * delta).sum((0, 2, 3))
+    return ScoreGradients(kept, dscore, capped, dsinks)
+
+
+# As score_gradients().
+OfScores = Callable[
+    [
+        Tensor,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        AttentionInputs,
+        AttentionOptions,
+    ],
+    ScoreGradients,
+]
 
 
 def _gradients(
@@ -158,38 +223,14 @@ def _gradients(
     inputs: AttentionInputs,
     options: AttentionOptions,
     needs: tuple[bool, ...],
+    of_scores: OfScores,
 ) -> Gradients:
     """Of one block; see :func:`attention_gradients`."""
     query, key, mask = inputs.query, inputs.key, inputs.mask
     heads, groups = query.shape[1], key.shape[1]
-    dkept = dout @ _repeat(inputs.value, heads).transpose(-1, -2)
-    sink: Tensor | None = None
-    if out is None and _by_loops(inputs, dkept):
-        kept, capped = scores(inputs, loops.without_band(options))
-        kept, dkept = kept.contiguous(), dkept.contiguous()
-        dlse = None if dlse is None else dlse.contiguous()
-        loops.backward(kept, inputs.seed, options, 1.0, dkept, dkept, dlse=dlse, kept=kept)
-        dscore = dkept
-    else:
-        score, capped = scores(inputs, options)
-        drop = attention_multiplier(tuple(score.shape), inputs.seed, inputs.p, options)
-        probabilities, _, sink = safe_softmax(score, inputs.sinks)
-        if lse is not None:
-            lse = lse.unsqueeze(-1)
-            probabilities = torch.where(lse == -torch.inf, 0, torch.exp(score - lse))
-        kept = drop(probabilities)
-        terms = kept * dkept
-        delta = (terms if out is None else dout * out).sum(-1, keepdim=True)
-        finite = are_finite(delta)
-        if not finite:  # what is dropped, or has no part, has none in the sum, and no gradient
-            terms = (probabilities * drop(dkept)).masked_fill(probabilities == 0, 0.0)
-            delta = terms.sum(-1, keepdim=True) if out is None else delta
-        if dlse is not None:
-            delta = delta - dlse.unsqueeze(-1)
-            finite = finite and are_finite(delta)
-        dscore = torch.addcmul(terms, probabilities, delta, value=-1)
-        if not finite:
-            dscore = dscore.masked_fill(probabilities == 0, 0.0)
+    dkept = dout @ repeat(inputs.value, heads).transpose(-1, -2)
+    delta = None if out is None else (dout * out).sum(-1, keepdim=True)
+    kept, dscore, capped, dsinks = of_scores(dkept, delta, dlse, lse, inputs, options)
     dvalue = kept.transpose(-1, -2) @ dout
     draw = dscore if capped is None else dscore * (1 - capped * capped)
 
@@ -198,11 +239,11 @@ def _gradients(
         return t if groups == heads else t.unflatten(1, (groups, heads // groups)).sum(2)
 
     return (
-        draw @ _repeat(key, heads) * options.scale if needs[0] else None,
+        draw @ repeat(key, heads) * options.scale if needs[0] else None,
         of_groups(draw.transpose(-1, -2) @ (query * options.scale)) if needs[1] else None,
         of_groups(dvalue) if needs[2] else None,
         dscore.sum_to_size(mask.shape) if needs[3] and mask is not None else None,
-        -(sink * delta).sum((0, 2, 3)) if needs[4] and sink is not None else None,
+        dsinks if needs[4] else None,
     )
 
 
@@ -219,6 +260,7 @@ def attention_gradients(
     needs: tuple[bool, ...],
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    of_scores: OfScores = score_gradients,
 ) -> Gradients:
     """Gradients of query, key, value, mask and sinks; differentiable.
 
@@ -239,7 +281,7 @@ def attention_gradients(
     if is_block(given):
         grad, dlse, out, lse = (None if t is None else t.to(wide) for t in (dout, dlse, out, lse))
         assert grad is not None
-        return _gradients(grad, dlse, out, lse, _wide(given), its, needs)
+        return _gradients(grad, dlse, out, lse, wide_of(given), its, needs, of_scores)
     totals = [
         None if t is None or not need else dout.new_zeros(t.shape, dtype=wide)
         for t, need in zip(like, needs, strict=True)
@@ -249,9 +291,8 @@ def attention_gradients(
             None if t is None else t[block.query].to(wide) for t in (dout, dlse, out, lse)
         )
         assert grad is not None
-        found = _gradients(
-            grad, dlse_part, out_part, lse_part, _wide(block.inputs), block.options, needs
-        )
+        of_block = wide_of(block.inputs), block.options
+        found = _gradients(grad, dlse_part, out_part, lse_part, *of_block, needs, of_scores)
         places = (block.query, block.key, block.key, block.mask, (block.heads,))
         for sums, gradient, place in zip(totals, found, places, strict=True):
             if sums is not None and gradient is not None:
@@ -265,7 +306,7 @@ def _like(t: Tensor, source: Tensor) -> Tensor:
     return t if t.dtype == room.dtype and t.stride() == room.stride() else room.copy_(t)
 
 
-@_as_given
+@as_given
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -274,13 +315,20 @@ def attention_backward(
     inputs: AttentionInputs,
     options: AttentionOptions,
     needs: tuple[bool, ...],
+    of_scores: OfScores = score_gradients,
 ) -> Gradients:
     """The op's gradients; arguments as in ``backends.Backend.attention_backward``."""
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
-    results = flash.backward(dout, dlse, out, lse, inputs, options, needs)
-    if results is None:
-        known = (out, lse) if options.block else (None, None)
-        results = attention_gradients(dout, dlse, *like, None, (inputs, options), needs, *known)
+    known_out, known_lse = (out, lse) if options.block else (None, None)
+    results = attention_gradients(
+        dout, dlse, *like, None, (inputs, options), needs, known_out, known_lse, of_scores
+    )
+    return as_tensors(results, inputs)
+
+
+def as_tensors(results: Gradients, inputs: AttentionInputs) -> Gradients:
+    """The gradients in the dtypes and the layouts of their tensors."""
+    like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
     return tuple(
         None if t is None or source is None else _like(t, source)
         for t, source in zip(results, like, strict=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...spec_attention import AttentionInputs, AttentionOptions
+from ...spec.attention import AttentionInputs, AttentionOptions
 
 Index = tuple[slice, ...]
 

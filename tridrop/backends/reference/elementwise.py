@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import fast, mask, noise
-from ...spec import Options, output_shape
+from ...contract import mask, noise
+from ...spec.elementwise import Options, output_shape
 
 SQRT_HALF = 0.5**0.5
 INV_SQRT_2PI = 0.3989422804014327
@@ -73,9 +74,16 @@ class Multiplier(NamedTuple):
 
 
 def multiplier(
-    shape: tuple[int, ...], seed: Tensor | None, p: Tensor | None, options: Options
+    shape: tuple[int, ...],
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: Options,
+    draw: ModuleType = mask,
 ) -> Multiplier:
-    """Draw both masks of a call anew: the same for the same seed, in forward and backward."""
+    """Draw both masks of a call anew: the same for the same seed, in forward and backward.
+
+    ``draw`` makes them: contract/mask.py, or a twin of it that a backend has.
+    """
     keep: Tensor | None = None
     scale: float | Tensor = 1.0
     (elements, path), (element_scale, path_scale) = options.thresholds(), options.scales()
@@ -90,11 +98,11 @@ def multiplier(
             scale = 1 + noise.normals(seed, shape, options.shared, options.shard) * factor
     elif p is not None or elements > 0:
         assert seed is not None
-        keep = fast.keep_mask(seed, shape, threshold, shared=options.shared, shard=options.shard)
+        keep = draw.keep_mask(seed, shape, threshold, shared=options.shared, shard=options.shard)
         scale = scale * factor
     if path > 0:
         assert seed is not None
-        samples = fast.keep_mask(
+        samples = draw.keep_mask(
             seed, shape, path, shared=range(1, len(shape)), shard=options.shard, domain="drop_path"
         )
         keep = samples if keep is None else keep & samples
@@ -223,9 +231,10 @@ def forward(
     seed: Tensor | None,
     p: Tensor | None,
     options: Options,
+    draw: ModuleType = mask,
 ) -> Tensor:
     """The op; arguments as in ``backends.Backend.forward``."""
-    return own(composed(x, bias, layer_scale, residual, seed, p, options), x)
+    return own(composed(x, bias, layer_scale, residual, seed, p, options, draw), x)
 
 
 def composed(
@@ -236,11 +245,12 @@ def composed(
     seed: Tensor | None,
     p: Tensor | None,
     options: Options,
+    draw: ModuleType = mask,
 ) -> Tensor:
     """The same in torch's own operators, perhaps as a view of x."""
     dtype = x.dtype if residual is None else residual.dtype
     operands = (x, bias, layer_scale, residual)
-    drop = multiplier(output_shape(x, options.activation), seed, p, options)
+    drop = multiplier(output_shape(x, options.activation), seed, p, options, draw)
     bare = drop.keep is None and options.function == "gelu"
     if bare and is_torchs(1 + options.gated, True, *operands):
         return compose(*operands, drop, options, exact=False)  # with torch's own bits
@@ -270,9 +280,10 @@ def backward(
     p: Tensor | None,
     options: Options,
     dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+    draw: ModuleType = mask,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The op's gradients; arguments as in ``backends.Backend.backward``."""
-    drop = multiplier(tuple(grad.shape), seed, p, options)
+    drop = multiplier(tuple(grad.shape), seed, p, options, draw)
     g, u, b, s = compute(grad, x, bias, layer_scale, dtypes=dtypes)
     assert g is not None
     needs = (dtypes[0] is not None, dtypes[1] is not None, dtypes[2] is not None)
@@ -285,13 +296,18 @@ def backward(
 
 
 def keep_mask(
-    seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
+    seed: Tensor,
+    shape: tuple[int, ...],
+    p: Tensor | None,
+    options: Options,
+    domain: str,
+    draw: ModuleType = mask,
 ) -> Tensor:
     """The mask itself; arguments as in ``backends.Backend.keep_mask``."""
     threshold: int | Tensor = options.thresholds()[0]
     if p is not None:
         threshold = mask.rate_table(p)[0].to(torch.int64)
-    keep = fast.keep_mask(
+    keep = draw.keep_mask(
         seed, shape, threshold, shared=options.shared, shard=options.shard, domain=domain
     )
     return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole groups

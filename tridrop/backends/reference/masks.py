@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from ... import choice, fast
-from ... import mask as contract
-from ...spec_attention import AttentionOptions
+from ...contract import choice
+from ...contract import mask as contract
+from ...spec.attention import AttentionOptions
 
 
 def attention_keep_mask(
-    seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: AttentionOptions
+    seed: Tensor,
+    shape: tuple[int, ...],
+    p: Tensor | None,
+    options: AttentionOptions,
+    draw: ModuleType = contract,
 ) -> Tensor:
     """The mask; arguments as in ``backends.Backend.attention_keep_mask``."""
     threshold: int | Tensor = options.threshold()
     if p is not None:
         threshold = contract.rate_table(p)[0].to(torch.int64)
-    keep = fast.attention_keep_mask(seed, shape, threshold, origin=options.origin)
+    keep = draw.attention_keep_mask(seed, shape, threshold, origin=options.origin)
     return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole tiles
 
 

@@ -11,11 +11,14 @@ over the last dimension. RMSNorm (Zhang and Sennrich 2019) has mean 0, and the m
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...spec import NormOptions
+from ...contract import mask
+from ...spec.elementwise import NormOptions
 from .elementwise import Multiplier, compute, multiplier, own, sum_rows, to
 
 Dtypes = tuple[torch.dtype | None, ...]
@@ -148,9 +151,10 @@ def norm_forward(
     seed: Tensor | None,
     p: Tensor | None,
     options: NormOptions,
+    draw: ModuleType = mask,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The op; arguments as in ``backends.Backend.norm_forward``."""
-    drop = multiplier(tuple(x.shape), seed, p, options)
+    drop = multiplier(tuple(x.shape), seed, p, options, draw)
     wide = compute(x, bias, layer_scale, residual, weight, norm_bias)
     out, stream, statistics = norm_compose(*wide, drop, options)  # type: ignore[arg-type, call-arg]
     return (
@@ -213,9 +217,10 @@ def norm_backward(
     p: Tensor | None,
     options: NormOptions,
     dtypes: Dtypes,
+    draw: ModuleType = mask,
 ) -> tuple[Tensor | None, ...]:
     """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
-    drop = multiplier(tuple(dout.shape), seed, p, options)
+    drop = multiplier(tuple(dout.shape), seed, p, options, draw)
     wide = compute(dout, dstream, stream, x, bias, layer_scale, weight, dtypes=dtypes)
     needs = tuple(dtype is not None for dtype in dtypes)
     results = norm_gradients(*wide, drop, options, needs)  # type: ignore[call-arg, arg-type]

@@ -7,19 +7,26 @@ The dropped matrix is a temporary: forward and backward each make it.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from ...spec_product import ProductOptions
+from ...contract import mask
+from ...spec.product import ProductOptions
 from .elementwise import Multiplier, compute, multiplier, own, to
 
 
 def _drops(
-    x: Tensor, seeds: Tensor | None, p: Tensor | None, options: ProductOptions
+    x: Tensor,
+    seeds: Tensor | None,
+    p: Tensor | None,
+    options: ProductOptions,
+    draw: ModuleType,
 ) -> list[Multiplier]:
     """The random part of each product; with one mask, the same one."""
     masks = [
-        multiplier(tuple(x.shape), None if seeds is None else seeds[i], p, options)
+        multiplier(tuple(x.shape), None if seeds is None else seeds[i], p, options, draw)
         for i in range(options.masks)
     ]
     return masks * len(options.ranks) if options.one_mask else masks
@@ -31,9 +38,10 @@ def product_forward(
     seeds: Tensor | None,
     p: Tensor | None,
     options: ProductOptions,
+    draw: ModuleType = mask,
 ) -> Tensor:
     """The products, side by side; arguments as in ``backends.Backend.product_forward``."""
-    return own(composed(x, weight, seeds, p, options), x)
+    return own(composed(x, weight, seeds, p, options, draw), x)
 
 
 def composed(
@@ -42,6 +50,7 @@ def composed(
     seeds: Tensor | None,
     p: Tensor | None,
     options: ProductOptions,
+    draw: ModuleType = mask,
 ) -> Tensor:
     """The same in torch's own operators."""
     wide, w = compute(x, weight)
@@ -49,7 +58,9 @@ def composed(
     assert w is not None
     parts = [
         drop(wide) @ part.T
-        for drop, part in zip(_drops(x, seeds, p, options), w.split(options.ranks), strict=True)
+        for drop, part in zip(
+            _drops(x, seeds, p, options, draw), w.split(options.ranks), strict=True
+        )
     ]
     return to(torch.cat(parts, -1) * options.gain, weight.dtype)
 
@@ -62,6 +73,7 @@ def product_backward(
     p: Tensor | None,
     options: ProductOptions,
     needs: tuple[bool, bool],
+    draw: ModuleType = mask,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight; arguments as in ``backends.Backend.product_backward``."""
     g, wide, w = compute(grad, x, weight)
@@ -71,7 +83,7 @@ def product_backward(
     g = (g * options.gain).reshape(-1, weight.shape[0])
     dx, parts = torch.zeros_like(wide), []
     each = zip(
-        _drops(x, seeds, p, options), g.split(options.ranks, -1), w.split(options.ranks),
+        _drops(x, seeds, p, options, draw), g.split(options.ranks, -1), w.split(options.ranks),
         strict=True,
     )  # fmt: skip
     for drop, dout, part in each:

@@ -5,59 +5,48 @@
     out = P * multiplier
 
 ``multiplier`` is keep * scale of the probabilities, constant for the derivative. The pieces serve
-attention as well: :func:`band`, :func:`attention_multiplier`.
+attention as well: :func:`band`, :func:`attention_multiplier`. A backend may bring a ``random_part``
+of its own, which has the same values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ... import fast
-from ... import mask as contract
-from ...fast_calls import result
-from ...memory import all_whole, whole
-from ...spec_attention import AttentionOptions, four
-from ...torch_private import aten_softmax_backward
-from . import scores as loops
+from ...base.memory import all_whole, readable
+from ...base.torch_private import aten_softmax_backward
+from ...contract import mask as contract
+from ...spec.attention import AttentionOptions, four
 from .elementwise import Multiplier, compute, own, to
 
 Dtypes = tuple[torch.dtype | None, ...]
-
-
-class ScoreMultiplier(Multiplier):
-    """The random part of scores: a :class:`Multiplier` that is quick where nobody differentiates.
-
-    There the mask is laid over the bits of the numbers, which takes a fifth of the time of
-    torch.where on a CPU and is exactly 0 for a dropped NaN as well.
-    """
-
-    def __call__(self, value: Tensor) -> Tensor:
-        """value * scale where kept, exactly 0 elsewhere."""
-        plain = value.dtype == torch.float32 and fast.readable(value) and not value.requires_grad
-        if self.keep is None or not plain:
-            return super().__call__(value)
-        ones = self.keep.view(torch.int8).neg().to(torch.int32)  # all bits set, or none
-        return (value.view(torch.int32) & ones).view(torch.float32) * self.scale
+# The random part of scores, by their shape, a seed, a p in a tensor, and options.
+RandomPart = Callable[[Sequence[int], Tensor | None, Tensor | None, AttentionOptions], Multiplier]
 
 
 def attention_multiplier(
-    shape: Sequence[int], seed: Tensor | None, p: Tensor | None, options: AttentionOptions
+    shape: Sequence[int],
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: AttentionOptions,
+    draw: ModuleType = contract,
 ) -> Multiplier:
-    """The random part for scores of ``shape``, ``[..., queries, keys]``."""
+    """The random part for scores of ``shape``, ``[..., queries, keys]``; ``draw`` as elsewhere."""
     threshold: int | Tensor = options.threshold()
     factor: float | Tensor = options.keep_scale()
     if p is not None:
         table = contract.rate_table(p)
         threshold, factor = table[0].to(torch.int64), table[1]
     elif threshold == 0:
-        return ScoreMultiplier(None, 1.0)
+        return Multiplier(None, 1.0)
     assert seed is not None
-    keep = fast.attention_keep_mask(seed, four(shape), threshold, origin=options.origin)
-    return ScoreMultiplier(keep.reshape(tuple(shape)), factor)
+    keep = draw.attention_keep_mask(seed, four(shape), threshold, origin=options.origin)
+    return Multiplier(keep.reshape(tuple(shape)), factor)
 
 
 def band(queries: int, keys: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
@@ -131,23 +120,18 @@ def softmax_forward(
     p: Tensor | None,
     options: AttentionOptions,
     return_softmax: bool,
+    random_part: RandomPart = attention_multiplier,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The op; arguments as in ``backends.Backend.softmax_forward``.
 
     The log-sum-exp is left at 0, for this file's backward makes the softmax anew.
     """
-    if not _is_torchs(mask, options) and loops.serves(seed, p, scores, mask):
-        x, scale = _scaled(scores, mask, options)
-        out, _ = result(x, scores.dtype)
-        both = torch.empty_like(out) if return_softmax else None
-        loops.forward(x, seed, options, scale, out, both)
-        return out, both, scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
     scores, mask, seed = all_whole((scores, mask, seed), ("scores", "mask", "seed"))
-    drop = attention_multiplier(scores.shape, seed, p, options)
+    drop = random_part(scores.shape, seed, p, options)
     if drop.keep is None and options.scale == 1 and (mask is None or mask.dtype == torch.bool):
         score = masked_scores(scores, mask, options)  # torch's softmax is fp32 inside
     else:
-        wide, added = _compute(scores, mask)
+        wide, added = widened(scores, mask)
         score = masked_scores(options.scale * wide, added, options)
     probabilities = _probabilities(score)
     out = own(drop(probabilities).to(scores.dtype), scores)
@@ -164,13 +148,13 @@ def composed(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """(out, softmax) in torch's own operators."""
-    wide, added = _compute(scores, mask)
+    wide, added = widened(scores, mask)
     scaled = wide if options.scale == 1 else options.scale * wide
     if mask is None and options.lower is None and options.upper is None:
         probabilities = torch.softmax(scaled, -1)
     else:  # some rows may have no key
         probabilities = _differentiable(masked_scores(scaled, added, options))
-    drop = Multiplier(*attention_multiplier(scores.shape, seed, p, options))
+    drop = attention_multiplier(scores.shape, seed, p, options)
     return to(drop(probabilities), scores.dtype), to(probabilities, scores.dtype)
 
 
@@ -216,7 +200,7 @@ def are_finite(t: Tensor) -> bool:
 
     By their sum: one pass over numbers that may lie far apart.
     """
-    return fast.readable(t) and not t.requires_grad and math.isfinite(t.sum())
+    return readable(t) and not t.requires_grad and math.isfinite(t.sum())
 
 
 def softmax_backward(
@@ -229,23 +213,14 @@ def softmax_backward(
     p: Tensor | None,
     options: AttentionOptions,
     dtypes: Dtypes,
+    random_part: RandomPart = attention_multiplier,
 ) -> tuple[Tensor | None, ...]:
     """The op's gradients; arguments as in ``backends.Backend.softmax_backward``."""
-    if not _is_torchs(mask, options) and loops.serves(seed, p, scores, mask):
-        x, scale = _scaled(scores, mask, options)
-        dx, _ = result(x, x.dtype)
-        loops.backward(x, seed, options, scale, dout, dx, dsoftmax)
-        dscores = dmask = None
-        if dtypes[0] is not None:
-            dscores = (dx if scale == options.scale else dx * options.scale).to(dtypes[0])
-        if dtypes[1] is not None and mask is not None:
-            dmask = own(dx.sum_to_size(mask.shape).to(dtypes[1]), dx)
-        return dscores, dmask
     dout, dsoftmax, scores, mask, seed = all_whole(
         (dout, dsoftmax, scores, mask, seed), ("dout", "dsoftmax", "scores", "mask", "seed")
     )
-    drop = attention_multiplier(scores.shape, seed, p, options)
-    wide, added = _compute(scores, mask)
+    drop = random_part(scores.shape, seed, p, options)
+    wide, added = widened(scores, mask)
     g, h = compute(dout, dsoftmax)
     needs = tuple(dtype is not None for dtype in dtypes)
     results = softmax_gradients(g, h, wide, added, drop, options, needs, _probabilities)
@@ -256,24 +231,7 @@ def softmax_backward(
     return dscores, None if dmask is None else own(dmask, scores)
 
 
-def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
-    """Whether nothing is left of the op but torch's softmax."""
-    whole = options.lower is None and options.upper is None
-    return options.threshold() == 0 and mask is None and options.scale == 1 and whole
-
-
-def _scaled(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> tuple[Tensor, float]:
-    """Contiguous scores with their mask but not the band, and what is still their factor."""
-    scores = whole(scores, "scores")
-    if mask is None:
-        return scores.contiguous(), options.scale
-    mask = whole(mask, "mask")
-    wide, added = _compute(scores, mask)
-    masked = masked_scores(options.scale * wide, added, loops.without_band(options))
-    return masked.contiguous(), 1.0
-
-
-def _compute(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def widened(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both in the dtype that is computed in; a bool mask as it is."""
     if mask is not None and mask.dtype == torch.bool:
         (wide,) = compute(scores)

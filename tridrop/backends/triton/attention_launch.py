@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...mask import TILE
-from ...spec_attention import HEAD_DIM_LIMIT, AttentionInputs, AttentionOptions, empty_output
+from ...contract.mask import TILE
+from ...spec.attention import HEAD_DIM_LIMIT, AttentionInputs, AttentionOptions, empty_output
 from . import gpu, launch
 from .attention import attention_forward_kernel
 from .attention_backward import (

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import Options, output_shape
+from ...spec.elementwise import Options, output_shape
 from . import launch, mask
 from .activations import FUNCTIONS
 from .mask import ELEMENTS, NO_MASK, keep_elements, keep_rows, load_key, load_rate, row_coordinates

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...mask import LANES, Coordinates, coordinates
-from ...noise import KINDS, rate_table
-from ...spec import Options
+from ...contract.mask import LANES, Coordinates, coordinates
+from ...contract.noise import KINDS, rate_table
+from ...spec.elementwise import Options
 from . import mask
 from .tiles import Origin, Shape
 
@@ -311,10 +311,6 @@ def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
         "run the kernels slowly on a CPU, set TRITON_INTERPRET=1 in the environment before the "
         "first import of triton"
     )
-
-
-def prepare(shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> None:
-    """Nothing: launch plans are kept anyway, and strides and alignment are those of a call."""
 
 
 def interpreting() -> bool:

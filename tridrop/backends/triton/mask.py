@@ -1,6 +1,6 @@
 """The mask contract in Triton. No other Triton file touches Philox, seeds or thresholds.
 
-The twin of ``tridrop/mask.py``, held to it bit for bit by the tests. A decision is made in the
+The twin of ``contract/mask.py``, held to it bit for bit by the tests. A decision is made in the
 thread that holds its element: one Philox call serves eight consecutive columns, which are one
 16-byte load of bf16 or fp16, and in attention eight keys of a query that one thread holds of a
 tensor core's accumulator.

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...mask import TILE
-from ...spec_attention import AttentionOptions
+from ...contract.mask import TILE
+from ...spec.attention import AttentionOptions
 from . import launch
 from .launch import Tile
 from .mask import DOMAIN_ELEMENTS, bits_of, keep_scores, load_key, load_rate

@@ -1,4 +1,4 @@
-"""Kinds of dropout beside the mask: the twin of ``tridrop/noise.py`` in Triton.
+"""Kinds of dropout beside the mask: the twin of ``tridrop/contract/noise.py`` in Triton.
 
 Normal numbers are made by the same arithmetic as there, in fp32 and without a library's logarithm
 or sine: backends differ by how a compiler joins products with sums, a few of the last bits.

@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import NormOptions
+from ...spec.elementwise import NormOptions
 from . import launch
 from .norm import Affine, Gradients, Incoming, Kept, norm_backward_kernel, norm_forward_kernel
 from .sums import total

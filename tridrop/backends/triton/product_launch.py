@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...spec_product import ProductOptions
+from ...spec.product import ProductOptions
 from . import launch
 from .launch import Tile
 from .product import product_backward_kernel, product_kernel

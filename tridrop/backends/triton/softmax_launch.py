@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...mask import TILE
-from ...memory import all_whole
-from ...spec_attention import AttentionOptions, four
+from ...base.memory import all_whole
+from ...contract.mask import TILE
+from ...spec.attention import AttentionOptions, four
 from . import launch
 from .launch import MAX_GRID_Y, Tile
 from .softmax import (

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import Options
+from ...spec.elementwise import Options
 from . import launch
 from .mask import load_key, philox
 from .tiles import MAX_GRID_Y, first_of, to_float

@@ -1,0 +1,72 @@
+"""Attention on a CPU: torch's own kernel where nothing is dropped, else the loops of the softmax.
+
+Everything else is the reference's: the products, the blocks, and the calls that neither serves.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, float32
+
+from ...spec.attention import AttentionInputs, AttentionOptions
+from ..reference import attention as reference
+from ..reference.attention import Gradients, ScoreGradients, as_given, as_tensors, scores
+from . import flash, softmax
+
+
+def _by_loops(inputs: AttentionInputs, *others: Tensor) -> bool:
+    """Whether compiled loops make the probabilities, and their gradient, of such a block."""
+    given = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.key_mask, *others)
+    return inputs.sinks is None and softmax.serves(inputs.seed, inputs.p, *given)
+
+
+def _kept(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """As the reference's ``kept_probabilities``."""
+    if not _by_loops(inputs):
+        return reference.kept_probabilities(inputs, options, softmax.attention_multiplier)
+    kept = scores(inputs, softmax.without_band(options))[0].contiguous()
+    lse = kept.new_empty(kept.shape[:-1], dtype=float32)
+    softmax.forward(kept, inputs.seed, options, 1.0, kept, lse=lse)
+    return kept, lse
+
+
+def _of_scores(
+    dkept: Tensor,
+    delta: Tensor | None,
+    dlse: Tensor | None,
+    lse: Tensor | None,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+) -> ScoreGradients:
+    """As the reference's ``score_gradients``."""
+    if delta is not None or not _by_loops(inputs, dkept):
+        drawn = softmax.attention_multiplier
+        return reference.score_gradients(dkept, delta, dlse, lse, inputs, options, drawn)
+    kept, capped = scores(inputs, softmax.without_band(options))
+    kept, dkept = kept.contiguous(), dkept.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    softmax.backward(kept, inputs.seed, options, 1.0, dkept, dkept, dlse=dlse, kept=kept)
+    return ScoreGradients(kept, dkept, capped, None)
+
+
+@as_given
+def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """The op; arguments as in ``backends.Backend.attention_forward``."""
+    found = flash.forward(inputs, options)
+    return reference.attention_forward(inputs, options, _kept) if found is None else found
+
+
+@as_given
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """The op's gradients; arguments as in ``backends.Backend.attention_backward``."""
+    found = flash.backward(dout, dlse, out, lse, inputs, options, needs)
+    if found is not None:
+        return as_tensors(found, inputs)
+    return reference.attention_backward(dout, dlse, out, lse, inputs, options, needs, _of_scores)

@@ -1,0 +1,182 @@
+"""The elementwise family on a CPU, each pass a compiled loop.
+
+The formulas and the rounding are those of the reference, which is handed the calls that the loops
+do not serve: fp64, a rate in a tensor, alpha and Gaussian noise. What does not depend on data is
+prepared once for each shape and set of options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...base.memory import all_whole, place
+from ...spec.elementwise import Options, output_shape
+from ..reference import elementwise
+from . import masks
+from .memory import NONE, result, vector
+from .selection import Selection, Sum, can_read, selection_of, serves
+
+# As numbered in loops/activations.py.
+_FUNCTIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_SHORT = 3
+_NAMES = ("x", "bias", "layer_scale", "residual")
+# grad, u -> grad * f'(u), torch's own.
+_BACKWARD: dict[int, Callable[..., Tensor]] = {
+    2: torch.ops.aten.gelu_backward.default,
+    3: partial(torch.ops.aten.gelu_backward.default, approximate="tanh"),
+    4: torch.ops.aten.silu_backward.default,
+}
+_NO_SUMS = (0, 0)  # the addresses of two absent sums
+
+
+class PreparedElementwise(NamedTuple):
+    """The elementwise family, for calls with results of one shape."""
+
+    drop: Selection
+    shape: tuple[int, ...]
+    options: Options
+    kind: tuple[int, bool]  # the number of f in loops/activations.py, and whether it is gated
+    columns: int
+    width: int  # the columns of x: twice those of the result where f is gated
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+    ) -> Tensor:
+        """The op; arguments as in ``backends.Backend.forward``."""
+        if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
+            nothing = elementwise.Multiplier(None, 1.0)
+            x, *others = all_whole((x, bias, layer_scale, residual), _NAMES)
+            found = elementwise.compose(x, *others, nothing, self.options, False)  # type: ignore[call-arg]
+            return found.clone() if elementwise.is_view(found, x) else found
+        columns, width, count = self.columns, self.width, self.drop.count
+        x, u = place(x, count if width == columns else 2 * count, "x")
+        b = g = 0
+        r = NONE
+        if bias is not None:
+            bias, b = vector(bias, width, "bias")
+        if layer_scale is not None:
+            layer_scale, g = vector(layer_scale, columns, "layer_scale")
+        dtype = x.dtype
+        if residual is not None:
+            residual, r = place(residual, count, "residual")
+            dtype = residual.dtype
+        out, o = result(x, dtype, None if width == columns else self.shape)
+        held = (x, residual, bias, layer_scale, out)
+        self.drop.call("forward", seed, held, o, u, b, g, r, self._kind(dtype))
+        return out
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        seed: Tensor | None,
+        dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The op's gradients; arguments as in ``backends.Backend.backward``."""
+        function, gated = self.kind
+        if not self.drop.drops and not gated and layer_scale is None:
+            if function == 0 and dtypes == (grad.dtype, None, None):
+                return grad, None, None
+            alike = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
+            if x is not None and alike and function in _BACKWARD:
+                grad, x, bias = all_whole((grad, x, bias), ("grad", "x", "bias"))
+                found = _BACKWARD[function](grad, x if bias is None else x + bias)
+                dbias = None if dtypes[1] is None else elementwise.sum_rows(found)
+                return (None if dtypes[0] is None else found), dbias, None
+        columns, width, count = self.columns, self.width, self.drop.count
+        _grad, d = place(grad, count, "grad")
+        _x = _bias = _scale = dx = None
+        u = at = NONE
+        b = g = 0
+        if x is not None:
+            _x, u = place(x, 2 * count if gated else count, "x")
+        if bias is not None:
+            _bias, b = vector(bias, width, "bias")
+        if layer_scale is not None:
+            _scale, g = vector(layer_scale, columns, "layer_scale")
+        if dtypes[0] is not None:
+            shape = (*self.shape[:-1], width) if gated else None
+            dx, at = result(_grad, dtypes[0], shape)
+        given, kind = (d, u, b, g, at), self._kind(*dtypes)
+        held = (_grad, _x, _bias, _scale, dx)
+        if dtypes[1] is None and dtypes[2] is None:
+            self.drop.call("backward", seed, held, *given, _NO_SUMS, kind)
+            return dx, None, None
+        sums = (Sum(width, dtypes[1]), Sum(columns, dtypes[2]))
+        dbias, dlayer_scale = self.drop.sum("backward", seed, grad, sums, held, *given, kind)
+        return dx, dbias, dlayer_scale
+
+    def _kind(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
+        """``kind`` for results of these dtypes: what is rounded to 16 bits needs no more."""
+        if self.kind[0] < 2 or torch.float32 in dtypes:
+            return self.kind
+        return self.kind[0] + _SHORT, self.kind[1]
+
+    def _is_torchs(self, x: Tensor, *others: Tensor | None) -> bool:
+        function, gated = self.kind
+        return elementwise.is_torchs((function > 0) + gated, function > 1, x, *others)
+
+
+@lru_cache(256)
+def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
+    drop = selection_of(shape, options)
+    function = (_FUNCTIONS[options.function], options.gated)
+    columns = drop.where.cols
+    width = 2 * columns if options.gated else columns
+    return PreparedElementwise(drop, shape, options, function, columns, width)
+
+
+def prepare(
+    shape: tuple[int, ...], options: Options, *tensors: Tensor | None
+) -> PreparedElementwise | None:
+    """Both directions of calls with results of ``shape`` and such tensors, where loops serve them;
+    see :func:`tridrop.backends.cpu.selection.serves`."""
+    return _prepare(shape, options) if serves(shape, options, *tensors) else None
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The op; arguments as in ``backends.Backend.forward``."""
+    tensors = (x, bias, layer_scale, residual)
+    shape = output_shape(x, options.activation)
+    if not serves(shape, options, *tensors) or not can_read(seed, p):
+        return elementwise.forward(*tensors, seed, p, options, masks)
+    return _prepare(shape, options).forward(*tensors, seed)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: Options,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The op's gradients; arguments as in ``backends.Backend.backward``."""
+    tensors = (grad, x, bias, layer_scale)
+    shape = tuple(grad.shape)
+    if not serves(shape, options, *tensors) or not can_read(seed, p, dtypes):
+        return elementwise.backward(*tensors, seed, p, options, dtypes, masks)
+    dx, dbias, dlayer_scale = _prepare(shape, options).backward(*tensors, seed, dtypes)
+    return dx if dx is None else elementwise.own(dx, grad), dbias, dlayer_scale

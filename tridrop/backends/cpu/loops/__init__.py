@@ -1,0 +1,1 @@
+"""Loops that numba compiles. Importing one of these modules imports numba."""

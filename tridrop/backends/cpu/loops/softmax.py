@@ -1,0 +1,257 @@
+"""Softmax and dropout of attention scores for CPUs, forward and backward in one pass each.
+
+The formulas are those of ``backends/reference/softmax.py``, the rounding too: fp32 within, and once
+to what is stored. A row of scores stays in the cache. Matrices are pairs (address, kind) as in
+``loops/storage.py``; absent ones and absent vectors have the address 0.
+
+``sizes`` are the numbers of heads and of queries. ``mask`` is what decides: the address of the
+seed, the domain, ``last`` (an element is dropped iff its bits are at most that, none where it is
+negative) and what the coordinates (batch, head, query, key) begin at. ``band`` are the bounds of
+key - query, both local indices, outside of which probabilities are 0. A score of minus infinity has
+the probability 0 and the gradient 0 also in a row with NaN, as a key outside of the band has.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int32
+
+from ....contract.mask import TILE
+from .activations import exp
+from .mask import (
+    LINE,
+    STRIP,
+    cut,
+    held,
+    inline,
+    kernel,
+    key_words,
+    part,
+    place_of_row,
+    randoms,
+    score_bits,
+    scratch,
+    vector,
+)
+from .steps import ANY_ORDER, add, copy, fill, select, total
+from .storage import load, store
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_NOTHING, _MAGNITUDE, _SIGN = np.float32(-np.inf), np.int32(0x7FFFFFFF), np.int32(31)
+_LEAST = np.int32(-0x7F800001)  # ordered, of minus infinity
+
+
+@inline(set())
+def ordered(word):
+    """The bits of a number as an integer that is the larger the larger the number is; and back."""
+    return int32(word ^ int32(int32(word >> _SIGN) & _MAGNITUDE))
+
+
+@part(set())
+def largest(u):
+    """The largest number, of integers since those become vector instructions, whatever is NaN."""
+    found = _LEAST
+    for j in range(u.size):
+        word = ordered(np.float32(u[j]).view(np.int32))
+        found = word if word > found else found
+    return np.int32(ordered(found)).view(np.float32)
+
+
+@part(set())
+def has_nan(u):
+    found = False
+    for j in range(u.size):
+        found = found or u[j] != u[j]
+    return found
+
+
+@part({"contract"})
+def exponentials(u, shift):
+    """u = exp(u - shift), where that is 0 or less."""
+    for j in range(u.size):
+        u[j] = exp(u[j] - shift, _ZERO)
+
+
+@inline(set())
+def rescale(u, factor):
+    for j in range(u.size):
+        u[j] *= factor
+
+
+@part(ANY_ORDER)
+def inner(u, v):
+    """The sum of u * v."""
+    found = _ZERO
+    for j in range(u.size):
+        found += u[j] * v[j]
+    return found
+
+
+@inline({"contract"})
+def project(u, v, along, scale):
+    """v = u * (v - along) * scale."""
+    for j in range(u.size):
+        v[j] = u[j] * (v[j] - along) * scale
+
+
+@inline(set())
+def softmax(u):
+    """u = exp(u - log-sum-exp), 0 where there is nothing but -inf; returns the log-sum-exp."""
+    shift = largest(u)
+    if shift == _NOTHING and not has_nan(u):
+        fill(u, u.size, _ZERO)
+        return _NOTHING
+    exponentials(u, shift)
+    whole = total(u)
+    rescale(u, _ONE / whole)
+    return shift + np.log(whole)
+
+
+@part(set())
+def clear(u, v, number):
+    """v = 0 where u is this number."""
+    for j in range(u.size):
+        if u[j] == number:
+            v[j] = _ZERO
+
+
+@part(set())
+def inner_of_some(u, v):
+    """The sum of u * v where u is not 0, whatever v is elsewhere."""
+    found = _ZERO
+    for j in range(u.size):
+        if u[j] != _ZERO:
+            found += u[j] * v[j]
+    return found
+
+
+@inline(set())
+def seen(row, queries, keys, band):
+    """The first key that a row's query sees, and the one after the last."""
+    query = row % queries
+    end = max(0, min(keys, query + band[1] + 1))
+    return min(end, max(0, query + band[0])), end
+
+
+@inline(set())
+def bits_of_row(bits, words, mask, row, sizes, first, end):
+    """Make the bits of the keys from ``first`` to ``end``; the lane they begin at is returned."""
+    seed, domain, last, origin = mask[0], mask[1], mask[2], mask[3:]
+    if last < 0 or end == first:
+        return 0
+    place = place_of_row(row, sizes, origin)
+    return score_bits(bits, words, key_words(seed), domain, place, origin[3] + first, end - first)
+
+
+@inline(set())
+def width_of(keys):
+    """Of the arrays of a row: bits begin and end anywhere in a tile."""
+    return (keys // LINE + 2 + 2 * TILE // LINE) * LINE
+
+
+@inline(set())
+def row_of_scratch(memory, k, keys):
+    return cut(memory, 4 * STRIP + k * width_of(keys), keys, np.float32)
+
+
+@inline(set())
+def outside(u, first, end):
+    """0 before ``first`` and from ``end`` on."""
+    fill(u[:first], first, _ZERO)
+    fill(u[end:], u.size - end, _ZERO)
+
+
+@part(set())
+def again(x, at, size, scale, spare, u):
+    """Of a row with NaN: read its scores once more, for those that are minus infinity."""
+    scores = spare[:size]
+    load(x, at, size, scores)
+    if scale != 1:
+        rescale(scores, np.float32(scale))
+    clear(scores, u, _NOTHING)  # in a row with NaN their exponential is no number
+
+
+@kernel
+def forward(start, stop, keys, sizes, mask, factor, band, scale, x, out, probabilities, lse):
+    """out and probabilities of the rows from start to stop, and lse, an address of fp32.
+
+    ``factor`` is what a kept probability is multiplied by, ``scale`` a score.
+    """
+    memory = scratch(4 * STRIP + 3 * width_of(keys))
+    bits, words = randoms(memory, width_of(keys), mask[2])
+    u, spare = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
+    last = np.uint32(max(0, mask[2]))
+    for r in range(start, stop):
+        first, end = seen(r, sizes[1], keys, band)
+        outside(u, first, end)
+        v = u[first:end]
+        load(x, r * keys + first, end - first, v)
+        if scale != 1:
+            rescale(v, np.float32(scale))
+        found = softmax(v)
+        if found != found:
+            again(x, r * keys + first, end - first, scale, spare, v)
+        if lse != 0:
+            vector(lse, stop, np.float32)[r] = found
+        if probabilities[0] != 0:
+            store(probabilities, r * keys, keys, u)
+        lane = bits_of_row(bits, words, mask, r, sizes, first, end)
+        select(v, end - first, bits[lane : lane + end - first], last, np.float32(factor))
+        store(out, r * keys, keys, u)
+    held(memory)
+
+
+@kernel
+def backward(start, stop, keys, sizes, mask, factor, band, scale, given, kept, dx):
+    """Gradients of the scores in the rows from start to stop.
+
+    ``given`` are the matrices x, dout and dsoftmax, and the address of the gradient of lse, fp32.
+    ``kept`` are the probabilities times the multiplier; it may be x, and dx may be dout.
+    """
+    x, dout, dsoftmax, dlse = given
+    memory = scratch(4 * STRIP + 4 * width_of(keys))
+    bits, words = randoms(memory, width_of(keys), mask[2])
+    u, g = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
+    spare = row_of_scratch(memory, 3, keys)
+    last = np.uint32(max(0, mask[2]))
+    for r in range(start, stop):
+        first, end = seen(r, sizes[1], keys, band)
+        size = end - first
+        v, w = u[first:end], g[first:end]
+        load(x, r * keys + first, size, v)
+        if scale != 1:
+            rescale(v, np.float32(scale))
+        found = softmax(v)
+        if found != found:
+            again(x, r * keys + first, size, scale, spare, v)
+        lane = bits_of_row(bits, words, mask, r, sizes, first, end)
+        b = bits[lane : lane + size]
+        if kept[0] != 0:
+            outside(spare, first, end)
+            c = spare[first:end]
+            copy(v, size, c)
+            select(c, size, b, last, np.float32(factor))
+            store(kept, r * keys, keys, spare)
+        if dout[0] != 0:
+            load(dout, r * keys + first, size, w)
+            select(w, size, b, last, np.float32(factor))
+        else:
+            fill(w, size, _ZERO)
+        if dsoftmax[0] != 0:
+            c = spare[first:end]
+            load(dsoftmax, r * keys + first, size, c)
+            add(w, size, c)
+        along = inner(v, w)
+        # A key without a part in the row has none in the sum, and no gradient, whatever came in.
+        odd = not np.isfinite(along)
+        if odd:
+            along = inner_of_some(v, w)
+        if dlse != 0:
+            along -= vector(dlse, stop, np.float32)[r]
+            odd = odd or not np.isfinite(along)
+        project(v, w, along, np.float32(scale))
+        if odd:
+            clear(v, w, _ZERO)
+        outside(g, first, end)
+        store(dx, r * keys, keys, g)
+    held(memory)

@@ -1,0 +1,117 @@
+"""The steps that the loops are made of: loops over a piece of the rows.
+
+A piece is a strip of a row, or several whole rows one after the other. Pieces are arrays in fp32
+that stay in the first-level cache, so that a step apart costs little, and each loop is simple
+enough to become vector instructions. They become part of the kernels: to hand arrays over takes as
+long as some sixty elements.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .mask import inline, vector
+
+_ZERO = np.float32(0)
+ANY_ORDER = {"reassoc", "contract", "nsz"}  # of sums, in as many parts as a vector has
+
+
+@inline(set())
+def select(u, size, bits, last, scale):
+    """u = u * scale where kept, exactly 0 elsewhere, whatever it was."""
+    for j in range(size):
+        u[j] = (u[j] if bits[j] > last else _ZERO) * scale
+
+
+@inline(set())
+def copy(u, size, into):
+    """into = u."""
+    for j in range(size):
+        into[j] = u[j]
+
+
+@inline(set())
+def fill(u, size, value):
+    """u = value."""
+    for j in range(size):
+        u[j] = value
+
+
+@inline(set())
+def add(u, size, v):
+    """u = v + u."""
+    for j in range(size):
+        u[j] = v[j] + u[j]
+
+
+@inline(set())
+def multiply(u, size, v):
+    """u = u * v."""
+    for j in range(size):
+        u[j] = u[j] * v[j]
+
+
+@inline(ANY_ORDER)
+def total(u):
+    """The sum, in as many parts as a vector has."""
+    found = _ZERO
+    for j in range(u.size):
+        found += u[j]
+    return found
+
+
+@inline(set())
+def row_of(u, k, size):
+    """Row number k of a piece."""
+    return u[k * size : (k + 1) * size]
+
+
+@inline(set())
+def add_vector(u, rows, size, address, start):
+    """u = u + the fp32 vector at ``address`` from ``start`` on, in every row; 0 is none."""
+    if address != 0:
+        v = vector(address + 4 * start, size, np.float32)
+        for k in range(rows):
+            row = row_of(u, k, size)
+            for j in range(size):
+                row[j] += v[j]
+
+
+@inline(set())
+def multiply_vector(u, rows, size, address, start):
+    """u = u * the fp32 vector at ``address`` from ``start`` on, in every row; 0 is none."""
+    if address != 0:
+        v = vector(address + 4 * start, size, np.float32)
+        for k in range(rows):
+            row = row_of(u, k, size)
+            for j in range(size):
+                row[j] *= v[j]
+
+
+@inline(set())
+def clear(address, start, size):
+    """Set to 0 a part of the fp32 vector at ``address``, unless that is 0."""
+    if address != 0:
+        fill(vector(address + 4 * start, size, np.float32), size, _ZERO)
+
+
+@inline(set())
+def accumulate(address, start, rows, size, u):
+    """Add the rows of ``u`` in turn to a part of the fp32 vector at ``address``; 0 is none."""
+    if address != 0:
+        sums = vector(address + 4 * start, size, np.float32)
+        for k in range(rows):
+            row = row_of(u, k, size)
+            for j in range(size):
+                sums[j] += row[j]
+
+
+@inline(set())
+def accumulate_selected(address, start, rows, size, u, bits, last, scale):
+    """The same with u * scale where kept, exactly 0 elsewhere, in place of u."""
+    if address != 0:
+        sums = vector(address + 4 * start, size, np.float32)
+        for k in range(rows):
+            row, b = row_of(u, k, size), row_of(bits, k, size)
+            for j in range(size):
+                sums[j] += (row[j] if b[j] > last else _ZERO) * scale

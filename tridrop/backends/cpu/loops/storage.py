@@ -1,0 +1,188 @@
+"""How the kernels for CPUs read and write tensors: fp32, or 16 bits handled as integers.
+
+A matrix is a pair (address, kind), so that one compiled kernel serves all dtypes: it works on
+strips in fp32, and what a strip is loaded from or stored to is asked once a strip.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import uint16, uint32
+
+from .mask import inline, vector
+
+FP32, BF16, FP16 = 0, 1, 2
+
+_ZERO = np.float32(0)
+_ONE, _SIGN, _FINITE = np.uint32(1), np.uint32(0x8000), np.uint32(0x7FFF)
+_WORD, _MAGNITUDE, _INFINITY = np.uint32(16), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+# fp16's exponent and mantissa, 13 bits up, are an fp32 2^112 times too small. 65536 is what its
+# infinity becomes then; from there on in fp32 everything is infinite in fp16, or NaN.
+_SHIFT, _REBIAS, _BEYOND = np.uint32(13), np.float32(2.0**112), np.float32(65536)
+_OVERFLOW, _SUBNORMAL = np.uint32(143 << 23), np.uint32(113 << 23)
+_REBIAS_AND_HALF = np.uint32((1 << 32) - (112 << 23) + 0xFFF)  # modulo 2^32
+_HALF_POINT = np.float32(0.5)  # added to a subnormal of fp16, leaves its bits lowest, rounded
+
+
+@inline(set())
+def bits_of(value):
+    return np.float32(value).view(np.uint32)
+
+
+@inline(set())
+def value_of(bits):
+    return np.uint32(bits).view(np.float32)
+
+
+@inline(set())
+def from_bf16(half):
+    return value_of(uint32(half) << _WORD)
+
+
+@inline(set())
+def to_bf16(value):
+    """To the nearest, ties to even."""
+    word = bits_of(value)
+    odd = uint32(uint32(word >> _WORD) & _ONE)
+    rounded = uint16(uint32(uint32(word + _FINITE) + odd) >> _WORD)
+    return rounded if value == value else np.uint16(0x7FC0)
+
+
+# numba makes 64 bits of what 32 and 32 bits make, so that every step is cut back: half the vectors.
+@inline(set())
+def from_fp16(half):
+    word = uint32(half)
+    value = value_of(uint32(uint32(word & _FINITE) << _SHIFT)) * _REBIAS
+    magnitude = uint32(bits_of(value) | (_INFINITY if value >= _BEYOND else np.uint32(0)))
+    return value_of(uint32(magnitude | uint32(uint32(word & _SIGN) << _WORD)))
+
+
+@inline(set())
+def to_fp16(value):
+    """To the nearest, ties to even."""
+    word = bits_of(value)
+    magnitude = uint32(word & _MAGNITUDE)
+    odd = uint32(uint32(magnitude >> _SHIFT) & _ONE)
+    normal = uint32(uint32(uint32(magnitude + _REBIAS_AND_HALF) + odd) >> _SHIFT)
+    small = uint32(bits_of(value_of(magnitude) + _HALF_POINT) - bits_of(_HALF_POINT))
+    huge = np.uint32(0x7C00) if magnitude <= _INFINITY else np.uint32(0x7E00)
+    found = small if magnitude < _SUBNORMAL else normal
+    found = huge if magnitude >= _OVERFLOW else found
+    return uint16(uint32(found | uint32(uint32(word >> _WORD) & _SIGN)))
+
+
+@inline(set())
+def same(value):
+    return value
+
+
+def of_kind(fastmath):
+    """Make loops over (elements, ...) a function of (matrix, start, size, ...).
+
+    ``elements`` are the ``size`` ones from ``start`` on. What is decorated makes the loop for one
+    kind, of two functions that convert an element from and to fp32.
+    """
+
+    def decorate(make):
+        of_fp32 = inline(fastmath)(make(same, same))
+        of_bf16 = inline(fastmath)(make(from_bf16, to_bf16))
+        of_fp16 = inline(fastmath)(make(from_fp16, to_fp16))
+
+        @inline(fastmath)
+        def call(matrix, start, size, *others):
+            address, kind = matrix
+            if kind == FP32:
+                return of_fp32(vector(address + 4 * start, size, np.float32), *others)
+            half = vector(address + 2 * start, size, np.uint16)
+            return of_bf16(half, *others) if kind == BF16 else of_fp16(half, *others)
+
+        return call
+
+    return decorate
+
+
+@of_kind(set())
+def load(read, write):
+    """into = the elements, in fp32."""
+
+    def loop(elements, into):
+        for j in range(elements.size):
+            into[j] = read(elements[j])
+
+    return loop
+
+
+@of_kind(set())
+def load_rows(read, write):
+    """into = ``rows`` rows of ``size`` elements, each ``stride`` after the one before, in fp32."""
+
+    def loop(elements, rows, stride, size, into):
+        for k in range(rows):
+            row, u = elements[k * stride : k * stride + size], into[k * size : (k + 1) * size]
+            for j in range(size):
+                u[j] = read(row[j])
+
+    return loop
+
+
+@of_kind(set())
+def store(read, write):
+    """The elements = values, rounded once."""
+
+    def loop(elements, values):
+        for j in range(elements.size):
+            elements[j] = write(values[j])
+
+    return loop
+
+
+@of_kind({"reassoc", "nsz"})
+def store_rounded(read, write):
+    """The elements = values, rounded once; values become that, and their sum is returned."""
+
+    def loop(elements, values):
+        total = _ZERO
+        for j in range(elements.size):
+            rounded = write(values[j])
+            elements[j] = rounded
+            values[j] = read(rounded)
+            total += read(rounded)
+        return total
+
+    return loop
+
+
+@of_kind(set())
+def add_selected(read, write):
+    """u = the elements + u * scale where kept, the elements alone where not."""
+
+    def loop(elements, u, bits, last, scale):
+        for j in range(elements.size):
+            u[j] = read(elements[j]) + (u[j] if bits[j] > last else _ZERO) * scale
+
+    return loop
+
+
+@of_kind(set())
+def store_selected(read, write):
+    """The elements = u = u * scale where kept, exactly 0 where not, whatever it was."""
+
+    def loop(elements, u, bits, last, scale):
+        for j in range(elements.size):
+            elements[j] = write((u[j] if bits[j] > last else _ZERO) * scale)
+
+    return loop
+
+
+@of_kind(set())
+def store_selected_rows(read, write):
+    """The same for ``rows`` rows of ``size`` elements, each ``stride`` after the one before."""
+
+    def loop(elements, rows, stride, size, u, bits, last, scale):
+        for k in range(rows):
+            row, at = elements[k * stride : k * stride + size], k * size
+            v, b = u[at : at + size], bits[at : at + size]
+            for j in range(size):
+                row[j] = write((v[j] if b[j] > last else _ZERO) * scale)
+
+    return loop

@@ -1,0 +1,107 @@
+"""The mask contract by compiled loops: twins of the functions of contract/mask.py, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...base.memory import SEEDS, place, readable
+from ...contract import mask
+from ...contract.mask import LANES, Shard
+from .serving import kernels
+from .threads import parts_of, share
+
+
+def pair_of(seed: Tensor | None) -> tuple[Tensor | None, int]:
+    """The two numbers of a seed side by side, and their address; 0 where there is none."""
+    if seed is None:
+        return None, 0
+    pair, (address, _) = place(seed, 2, "seed", SEEDS)
+    return pair, address
+
+
+def rule_of(
+    where: mask.Coordinates, domain: str, t: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What :func:`mask_of` says without looking at data: (lane, group) and (domain, last)."""
+    group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
+    return (lane, group), (mask.DOMAINS[domain] << 28, t - 1)
+
+
+def mask_of(
+    where: mask.Coordinates, seed: Tensor | None, domain: str, t: int, factors: Tensor | None = None
+) -> tuple[tuple[int, ...], Any]:
+    """What the kernels are told of the decisions, see ``next_piece`` of loops/mask.py, and the
+    tensors that it has addresses of."""
+    rows = mask.row_coordinates(where, "cpu") if where.leading and t else None
+    first, rule = rule_of(where, domain, t)
+    pair, address = pair_of(seed)
+    places = 0 if rows is None else rows.data_ptr()
+    by_row = 0 if factors is None else factors.data_ptr()
+    return (places, *first, address, *rule, by_row), (rows, pair, factors)
+
+
+def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: int) -> Tensor:
+    """The decisions of the first ``columns`` of all rows."""
+    keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
+    decisions, held = mask_of(where, seed, domain, t)
+    out, loops = keep.data_ptr(), kernels()
+
+    def call(_: int, start: int, stop: int) -> None:
+        loops.keep_rows(start, stop, columns, decisions, out)
+
+    share(parts_of(where.rows, columns), where.rows * columns, call, (keep, held))
+    return keep
+
+
+def keep_mask(
+    seed: Tensor,
+    shape: Sequence[int],
+    drop_threshold: int | Tensor,
+    *,
+    shared: Sequence[int] = (),
+    shard: Shard | None = None,
+    domain: str = "elements",
+) -> Tensor:
+    """:func:`tridrop.contract.mask.keep_mask`, by numba where that serves."""
+    loops: Any = kernels() if readable(seed) else None
+    t = 0 if loops is None else int(drop_threshold)
+    if t == 0:
+        return mask.keep_mask(
+            seed, shape, drop_threshold, shared=shared, shard=shard, domain=domain
+        )
+    where = mask.coordinates(shape, shared, shard)
+    if domain == "drop_path" and not where.col_shared:
+        raise ValueError("the masks of drop_path are shared along the last dimension")
+    columns = min(1, where.cols) if where.col_shared else where.cols
+    keep = decide(where, columns, seed, domain, t)
+    return keep.expand(where.rows, where.cols).reshape(tuple(shape)).contiguous()
+
+
+def attention_keep_mask(
+    seed: Tensor,
+    shape: Sequence[int],
+    drop_threshold: int | Tensor,
+    *,
+    origin: Sequence[int] = (0, 0, 0, 0),
+) -> Tensor:
+    """:func:`tridrop.contract.mask.attention_keep_mask`, by numba where that serves."""
+    loops: Any = kernels() if readable(seed) else None
+    t = 0 if loops is None else int(drop_threshold)
+    if t == 0:
+        return mask.attention_keep_mask(seed, shape, drop_threshold, origin=origin)
+    batch, heads, queries, keys = shape
+    rows = batch * heads * queries
+    keep = torch.empty((rows, keys), dtype=torch.bool, device="cpu")
+    pair, address = pair_of(seed)
+    domain, sizes = mask.DOMAINS["attention"] << 28, (heads, queries)
+    others = (keys, sizes, address, domain, t - 1, tuple(origin), keep.data_ptr())
+
+    def call(_: int, start: int, stop: int) -> None:
+        loops.keep_scores(start, stop, *others)
+
+    share(parts_of(rows, keys), rows * keys, call, (keep, pair))
+    return keep.view(tuple(shape))

@@ -1,0 +1,67 @@
+"""Tensors as the loops take them, and new ones for results."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ...base.memory import STORED, Matrix, place, whole
+
+NONE: Matrix = (0, 0)  # an absent one
+KINDS = {dtype: kind for dtype, (kind, _) in STORED.items()}
+# glibc maps what is larger than this anew for every allocation: DEFAULT_MMAP_THRESHOLD_MAX, see
+# mallopt(3).
+_MAPPED_ANEW = 32 << 20
+_MADV_HUGEPAGE = 14
+
+_madvise: Any = None
+if sys.platform == "linux":
+    _madvise = ctypes.CDLL(None).madvise
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def result(
+    like: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None
+) -> tuple[Tensor, Matrix]:
+    """A new contiguous tensor, and how the kernels take it: (address, kind).
+
+    It has the shape of the contiguous tensor ``like``, or ``shape``. A large one asks the kernel
+    for large pages: it is new memory, and 4 KiB at a time its page faults take longer than the op.
+    See madvise(2); a refusal changes nothing.
+    """
+    if shape is not None:
+        made = torch.empty(shape, dtype=dtype, device="cpu")
+    elif like.dtype is dtype:
+        made = torch.empty_like(like)  # half the time of the others
+    else:
+        made = torch.empty_like(like, dtype=dtype)
+    address = made.data_ptr()
+    if _madvise is not None and made.nbytes >= _MAPPED_ANEW:
+        page = mmap.PAGESIZE
+        start = -(-address // page) * page
+        _madvise(start, (address + made.nbytes - start) // page * page, _MADV_HUGEPAGE)
+    return made, (address, KINDS[dtype])
+
+
+@overload
+def matrix(t: Tensor, count: int, name: str) -> tuple[Tensor, Matrix]: ...
+@overload
+def matrix(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, Matrix]: ...
+def matrix(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, Matrix]:
+    """:func:`tridrop.base.memory.place` of a tensor that may be absent."""
+    return (None, NONE) if t is None else place(t, count, name)
+
+
+def vector(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, int]:
+    """The same in fp32, and the address alone; 0 is none."""
+    if t is None:
+        return None, 0
+    if t.dtype is not torch.float32:
+        t = whole(t, name).detach().to(torch.float32)
+    t, (at, _) = place(t, count, name)
+    return t, at

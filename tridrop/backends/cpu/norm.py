@@ -1,0 +1,148 @@
+"""Dropout, add and norm on a CPU, each pass a compiled loop; as elementwise.py."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...base.memory import place
+from ...spec.elementwise import NormOptions
+from ..reference import norm
+from . import masks
+from .memory import KINDS, NONE, matrix, result, vector
+from .selection import Selection, Sum, can_read, selection_of, serves
+
+
+@lru_cache(256)
+def _sums_of_norm(columns: int, dtypes: norm.Dtypes) -> tuple[Sum, ...]:
+    """Gradients of bias, layer_scale, weight and norm_bias."""
+    return tuple(Sum(columns, dtypes[i], rounded=i > 3) for i in (1, 2, 4, 5))
+
+
+class PreparedNorm(NamedTuple):
+    """The norm family, for calls with tensors of one shape."""
+
+    drop: Selection
+    shape: tuple[int, ...]
+    options: NormOptions
+    kind: tuple[bool, bool, bool]  # is RMSNorm; the dropout comes after it; adds 1 to the weight
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        norm_bias: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The op; arguments as in ``backends.Backend.norm_forward``."""
+        options = self.options
+        columns, count = self.drop.where.cols, self.drop.count
+        (_x, u), (_residual, r) = place(x, count, "x"), matrix(residual, count, "residual")
+        out, o = result(_x, options.out_dtype)
+        # Where the stream is not kept, its kind still says how it is rounded.
+        stream, stored = None, (0, KINDS[options.stream_dtype])
+        if options.keep_stream and not options.after:
+            stream, stored = result(_x, options.stream_dtype)
+        statistics = x.new_empty((*self.shape[:-1], 2), dtype=torch.float32)
+        _bias, b = vector(bias, columns, "bias")
+        _scale, g = vector(layer_scale, columns, "layer_scale")
+        _weight, w = matrix(weight, columns, "weight")
+        _norm_bias, n = matrix(norm_bias, columns, "norm_bias")
+        held = (_x, _residual, _bias, _scale, _weight, _norm_bias, out, stream, statistics)
+        given = (o, u, stored, r, statistics.data_ptr(), (b, g, w, n))
+        self.drop.call("norm_forward", seed, held, *given, (*self.kind, float(options.eps)))
+        return out, stream, statistics
+
+    def backward(
+        self,
+        dout: Tensor,
+        dstream: Tensor | None,
+        stream: Tensor,
+        statistics: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        weight: Tensor | None,
+        seed: Tensor | None,
+        dtypes: norm.Dtypes,
+    ) -> tuple[Tensor | None, ...]:
+        """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
+        columns, count = self.drop.where.cols, self.drop.count
+        (_dout, d), (_dstream, ds) = place(dout, count, "dout"), matrix(dstream, count, "dstream")
+        dx, at = None, NONE
+        if dtypes[0] is not None:
+            dx, at = result(_dout, dtypes[0])
+        dresidual, further = None, NONE
+        if dtypes[3] is not None and not self.options.after:
+            dresidual, further = result(_dout, dtypes[3])
+        (_stream, s), (_x, u) = place(stream, count, "stream"), matrix(x, count, "x")
+        _bias, b = vector(bias, columns, "bias")
+        _scale, g = vector(layer_scale, columns, "layer_scale")
+        _weight, w = matrix(weight, columns, "weight")
+        _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
+        sums = _sums_of_norm(columns, dtypes)
+        given = ((d, ds, s, u), m, (b, g, w), (at, further), self.kind)
+        held = (_dout, _dstream, _stream, _x, _bias, _scale, _weight, _statistics, dx, dresidual)
+        found = self.drop.sum("norm_backward", seed, dout, sums, held, *given)
+        dbias, dscale, dweight, dnorm_bias = found
+        return dx, dbias, dscale, dresidual, dweight, dnorm_bias
+
+
+@lru_cache(256)
+def _prepare(shape: tuple[int, ...], options: NormOptions) -> PreparedNorm:
+    kind = (options.norm == "rms_norm", options.after, options.zero_centered)
+    return PreparedNorm(selection_of(shape, options), shape, options, kind)
+
+
+def prepare(
+    shape: tuple[int, ...], options: NormOptions, *tensors: Tensor | None
+) -> PreparedNorm | None:
+    """As elementwise.py's."""
+    return _prepare(shape, options) if serves(shape, options, *tensors) else None
+
+
+def norm_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: NormOptions,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The op; arguments as in ``backends.Backend.norm_forward``."""
+    tensors = (x, bias, layer_scale, residual, weight, norm_bias)
+    shape = tuple(x.shape)
+    if not serves(shape, options, *tensors) or not can_read(seed, p):
+        return norm.norm_forward(*tensors, seed, p, options, masks)
+    return _prepare(shape, options).forward(*tensors, seed)
+
+
+def norm_backward(
+    dout: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    statistics: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    p: Tensor | None,
+    options: NormOptions,
+    dtypes: norm.Dtypes,
+) -> tuple[Tensor | None, ...]:
+    """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
+    tensors = (dout, dstream, stream, statistics, x, bias, layer_scale, weight)
+    shape = tuple(dout.shape)
+    if not serves(shape, options, *tensors) or not can_read(seed, p, dtypes):
+        return norm.norm_backward(*tensors, seed, p, options, dtypes, masks)
+    return _prepare(shape, options).backward(*tensors, seed, dtypes)

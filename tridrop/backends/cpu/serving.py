@@ -1,0 +1,93 @@
+"""Whether the compiled loops serve CPU tensors, and the loops.
+
+numba compiles them, and is optional. ``TRIDROP_CPU`` in the environment is an older way to choose
+among the backends for CPU tensors, and is asked where neither ``tridrop.backend`` nor
+``TRIDROP_BACKEND`` names one: "numba" is the cpu backend, "torch" the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+ENVIRONMENT, CACHE_ENVIRONMENT = "TRIDROP_CPU", "TRIDROP_CPU_CACHE"
+NAMES = ("numba", "torch")
+
+_has_numba = importlib.util.find_spec("numba") is not None
+_loaded: Any = None  # the kernels by name
+_broken: str | None = None  # why numba, though installed, could not be imported
+
+
+def can_serve() -> bool:
+    """Whether numba is installed and can be imported."""
+    return _has_numba and _load() is not None
+
+
+def why_not() -> str:
+    """Why the loops cannot serve."""
+    return _broken or "numba is not installed"
+
+
+def serves() -> bool:
+    """Whether the loops serve CPU tensors where no backend is named.
+
+    Raises:
+        ValueError: ``TRIDROP_CPU`` is neither "numba" nor "torch".
+        ImportError: it is "numba", which cannot be imported.
+    """
+    asked = os.environ.get(ENVIRONMENT)
+    if not asked:
+        return can_serve()
+    if asked not in NAMES:
+        raise ValueError(f"{ENVIRONMENT} is {asked!r}; known: {', '.join(NAMES)}")
+    if asked == "numba" and not can_serve():
+        raise ImportError(
+            f"{ENVIRONMENT}=numba, but {why_not()}: pip install numba, or set {ENVIRONMENT}=torch"
+        )
+    return asked == "numba"
+
+
+def report() -> str:
+    """What ``tridrop info`` says of the loops."""
+    if not can_serve():
+        return why_not()
+    from importlib.metadata import version
+
+    off = os.environ.get(CACHE_ENVIRONMENT) == "0"
+    return (
+        f"numba {version('numba')}, cache on disk {'off' if off else 'on'}; float64, a p in a "
+        "tensor, alpha and Gaussian noise are computed by the reference"
+    )
+
+
+def kernels() -> Any:
+    """The loops by name; ImportError where numba cannot be imported."""
+    found = _load() if _has_numba else None
+    if found is None:
+        raise ImportError(f"the loops of the cpu backend cannot be loaded: {why_not()}")
+    return found
+
+
+def _load() -> Any:
+    global _loaded, _broken
+    if _loaded is None and _broken is None:
+        try:
+            from .loops import elementwise, mask, norm, softmax
+        except ImportError as error:  # numba refuses a NumPy that is too new for it
+            _broken = f"numba cannot be imported: {error}"
+            warnings.warn(f"the reference backend serves CPU tensors: {_broken}", stacklevel=2)
+            return None
+        _loaded = SimpleNamespace(
+            keep_rows=mask.keep_rows,
+            keep_scores=mask.keep_scores,
+            softmax_forward=softmax.forward,
+            softmax_backward=softmax.backward,
+            forward=elementwise.forward,
+            backward=elementwise.backward,
+            norm_forward=norm.forward,
+            norm_backward=norm.backward,
+        )
+    return _loaded

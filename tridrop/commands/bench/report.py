@@ -1,0 +1,240 @@
+"""``tridrop bench``: time with a progress bar, print a table, write JSON, CSV and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ...base.files import replacing
+from ..inspection import DTYPES
+from . import models, op_report, plots, step_report, steps
+from .machine import Machine
+from .options import Options
+from .providers import PROVIDERS
+from .rows import OPS
+from .run import run
+from .timing import MODES
+
+CLONE = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, N,...") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tridrop bench``."""
+    for option, known, default in (
+        ("op", ("all", *OPS), "all"),
+        ("dtype", tuple(DTYPES), "bf16 on cuda, fp32 and bf16 on a cpu"),
+        ("mode", MODES, "all"),
+        ("provider", (*PROVIDERS, steps.BOTH), "all"),
+    ):
+        parser.add_argument(
+            f"--{option}",
+            type=_names,
+            action="extend",
+            metavar="NAME,...",
+            help=f"of {', '.join(known)} (default: {default})",
+        )
+    parser.add_argument("--device", help='"cuda" or "cpu" (default: cuda where there is one)')
+    parser.add_argument(
+        "--size", type=_names, action="extend", metavar="ROWSxCOLS,...",
+        help="of all ops but attention",
+    )  # fmt: skip
+    for option, text in (("length", "lengths of attention"), ("head-dim", "widths of its heads")):
+        parser.add_argument(
+            f"--{option}", type=_numbers, action="extend", metavar="N,...", help=text
+        )
+    parser.add_argument("--p", type=float, default=0.1, help="beside 0 (default %(default)s)")
+    parser.add_argument("--rounds", type=int, help="default: 30 on cuda, 15 on a cpu")
+    parser.add_argument("--threads", type=int, help="of torch, on a cpu (default: torch's)")
+    parser.add_argument(
+        "--quick", action="store_true", help="few ops, sizes and rounds, one row an op"
+    )
+    parser.add_argument(
+        "--all-rows", action="store_true", help="every row of tridrop check that has other sizes"
+    )
+    parser.add_argument(
+        "--steps",
+        type=_names,
+        action="extend",
+        metavar="NAME,...",
+        help=f"time training steps instead of ops: of {', '.join(models.ARCHITECTURES)}",
+    )
+    parser.add_argument(
+        "--model-size", help='of --steps: "full" or "tiny" (default: full on cuda without --quick)'
+    )
+    parser.add_argument("--batch", type=int, help="of --steps: sequences or images in a step")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: benchmarks/results of a clone)"
+    )
+    parser.add_argument("--label", default="", help="a part of the files' names")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; 0, or 1 where a check failed, or 2 where it cannot run as it was asked to."""
+    threads = torch.get_num_threads()
+    try:
+        if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads {args.threads}: give 1 or more")
+            torch.set_num_threads(args.threads)
+        return _main(args)
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        print(f"tridrop bench: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _main(args: argparse.Namespace) -> int:
+    out = folder(args.out)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the plot needs matplotlib: pip install 'tridrop[demo]'")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console(highlight=False)
+    if not sys.stdout.isatty():
+        # Into a file or a pipe goes the whole table, whatever a terminal's width.
+        console = Console(width=200, highlight=False)
+    times = _time_steps if args.steps else _time_ops
+    return times(args, device, lambda kind: Files(Machine(device), out, args.label, kind), console)
+
+
+Open = Callable[[str], "Files"]
+
+
+def _time_ops(args: argparse.Namespace, device: str, files: Open, console: Console) -> int:
+    for name in ("model_size", "batch"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is of --steps: give both or neither")
+    options = Options.of(
+        device,
+        ops=args.op,
+        dtypes=args.dtype,
+        sizes=args.size,
+        lengths=args.length,
+        head_dims=args.head_dim,
+        modes=args.mode,
+        providers=args.provider,
+        p=args.p,
+        rounds=args.rounds,
+        quick=args.quick,
+        all_rows=args.all_rows,
+    )
+    written = files("bench")
+    records = _with_progress(run, options, written)
+    console.print(op_report.table(records))
+    return _conclude(
+        console, op_report.failures(records), op_report.reasons(records),
+        written.paths + plots.draw(records, written.stem),
+    )  # fmt: skip
+
+
+def _time_steps(args: argparse.Namespace, device: str, files: Open, console: Console) -> int:
+    for name in ("op", "size", "length", "head_dim", "mode", "all_rows"):
+        if getattr(args, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is of ops, --steps of models: give one of the two")
+    options = steps.StepOptions.of(
+        device,
+        args.steps,
+        dtypes=args.dtype,
+        providers=args.provider,
+        size=args.model_size,
+        batch=args.batch,
+        p=args.p,
+        rounds=args.rounds,
+        quick=args.quick,
+    )
+    written = files("bench-steps")
+    records = _with_progress(steps.run, options, written)
+    console.print(step_report.table(records))
+    for line in step_report.headlines(records):
+        console.print(line)
+    return _conclude(
+        console, step_report.failures(records), step_report.reasons(records),
+        written.paths + step_report.draw(records, written.stem),
+    )  # fmt: skip
+
+
+def _conclude(
+    console: Console, failures: Sequence[str], reasons: Sequence[str], paths: Sequence[Path]
+) -> int:
+    """Say what failed, who could not run and what was written; return the exit status."""
+    for text in failures:
+        console.print(f"[bold red]FAIL[/] {escape(text)}")
+    for text in reasons:
+        console.print(f"[yellow]not run:[/] {escape(text)}")
+    console.print("Written: " + ", ".join(map(str, paths)), soft_wrap=True)
+    return 1 if failures else 0
+
+
+def _with_progress(time: Callable[..., list[Any]], options: Any, files: Files) -> list[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("timing", total=None)
+        done = iter((0,))
+        return time(
+            options,
+            on_start=lambda total: progress.update(task, total=total),
+            on_row=lambda what: progress.update(
+                task, advance=next(done, 1), description=escape(what)
+            ),
+            on_records=lambda records: files.write([asdict(r) for r in records]),
+        )
+
+
+def folder(given: Path | None) -> Path:
+    """Where results go; ValueError where that was not said and there is no clone."""
+    if given is None and not CLONE.is_dir():
+        raise ValueError("this is no clone of the repository: say --out FOLDER")
+    found = given or CLONE
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+class Files:
+    """KIND-DEVICE-DATE[-LABEL].json and .csv: written anew as records come, so that what was
+    timed is there should the rest be cut short."""
+
+    def __init__(self, machine: Machine, out: Path, label: str, kind: str) -> None:
+        self._about = machine.about()
+        parts = (kind, machine.slug, self._about["date"], label)
+        self.stem = out / "-".join(filter(None, parts))
+        # The stem may have dots, which with_suffix would take for one.
+        self.paths = [Path(f"{self.stem}.json"), Path(f"{self.stem}.csv")]
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the records, one or more."""
+        lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
+        with replacing(self.paths[0]) as draft:
+            draft.write_text(f'{{"about":{json.dumps(self._about)},\n"records":[\n{lines}\n]}}\n')
+        with replacing(self.paths[1]) as draft, draft.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)

@@ -1,0 +1,83 @@
+"""The command line, also ``python -m tridrop``: check, bench, demo, inspect and info."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .. import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    from . import demo
+    from .bench import report as timed
+    from .check import report
+    from .inspection import report as inspected
+
+    top = argparse.ArgumentParser(
+        prog="tridrop",
+        description="Dropout fused into transformer blocks, with a mask that anyone can check.",
+    )
+    top.add_argument("--version", action="version", version=f"tridrop {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    check = commands.add_parser(
+        "check",
+        help="hold every op to eager PyTorch under the same mask",
+        description="For each op, dtype and backend: values and gradients against eager PyTorch "
+        "under the exported mask, expected values over many seeds, forward mask = backward mask = "
+        "exported mask, bytes saved for backward. Exit status 1 if anything fails. On a machine "
+        "without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels too.",
+    )
+    report.add_arguments(check)
+    check.set_defaults(run=report.main)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time every op beside eager PyTorch and torch.compile, once its check has passed",
+        description="Times the rows of tridrop check at a transformer's sizes, in rounds in which "
+        "eager PyTorch, torch.compile, torch's attentions and tridrop take turns, beside a device "
+        "copy: time, bandwidth, memory, host time, launches, and what dropout costs. Exit status 1 "
+        "where a check fails; no speed-up is given there. docs/performance.md tells how to read "
+        "the figures.",
+    )
+    timed.add_arguments(bench)
+    bench.set_defaults(run=timed.main)
+
+    shown = commands.add_parser(
+        "demo",
+        help="train a small GPT on real text without dropout, with eager dropout, with tridrop",
+    )
+    demo.add_arguments(shown)
+    shown.set_defaults(run=demo.run)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="compile every kernel without a GPU: instructions an element, registers, limits",
+        description="Compiles the kernels, as they would be launched for a transformer's sizes, "
+        "for GPUs that need not be here, and counts in the machine code: instructions an element, "
+        "registers, spills, shared memory, widths of loads and stores, Philox rounds. Beside each "
+        "the same kernel without dropout, and for dropout_add one with a Philox call an "
+        "element. docs/performance.md tells how to read the figures.",
+    )
+    inspected.add_arguments(inspect)
+    inspect.set_defaults(run=inspected.main)
+
+    info = commands.add_parser("info", help="versions, devices and backends, for a bug report")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+    return top
+
+
+def _info(args: argparse.Namespace) -> int:
+    from . import info
+
+    return info.main(args.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    args = parser().parse_args(argv)
+    status: int = args.run(args)
+    return status

@@ -1,0 +1,193 @@
+"""The options of the demo: their defaults, and every check on their values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# The sizes are chosen so that on two CPU cores the default run shows the turning point of the run
+# without dropout in some three minutes, and the quick one is over within one.
+DEFAULTS: dict[str, Any] = {
+    "steps": 1000,
+    "layers": 2,
+    "dim": 128,
+    "heads": 4,
+    "context": 64,
+    "batch": 16,
+    "p": 0.1,
+    "attention_p": None,  # p
+    "lr": 2e-3,
+    "seed": 0,
+    "train_bytes": 12_288,
+    "valid_bytes": 16_384,
+    "eval_every": 40,
+}
+MODELS = ("block", "gpt2", "bert")
+EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
+QUICK: dict[str, Any] = {
+    "steps": 240,
+    "train_bytes": 2_048,
+    "valid_bytes": 4_096,
+}
+
+
+class DemoError(Exception):
+    """The demo cannot run as it was asked to; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of one run, checked."""
+
+    model: str
+    text: Path | None
+    device: str
+    backend: str
+    steps: int
+    layers: int
+    dim: int
+    heads: int
+    context: int
+    batch: int
+    p: float
+    attention_p: float
+    lr: float
+    seed: int
+    train_bytes: int
+    valid_bytes: int
+    eval_every: int
+    out: Path
+    quick: bool
+
+    def __post_init__(self) -> None:
+        """Raises DemoError where options do not fit each other."""
+        if self.dim % self.heads:
+            raise DemoError(f"--heads {self.heads} does not divide --dim {self.dim}")
+        for name, size in (
+            ("--train-bytes", self.train_bytes),
+            ("--valid-bytes", self.valid_bytes),
+        ):
+            if size <= self.context:
+                raise DemoError(
+                    f"{name} {size} holds no window of --context {self.context} bytes and the "
+                    "byte after it"
+                )
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        values = asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def resolve(args: argparse.Namespace) -> Options:
+    """The options that ``args`` asks for: what was given, then quick's values, then the defaults.
+
+    Raises DemoError where they do not fit each other.
+    """
+    values = DEFAULTS | (QUICK if args.quick else {})
+    for name in DEFAULTS:
+        given = getattr(args, name)
+        if given is not None:
+            values[name] = given
+    if values["attention_p"] is None:
+        values["attention_p"] = values["p"]
+    return Options(
+        model=args.model,
+        text=args.text,
+        device=args.device,
+        backend=args.backend,
+        out=args.out,
+        quick=args.quick,
+        **values,
+    )
+
+
+def _checked(
+    kind: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str
+) -> Callable[[str], Any]:
+    """A type for argparse: ``kind(text)`` if ``accept`` it, else an error that names ``wanted``."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+_count = _checked(int, lambda n: n > 0, "a positive integer")
+_seed = _checked(int, lambda n: 0 <= n < 1 << 63, "an integer in [0, 2^63)")
+_rate = _checked(float, lambda x: 0 <= x < 1, "a probability in [0, 1)")
+_positive = _checked(float, lambda x: x > 0 and math.isfinite(x), "a positive number")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the demo's options to ``parser``."""
+
+    def add(name: str, kind: Callable[[str], Any], text: str) -> None:
+        # The parser's own default stays None, so that --quick can tell what was asked for.
+        key = name.replace("-", "_")
+        default = "that of --p" if DEFAULTS[key] is None else DEFAULTS[key]
+        quick = f", quick {QUICK[key]}" if key in QUICK else ""
+        parser.add_argument(
+            f"--{name}", type=kind, metavar="N", help=f"{text} (default {default}{quick})"
+        )
+
+    parser.add_argument(
+        "--model",
+        default=MODELS[0],
+        choices=MODELS,
+        help="block: tridrop.nn.TransformerBlock against plain PyTorch; gpt2, bert: transformers' "
+        "architectures, small and random, against themselves after tridrop.swap; needs "
+        "tridrop[hf] (default %(default)s)",
+    )
+    parser.add_argument(
+        "--experiment",
+        choices=EXPERIMENTS,
+        help="in the place of the training on text: overfit and uncertainty train small CNNs on "
+        "scikit-learn's handwritten digits, masks draws which activations fall, lora adapts a "
+        "small Llama with PEFT; of the other options they take --quick, --out, --device, "
+        "--backend, --seed, --steps and --p, with "
+        "defaults of their own (docs/experiments.md)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a small run, within a minute")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="learn this file (default: Python's own help)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-results"),
+        metavar="DIR",
+        help="(default %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="a torch device (default auto: cuda where there is one)"
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "triton", "cpu", "reference"),
+        help="of tridrop",
+    )
+    add("steps", _count, "training steps of each run")
+    add("eval-every", _count, "steps between two evaluations")
+    add("train-bytes", _count, "training slice, from the start of the text")
+    add("valid-bytes", _count, "validation slice, from its end")
+    add("p", _rate, "dropout of the embeddings and of both branches of a block")
+    add("attention-p", _rate, "dropout of the attention probabilities")
+    add("layers", _count, "transformer blocks")
+    add("dim", _count, "width of the residual stream")
+    add("heads", _count, "attention heads")
+    add("context", _count, "bytes that the model sees at a time")
+    add("batch", _count, "windows in a step")
+    add("lr", _positive, "learning rate of AdamW")
+    add("seed", _seed, "of the weights, the order of the data and the masks")

@@ -1,0 +1,276 @@
+"""What the runs showed: a summary in numbers, as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+import tridrop
+
+from ...base.files import replacing
+from .architectures import TITLES
+from .options import DemoError, Options
+from .train import Record, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Of the palette of Okabe and Ito, which stays distinct for every kind of colour vision.
+COLOURS = {
+    "none": "#D55E00",
+    "eager": "#0072B2",
+    "eager_again": "#56B4E9",
+    "tridrop": "#000000",
+}
+DASHES: Any = (0, (9, 5))
+WIDTHS = {"none": 2.0, "eager": 4.0, "eager_again": 2.5, "tridrop": 1.2}
+
+
+def environment(device: torch.device, backend: str, *packages: str) -> dict[str, Any]:
+    """What the run ran on: versions, of ``packages`` as well, device and backend."""
+    versions = {"python": platform.python_version(), "tridrop": tridrop.__version__}
+    for package in ("torch", "triton", "transformers", "matplotlib", *packages):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "versions": versions,
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
+        "backend": backend,
+    }
+
+
+def summary(
+    runs: Sequence[Run],
+    record: Record,
+    options: Options,
+    text: tuple[str, bytes],
+    where: dict[str, Any],
+    interrupted: bool,
+) -> dict[str, Any]:
+    """Everything that was asked for and measured, as JSON values.
+
+    ``record`` holds one evaluation or more.
+    """
+    eager = next(run for run in runs if run.name == "eager")
+    return {
+        "format": 1,
+        **where,
+        "options": options.as_json(),
+        "text": {
+            "name": text[0],
+            "bytes": len(text[1]),
+            "sha256": hashlib.sha256(text[1]).hexdigest(),
+        },
+        "parameters": sum(p.numel() for p in eager.model.parameters()),
+        "unit": f"nats a {'masked ' * (options.model == 'bert')}byte, in evaluation mode",
+        "interrupted": interrupted,
+        "steps_done": record.steps[-1],
+        "steps": record.steps,
+        "runs": {run.name: _run_summary(run, eager, record) for run in runs},
+        "swap": next((run.swapped.to_dict() for run in runs if run.swapped is not None), None),
+        "noise": _noise(record),
+    }
+
+
+def _run_summary(run: Run, eager: Run, record: Record) -> dict[str, Any]:
+    train, valid = record.train(run.name), record.valid(run.name)
+    best = min(range(len(valid)), key=valid.__getitem__)
+    return {
+        "label": run.label,
+        "train": train,
+        "valid": valid,
+        "train_final": train[-1],
+        "train_best": min(train),
+        "valid_final": valid[-1],
+        "valid_best": valid[best],
+        "valid_best_step": record.steps[best],
+        "gap_final": valid[-1] - train[-1],
+        "step_time_ratio": _time_ratio(run, eager),
+        "saved_bytes": run.saved_bytes,
+        "saved_ratio": run.saved_bytes / eager.saved_bytes,
+        "peak_bytes": run.peak_bytes,
+        "peak_ratio": (
+            run.peak_bytes / eager.peak_bytes if run.peak_bytes and eager.peak_bytes else None
+        ),
+    }
+
+
+def _time_ratio(run: Run, eager: Run) -> dict[str, float] | None:
+    """Quartiles, over the steps, of the time of a step over that of eager dropout's same step.
+
+    None where fewer than two steps were taken.
+    """
+    pairs = zip(run.seconds, eager.seconds, strict=False)  # an interrupt may fall between the two
+    ratios = [own / other for own, other in pairs]
+    if len(ratios) < 2:
+        return None
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"median": median, "low": low, "high": high}
+
+
+def _distance(a: Sequence[float], b: Sequence[float]) -> float:
+    """The root mean square difference of two curves."""
+    return float(torch.dist(torch.tensor(a), torch.tensor(b))) / len(a) ** 0.5
+
+
+def _noise(record: Record) -> dict[str, float]:
+    """How far the validation curves lie apart: root mean square differences, in nats a byte."""
+    eager, again, tridrop_, none = (
+        record.valid(name) for name in ("eager", "eager_again", "tridrop", "none")
+    )
+    return {
+        "eager_to_eager_again": _distance(eager, again),
+        "tridrop_to_eager": _distance(tridrop_, eager),
+        "tridrop_to_eager_again": _distance(tridrop_, again),
+        "none_to_eager": _distance(none, eager),
+    }
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What a reader of the table has to know, a sentence or two each."""
+    noise = result["noise"]
+    lines = [
+        "Losses are in nats a byte, without dropout, after the last step and at their best. "
+        "Time is the median of the ratios of each step, taken in turns. Eager's second run "
+        "differs in its masks alone: what lies between the two is noise.",
+        f"Validation curves, root mean square difference: tridrop from the two eager runs "
+        f"{noise['tridrop_to_eager']:.3f} and {noise['tridrop_to_eager_again']:.3f}; these from "
+        f"each other {noise['eager_to_eager_again']:.3f}; no dropout from eager "
+        f"{noise['none_to_eager']:.3f}.",
+    ]
+    if result["backend"] == "reference":
+        lines.append(
+            "This run shows that tridrop is correct, not how fast it is: its kernels are for GPUs, "
+            "and on a CPU the reference backend serves."
+        )
+    if result["interrupted"]:
+        lines.append(f"Interrupted: results up to step {result['steps_done']}.")
+    return lines
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The summary as a table for the terminal."""
+    on_gpu = result["device"]["type"] == "cuda"
+    columns = ["train loss\nfinal (best)", "valid loss\nfinal (best)", "gap"]
+    columns += ["step time\n/ eager", "saved MiB\n(/ eager)"]
+    columns += ["peak MiB\n(/ eager)"] if on_gpu else []
+    view = Table(
+        title=f"{result['parameters']:,} parameters, {result['steps_done']} steps",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    view.add_column("run", no_wrap=True)
+    for column in columns:
+        view.add_column(column, justify="right", no_wrap=True)
+    for run in result["runs"].values():
+        ratio = run["step_time_ratio"]
+        cells = [
+            f"{run['train_final']:.2f} ({run['train_best']:.2f})",
+            f"{run['valid_final']:.2f} ({run['valid_best']:.2f})",
+            f"{run['gap_final']:.2f}",
+            f"{ratio['median']:.2f}" if ratio else "-",
+            _memory(run["saved_bytes"], run["saved_ratio"]),
+        ]
+        cells += [_memory(run["peak_bytes"], run["peak_ratio"])] if on_gpu else []
+        view.add_row(run["label"], *cells)
+    return view
+
+
+def _memory(size: int, ratio: float) -> str:
+    return f"{size / 2**20:.1f} ({ratio:.2f})"
+
+
+def write_json(result: dict[str, Any], folder: Path, name: str = "results") -> Path:
+    """Write ``name``.json into ``folder`` and return its path."""
+    path = folder / f"{name}.json"
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def check_plotting() -> None:
+    """Raise DemoError, saying what to install, where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DemoError("the plot needs matplotlib: pip install 'tridrop[demo]'")
+
+
+def plot(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw the curves into demo.png and demo.svg in ``folder`` and return their paths."""
+    return save(lambda: _draw(result), folder, "demo")
+
+
+def save(draw: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
+    """Write what ``draw`` makes as ``name``.png and .svg into ``folder``; return their paths."""
+    import matplotlib
+
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    # Without a date and with a fixed salt, the same curves give the same file.
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": "tridrop",
+        "svg.fonttype": "none",
+        "lines.scale_dashes": False,
+    }
+    with matplotlib.rc_context(settings):
+        figure = draw()
+        with replacing(paths[0]) as draft:
+            figure.savefig(draft, dpi=120)
+        with replacing(paths[1]) as draft:
+            figure.savefig(draft, metadata={"Date": None})
+    return paths
+
+
+def _draw(result: dict[str, Any]) -> Figure:
+    """The training and validation curves of all runs."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    steps, runs = result["steps"], result["runs"]
+    figure = Figure(figsize=(8.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for name, run in runs.items():
+        # Eager is broad and tridrop narrow, so that both are seen where they lie on each other.
+        style: dict[str, Any] = {"color": COLOURS[name], "linewidth": WIDTHS[name]}
+        axes.plot(steps, run["valid"], label=run["label"], **style)
+        axes.plot(steps, run["train"], linestyle=DASHES, **style)
+    none = runs["none"]
+    if none["valid_best_step"] < result["steps_done"]:
+        axes.plot(none["valid_best_step"], none["valid_best"], "o", color=COLOURS["none"])
+        axes.annotate(
+            f"without dropout: best at step {none['valid_best_step']}",
+            (steps[-1], none["valid_final"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            color=COLOURS["none"],
+            ha="right",
+        )
+    asked = result["options"]
+    title = f"The same {TITLES[asked['model']]} on the same {asked['train_bytes']:,} bytes"
+    axes.set_title(f"{title}, p = {asked['p']}")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss in nats a byte, dropout off")
+    # The first steps fall from log(256) and would flatten all that follows.
+    axes.set_ylim(0, 1.15 * max(max(r["valid"][len(steps) // 10 :]) for r in runs.values()))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    grey: dict[str, Any] = {"color": "grey", "linewidth": 2}
+    kinds = [
+        Line2D([], [], label="validation", **grey),
+        Line2D([], [], label="training", linestyle=DASHES, **grey),
+    ]
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(handles=[*handles, *kinds], frameon=False, ncols=3, loc="outside lower center")
+    return figure

@@ -1,0 +1,79 @@
+"""``tridrop info``: what there is to run on, in a form to paste into a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+
+from .. import __version__, backends
+from ..backends.cpu import serving
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices, backends, and why each backend is or is not available."""
+    devices = [f"cpu: {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads"]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        devices.append(
+            f"cuda:{i}: {properties.name}, compute capability "
+            f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    return {
+        "tridrop": __version__,
+        "torch": torch.__version__,
+        "cuda of torch": torch.version.cuda or getattr(torch.version, "hip", None) or "none",
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": devices,
+        "backends": backends.report(),
+        "default on cpu": backends.choose(torch.device("cpu")),
+        "default on cuda": backends.choose(torch.device("cuda")),
+        "environment": {
+            name: os.environ[name]
+            for name in (
+                backends.ENVIRONMENT,
+                serving.ENVIRONMENT,
+                serving.CACHE_ENVIRONMENT,
+                "TRITON_INTERPRET",
+                "CUDA_VISIBLE_DEVICES",
+            )
+            if name in os.environ
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def render(found: dict[str, Any]) -> str:
+    """The findings as plain lines."""
+    lines = []
+    for name, value in found.items():
+        if name == "backends":
+            for row in value:
+                state = "available" if row["available"] else "not available"
+                lines.append(f"backend {row['name']}: {state} ({row['why']})")
+        elif isinstance(value, list):
+            lines.extend(f"device {item}" for item in value)
+        elif isinstance(value, dict):
+            lines.extend(f"{key}={item}" for key, item in value.items())
+        else:
+            lines.append(f"{name}: {value}")
+    return "\n".join(lines)
+
+
+def main(as_json: bool) -> int:
+    """Print it."""
+    found = collect()
+    print(json.dumps(found, indent=1) if as_json else render(found))
+    return 0

@@ -1,0 +1,144 @@
+"""What the kernels come to as machine code, compiled without a GPU, behind ``tridrop inspect``.
+
+>>> from tridrop import inspection
+>>> inspection.run(ops=["softmax"])
+Traceback (most recent call last):
+    ...
+ValueError: op 'softmax' is not known; known: dropout, dropout_add, activation_dropout, ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ... import __version__, backends
+from .devices import DEVICES
+from .records import DTYPES
+from .rows import OPS, TABLE
+
+ARCHS = tuple(dict.fromkeys(device.arch for device in DEVICES))
+
+__all__ = ["ARCHS", "DTYPES", "OPS", "choose", "run"]
+
+
+def choose(what: str, names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """``names``, or all that are known; ValueError, listing these, for one that is not."""
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"{what} {name!r} is not known; known: {', '.join(known)}")
+    return list(dict.fromkeys(names)) if names else list(known)
+
+
+def run(
+    ops: Sequence[str] | None = None,
+    archs: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    jobs: int = 2,
+    on_start: Callable[[int], None] | None = None,
+    on_done: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Compile the kernels of the ops and return a record of each; see docs/performance.md.
+
+    Args:
+        ops: names of public functions; None for all.
+        archs: None for sm_80, sm_90, sm_100 and gfx942.
+        dtypes: None for bf16.
+        jobs: processes that compile at the same time.
+        on_start: called with the number of calls to compile.
+        on_done: called after each of them with what it was, from several threads.
+
+    Raises:
+        ValueError: an unknown name. ImportError: there is no triton. RuntimeError: a kernel did not
+            compile.
+    """
+    wanted = choose("op", ops, OPS)
+    machines = choose("arch", archs, ARCHS)
+    kinds = choose("dtype", dtypes or ["bf16"], tuple(DTYPES))
+    backends.load("triton")
+    tasks = [
+        (row.name, arch, dtype, method)
+        for row in TABLE.values()
+        if row.op in wanted
+        for dtype in kinds
+        for arch in machines
+        for method in row.methods
+    ]
+    if on_start is not None:
+        on_start(len(tasks))
+    workers: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
+    started = [_start() for _ in range(min(jobs, len(tasks)))]
+    for worker in started:
+        workers.put(worker)
+
+    def compile_in_worker(task: tuple[str, str, str, str]) -> list[dict[str, Any]]:
+        worker = workers.get()
+        try:
+            records = _ask(worker, task)
+        finally:
+            workers.put(worker)
+        if on_done is not None:
+            on_done(" ".join(task))
+        return records
+
+    try:
+        with ThreadPoolExecutor(len(started)) as threads:
+            futures = [threads.submit(compile_in_worker, task) for task in tasks]
+            try:
+                records = [record for future in futures for record in future.result()]
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        for worker in started:
+            worker.kill()
+            worker.communicate()
+    source = provenance()
+    return [record | source for record in records]
+
+
+def provenance() -> dict[str, str]:
+    """What was compiled, and with what: versions, and the commit where there is a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=8", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:
+        commit = ""
+    version = f"{__version__} ({commit})" if commit else __version__
+    return {"tridrop": version, "triton": metadata.version("triton")}
+
+
+def _start() -> subprocess.Popen[str]:
+    # In a process of its own Triton compiles even where this one has it interpret, and may be told
+    # of another GPU than there is.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tridrop.commands.inspection.worker"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+
+def _ask(worker: subprocess.Popen[str], task: tuple[str, str, str, str]) -> list[dict[str, Any]]:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        worker.stdin.write(json.dumps(task) + "\n")
+        worker.stdin.flush()
+        line = worker.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    what = ", ".join(task)
+    if not line:
+        raise RuntimeError(f"the process that compiled ({what}) ended")
+    answer = json.loads(line)
+    if isinstance(answer, dict):
+        raise RuntimeError(f"({what}) did not compile:\n{answer['error']}")
+    return list(answer)

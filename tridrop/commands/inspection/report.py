@@ -1,0 +1,216 @@
+"""``tridrop inspect``: compile with a progress bar, and print a table, JSON or a plot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ...base.files import replacing
+from . import ARCHS, DTYPES, OPS, run
+from .devices import DEVICES
+from .rows import FUSED, NAIVE, NONE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+METHODS = {NONE: "without dropout", FUSED: "tridrop", NAIVE: "a Philox call an element"}
+# Of the palette of Okabe and Ito, as in the demo.
+COLOURS = {NONE: "#56B4E9", FUSED: "#000000", NAIVE: "#D55E00"}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tridrop inspect``."""
+    for option, known, default in (
+        ("op", OPS, "all"),
+        ("arch", ARCHS, "all"),
+        ("dtype", tuple(DTYPES), "bf16"),
+    ):
+        parser.add_argument(
+            f"--{option}",
+            type=_names,
+            metavar="NAME,...",
+            help=f"of {', '.join(known)} (default: {default})",
+        )
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s)")
+    parser.add_argument("--json", metavar="PATH", help='write a list of records; "-" prints it')
+    parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the instructions")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; 0, or 2 where it cannot run as it was asked to."""
+    try:
+        if args.jobs < 1:
+            raise ValueError(f"--jobs {args.jobs}: give 1 or more")
+        if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("the plot needs matplotlib: pip install 'tridrop[demo]'")
+        records = _run(args)
+        if args.plot is not None:
+            plot(records, args.plot)
+        if args.json and args.json != "-":
+            with replacing(args.json) as draft:
+                draft.write_text(dumps(records))
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        print(f"tridrop inspect: error: {error}", file=sys.stderr)
+        return 2
+    if args.json == "-":
+        print(dumps(records), end="")
+        return 0
+    # Into a file or a pipe goes the whole table, whatever a terminal's width.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table(records))
+    for line in notes(records):
+        console.print(line, highlight=False)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> list[Record]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("compiling", total=None)
+        return run(
+            args.op,
+            args.arch,
+            args.dtype,
+            args.jobs,
+            on_start=lambda total: progress.update(task, total=total),
+            on_done=lambda what: progress.update(task, advance=1, description=what),
+        )
+
+
+def dumps(records: Sequence[Record]) -> str:
+    """The records as JSON, one a line."""
+    return "[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in records) + "\n]\n"
+
+
+def group(records: Sequence[Record]) -> dict[tuple[str, str, str], dict[str, Record]]:
+    """(kernel's name, arch, dtype) -> records by method: the yardstick beside what it is for."""
+    found: dict[tuple[str, str, str], dict[str, Record]] = {}
+    own: dict[tuple[str, ...], tuple[str, str, str]] = {}
+    for r in records:
+        call = (r["op"], r["variant"], r["direction"], r["arch"], r["dtype"])
+        part = r["kernel"].removeprefix("attention_").removesuffix("_kernel")
+        name = " ".join(filter(None, call[:3]))
+        if r["op"] == "scaled_dot_product_attention" and part != r["direction"]:
+            name += f" {part}"
+        key = (name, r["arch"], r["dtype"])
+        key = own[call] if r["method"] == NAIVE else own.setdefault((*call, part), key)
+        own.setdefault(call, key)
+        found.setdefault(key, {})[r["method"]] = r
+    return found
+
+
+def table(records: Sequence[Record]) -> Table:
+    """A line a kernel, architecture and dtype."""
+    grid = Table(
+        title="Instructions an element, and what else the machine code shows",
+        caption="three figures: without dropout / tridrop / a Philox call an element; "
+        "the others are tridrop's",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    grid.add_column("kernel")
+    for heading in ("arch", "dtype"):
+        grid.add_column(heading, no_wrap=True)
+    for heading in (
+        "instructions", "regis-\nters", "spilled\nbytes", "shared\nbytes", "load / store\nbits",
+        "Philox\nrounds", "limit met, and ps an element",
+    ):  # fmt: skip
+        grid.add_column(heading, justify="left" if heading.startswith("limit") else "right")
+    for (name, arch, dtype), methods in group(records).items():
+        r = methods.get(FUSED) or methods[NONE]
+        grid.add_row(
+            name,
+            arch,
+            dtype,
+            " / ".join(f"{m['instructions_per_element']:.1f}" for m in methods.values()),
+            str(r["registers"]),
+            str(r["spill_bytes"] or "-"),
+            str(r["shared_bytes"] or "-"),
+            f"{_widest(r['loads'])} / {_widest(r['stores'])}",
+            f"{r['philox_rounds']:.2f}" if r["p_positive"] else "-",
+            "\n".join(_limits(list(methods.values()), i) for i in range(len(r["limits"]))),
+        )
+    return grid
+
+
+def _widest(bits: dict[str, int]) -> str:
+    return max(bits, key=int) if bits else "-"
+
+
+def _limits(records: Sequence[Record], device: int) -> str:
+    found = [r["limits"][device] for r in records]
+    shown = " / ".join(f"{f['limit']} {f['ps'][f['limit']]:.3g}" for f in found)
+    return f"{found[0]['device']}: {shown}"
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """What is needed to read the table."""
+    archs = {r["arch"] for r in records}
+    lines = [
+        "Static counts: an instruction counts once, of loops the shortest turn counts. Limits are "
+        "bounds from published figures, nothing is timed: memory bandwidth, issue slots, the rates "
+        "of integer multiplication, of logic and of special functions, tensor cores.",
+    ]
+    lines += [f"{d.name} ({d.arch}): {d.source}." for d in DEVICES if d.arch in archs]
+    return lines
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Draw bars of instructions an element, a panel an architecture."""
+    import matplotlib
+
+    # Of a name without an ending matplotlib makes a PNG's.
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    with matplotlib.rc_context({"font.size": 8}), replacing(path) as draft:
+        _draw(records).savefig(draft, dpi=100)
+
+
+def _draw(records: Sequence[Record]) -> Figure:
+    from matplotlib.figure import Figure
+
+    groups = group(records)
+    panels = list(dict.fromkeys((arch, dtype) for _, arch, dtype in groups))
+    names = list(dict.fromkeys(name for name, _, _ in groups))
+    size = (4 + 2.6 * len(panels), 1.6 + 0.27 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (arch, dtype) in zip(grid[0], panels, strict=True):
+        for i, (method, label) in enumerate(METHODS.items()):
+            bars = [
+                (at, groups[name, arch, dtype][method]["instructions_per_element"])
+                for at, name in enumerate(names)
+                if method in groups.get((name, arch, dtype), {})
+            ]
+            at = [n + (i - 1) * 0.28 for n, _ in bars]
+            axes.barh(at, [n for _, n in bars], 0.28, color=COLOURS[method], label=label)
+        axes.set_title(f"{arch}, {dtype}")
+        axes.set_yticks(range(len(names)), [n.replace("scaled_dot_product_", "") for n in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("instructions an element")
+    handles = {t: h for a in grid[0] for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), frameon=False, ncols=3, loc="outside upper center"
+    )
+    return figure

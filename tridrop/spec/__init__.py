@@ -1,0 +1,1 @@
+"""What may be asked of an op, by family, and the errors that say what may not."""
