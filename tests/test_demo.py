@@ -213,7 +213,7 @@ def test_outputs_and_the_fields_of_the_json(tmp_path: Path) -> None:
         found["versions"]["torch"] == torch.__version__
     )
     assert found["device"]["type"] == "cpu"
-    assert found["backend"] == "reference"
+    assert found["backend"] == PLAIN
     assert found["text"]["name"] == "pydoc_data.topics"
     assert found["steps"] == [0, 2, 4]
     assert not found["interrupted"]

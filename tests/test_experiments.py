@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import PLAIN
 
 import tridrop
 from tridrop.commands import cli
@@ -45,7 +46,7 @@ def results(out: Path, name: str) -> dict[str, Any]:
 def check_common(found: dict[str, Any], name: str) -> None:
     assert found["experiment"] == found["options"]["experiment"] == name
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert found["backend"] == "reference"
+    assert found["backend"] == PLAIN
     assert found["findings"]
 
 

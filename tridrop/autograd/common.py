@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Prepared
+from ..backends.protocol import Prepared
 from ..backends.reference import elementwise
 from ..base import memory
 from ..base.memory import PLAIN

@@ -1,7 +1,7 @@
 """Which backend serves a call: explicit > ``TRIDROP_BACKEND`` > the device of its tensors.
 
 Triton serves CUDA tensors where it is installed, the cpu backend CPU tensors where numba is, and
-the reference what is left. A backend is a module with the functions of :class:`.protocol.Backend`. None
+the reference what is left. A backend is a module with the functions of :class:`Backend`. None
 imports another but the cpu backend the reference, to which it hands what its loops do not take; and
 nothing outside ``backends/triton`` imports triton, nothing outside ``backends/cpu`` numba.
 """

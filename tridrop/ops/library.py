@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends import Prepared
+from ..backends.protocol import Prepared
 from ..base import memory
 from ..base.memory import PLAIN, Given
 from ..base.torch_private import forward_mode, is_legacy_batched, is_wrapped, trace_state, watched

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.protocol import Backend
 from ..base.torch_private import partitioner_redraws
 from ..contract import choice
 from ..spec.attention import AttentionOptions
@@ -37,7 +38,7 @@ def _new_seed_fake(place: Tensor) -> Tensor:
     return torch.empty_like(place)
 
 
-def _serving(backend: str, seed: Tensor) -> backends.Backend:
+def _serving(backend: str, seed: Tensor) -> Backend:
     """The backend, if it can make masks where the seed is."""
     module = backends.load(backend)
     reason = module.why_not(seed.device, [FLOATS[0]])

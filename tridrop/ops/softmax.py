@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.protocol import Backend
 from ..spec.attention import AttentionOptions
 from .attention import OPTIONS as OPTIONS
 from .attention import unpack_attention
@@ -16,7 +17,7 @@ from .library import define, filled, read_rate
 
 def _settle(
     scores: Tensor, mask: Tensor | None, p_tensor: Tensor | None, packed: tuple[Any, ...]
-) -> tuple[backends.Backend, Tensor | None, AttentionOptions]:
+) -> tuple[Backend, Tensor | None, AttentionOptions]:
     p_tensor, options = read_rate(p_tensor, unpack_attention(*packed))
     return backends.serving(packed[-1], scores, mask), p_tensor, options
 

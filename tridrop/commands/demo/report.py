@@ -152,10 +152,10 @@ def notes(result: dict[str, Any]) -> list[str]:
         f"each other {noise['eager_to_eager_again']:.3f}; no dropout from eager "
         f"{noise['none_to_eager']:.3f}.",
     ]
-    if result["backend"] == "reference":
+    if result["backend"] != "triton":
         lines.append(
             "This run shows that tridrop is correct, not how fast it is: its kernels are for GPUs, "
-            "and on a CPU the reference backend serves."
+            f"and here the {result['backend']} backend serves."
         )
     if result["interrupted"]:
         lines.append(f"Interrupted: results up to step {result['steps_done']}.")
