@@ -367,7 +367,7 @@ ERRORS = [
     ({"window": "3"}, TypeError, "window is '3'"),
     ({"softcap": 0.0}, ValueError, "softcap = 0.0"),
     ({"scale": math.inf}, ValueError, "scale = inf"),
-    ({"sinks": torch.zeros(3)}, ValueError, "a logit a query head"),
+    ({"sinks": torch.zeros(3)}, ValueError, "one logit per query head"),
     ({"cu_seqlens_q": CU}, ValueError, "give both"),
     ({"cu_seqlens_q": CU, "cu_seqlens_k": CU}, ValueError, "packed"),
     ({"max_seqlen_q": 5}, ValueError, "belong to cu_seqlens"),

@@ -201,8 +201,8 @@ def layer_norm_fn(
         residual, x1: of x's shape, or None.
         eps: added to the variance.
         dropout_p: the probability of dropping an element of x, and of x1.
-        rowscale: a factor a row, of ``x.shape[:-1]``; not with x1. Stochastic depth by rowscale is
-            ``drop_path`` in :func:`tridrop.dropout_add_layer_norm`, without a tensor.
+        rowscale: one factor per row, of ``x.shape[:-1]``; not with x1. Stochastic depth by rowscale
+            is ``drop_path`` in :func:`tridrop.dropout_add_layer_norm`, without a tensor.
         prenorm: also return the stream. It has the residual's dtype, or without one float32 with
             ``residual_in_fp32``, else x's.
         zero_centered_weight: multiply by ``1 + weight``, ``1 + weight1``.

@@ -6,7 +6,7 @@ plain torch operations, so it can be differentiated any number of times.
 """
 
 from .attention import Attention, torchs_attention
-from .common import Function, apply, straight
+from .common import Function, apply, apply_unbound
 from .elementwise import Fused
 from .masked import Masked
 from .norm import FusedNorm
@@ -24,6 +24,6 @@ __all__ = [
     "Product",
     "SoftmaxDropout",
     "apply",
-    "straight",
+    "apply_unbound",
     "torchs_attention",
 ]

@@ -20,7 +20,7 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    opened,
+    packed_and_prepared,
     prepared_backward,
     save,
     unchanged,
@@ -92,7 +92,7 @@ class Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, packed = inputs
-        ctx.packed, ctx.prepared = opened(packed)
+        ctx.packed, ctx.prepared = packed_and_prepared(packed)
         ctx.needs = tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
         ctx.set_materialize_grads(False)
         save(ctx, packed, _SAVED, *output, *tensors)

@@ -28,7 +28,7 @@ class Function(torch.autograd.Function):
         return None
 
 
-def straight(function: type[Function], *arguments: Any) -> Any:
+def apply_unbound(function: type[Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)`` without what torch's ``apply`` does first.
 
     It binds the arguments to the signature of ``forward``, anew in each call: a third of the host's
@@ -58,7 +58,7 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     if torch.is_grad_enabled() and any(
         isinstance(a, Tensor) and a.requires_grad for a in arguments
     ):
-        return straight(function, *arguments)
+        return apply_unbound(function, *arguments)
     return function.forward(*arguments)
 
 
@@ -108,7 +108,7 @@ def unchanged(ctx: Any, saved: Sequence[Tensor | None]) -> list[Any]:
     return found
 
 
-def opened(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:
+def packed_and_prepared(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:
     """The packed options of a call, and its prepared backend where it is a known one."""
     return (packed.packed, packed.prepared) if isinstance(packed, Known) else (packed, None)
 

@@ -20,7 +20,7 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    opened,
+    packed_and_prepared,
     prepared_backward,
     save,
     unchanged,
@@ -65,7 +65,7 @@ class Fused(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, bias, layer_scale, _, seed, p, packed = inputs
-        ctx.packed, ctx.prepared = opened(packed)
+        ctx.packed, ctx.prepared = packed_and_prepared(packed)
         # The strides that the kept mask of torch's dropout would have: of x, by which a gradient
         # that has none of its own, such as that of a sum, is laid out.
         ctx.order = None if x.is_contiguous() else order_of(x)

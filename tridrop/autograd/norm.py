@@ -19,7 +19,7 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    opened,
+    packed_and_prepared,
     prepared_backward,
     save,
     unchanged,
@@ -67,7 +67,7 @@ class FusedNorm(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, bias, layer_scale, residual, weight, norm_bias, seed, p, packed = inputs
         _, stream, statistics = output
-        ctx.packed, ctx.prepared = opened(packed)
+        ctx.packed, ctx.prepared = packed_and_prepared(packed)
         ctx.after = after = ops.is_after(ctx.packed)
         needs = ctx.needs_input_grad
         ctx.dtypes = (

@@ -19,7 +19,7 @@ from .common import (
     apply_in_backward,
     differentiate,
     each_sample,
-    opened,
+    packed_and_prepared,
     prepared_backward,
     save,
     unchanged,
@@ -69,7 +69,7 @@ class SoftmaxDropout(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         scores, mask, seed, p, packed = inputs
-        (*packed, ctx.return_softmax), ctx.prepared = opened(packed)
+        (*packed, ctx.return_softmax), ctx.prepared = packed_and_prepared(packed)
         ctx.packed = tuple(packed)
         out, softmax, lse = output
         ctx.dtypes = tuple(

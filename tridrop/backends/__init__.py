@@ -29,7 +29,7 @@ ENVIRONMENT = "TRIDROP_BACKEND"
 
 
 class _Held(NamedTuple):
-    """A backend that can prepare nothing but its options: of an elementwise op."""
+    """An elementwise op of a backend that prepares nothing: the call's options are kept."""
 
     module: Any
     options: Any

@@ -178,7 +178,7 @@ def batch_slice(origin: int, size: int) -> Iterator[None]:
     the size of the first dimension of its result (attention: of its batch):
 
     ===================  ====================================================================
-    size                 one index a sample, beginning at ``origin``
+    size                 one index per sample, beginning at ``origin``
     k * size             k indices a sample, samples outermost, beginning at ``k * origin``
     1, and size > 1      the same for all samples, such as position embeddings: as without this
     anything else        ValueError

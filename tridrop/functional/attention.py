@@ -191,7 +191,7 @@ def scaled_dot_product_attention(
         window: ``(left, right)``: query i sees the keys from i - left to i + right, None for no
             bound, an int for both.
         key_mask: bool ``[batch, S]``, True where a key takes part: padding.
-        sinks: ``[H]``, a logit a head that takes part in the softmax and has no value (Xiao et
+        sinks: ``[H]``, one logit per head, that takes part in the softmax and has no value (Xiao et
             al., "Efficient streaming language models with attention sinks", 2023; GPT-OSS).
         softcap: bounds the scores to (-softcap, softcap), before the mask (Gemma 2).
         cu_seqlens_q, cu_seqlens_k: int32 offsets, sequences + 1, of sequences packed along the

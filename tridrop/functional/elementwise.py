@@ -87,7 +87,7 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     return found
 
 
-def again(
+def call_known(
     key: known.Key | None, seed: int | Tensor | None, *operands: Tensor | None
 ) -> Tensor | None:
     """The call of x, bias, layer_scale and residual, where one with that key has been checked."""
@@ -170,7 +170,7 @@ def dropout(
             [0., 0., 0., 0.]])
     """
     key = known.key_of(("dropout",), p, noise_shape, shard, x) if training is True else None
-    out = again(key, seed, x, None, None, None)
+    out = call_known(key, seed, x, None, None, None)
     if out is not None:
         return out
     spec.check_probability(p, tensor_allowed=True)
@@ -233,7 +233,7 @@ def activation_dropout(
     if type(training) is bool:
         settings = ("activation_dropout", training, activation)
         key = known.key_of(settings, p, noise_shape, shard, x, bias)
-    out = again(key, seed, x, bias, None, None)
+    out = call_known(key, seed, x, bias, None, None)
     if out is not None:
         return out
     spec.check_input(x)
@@ -296,7 +296,7 @@ def dropout_add(
     if type(drop_path) is float and type(training) is bool:
         settings = ("dropout_add", training, activation, drop_path)
         key = known.key_of(settings, p, noise_shape, shard, x, residual, bias, layer_scale)
-    out = again(key, seed, x, bias, layer_scale, residual)
+    out = call_known(key, seed, x, bias, layer_scale, residual)
     if out is not None:
         return out
     spec.check_input(x)

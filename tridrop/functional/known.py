@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd import Function, apply, straight
+from ..autograd import Function, apply, apply_unbound
 from ..backends.cpu import serving
 from ..base.arguments import check_tensor
 from ..base.memory import PLAIN
@@ -123,7 +123,7 @@ def call(
         if torch.is_grad_enabled():
             for t in operands:
                 if t is not None and t.requires_grad:
-                    return straight(function, *operands, drawn, None, known)
+                    return apply_unbound(function, *operands, drawn, None, known)
         return function.forward(*operands, drawn, None, known)
     except RuntimeError:
         # A key says nothing of layouts: to ask for them would take longer than to fail.

@@ -131,7 +131,7 @@ def lora_deltas(
         As, Bs, biases: those of each adapter. The As have one dtype.
         scaling: a number for all, or one for each.
         shared_mask: False gives every adapter a mask of its own, as separate layers have in PEFT;
-            True one mask for all, which costs one draw an element and not one for each adapter.
+            True one mask for all, which costs one draw per element and not one for each adapter.
         seed: adapter i has the mask of ``tridrop.fold_in(seed, i)``; with ``shared_mask`` all have
             that of ``seed``. A list gives each mask a seed of its own.
 

@@ -62,7 +62,7 @@ def keep_mask(
     if domain == "drop_path":
         if noise_shape is not None or len(shape) < 2:
             raise ValueError(
-                f"domain = 'drop_path' has a mask a sample of two dimensions or more and no "
+                f"domain = 'drop_path' has one mask per sample of two dimensions or more and no "
                 f"noise_shape; given shape {shape} and noise_shape {noise_shape}"
             )
         shared = tuple(range(1, len(shape)))
@@ -130,8 +130,8 @@ def attention_keep_mask(
         device: where to make an int's mask, "cpu" by default; a seed tensor's is made on its own.
 
     Returns:
-        True where a probability is kept. It takes a byte an element, which attention itself never
-        spends: cut out a shard of a long one.
+        True where a probability is kept. It takes one byte per element, which attention itself
+        never spends: cut out a shard of a long one.
 
     Raises:
         ValueError: p outside [0, 1], a shape that is not of four non-negative integers, a shard

@@ -15,7 +15,7 @@ def drop_rows(
 ) -> Tensor:
     """``where(keep[rows], x * scale, 0)`` with the mask ``keep`` of shape [count, width].
 
-    ``x`` is [..., last], ``rows`` [...] and ``width`` the last size, or 1 for one decision a row.
+    ``x`` is [..., last], ``rows`` [...] and ``width`` the last size, or 1 for one decision per row.
     Arguments are checked already; p is above 0.
     """
     check_rate(p, x.device)

@@ -127,8 +127,8 @@ def softmax_dropout(
     over the keys, the last dimension. The dropout mask is that of
     :func:`tridrop.scaled_dot_product_attention` and :func:`tridrop.attention_keep_mask`, at the
     coordinates (batch, head, query, key): the dimension before the queries is the head, those
-    before it are one, the batch. Backward keeps the scores, the mask, a number a row and the seed;
-    neither probabilities nor decisions.
+    before it are one, the batch. Backward keeps the scores, the mask, one number per row and the
+    seed; neither probabilities nor decisions.
 
     Args:
         scores: ``[..., Sq, Sk]`` of any strides; float16, bfloat16, float32, or float64 (reference

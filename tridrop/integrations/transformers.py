@@ -121,7 +121,7 @@ def attention_forward(
             ==================================  ====================================================
             cu_seq_lens_q, cu_seq_lens_k        int offsets of packed sequences, B = 1: each token
             (max_length_q, max_length_k)        sees its own alone, in memory linear in the tokens
-            sinks                               [B, H, L, 1], a sink a query (Inkling 2)
+            sinks                               [B, H, L, 1], one sink per query (Inkling 2)
             output_attentions                   returns the weights
             cache, indices, block_indices       ValueError: paged caches, keys chosen by an indexer
             position_ids, deterministic, other  not read: eager does not, either

@@ -52,7 +52,7 @@ class Dropout(nn.Dropout, _Site):
         check_probability(p)
         super().__init__(p, inplace)
         if noise_shape is not None:
-            check_sequence(noise_shape, "noise_shape", "a tuple with an entry a dimension")
+            check_sequence(noise_shape, "noise_shape", "a tuple with one entry per dimension")
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
 
     def forward(self, input: Tensor) -> Tensor:

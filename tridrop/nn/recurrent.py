@@ -81,8 +81,8 @@ class VariationalRNN(nn.Module):
     2016). torch's own ``dropout`` draws anew for every time step, and has none for the state.
 
     Where only inputs, outputs or what passes between layers is dropped, torch's fused layers run: a
-    call for the whole, or a call a layer. ``recurrent_dropout`` runs a loop over the time steps in
-    Python over the same parameters, slower (docs/recurrent.md has a measured ratio).
+    call for the whole, or one call per layer. ``recurrent_dropout`` runs a loop over the time steps
+    in Python over the same parameters, slower (docs/recurrent.md has a measured ratio).
 
     Args:
         rnn: torch.nn.RNN, LSTM or GRU, of any arguments. It becomes the child ``rnn``.

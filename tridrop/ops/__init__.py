@@ -1,4 +1,4 @@
-"""The opaque operators that torch sees: a module a family, each with its schemas and shapes."""
+"""The opaque operators that torch sees: one module per family, each with its schemas and shapes."""
 
 from . import masks, softmax
 from .attention import PackedAttention, pack_attention, unpack_attention

@@ -217,13 +217,13 @@ def resolve_softcap(value: float | None) -> float:
 
 
 def check_sinks(sinks: Tensor | None, heads: int, x: Tensor) -> None:
-    """Raise unless ``sinks`` is None or a floating-point vector with an entry a query head."""
+    """Raise unless ``sinks`` is None or a floating-point vector with one entry per query head."""
     if sinks is None:
         return
     check_input(sinks, "sinks")
     if tuple(sinks.shape) != (heads,):
         raise ValueError(
-            f"sinks has shape {tuple(sinks.shape)}; it must be ({heads},), a logit a query head"
+            f"sinks has shape {tuple(sinks.shape)}; it must be ({heads},), one logit per query head"
         )
     check_device(sinks, "sinks", x)
 

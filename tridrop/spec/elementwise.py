@@ -287,7 +287,7 @@ def resolve_noise_shape(
     """The dimensions along which the mask is shared, from a ``noise_shape`` as in Keras and TF."""
     if noise_shape is None:
         return ()
-    check_sequence(noise_shape, "noise_shape", "a tuple with an entry a dimension")
+    check_sequence(noise_shape, "noise_shape", "a tuple with one entry per dimension")
     if len(noise_shape) != len(shape):
         raise ValueError(
             f"noise_shape = {tuple(noise_shape)} has {len(noise_shape)} entries for a tensor of "
@@ -327,7 +327,7 @@ def resolve_shard(
     else:
         raise TypeError(f"{given(shard, 'shard')}; give tridrop.Shard(global_shape, origin)")
     for name, part in zip(("global_shape", "origin"), pair, strict=True):
-        check_sequence(part, f"shard's {name}", "a tuple with an entry a dimension")
+        check_sequence(part, f"shard's {name}", "a tuple with one entry per dimension")
     whole, origin = (tuple(part) for part in pair)
     if not len(whole) == len(origin) == len(shape):
         raise ValueError(

@@ -99,8 +99,8 @@ def _number(model: nn.Module, survey: Survey) -> None:
                 module.__dict__["_tridrop_attention_site"] = i
     number_sites(model)
     for module, users in survey.places.items():
-        # Whoever else calls it draws what the report says of its place: an attention function may,
-        # to which its rate is given.
+        # A dropout module that attention takes its rate from may still be called, by an attention
+        # function that is not tridrop's. It then draws what the report says of its place.
         given = [u for u in users if survey.work(u[0]).places[u[1]][1].op.name == "interface"]
         name = "site" if "site" in module.__dict__ else "_tridrop_site"  # a library's drop path
         if name in module.__dict__ and (given or len(users) == 1):

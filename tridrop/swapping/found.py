@@ -92,7 +92,8 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
 def _own(module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool) -> Iterator[Site]:
     """The site that a module is itself; ``inside`` says that there are some in its text."""
     name, kind = survey.names[module], base_of(module).__name__
-    # What attention is given the rate of may be called by it, where that is not tridrop's.
+    # A module whose rate is handed to attention may be called by that attention, where it is not
+    # tridrop's.
     held = any(
         interfaces.reason(owner)
         for owner, i in survey.places.get(module, ())

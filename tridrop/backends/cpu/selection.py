@@ -32,7 +32,10 @@ class _Rows(NamedTuple):
 
 
 def _further(place: Any, bytes_: int) -> Any:
-    """The place of a sum, an address or a matrix, so far behind another; 0 is none."""
+    """The place ``bytes_`` behind ``place``, an address or a matrix.
+
+    An address of 0 stands for a sum that is absent, and stays 0.
+    """
     if isinstance(place, tuple):
         return _further(place[0], bytes_), place[1]
     return place and place + bytes_

@@ -43,7 +43,7 @@ def _attend(
             keep = keep_tile(problem, place, rule, q0, padded, BLOCKS, FEATURES)
         score = dot(query, tl.trans(key), FEATURES)
         if is_plain(problem, BOUNDS, FEATURES):
-            # The factor, which is not negative, is applied after the maximum: one fma an element.
+            # The factor, which is not negative, is applied after the maximum: one fma per element.
             factor = problem.factors.scale * LOG2E
             new = tl.maximum(largest, tl.max(score, 1) * factor)
             probability = tl.exp2(score * factor - new[:, None])

@@ -280,7 +280,7 @@ def make_scores(
         score = capped * (factors.cap * LOG2E)
     else:
         score = product * (factors.scale * LOG2E)
-    # A query's keys are a range: one comparison a bound.
+    # A query's keys are a range: one comparison per bound.
     last = place.keys - 1 + query * 0
     if FEATURES.UPPER:
         last = tl.minimum(last, query + shape.upper)

@@ -208,7 +208,7 @@ def row_strip(row_blocks: int, cols: int) -> int:
 def partial_sums(
     plan: Plan, device: torch.device, *widths: int | None
 ) -> tuple[Tensor | None, ...]:
-    """Room for a reduction's partial sums, a row a strip, which its kernel fills whole."""
+    """Room for a reduction's partial sums, one row per strip, which its kernel fills whole."""
     return tuple(
         None if n is None else torch.empty((plan.strips, n), dtype=torch.float32, device=device)
         for n in widths

@@ -20,8 +20,8 @@ LANES = Constant(8)
 
 # What a mask covers.
 NO_MASK = Constant(0)
-ELEMENTS = Constant(1)  # a decision an element
-ROWS = Constant(2)  # a decision a row: the mask is shared along the columns
+ELEMENTS = Constant(1)  # one decision per element
+ROWS = Constant(2)  # one decision per row: the mask is shared along the columns
 
 # Domains: which family of masks a counter belongs to.
 DOMAIN_ELEMENTS = Constant(0)

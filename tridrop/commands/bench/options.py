@@ -96,7 +96,7 @@ class Options:
             providers: None for all.
             p: the probability of dropping, beside which 0 is timed.
             rounds: how many.
-            quick: fewer ops and sizes, and one row an op.
+            quick: fewer ops and sizes, and one row per op.
             all_rows: every row of the table of cases that exists at other sizes.
 
         Raises:

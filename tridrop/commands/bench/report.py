@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="default: 30 on cuda, 15 on a cpu")
     parser.add_argument("--threads", type=int, help="of torch, on a cpu (default: torch's)")
     parser.add_argument(
-        "--quick", action="store_true", help="few ops, sizes and rounds, one row an op"
+        "--quick", action="store_true", help="few ops, sizes and rounds, one row per op"
     )
     parser.add_argument(
         "--all-rows", action="store_true", help="every row of tridrop check that has other sizes"

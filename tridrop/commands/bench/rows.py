@@ -141,7 +141,7 @@ def table(
         sizes: (rows, columns) of all ops but attention.
         attention: the sizes of attention.
         every: all rows of the table, not just the usual ones.
-        first: one row an op.
+        first: one row per op.
     """
     found: dict[str, Case] = {}
     for case in CASES:

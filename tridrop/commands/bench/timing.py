@@ -144,7 +144,7 @@ def rounds(
     host: dict[Key, float],
     budget: float,
 ) -> dict[Key, list[float]]:
-    """Seconds a call of every subject and mode, one figure a round.
+    """Seconds per call of every subject and mode, one figure per round.
 
     Args:
         machine: the stopwatch.

@@ -176,7 +176,7 @@ def notes(records: Sequence[Record]) -> list[str]:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Draw bars of instructions an element, a panel an architecture."""
+    """Draw bars of instructions per element, one panel per architecture."""
     import matplotlib
 
     # Of a name without an ending matplotlib makes a PNG's.

@@ -1,4 +1,4 @@
-"""A process that compiles: a task a line in, its records a line out, both JSON."""
+"""A process that compiles: one task per line in, its records on one line out, both JSON."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def findings(result: dict[str, Any]) -> list[str]:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """A panel a kind: a row a sample or call, and in it a tile a channel, or time downwards."""
+    """One panel per kind: one row per sample or call, in it one tile per channel, or time."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
