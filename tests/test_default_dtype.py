@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tridrop
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import serving
 from tridrop.commands import check
 from tridrop.functional import known
 
@@ -68,7 +68,7 @@ def run_case(case, inputs, p):
     return [*results, *(g for g in grads if g is not None), *masks]
 
 
-CPU = ["numba", "torch"] if fast.serves() else ["torch"]
+CPU = ["numba", "torch"] if serving.serves() else ["torch"]
 
 
 @pytest.mark.parametrize("case", check.CASES, ids=lambda case: case.name)

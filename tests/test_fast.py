@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 import tridrop
 from tridrop.backends.cpu import elementwise as fused
-from tridrop.backends.cpu import selection as fast_calls
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import masks, selection, serving
+from tridrop.backends.cpu import memory as cpu_memory
 from tridrop.commands import info
 from tridrop.commands.check.measure import error, tolerance
 from tridrop.contract import mask
 from tridrop.contract.mask import Shard
 from tridrop.spec.elementwise import ACTIVATIONS
 
-needs_numba = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
+needs_numba = pytest.mark.skipif(not serving._has_numba, reason="numba is not installed")
 VECTORS = json.loads((Path(__file__).parent / "data" / "mask_vectors.json").read_text())
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 THRESHOLD = st.integers(0, 1 << 32) | st.sampled_from([0, 1, (1 << 32) - 1, 1 << 32])
@@ -52,7 +52,7 @@ def test_golden_vectors(v):
     if domain == "drop_path":
         shared = list(range(1, len(v["shape"])))
     shard = Shard(tuple(v["global_shape"]), tuple(v["origin"])) if v["global_shape"] else None
-    keep = fast.keep_mask(
+    keep = masks.keep_mask(
         pair(v["seed"], v["stream"]), v["shape"], v["threshold"],
         shared=shared, shard=shard, domain=domain,
     )  # fmt: skip
@@ -88,7 +88,7 @@ def test_masks_are_those_of_the_contract(place, seed, stream, t):
             if not shape:
                 continue
         given_ = {"shared": shared, "shard": shard, "domain": domain}
-        quick = fast.keep_mask(pair(seed, stream), shape, t, **given_)
+        quick = masks.keep_mask(pair(seed, stream), shape, t, **given_)
         plain = mask.keep_mask(pair(seed, stream), shape, t, **given_)
         assert quick.shape == plain.shape
         assert quick.is_contiguous()
@@ -103,7 +103,7 @@ def test_masks_are_those_of_the_contract(place, seed, stream, t):
                 (1 << 32, 1 << 28, 1 << 32, 1 << 35))),
 )  # fmt: skip
 def test_masks_of_attention_are_those_of_the_contract(shape, seed, t, origin):
-    quick = fast.attention_keep_mask(pair(seed), shape, t, origin=origin)
+    quick = masks.attention_keep_mask(pair(seed), shape, t, origin=origin)
     plain = mask.attention_keep_mask(pair(seed), shape, t, origin=origin)
     assert torch.equal(quick, plain)
 
@@ -114,7 +114,7 @@ def test_masks_of_attention_are_those_of_the_contract(shape, seed, t, origin):
 def test_long_rows_and_far_columns(columns, at):
     shard = Shard((1 << 20, 1 << 42), ((1 << 19) + 1, at))
     t = mask.threshold(0.3)
-    quick = fast.keep_mask(pair(3, 4), (5, columns), t, shard=shard)
+    quick = masks.keep_mask(pair(3, 4), (5, columns), t, shard=shard)
     assert torch.equal(quick, mask.keep_mask(pair(3, 4), (5, columns), t, shard=shard))
 
 
@@ -126,11 +126,11 @@ def test_threads_share_rows_without_a_trace():
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            assert torch.equal(fast.keep_mask(pair(9), shape, t), plain)
-            scores = fast.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)
+            assert torch.equal(masks.keep_mask(pair(9), shape, t), plain)
+            scores = masks.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)
             expected = mask.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)
             assert torch.equal(scores, expected)
-            assert fast._workers < 5
+            assert threads._workers < 5
     finally:
         torch.set_num_threads(before)
 
@@ -296,11 +296,11 @@ def test_dropped_elements_are_exactly_zero(value):
 
 def unscaled(name, shape, held, *arguments):
     """Call a kernel that keeps everything, as far as a mask can, with a scale of 1."""
-    return fast_calls.selection(tuple(shape), 1, 1.0).call(name, pair(1), held, *arguments)
+    return selection.selection(tuple(shape), 1, 1.0).call(name, pair(1), held, *arguments)
 
 
 def at(t):
-    return fast_calls.matrix(t, t.numel(), "t")[1]
+    return cpu_memory.matrix(t, t.numel(), "t")[1]
 
 
 def convert(value, dtype):
@@ -335,7 +335,7 @@ def test_numbers_of_kinds_and_functions_are_the_kernels():
     from tridrop.backends.cpu.loops import storage as fast_storage
 
     for name, dtype in (("FP32", "float32"), ("BF16", "bfloat16"), ("FP16", "float16")):
-        assert getattr(fast_storage, name) == fast_calls.KINDS[getattr(torch, dtype)]
+        assert getattr(fast_storage, name) == cpu_memory.KINDS[getattr(torch, dtype)]
     assert set(fused._FUNCTIONS) == {function for function, _ in ACTIVATIONS.values()}
     for name, number in fused._FUNCTIONS.items():
         assert getattr(fast_math, name.upper()) == number
@@ -532,9 +532,9 @@ def test_norms_of_rows_with_a_large_mean(monkeypatch):
 
 @needs_numba
 def test_large_results_are_whole():
-    rows = fast_calls._MAPPED_ANEW // 4096 + 1
+    rows = cpu_memory._MAPPED_ANEW // 4096 + 1
     for like, shape in (torch.empty(rows, 1024), None), (torch.empty(0), (rows, 1024)):
-        value, (address, kind) = fast_calls.result(like, torch.float32, shape)
+        value, (address, kind) = cpu_memory.result(like, torch.float32, shape)
         assert (address, kind) == (value.data_ptr(), 0)
         assert value.fill_(1).sum(dtype=torch.float64) == rows * 1024
 
@@ -581,8 +581,8 @@ def test_an_unknown_choice_raises(monkeypatch):
 
 
 def test_numba_asked_for_but_absent_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(fast, "_has_numba", False)
-    assert fast.choose() == "torch"
+    monkeypatch.setattr(serving, "_has_numba", False)
+    assert tridrop.backends.choose(torch.device("cpu")) == "reference"
     assert "numba is not installed" in info.render(info.collect())
     monkeypatch.setenv("TRIDROP_CPU", "numba")
     with pytest.raises(ImportError, match="pip install numba"):
@@ -590,15 +590,15 @@ def test_numba_asked_for_but_absent_says_what_to_do(monkeypatch):
 
 
 def test_a_broken_numba_is_reported(monkeypatch):
-    monkeypatch.setattr(fast, "_has_numba", True)
-    monkeypatch.setattr(fast, "_loaded", None)
-    monkeypatch.setattr(fast, "_broken", None)
+    monkeypatch.setattr(serving, "_has_numba", True)
+    monkeypatch.setattr(serving, "_loaded", None)
+    monkeypatch.setattr(serving, "_broken", None)
     monkeypatch.setitem(sys.modules, "tridrop.backends.cpu.loops.mask", None)
-    monkeypatch.delattr(tridrop, "fast_kernels", raising=False)
+    monkeypatch.delattr(tridrop.backends.cpu.loops, "mask", raising=False)
     with pytest.warns(UserWarning, match="numba cannot be imported"):
         tridrop.dropout(torch.ones(8), 0.5)
-    assert "numba cannot be imported" in fast.report()
-    monkeypatch.setattr(fast, "_broken", None)
+    assert "numba cannot be imported" in serving.report()
+    monkeypatch.setattr(serving, "_broken", None)
     monkeypatch.setenv("TRIDROP_CPU", "numba")
     with pytest.raises(ImportError):
         tridrop.dropout(torch.ones(8), 0.5)
@@ -606,14 +606,15 @@ def test_a_broken_numba_is_reported(monkeypatch):
 
 def test_torch_by_choice(monkeypatch):
     monkeypatch.setenv("TRIDROP_CPU", "torch")
-    assert not fast.serves()
-    assert fused.prepare((4, 8), tridrop.spec.elementwise.Options(p=0.5)) is None
-    assert "torch (TRIDROP_CPU=torch" in info.render(info.collect())
+    assert not serving.serves()
+    assert "default on cpu: reference" in info.render(info.collect())
+    with tridrop.backend("cpu"):  # what is named goes before it
+        assert tridrop.backends.choose(torch.device("cpu")) == "cpu"
 
 
 LAZY = """
-import sys, torch, tridrop, tridrop.commands.info
-tridrop.commands.info.collect()
+import sys, torch, tridrop
+tridrop.nn.Dropout(0.5)
 assert "numba" not in sys.modules
 tridrop.dropout(torch.ones(8), 0.5)
 assert "numba" not in sys.modules or {expected}
@@ -629,8 +630,8 @@ def test_numba_is_imported_when_it_is_used(choice):
 CACHED = """
 import torch, tridrop
 tridrop.dropout(torch.ones(8), 0.5, seed=1)
-from tridrop import fast_elementwise
-print(fast_elementwise.forward._cache.__class__.__name__)
+from tridrop.backends.cpu.loops import elementwise
+print(elementwise.forward._cache.__class__.__name__)
 """
 
 
@@ -639,7 +640,7 @@ def test_the_cache_can_be_moved_and_switched_off(tmp_path):
     moved = python(CACHED, NUMBA_CACHE_DIR=str(tmp_path))
     assert moved.returncode == 0, moved.stderr
     assert "LoopCache" in moved.stdout
-    assert list(tmp_path.rglob("fast_elementwise.forward-*.loop"))
+    assert list(tmp_path.rglob("elementwise.forward-*.loop"))
     off = python(CACHED, NUMBA_CACHE_DIR=str(tmp_path / "none"), TRIDROP_CPU_CACHE="0")
     assert "NullCache" in off.stdout, off.stderr
     assert not (tmp_path / "none").exists()

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import tridrop
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import serving
 from tridrop.commands.check.measure import error, tolerance
 
-pytestmark = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
+pytestmark = pytest.mark.skipif(not serving._has_numba, reason="numba is not installed")
 
 SHAPES = [(4, 3, 64), (6, 40), (3, 5, 7), (2, 3, 1100), (40, 16)]
 

@@ -5,7 +5,7 @@ import torch
 from test_fast import _no_choice, compare, needs_numba, pair, tensors  # noqa: F401
 
 import tridrop
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import masks, threads
 from tridrop.contract import mask
 from tridrop.contract.mask import Shard
 
@@ -30,7 +30,7 @@ def test_several_short_rows_at_a_time(place, columns):
     shape, t = (7, 11, columns), mask.threshold(0.3)
     shard = Shard((*whole, first + columns), (*origin, first)) if whole else None
     plain = mask.keep_mask(pair(3, 4), shape, t, shared=shared, shard=shard)
-    quick = fast.keep_mask(pair(3, 4), shape, t, shared=shared, shard=shard)
+    quick = masks.keep_mask(pair(3, 4), shape, t, shared=shared, shard=shard)
     assert torch.equal(quick, plain)
     where = {
         "noise_shape": [1 if d in shared else None for d in range(3)],
@@ -66,7 +66,7 @@ def test_sums_take_the_rows_in_turn(shape):
     assert torch.equal(dx == 0, ~keep)
     for found, rows in ((db, dx), (dgain, keep * (x.detach() * grad) * scale)):
         sums = torch.zeros(shape[1], dtype=torch.float64)
-        for start, stop in fast.parts_of(*shape):
+        for start, stop in threads.parts_of(*shape):
             part = torch.zeros(shape[1])
             for row in rows[start:stop]:
                 part += row

@@ -7,12 +7,11 @@ import torch
 
 import tridrop
 from tridrop import Shard
-from tridrop.backends.cpu import blocks
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import blocks, serving
 from tridrop.backends.cpu import softmax as scores
 from tridrop.commands.check.measure import error, tolerance
 
-pytestmark = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
+pytestmark = pytest.mark.skipif(not serving._has_numba, reason="numba is not installed")
 
 SHAPES = [(2, 3, 5, 7), (2, 3, 40, 33), (1, 2, 64, 64), (2, 1, 3, 1100), (4, 50)]
 SEEN = {

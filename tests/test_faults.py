@@ -20,9 +20,9 @@ import pytest
 from fault_helpers import add_many, add_one
 
 import tridrop
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import serving
 
-if not fast.serves():
+if not serving.serves():
     pytest.skip("needs numba", allow_module_level=True)
 
 from numba import njit
@@ -257,19 +257,17 @@ def test_every_source_is_in_the_stamp(name, monkeypatch):
 def test_all_that_loops_are_made_of_is_among_the_sources():
     """Their files' imports, but for this cache; mask.py has numbers for them, and takes none of
     those that it checks arguments with."""
-    found = {"fast_kernels.py"}
-    for path in ROOT.glob("fast_*.py"):
-        text = path.read_text()
-        if "\n@kernel\n" in text:
-            found.add(path.name)
+    loops = ROOT / "backends" / "cpu" / "loops"
+    found = {path for path in loops.glob("*.py") if "\n@kernel\n" in path.read_text()}
     todo = sorted(found)
     while todo:
-        for name in re.findall(r"^from \.(\w+) import", (ROOT / todo.pop()).read_text(), re.M):
-            file = f"{name}.py"
-            if file not in found and name not in ("fast_cache", "lasting", "spec_values"):
+        path = todo.pop()
+        for dots, name in re.findall(r"^from (\.+)([\w.]+) import", path.read_text(), re.M):
+            file = path.parents[len(dots) - 1].joinpath(*name.split(".")).with_suffix(".py")
+            if file.parent != ROOT / "base" and file != loops / "cache.py" and file not in found:
                 found.add(file)
                 todo.append(file)
-    assert found == set(fast_cache.SOURCES)
+    assert {path.relative_to(ROOT).as_posix() for path in found} == set(fast_cache.SOURCES)
 
 
 @pytest.mark.parametrize("of", ["numba", "llvmlite", "numpy"])
@@ -318,7 +316,7 @@ MANY = """
 import warnings
 warnings.simplefilter("error")
 from numba import njit
-from tridrop import fast_cache
+from tridrop.backends.cpu.loops import cache as fast_cache
 from fault_helpers import add_one
 
 for i in range(20):
@@ -362,12 +360,14 @@ def test_processes_that_load_and_save_at_a_time(tmp_path):
 
 LOOP = """
 import torch
-from tridrop import fast, fast_kernels, mask
+from tridrop.backends.cpu import masks
+from tridrop.backends.cpu.loops import mask as loops
+from tridrop.contract import mask
 
 seed = torch.tensor([3, 1])
-found = fast.keep_mask(seed, (2, 40), 1 << 31)
+found = masks.keep_mask(seed, (2, 40), 1 << 31)
 assert torch.equal(found, mask.keep_mask(seed, (2, 40), 1 << 31))
-print(sum(fast_kernels.keep_rows.stats.cache_hits.values()), found.int().flatten().tolist())
+print(sum(loops.keep_rows.stats.cache_hits.values()), found.int().flatten().tolist())
 """
 
 
@@ -385,7 +385,7 @@ def test_an_edited_file_that_a_loop_only_imports_is_not_served_from_the_cache(tm
     hits, before, _ = run()
     assert hits == 0
     assert run() == (1, before, "")
-    path = package / "mask.py"
+    path = package / "contract" / "mask.py"
     text = path.read_text()
     assert text.count("PHILOX_ROUNDS = 10\n") == 1
     path.write_text(text.replace("PHILOX_ROUNDS = 10\n", "PHILOX_ROUNDS = 9\n"))

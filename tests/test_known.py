@@ -9,8 +9,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import tridrop
 from tridrop import backends
-from tridrop.backends.cpu import selection as fast_calls
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import selection, serving
 from tridrop.functional import known
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,12 +254,14 @@ def test_a_saved_tensor_that_was_changed_is_noticed():
 def test_the_choice_of_a_backend_is_asked_each_time(monkeypatch):
     x, calls = X.to(DEVICE), []
     usual = backends.choose(x.device)
-    other = "triton" if usual == "reference" else "reference"
+    other = "triton" if usual == PLAIN else PLAIN
     for name in (PLAIN, "triton"):
         module = backends.load(name)
-        right = module.prepare
-        monkeypatch.setattr(
-            module, "prepare", lambda *a, name=name, right=right: calls.append(name) or right(*a)
+        right = module.PREPARES.get("elementwise", lambda *_: None)
+        monkeypatch.setitem(
+            module.PREPARES,
+            "elementwise",
+            lambda *a, name=name, right=right: calls.append(name) or right(*a),
         )
     for _ in range(2):
         tridrop.dropout(x, 0.5)
@@ -276,10 +277,10 @@ def test_the_choice_of_a_backend_is_asked_each_time(monkeypatch):
         tridrop.dropout(x, 0.5)
 
 
-@pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
+@pytest.mark.skipif(not serving._has_numba, reason="numba is not installed")
 def test_the_choice_of_numba_is_asked_each_time(monkeypatch):
     expected = tridrop.dropout(X, 0.5, seed=1)
-    monkeypatch.setattr(fast_calls.Selection, "call", None)
+    monkeypatch.setattr(selection.Selection, "call", None)
     with pytest.raises(TypeError):
         tridrop.dropout(X, 0.5, seed=1)  # this went to numba
     monkeypatch.setenv("TRIDROP_CPU", "torch")

@@ -6,27 +6,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hosts import PLAIN
 from ranks import outcomes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import tridrop
-from tridrop.backends.cpu import serving as fast
 from tridrop.base.strides import laid, order_of
 from tridrop.functional import known
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["numba", "torch", "triton"] if fast.serves() else ["torch", "triton"]
+BACKENDS = ["cpu", "reference", "triton"] if PLAIN == "cpu" else ["reference", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """A backend; the reference by compiled loops and by torch alone."""
     monkeypatch.setattr(known, "_known", {})
-    if request.param != "triton":
-        monkeypatch.setenv("TRIDROP_CPU", request.param)
-    with tridrop.backend("triton" if request.param == "triton" else "reference"):
+    with tridrop.backend(request.param):
         yield request.param
 
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import tridrop
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import serving
+from tridrop.backends.cpu.threads import share
 from tridrop.base import memory
 
 HERE = Path(__file__).parent
-needs_numba = pytest.mark.skipif(not fast.serves(), reason="numba does not serve CPU tensors")
+needs_numba = pytest.mark.skipif(not serving.serves(), reason="numba does not serve CPU tensors")
 
 
 def child(script, *arguments, **environment):
@@ -88,7 +89,7 @@ def test_operators_take_no_more_than_there_is():
     with pytest.raises(ValueError, match="bias is a float32 tensor of shape"):
         torch.ops.tridrop.forward(
             x, bias, None, None, torch.tensor([1, 2]), None, "gelu", 0.5, 0.0, [], [], [], "mask",
-            "reference",
+            "cpu",
         )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def test_a_part_that_fails_ends_the_others(threads, where):
     for _ in range(5):
         begun.clear()
         with pytest.raises(Failure):
-            fast.share(PARTS, 1 << 30, call, None)
+            share(PARTS, 1 << 30, call, None)
         assert not running
         assert len(begun) < len(PARTS)
         count = len(begun)
@@ -139,7 +140,7 @@ def test_what_is_shared_is_let_go(threads):
 
     held, freed = Held(), []
     seen = weakref.ref(held, lambda _: freed.append(True))
-    fast.share(PARTS, 1 << 30, lambda *_: None, held)
+    share(PARTS, 1 << 30, lambda *_: None, held)
     assert seen() is held
     del held
     for _ in range(100):
@@ -153,5 +154,5 @@ def test_all_parts_are_done_once(threads):
     done = []
     for _ in range(200):
         done.clear()
-        fast.share(PARTS, 1 << 30, lambda number, *_: done.append(number), None)
+        share(PARTS, 1 << 30, lambda number, *_: done.append(number), None)
         assert sorted(done) == list(range(len(PARTS)))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import tridrop
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import serving
 
 INF, NAN = math.inf, math.nan
-pytestmark = pytest.mark.skipif(not fast._has_numba, reason="numba is not installed")
+pytestmark = pytest.mark.skipif(not serving._has_numba, reason="numba is not installed")
 
 ROWS = {
     "inf": [INF, 0, 1, 2],
@@ -37,7 +37,7 @@ def both(monkeypatch):
     def run(function):
         found = []
         for way in ("numba", "torch"):
-            monkeypatch.setenv(fast.ENVIRONMENT, way)
+            monkeypatch.setenv(serving.ENVIRONMENT, way)
             found.append(function())
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5)

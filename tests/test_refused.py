@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tridrop
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import serving
 from tridrop.functional import known
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -25,9 +25,9 @@ class One(IntEnum):
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    if request.param == "numba" and not fast._has_numba:
+    if request.param == "numba" and not serving._has_numba:
         pytest.skip("numba is not installed")
-    monkeypatch.setenv(fast.ENVIRONMENT, request.param)
+    monkeypatch.setenv(serving.ENVIRONMENT, request.param)
     return request.param
 
 

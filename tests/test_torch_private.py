@@ -73,7 +73,7 @@ def test_every_path_that_the_module_names_is_in_its_list():
     listed = {interface.path for interface in private.INTERFACES}
     optional = {"torch._functorch.config", "torch.distributed._functional_collectives",
                 "torch.cuda._sleep"}  # fmt: skip
-    tree = ast.parse((PACKAGE / "torch_private.py").read_text())
+    tree = ast.parse((PACKAGE / "base" / "torch_private.py").read_text())
     named = {path for _, path in reaches(tree)}
     named = {path.replace("forward_ad.", "torch.autograd.forward_ad.", 1)
              if path.startswith("forward_ad.") else path for path in named}  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tridrop.backends.cpu import serving as fast
+from tridrop.backends.cpu import serving
 
 from . import values
 from .outcomes import Outcome, flat, of_error
@@ -201,12 +201,12 @@ def _gradients(results: list[Any], leaves: list[Tensor], chooser: random.Random)
 
 @contextlib.contextmanager
 def _served_by(way: str) -> Any:
-    before = os.environ.get(fast.ENVIRONMENT)
-    os.environ[fast.ENVIRONMENT] = way
+    before = os.environ.get(serving.ENVIRONMENT)
+    os.environ[serving.ENVIRONMENT] = way
     try:
         yield
     finally:
         if before is None:
-            del os.environ[fast.ENVIRONMENT]
+            del os.environ[serving.ENVIRONMENT]
         else:
-            os.environ[fast.ENVIRONMENT] = before
+            os.environ[serving.ENVIRONMENT] = before

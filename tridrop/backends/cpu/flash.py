@@ -95,10 +95,11 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
         query, key, value, 0.0, plan.is_causal, attn_mask=plan.mask, scale=options.scale
     )
     lse = log_sum.contiguous()
+    if not bool((lse < torch.inf).all()):
+        # Of a score that is NaN or infinite: a key that is left out has none of it, to which the
+        # kernel adds minus infinity; and its log-sum-exp is another than the composition's.
+        return None
     if plan.mask is not None:
-        if bool(lse.isnan().any()):
-            # Of a score that is NaN, and may be left out: the kernel adds minus infinity to it.
-            return None
         if bool((lse == 0).any()):  # of a row without keys, and rarely of another
             empty = _without_keys(plan.mask, query.shape[2], key.shape[2], plan)
             lse.masked_fill_(empty, -torch.inf)
