@@ -124,8 +124,8 @@ def test_threads_share_rows_without_a_trace():
     shape = (1031, 1000)
     plain = mask.keep_mask(pair(9), shape, t)
     try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
             assert torch.equal(masks.keep_mask(pair(9), shape, t), plain)
             scores = masks.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)
             expected = mask.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)

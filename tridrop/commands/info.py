@@ -32,8 +32,8 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": devices,
         "backends": backends.report(),
-        "default on cpu": backends.choose(torch.device("cpu")),
-        "default on cuda": backends.choose(torch.device("cuda")),
+        "default on cpu": _choice("cpu"),
+        "default on cuda": _choice("cuda"),
         "environment": {
             name: os.environ[name]
             for name in (
@@ -46,6 +46,13 @@ def collect() -> dict[str, Any]:
             if name in os.environ
         },
     }
+
+
+def _choice(device: str) -> str:
+    try:
+        return backends.choose(torch.device(device))
+    except (ImportError, ValueError) as error:  # of what the environment says
+        return f"none: {error}"
 
 
 def _version(package: str) -> str:

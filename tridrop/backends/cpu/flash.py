@@ -99,10 +99,12 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
         # Of a score that is NaN or infinite: a key that is left out has none of it, to which the
         # kernel adds minus infinity; and its log-sum-exp is another than the composition's.
         return None
-    if plan.mask is not None:
-        if bool((lse == 0).any()):  # of a row without keys, and rarely of another
+    if bool((lse == 0).any()):  # of a row without keys, and rarely of another
+        if plan.mask is not None:
             empty = _without_keys(plan.mask, query.shape[2], key.shape[2], plan)
             lse.masked_fill_(empty, -torch.inf)
+        if bool(((lse == 0) & (found == 0).all(-1)).any()):
+            return None  # perhaps of scores that are all minus infinity: of infinite operands
     # Laid out as spec.attention.empty_output does; no copy where heads are next to each other.
     if inputs.query.stride(1) < inputs.query.stride(2):
         return found.transpose(1, 2).contiguous().transpose(1, 2), lse
