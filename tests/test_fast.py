@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import tridrop
 from tridrop.backends.cpu import elementwise as fused
-from tridrop.backends.cpu import masks, selection, serving
+from tridrop.backends.cpu import masks, selection, serving, threads
 from tridrop.backends.cpu import memory as cpu_memory
 from tridrop.commands import info
 from tridrop.commands.check.measure import error, tolerance
