@@ -15,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tridrop
-from tridrop.backends.cpu import elementwise as fused
 from tridrop.backends.cpu import masks, selection, serving, threads
 from tridrop.backends.cpu import memory as cpu_memory
+from tridrop.backends.reference import elementwise
 from tridrop.commands import info
 from tridrop.commands.check.measure import error, tolerance
 from tridrop.contract import mask
 from tridrop.contract.mask import Shard
-from tridrop.spec.elementwise import ACTIVATIONS
 
 needs_numba = pytest.mark.skipif(not serving._has_numba, reason="numba is not installed")
 VECTORS = json.loads((Path(__file__).parent / "data" / "mask_vectors.json").read_text())
@@ -336,10 +335,8 @@ def test_numbers_of_kinds_and_functions_are_the_kernels():
 
     for name, dtype in (("FP32", "float32"), ("BF16", "bfloat16"), ("FP16", "float16")):
         assert getattr(fast_storage, name) == cpu_memory.KINDS[getattr(torch, dtype)]
-    assert set(fused._FUNCTIONS) == {function for function, _ in ACTIVATIONS.values()}
-    for name, number in fused._FUNCTIONS.items():
-        assert getattr(fast_math, name.upper()) == number
-    assert fused._SHORT == fast_math.SHORT
+    for name, forms in fast_math.FUNCTIONS.items():
+        assert tuple(fast_math.FORMS[number] for number in fast_math.NUMBERS[name]) == forms
 
 
 # -------------------------------------------------------------------------------------- functions
@@ -349,7 +346,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 def on_a_grid(name, x, short=False):
     """f(x) and f'(x) by the kernels, for fp32 x of any shape."""
-    number = fused._FUNCTIONS[name] + short * fused._SHORT
+    number = serving.kernels().functions[name][short]
     u = x.reshape(1, -1)
     value, slope, ones = torch.empty_like(u), torch.empty_like(u), torch.ones_like(u)
     tensors = (value, u, ones, slope)
@@ -376,6 +373,10 @@ def in_fp64(name, x):
 # Units in the last place: for x > -1, and for the tail below it down to -12. gelu_tanh's tail has
 # the error of y there, up to 180, times exp's condition.
 BOUNDS = {"gelu": (3, 6), "gelu_tanh": (4, 256), "silu": (3, 4)}
+
+
+def test_every_curved_function_is_held_to_bounds():
+    assert set(BOUNDS) == {name for name, f in elementwise.FUNCTIONS.items() if f.curved}
 
 
 @needs_numba

@@ -7,6 +7,7 @@ import torch
 
 import tridrop
 from tridrop.backends.cpu import serving
+from tridrop.spec.elementwise import ACTIVATIONS
 
 INF, NAN = math.inf, math.nan
 pytestmark = pytest.mark.skipif(not serving._has_numba, reason="numba is not installed")
@@ -116,7 +117,7 @@ def test_attention(both, which, value):
                     assert not results[5].triu(1).any()  # the mask's gradient is the scores'
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "silu", "geglu", "swiglu", "reglu"])
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_activations(both, p, dtype, name):

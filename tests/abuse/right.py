@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tridrop.spec.elementwise import ACTIVATIONS
+
 
 @dataclass
 class Plan:
@@ -31,14 +33,13 @@ class Plan:
     @classmethod
     def of(cls, target: str, chooser: random.Random, module: bool) -> Plan:
         dtypes = [torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float64]
-        names = [None, "none", "relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "swiglu"]
-        activation = chooser.choice(names)
+        activation = chooser.choice([None, *ACTIVATIONS])
         return cls(
             target, chooser,
             torch.float32 if module else chooser.choice(dtypes),
             chooser.choice([1, 2, 3]), chooser.choice([1, 2, 5]),
             16 if module else chooser.choice([2, 8, 14, 24, 64, 130, 600]),
-            activation, activation in ("reglu", "geglu", "swiglu"),
+            activation, activation is not None and ACTIVATIONS[activation][1],
         )  # fmt: skip
 
     def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

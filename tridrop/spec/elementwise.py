@@ -7,7 +7,7 @@ before they draw a seed; the result of the checks is an :class:`Options`, which 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -36,6 +36,24 @@ ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "geglu": ("gelu", True),
     "swiglu": ("silu", True),
 }
+
+
+def check_functions(table: Collection[str], where: str) -> None:
+    """Raise unless ``table`` has an entry for each function of :data:`ACTIVATIONS`, and no other.
+
+    A backend asks before it computes anything: a function that it lacks is an error that names the
+    table, never another function's numbers.
+    """
+    known = {function for function, _ in ACTIVATIONS.values()}
+    for missing, has, lacks in ((known - {*table}, "spec.ACTIVATIONS", where),
+                                ({*table} - known, where, "spec.ACTIVATIONS")):  # fmt: skip
+        if missing:
+            names = ", ".join(sorted(missing))
+            raise NotImplementedError(
+                f"{has} has the functions {names}, and {lacks} has no entry for them: "
+                "CONTRIBUTING.md lists the tables of an activation"
+            )
+
 
 # The contract's coordinates of attention, and how many of each there are.
 ATTENTION_LIMITS = {"batch": 1 << 32, "head": 1 << 28, "query": 1 << 32, "key": 1 << 35}

@@ -7,30 +7,20 @@ prepared once for each shape and set of options.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...base.memory import all_whole, place
-from ...spec.elementwise import Options, output_shape
+from ...spec.elementwise import Options, check_functions, output_shape
 from ..reference import elementwise
 from . import masks
 from .memory import NONE, result, vector
 from .selection import Selection, Sum, can_read, selection_of, serves
 
-# As numbered in loops/activations.py.
-_FUNCTIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-_SHORT = 3
 _NAMES = ("x", "bias", "layer_scale", "residual")
-# grad, u -> grad * f'(u), torch's own.
-_BACKWARD: dict[int, Callable[..., Tensor]] = {
-    2: torch.ops.aten.gelu_backward.default,
-    3: partial(torch.ops.aten.gelu_backward.default, approximate="tanh"),
-    4: torch.ops.aten.silu_backward.default,
-}
 _NO_SUMS = (0, 0)  # the addresses of two absent sums
 
 
@@ -40,7 +30,11 @@ class PreparedElementwise(NamedTuple):
     drop: Selection
     shape: tuple[int, ...]
     options: Options
-    kind: tuple[int, bool]  # the number of f in loops/activations.py, and whether it is gated
+    function: elementwise.Function
+    # The number of f in activations.FORMS, and whether it is gated: of its form of full precision
+    # and of the short one, which is the same object where f has no other.
+    full: tuple[int, bool]
+    short: tuple[int, bool]
     columns: int
     width: int  # the columns of x: twice those of the result where f is gated
 
@@ -85,14 +79,15 @@ class PreparedElementwise(NamedTuple):
         dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The op's gradients; arguments as in ``backends.Backend.backward``."""
-        function, gated = self.kind
+        gated = self.options.gated
         if not self.drop.drops and not gated and layer_scale is None:
-            if function == 0 and dtypes == (grad.dtype, None, None):
+            if self.function.steps == 0 and dtypes == (grad.dtype, None, None):
                 return grad, None, None
+            backward = self.function.backward
             alike = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
-            if x is not None and alike and function in _BACKWARD:
+            if x is not None and alike and backward is not None:
                 grad, x, bias = all_whole((grad, x, bias), ("grad", "x", "bias"))
-                found = _BACKWARD[function](grad, x if bias is None else x + bias)
+                found = backward(grad, x if bias is None else x + bias)
                 dbias = None if dtypes[1] is None else elementwise.sum_rows(found)
                 return (None if dtypes[0] is None else found), dbias, None
         columns, width, count = self.columns, self.width, self.drop.count
@@ -119,23 +114,27 @@ class PreparedElementwise(NamedTuple):
         return dx, dbias, dlayer_scale
 
     def _kind(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
-        """``kind`` for results of these dtypes: what is rounded to 16 bits needs no more."""
-        if self.kind[0] < 2 or torch.float32 in dtypes:
-            return self.kind
-        return self.kind[0] + _SHORT, self.kind[1]
+        """The form for results of these dtypes: what is rounded to 16 bits needs no more."""
+        if self.short is self.full or torch.float32 in dtypes:
+            return self.full
+        return self.short
 
     def _is_torchs(self, x: Tensor, *others: Tensor | None) -> bool:
-        function, gated = self.kind
-        return elementwise.is_torchs((function > 0) + gated, function > 1, x, *others)
+        return elementwise.is_torchs(self.function, self.options.gated, x, *others)
 
 
 @lru_cache(256)
 def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
     drop = selection_of(shape, options)
-    function = (_FUNCTIONS[options.function], options.gated)
+    check_functions(drop.loops.functions, "backends/cpu/loops/activations.FUNCTIONS")
+    numbers = drop.loops.functions[options.function]
+    full, short = ((number, options.gated) for number in numbers)
     columns = drop.where.cols
     width = 2 * columns if options.gated else columns
-    return PreparedElementwise(drop, shape, options, function, columns, width)
+    return PreparedElementwise(
+        drop, shape, options, elementwise.FUNCTIONS[options.function],
+        full, full if short == full else short, columns, width,
+    )  # fmt: skip
 
 
 def prepare(

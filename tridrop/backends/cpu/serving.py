@@ -75,7 +75,7 @@ def _load() -> Any:
     global _loaded, _broken
     if _loaded is None and _broken is None:
         try:
-            from .loops import elementwise, mask, norm, softmax
+            from .loops import activations, elementwise, mask, norm, softmax
         except ImportError as error:  # numba refuses a NumPy that is too new for it
             _broken = f"numba cannot be imported: {error}"
             warnings.warn(f"the reference backend serves CPU tensors: {_broken}", stacklevel=2)
@@ -87,6 +87,7 @@ def _load() -> Any:
             softmax_backward=softmax.backward,
             forward=elementwise.forward,
             backward=elementwise.backward,
+            functions=activations.NUMBERS,
             norm_forward=norm.forward,
             norm_backward=norm.backward,
         )

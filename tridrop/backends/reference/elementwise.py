@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...contract import mask, noise
-from ...spec.elementwise import Options, output_shape
+from ...spec.elementwise import Options, check_functions, output_shape
 
 SQRT_HALF = 0.5**0.5
 INV_SQRT_2PI = 0.3989422804014327
@@ -45,14 +46,39 @@ def _silu_grad(u: Tensor) -> Tensor:
     return s * (1 + u * (1 - s))
 
 
-# name -> (function, derivative), both differentiable
-FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "none": (lambda u: u, torch.ones_like),
-    "relu": (torch.relu, lambda u: (~(u <= 0)).to(u.dtype)),
-    "gelu": (F.gelu, _gelu_grad),
-    "gelu_tanh": (lambda u: F.gelu(u, approximate="tanh"), _gelu_tanh_grad),
-    "silu": (F.silu, _silu_grad),
-}
+def _gelu(u: Tensor) -> Tensor:
+    """torch's gelu(inf) is NaN where its loop uses vectors and inf in the rest; this one is inf."""
+    return torch.where(u == math.inf, u, F.gelu(u))
+
+
+class Function(NamedTuple):
+    """A function of one argument, and what torch has of its own for calls that drop nothing."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]  # its derivative; both can be differentiated by torch
+    torchs: Callable[[Tensor], Tensor]  # as a model without tridrop computes it
+    steps: int = 1  # operators of torch's in that, each of which rounds its result
+    curved: bool = True  # whether it is rounded at all, so that its bits tell who computed it
+    # (grad, u) -> grad * f'(u) in one operator of torch's
+    backward: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+_aten = torch.ops.aten
+
+FUNCTIONS = {
+    "none": Function(lambda u: u, torch.ones_like, lambda u: u, steps=0, curved=False),
+    "relu": Function(
+        torch.relu, lambda u: (~(u <= 0)).to(u.dtype), torch.relu, curved=False
+    ),
+    "gelu": Function(_gelu, _gelu_grad, F.gelu, backward=_aten.gelu_backward.default),
+    "gelu_tanh": Function(
+        _gelu_tanh, _gelu_tanh_grad, _gelu_tanh,
+        backward=partial(_aten.gelu_backward.default, approximate="tanh"),
+    ),
+    "silu": Function(F.silu, _silu_grad, F.silu, backward=_aten.silu_backward.default),
+}  # fmt: skip
+check_functions(FUNCTIONS, "backends/reference/elementwise.FUNCTIONS")
 
 
 class Multiplier(NamedTuple):
@@ -120,32 +146,28 @@ def _halves(u: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
 
 
 def activate(u: Tensor, options: Options, exact: bool = True) -> Tensor:
-    """v = f(u), or f(first half) * second half.
-
-    torch's gelu(inf) is NaN where its loop uses vectors and inf in the rest; ``exact`` is inf.
-    """
+    """v = f(u), or f(first half) * second half; without ``exact`` by torch's own function."""
     first, second = _halves(u, options)
     value = _function(first, options, exact)
     return value if second is None else value * second
 
 
 def _function(first: Tensor, options: Options, exact: bool = True) -> Tensor:
-    value = FUNCTIONS[options.function][0](first)
-    if exact and options.function == "gelu":
-        value = torch.where(first == math.inf, first, value)
-    return value
+    function = FUNCTIONS[options.function]
+    return function.value(first) if exact else function.torchs(first)
 
 
-def is_torchs(steps: int, curved: bool, x: Tensor, *others: Tensor | None) -> bool:
+def is_torchs(function: Function, gated: bool, x: Tensor, *others: Tensor | None) -> bool:
     """Whether torch gives the same without dropout, in no more passes or with its own bits.
 
-    The same is one rounding: fp32 throughout, or a single operation, beside ``steps`` of the
-    activation. Those that are ``curved`` have torch's bits in fp32.
+    The same is one rounding: fp32 throughout, or a single operation. A function that is curved has
+    torch's bits in fp32.
     """
     given = [t for t in others if t is not None]
     if any(t.dtype != x.dtype for t in given):
         return False
-    return steps + len(given) < 2 or (curved and x.dtype == torch.float32)
+    steps = function.steps + gated + len(given)
+    return steps < 2 or (function.curved and x.dtype == torch.float32)
 
 
 def compose(
@@ -193,7 +215,7 @@ def gradients(
         if needs[2]:
             dlayer_scale = sum_rows(drop(grad * activate(u, options)))
         first, second = _halves(u, options)
-        derivative = FUNCTIONS[options.function][1]
+        derivative = FUNCTIONS[options.function].slope
         if second is None:
             parts = [scaled * derivative(first)]
         else:
@@ -251,8 +273,9 @@ def composed(
     dtype = x.dtype if residual is None else residual.dtype
     operands = (x, bias, layer_scale, residual)
     drop = multiplier(output_shape(x, options.activation), seed, p, options, draw)
-    bare = drop.keep is None and options.function == "gelu"
-    if bare and is_torchs(1 + options.gated, True, *operands):
+    function = FUNCTIONS[options.function]
+    bare = drop.keep is None and function.torchs is not function.value
+    if bare and is_torchs(function, options.gated, *operands):
         return compose(*operands, drop, options, exact=False)  # with torch's own bits
     u, b, g, r = compute(*operands)
     assert u is not None

@@ -1,13 +1,13 @@
 """Activations and their derivatives as functions of fp32 tiles.
 
-A new activation is a pair of functions here, a row in :data:`FUNCTIONS`, one in the reference
-backend's table and a name in ``spec.ACTIVATIONS``. Constants stand to the right of tiles: in the
-interpreter a constexpr on the left of an operator swallows the tile.
+Each has a row in :data:`FUNCTIONS`. Constants stand to the right of tiles: in the interpreter a
+constexpr on the left of an operator swallows the tile.
 """
 
 import triton
 import triton.language as tl
 
+from ...spec.elementwise import check_functions
 from .constant import Constant
 
 SQRT_HALF = Constant(0.7071067811865476)
@@ -70,6 +70,7 @@ def gelu_tanh_grad(x):
     return s + x * s * (1.0 - s) * SQRT_8_OVER_PI * (1.0 + x * x * GELU_CUBIC * 3.0)
 
 
+# name -> (function, derivative)
 FUNCTIONS = {
     "none": (none, none_grad),
     "relu": (relu, relu_grad),
@@ -77,3 +78,4 @@ FUNCTIONS = {
     "gelu": (gelu, gelu_grad),
     "gelu_tanh": (gelu_tanh, gelu_tanh_grad),
 }
+check_functions(FUNCTIONS, "backends/triton/activations.FUNCTIONS")

@@ -17,20 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional
-from ...spec.elementwise import ACTIVATIONS
+from ...spec.elementwise import ACTIVATIONS, check_functions
 from .case import Case, Drop, Inputs
 
-# Written with torch's own functions: independent of both backends.
-EAGER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+# Written with torch's own functions: independent of the backends.
+EAGER_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
-    "reglu": lambda x: F.relu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
-    "geglu": lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
-    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
 }
+check_functions(EAGER_FUNCTIONS, "commands/check/cases.EAGER_FUNCTIONS")
+
+
+def eager_activation(activation: str, x: Tensor) -> Tensor:
+    """An activation of tridrop's by such functions."""
+    function, gated = ACTIVATIONS[activation]
+    if not gated:
+        return EAGER_FUNCTIONS[function](x)
+    first, second = x.chunk(2, -1)
+    return EAGER_FUNCTIONS[function](first) * second
 
 
 def _resizable(builder: Callable[..., Case]) -> Callable[..., Case]:
@@ -91,7 +98,7 @@ def _elementwise(
         value = inputs["x"]
         if bias:
             value = value + inputs["bias"]
-        value = drop("elements", EAGER_ACTIVATIONS[activation](value))
+        value = drop("elements", eager_activation(activation, value))
         if layer_scale:
             value = value * inputs["layer_scale"]
         if drop_path:
@@ -241,7 +248,7 @@ CASES: Sequence[Case] = (
     _elementwise("dropout", (16, 40, 9), noise_shape=(16, 40, 1), p=0.5),
     *(
         _elementwise("activation_dropout", (5, 9, 56), activation=name, bias=True)
-        for name in ("none", "relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "swiglu")
+        for name in ACTIVATIONS
     ),
     _elementwise("activation_dropout", (30, 33), activation="gelu", p=0.9),
     _elementwise("dropout_add", (6, 11, 40), p=0.1),

@@ -18,11 +18,6 @@ from numba import uint32
 from .mask import inline, part
 from .storage import bits_of, value_of
 
-NONE, RELU, GELU, GELU_TANH, SILU = range(5)
-# Added to the last three, for results of 16 bits: right to 2e-5, a tenth of the rounding of fp16,
-# in two thirds of the time.
-SHORT = 3
-
 _fused = {"contract"}
 _ZERO, _HALF, _ONE, _TWO = (np.float32(v) for v in (0, 0.5, 1, 2))
 
@@ -63,7 +58,7 @@ _CENTRE = tuple(
         0.009973322972655296, -0.06649035960435867, 0.3989422917366028,
     )
 )  # fmt: skip
-# Fitted in the same way for SHORT: 6e-6 and 5e-6.
+# Fitted in the same way for the short forms: 6e-6 and 5e-6.
 _LN2 = np.float32(0.6931471805599453)
 _SHORT_EXP = tuple(np.float32(v) for v in (0.04126245, 0.16757017, 0.50005533))
 _SHORT_RATE = np.float32(0.31)
@@ -166,9 +161,7 @@ def relu(x):
     return (_ZERO, _ZERO) if x <= _ZERO else (x, _ONE)
 
 
-def smooth(exp, normal):
-    """gelu, gelu_tanh and silu by such an exp and normal distribution."""
-
+def sigmoid_by(exp):
     @inline(_fused)
     def sigmoid(y):
         """(sigmoid(y), its derivative)."""
@@ -177,10 +170,20 @@ def smooth(exp, normal):
         tail = e * t
         return tail if y < _ZERO else t, tail * t
 
+    return sigmoid
+
+
+def gelu_by(exp, normal):
     @inline(_fused)
     def gelu(x):
         cdf, e = normal(x)
         return x * cdf, cdf + x * (e * _DENSITY)
+
+    return gelu
+
+
+def gelu_tanh_by(exp, normal):
+    sigmoid = sigmoid_by(exp)
 
     @inline(_fused)
     def gelu_tanh(x):
@@ -188,43 +191,71 @@ def smooth(exp, normal):
         s, ds = sigmoid(y)
         return x * s, s + x * (ds * dy)
 
+    return gelu_tanh
+
+
+def silu_by(exp, normal):
+    sigmoid = sigmoid_by(exp)
+
     @inline(_fused)
     def silu(x):
         s, ds = sigmoid(x)
         return x * s, s + x * ds
 
-    return gelu, gelu_tanh, silu
+    return silu
 
 
-_ALL = (identity, relu, *smooth(exp_of, normal), *smooth(short_exp, short_normal))
+def both(make):
+    """A function by the exp and the normal distribution of full precision, and by the short ones.
+
+    The short form is for results of 16 bits: right to 2e-5, a tenth of the rounding of fp16, in
+    two thirds of the time.
+    """
+    return make(exp_of, normal), make(short_exp, short_normal)
+
+
+# name -> its form of full precision and its short form, each x -> (f(x), f'(x))
+FUNCTIONS = {
+    "none": (identity, identity),
+    "relu": (relu, relu),
+    "gelu": both(gelu_by),
+    "gelu_tanh": both(gelu_tanh_by),
+    "silu": both(silu_by),
+}
+# Loops know a form by its number here: they take integers, which those who call them look up.
+FORMS = tuple(dict.fromkeys(form for forms in FUNCTIONS.values() for form in forms))
+NUMBERS = {name: tuple(map(FORMS.index, forms)) for name, forms in FUNCTIONS.items()}
 
 
 def of_function(make):
-    """Make loops over (u, ...) a function of (function, u, ...), a loop for each function."""
-    of_none, of_relu, of_gelu, of_gelu_tanh, of_silu, short_gelu, short_gelu_tanh, short_silu = (
-        part(_fused)(make(f)) for f in _ALL
-    )
+    """Make loops over (u, ...) a function of (number, u, ...), a loop for each of FORMS."""
+    *loops, last = (part(_fused)(make(form)) for form in FORMS)
+
+    @inline(_fused)
+    def chosen(number, u, *others):
+        last(u, *others)
+
+    for number, loop in reversed([*enumerate(loops)]):
+        chosen = either(number, loop, chosen)
 
     @part(_fused)
-    def call(function, u, *others):
-        if function == GELU:
-            of_gelu(u, *others)
-        elif function == GELU_TANH:
-            of_gelu_tanh(u, *others)
-        elif function == SILU:
-            of_silu(u, *others)
-        elif function == GELU + SHORT:
-            short_gelu(u, *others)
-        elif function == GELU_TANH + SHORT:
-            short_gelu_tanh(u, *others)
-        elif function == SILU + SHORT:
-            short_silu(u, *others)
-        elif function == RELU:
-            of_relu(u, *others)
-        else:
-            of_none(u, *others)
+    def call(number, u, *others):
+        chosen(number, u, *others)
 
     return call
+
+
+def either(wanted, loop, otherwise):
+    """``loop`` for the number that is ``wanted``, and ``otherwise`` for another."""
+
+    @inline(_fused)
+    def choose(number, u, *others):
+        if number == wanted:
+            loop(u, *others)
+        else:
+            otherwise(number, u, *others)
+
+    return choose
 
 
 @of_function

@@ -66,7 +66,7 @@ def give(dx, dbias, row, rows, width, column, size, u, bits, last, scale):
 def forward(start, stop, columns, mask, scale, out, x, bias, layer_scale, residual, options):
     """out = residual + layer_scale * f(x + bias) * multiplier, of the rows from start to stop.
 
-    ``options`` are the number of f in activations.py, and whether x holds two halves in twice
+    ``options`` are the number of f in activations.FORMS, and whether x holds two halves in twice
     as many columns: then f(first) * second takes the place of f.
     """
     function, gated = options
