@@ -1,6 +1,8 @@
 """Each activation of the spec has its entry in every table, and a table without one says so."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,15 @@ def test_a_function_that_the_loops_lack_is_no_other_function(monkeypatch):
     monkeypatch.setattr(loops, "functions", without)
     with pytest.raises(NotImplementedError, match=r"silu, and .*/loops/activations.FUNCTIONS"):
         tridrop.activation_dropout(torch.ones(3, 17), 0.25, activation="silu", seed=1)
+
+
+def test_what_users_read_names_every_activation():
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    row = next(line for line in readme.splitlines() if "`activation_dropout(" in line)
+    for name in spec.ACTIVATIONS:
+        if name != "none":
+            assert f'"{name}"' in tridrop.activation_dropout.__doc__
+            assert re.search(rf"\b{name}\b", row), name
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS = {"lora.md": "peft", "timm.md": "timm", "transformers.md": "transformers"}
 
 
@@ -28,3 +28,13 @@ def test_python_blocks_run(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_recipes_name_files_and_tables_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:tridrop|tests|docs)/[^`]*)`", text)
+    assert len(paths) > 15
+    for path in paths:
+        assert (ROOT / path).exists(), path
+    for path, table in re.findall(r"`(tridrop/[^`]*)`, `(\w+)`", text):
+        assert f"\n{table}" in (ROOT / path).read_text(), f"{table} in {path}"
