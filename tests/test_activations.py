@@ -12,6 +12,7 @@ from tridrop.backends.cpu import serving
 from tridrop.backends.reference import elementwise
 from tridrop.commands.check.cases import EAGER_FUNCTIONS
 from tridrop.spec import elementwise as spec
+from tridrop.swapping import kinds
 
 FUNCTIONS = sorted({function for function, _ in spec.ACTIVATIONS.values()})
 needs_triton = pytest.mark.skipif(
@@ -81,3 +82,28 @@ def test_slopes_are_derivatives(name):
     if function.backward is not None:
         grad = torch.randn_like(u)
         torch.testing.assert_close(function.backward(grad, u), grad * slope)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.fc, self.act, self.dropout = torch.nn.Linear(8, 24), act, torch.nn.Dropout(0.25)
+
+    def forward(self, x):
+        return self.dropout(self.act(self.fc(x)))
+
+
+@pytest.mark.parametrize("kind", kinds._ACTIVATIONS)
+def test_modules_of_transformers_are_swapped(kind):
+    activations = pytest.importorskip("transformers.activations")
+    if not hasattr(activations, kind):
+        pytest.skip(f"this transformers has no {kind}")
+    model = Block(getattr(activations, kind)())
+    x = torch.randn(5, 8)
+    hidden = model.act(model.fc(x)).detach()
+    (site,) = tridrop.swap(model).sites
+    assert "activation" in site.parts
+    with tridrop.rng(3):
+        out = model(x)
+    torch.testing.assert_close(out, torch.where(out != 0, hidden / 0.75, 0.0))
+    assert (out == 0).any()

@@ -211,8 +211,8 @@ def activation_dropout(
         x: any shape and strides; float16, bfloat16, float32, or float64 (reference backend).
         p: the probability of dropping, as in :func:`dropout`.
         training: False is p = 0.
-        activation: None, "relu", "gelu" (exact), "gelu_tanh", "silu", or gated "reglu", "geglu",
-            "swiglu".
+        activation: None, "relu", "gelu" (exact), "gelu_tanh", "silu", "quick_gelu" (CLIP's
+            x * sigmoid(1.702 x)), or gated "reglu", "geglu", "swiglu".
         bias: a vector of x's last size, of any floating-point dtype.
         noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
 

@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "gelu": ("gelu", False),
     "gelu_tanh": ("gelu_tanh", False),
     "silu": ("silu", False),
+    "quick_gelu": ("quick_gelu", False),
     "reglu": ("relu", True),
     "geglu": ("gelu", True),
     "swiglu": ("silu", True),

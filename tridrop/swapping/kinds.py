@@ -69,6 +69,7 @@ _ACTIVATIONS = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
     "SiLUActivation": "silu",
+    "QuickGELUActivation": "quick_gelu",
 }
 
 

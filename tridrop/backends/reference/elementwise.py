@@ -29,6 +29,7 @@ SQRT_HALF = 0.5**0.5
 INV_SQRT_2PI = 0.3989422804014327
 SQRT_2_OVER_PI = 0.7978845608028654
 GELU_CUBIC = 0.044715
+QUICK_GELU = 1.702
 
 
 def _gelu_grad(u: Tensor) -> Tensor:
@@ -44,6 +45,15 @@ def _gelu_tanh_grad(u: Tensor) -> Tensor:
 def _silu_grad(u: Tensor) -> Tensor:
     s = torch.sigmoid(u)
     return s * (1 + u * (1 - s))
+
+
+def _quick_gelu(u: Tensor) -> Tensor:
+    return u * torch.sigmoid(QUICK_GELU * u)
+
+
+def _quick_gelu_grad(u: Tensor) -> Tensor:
+    s = torch.sigmoid(QUICK_GELU * u)
+    return s * (1 + QUICK_GELU * u * (1 - s))
 
 
 def _gelu(u: Tensor) -> Tensor:
@@ -77,6 +87,7 @@ FUNCTIONS = {
         backward=partial(_aten.gelu_backward.default, approximate="tanh"),
     ),
     "silu": Function(F.silu, _silu_grad, F.silu, backward=_aten.silu_backward.default),
+    "quick_gelu": Function(_quick_gelu, _quick_gelu_grad, _quick_gelu, steps=3),
 }  # fmt: skip
 check_functions(FUNCTIONS, "backends/reference/elementwise.FUNCTIONS")
 

@@ -14,6 +14,7 @@ SQRT_HALF = Constant(0.7071067811865476)
 INV_SQRT_2PI = Constant(0.3989422804014327)
 SQRT_8_OVER_PI = Constant(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_CUBIC = Constant(0.044715)
+QUICK_GELU = Constant(1.702)
 
 
 @triton.jit
@@ -70,6 +71,17 @@ def gelu_tanh_grad(x):
     return s + x * s * (1.0 - s) * SQRT_8_OVER_PI * (1.0 + x * x * GELU_CUBIC * 3.0)
 
 
+@triton.jit
+def quick_gelu(x):
+    return x * tl.sigmoid(x * QUICK_GELU)
+
+
+@triton.jit
+def quick_gelu_grad(x):
+    s = tl.sigmoid(x * QUICK_GELU)
+    return s * (1.0 + x * QUICK_GELU * (1.0 - s))
+
+
 # name -> (function, derivative)
 FUNCTIONS = {
     "none": (none, none_grad),
@@ -77,5 +89,6 @@ FUNCTIONS = {
     "silu": (silu, silu_grad),
     "gelu": (gelu, gelu_grad),
     "gelu_tanh": (gelu_tanh, gelu_tanh_grad),
+    "quick_gelu": (quick_gelu, quick_gelu_grad),
 }
 check_functions(FUNCTIONS, "backends/triton/activations.FUNCTIONS")

@@ -27,6 +27,7 @@ EAGER_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 check_functions(EAGER_FUNCTIONS, "commands/check/cases.EAGER_FUNCTIONS")
 

@@ -5,7 +5,8 @@ written out here, from sums, products and a division. NaN stays NaN, and infinit
 formulas give: gelu(-inf) is NaN as in torch.
 
     gelu(x) = x * cdf(x),   cdf(-a) = exp(-a^2 / 2) * tail(a)
-    gelu_tanh(x) = x * sigmoid(y),   y = 2 * sqrt(2 / pi) * (x + 0.044715 x^3);   silu: y = x
+    gelu_tanh(x) = x * sigmoid(y),   y = 2 * sqrt(2 / pi) * (x + 0.044715 x^3);   silu: y = x;
+    quick_gelu: y = 1.702 x
 
 The negative side comes from the tail itself, not from 1 + erf, and keeps its digits.
 """
@@ -75,6 +76,7 @@ _UPPER_BITS = np.uint32(0xFFFFF000)
 # gelu_tanh: y is beyond exp's range from 10 on.
 _BEND_END = np.float32(16)
 _SLOPE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)
+_QUICK = np.float32(1.702)
 
 
 @inline(_fused)
@@ -205,6 +207,17 @@ def silu_by(exp, normal):
     return silu
 
 
+def quick_gelu_by(exp, normal):
+    sigmoid = sigmoid_by(exp)
+
+    @inline(_fused)
+    def quick_gelu(x):
+        s, ds = sigmoid(_QUICK * x)
+        return x * s, s + x * (ds * _QUICK)
+
+    return quick_gelu
+
+
 def both(make):
     """A function by the exp and the normal distribution of full precision, and by the short ones.
 
@@ -221,6 +234,7 @@ FUNCTIONS = {
     "gelu": both(gelu_by),
     "gelu_tanh": both(gelu_tanh_by),
     "silu": both(silu_by),
+    "quick_gelu": both(quick_gelu_by),
 }
 # Loops know a form by its number here: they take integers, which those who call them look up.
 FORMS = tuple(dict.fromkeys(form for forms in FUNCTIONS.values() for form in forms))
