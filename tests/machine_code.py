@@ -67,6 +67,7 @@ def cases(dtype: torch.dtype) -> dict[str, tuple]:
         dtypes = (dtype, *(dtype if s else None for s in sums))
         return "backward", "backward_kernel", grad, x, bias, gain, needed, None, options, dtypes
 
+    tokens, gates = empty(8, 1024, 1024, dtype=dtype), empty(8, 1024, dtype=dtype)
     odd = {n: empty(8190, n, dtype=dtype) for n in (768, 1000, 1001)}
     return {
         "add": forward(Options(**plain), residual=x),
@@ -78,6 +79,10 @@ def cases(dtype: torch.dtype) -> dict[str, tuple]:
         "everything": forward(Options("gelu", **drop, drop_path=0.1), x, vector, vector, x),
         "everything backward": backward(
             Options("gelu", **drop, drop_path=0.1), x, vector, vector, (True, True)
+        ),
+        "gate": forward(Options(**drop), tokens, None, gates, tokens),
+        "gate backward": backward(
+            Options(**drop), tokens, None, gates, (False, True), grad=tokens
         ),
         "bias backward": backward(Options(**drop), bias=vector, sums=(True, False)),
         "swiglu": forward(Options("swiglu", **drop), wide, wide_vector),

@@ -169,6 +169,20 @@ def gated_activations_equal_one_process():
         compare(op, given, places, equal=False)
 
 
+def gates_equal_one_process():
+    def op(x, residual, gate):
+        return tridrop.dropout_add(x, residual, 0.3, gate=gate, drop_path=0.3, seed=3)
+
+    given = tensors("x", "residual") | {"gate": torch.randn(3, 10).requires_grad_()}
+    cut = {Shard(0): Shard(0), Shard(-1): Shard(1), Shard(2): Shard(1)}
+    for places in every_place(("x", "residual")):
+        gate = [cut.get(p, Replicate()) for p in places["x"]]
+        compare(op, given, {**places, "gate": gate})
+    spreads = {**given, "gate": torch.randn(3, 1, 10).requires_grad_()}
+    rows = (Shard(0),)
+    compare(op, spreads, {"x": rows, "residual": rows, "gate": rows})
+
+
 def norms_equal_one_process():
     def layer(x, residual, weight, norm_bias, bias, layer_scale):
         return tridrop.dropout_add_layer_norm(
@@ -546,6 +560,7 @@ CHECKS = [
     elementwise_ops_equal_one_process,
     masks_are_pieces_of_the_exported_one,
     gated_activations_equal_one_process,
+    gates_equal_one_process,
     norms_equal_one_process,
     softmax_equals_one_process,
     attention_equals_one_process,

@@ -32,7 +32,8 @@ def test_nothing_spills(records):
 
 @pytest.mark.parametrize("target", CUDA)
 def test_loads_and_stores_are_16_bytes_wide(records, target):
-    for name in ("dropout_add", "dropout_add backward", "dropout_add 768", "dropout_add 1000"):
+    adds = ("dropout_add", "dropout_add backward", "dropout_add 768", "dropout_add 1000", "gate")
+    for name in adds:
         r = records[target, name]
         # the 8-byte loads are the seed's
         assert {op.rsplit(".", 1)[1] for op in r["loads"]} == {"128", "64"}, name
@@ -41,7 +42,7 @@ def test_loads_and_stores_are_16_bytes_wide(records, target):
 
 @pytest.mark.parametrize("target", CUDA)
 def test_masks_take_no_shared_memory(records, target):
-    for name in ("dropout_add", "dropout_add backward", "everything", "swiglu"):
+    for name in ("dropout_add", "dropout_add backward", "everything", "swiglu", "gate"):
         assert records[target, name]["shared"] == 0, name
 
 
@@ -103,10 +104,11 @@ def test_the_softmax_draws_one_philox_call_for_eight_elements(records, name):
 
 def test_one_philox_call_serves_eight_elements(records):
     for target in CUDA:
-        r = records[target, "dropout_add"]
-        calls = r["elements_a_thread"] / 8
-        # twenty products a call at most, and a few of addresses and of the key
-        assert r["philox_products"] <= 20 * calls + 8
+        for name, others in (("dropout_add", 8), ("gate", 24), ("gate backward", 24)):
+            r = records[target, name]
+            calls = r["elements_a_thread"] / 8
+            # twenty products a call at most, and a few of addresses, of the key and of the sample
+            assert r["philox_products"] <= 20 * calls + others, name
 
 
 BUDGETS = {  # SASS instructions an element on sm_90 in bf16, whole program

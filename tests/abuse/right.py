@@ -103,6 +103,15 @@ RIGHT: dict[str, Maker] = {
     "residual": lambda plan: plan.tensor(*_result(plan)),
     "bias": lambda plan: plan.maybe(plan.vector),
     "layer_scale": lambda plan: plan.maybe(lambda: plan.tensor(_result(plan)[-1])),
+    # One of the two at a time.
+    "dropout_add.layer_scale": lambda plan: (
+        None if plan.length == 2 else plan.maybe(lambda: plan.tensor(_result(plan)[-1]))
+    ),
+    "gate": lambda plan: (
+        plan.tensor(plan.batch, *plan.drawn([], [1]), _result(plan)[-1])
+        if plan.length == 2
+        else None
+    ),
     "weight": lambda plan: plan.maybe(plan.vector),
     "norm_bias": lambda plan: plan.maybe(plan.vector),
     "activation": lambda plan: plan.activation,
@@ -250,7 +259,8 @@ RIGHT: dict[str, Maker] = {
     "TransformerDecoderLayer.activation": lambda plan: plan.drawn("relu", "gelu", torch.relu),
     "DropoutAdd.activation": lambda plan: plan.activation if not plan.gated else None,
     "DropoutAdd.residual": lambda plan: plan.tensor(plan.batch, plan.length, 16),
-    "DropoutAdd.layer_scale": lambda plan: plan.maybe(plan.vector),
+    "DropoutAdd.layer_scale": lambda plan: None if plan.length == 2 else plan.maybe(plan.vector),
+    "DropoutAdd.gate": lambda plan: plan.tensor(plan.batch, 16) if plan.length == 2 else None,
     **{
         f"{name}.bias": lambda plan: plan.drawn(True, False)
         for name in (

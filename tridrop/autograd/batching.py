@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .common import each_sample
 
-# In the arguments of both families' functions: what has a row for every sample, and the end.
+# In the arguments of both families' functions: what has a row for every sample, a vector that may
+# be a gate, and the end.
 _X, _RESIDUAL = 0, 3
+_LAYER_SCALE = 2
 _PACKED = -1
 # In packed options.
 _DROP_PATH, _SHARED, _WHOLE, _ORIGIN = 2, 3, 4, 5
@@ -26,14 +28,16 @@ def all_samples(
 ) -> tuple[Any, Any]:
     """The vmap rule of a forward, ``function(x, bias, layer_scale, residual, ..., packed)``.
 
-    Samples with seeds or vectors of their own, those with a mask of drop_path, whose first
-    dimension would no longer be the first, and numbers are left to :func:`each_sample`.
+    Samples with seeds or vectors of their own, those with a mask of drop_path or a gate, whose
+    first dimension would no longer be the first, and numbers are left to :func:`each_sample`.
     """
     free = (_X, _RESIDUAL)
     # Options have entries of their own, so only tensors are looked at.
     given = {i for i, a in enumerate(args) if isinstance(a, Tensor) and in_dims[i] is not None}
     numbers = args[_X].dim() == (_X in given)
-    if not given <= set(free) or args[_PACKED][_DROP_PATH] > 0 or numbers:
+    gain = args[_LAYER_SCALE]
+    by_sample = args[_PACKED][_DROP_PATH] > 0 or (isinstance(gain, Tensor) and gain.dim() > 1)
+    if not given <= set(free) or by_sample or numbers:
         return each_sample(function, info, in_dims, args)
     batch = info.batch_size
     arguments = [*args[:_PACKED], _with_samples(args[_PACKED], batch)]

@@ -82,6 +82,9 @@ def _rows(
     for place, label in vectors.items():
         width: Names = ("halves",) if gated and place == _BIAS else ("columns",)
         operands[place] = Operand(label, width)
+    gain = arguments[_LAYER_SCALE]
+    if gain is not None and gain.dim() > 1:
+        operands[_LAYER_SCALE] = Operand("gate", (names[0], "columns"))
     if gated:
         why = f"{packed[0]} needs both halves of the last dimension"
         whole = {**whole, "columns": why, "halves": why}

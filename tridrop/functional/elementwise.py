@@ -246,6 +246,11 @@ def activation_dropout(
     return fused(x, bias, None, None, p, training, seed, options, key)
 
 
+def _by_sample(gate: Tensor) -> Tensor:
+    """[B, 1, ..., C] as [B, C]: to the backends, a layer_scale per sample."""
+    return gate if gate.dim() < 3 else gate.flatten(0, -2)
+
+
 def dropout_add(
     x: Tensor,
     residual: Tensor,
@@ -255,6 +260,7 @@ def dropout_add(
     bias: Tensor | None = None,
     activation: str | None = None,
     layer_scale: Tensor | None = None,
+    gate: Tensor | None = None,
     drop_path: float = 0.0,
     noise_shape: Sequence[int | None] | None = None,
     shard: ShardLike | None = None,
@@ -269,6 +275,11 @@ def dropout_add(
     rate. ``layer_scale`` is a gain a channel (Touvron et al., CaiT, 2021). The two masks share the
     seed and are independent.
 
+    ``gate`` is a gain per sample and channel, and takes the place of ``layer_scale``: the gated
+    residual ``residual + gate * dropout(x)`` of diffusion transformers, whose conditioning makes
+    the gate (adaLN-Zero: Peebles and Xie, "Scalable diffusion models with transformers", 2023). Its
+    gradient is a sum over the dimensions between, in fp32 and in an order that sizes decide.
+
     Args:
         x: the branch, any shape and strides.
         residual: of the result's shape (x's, or half as wide for a gated activation). It may have
@@ -276,6 +287,8 @@ def dropout_add(
         p: the probability of dropping an element, as in :func:`dropout`.
         training: False is p = 0 and drop_path = 0.
         bias: a vector of x's last size. ``layer_scale``: a vector of the result's last size.
+        gate: for a result of shape [B, ..., C], [B, C] or [B, 1, ..., C]; any floating-point dtype.
+            On a CPU a call with a gate is computed by torch's operators, not by compiled loops.
         activation: as in :func:`activation_dropout`.
         drop_path: the probability of dropping a sample, in [0, 1]; x needs two dimensions or more.
         noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
@@ -286,17 +299,24 @@ def dropout_add(
         of the residual is the incoming gradient itself, without a kernel.
 
     Raises:
-        ValueError, TypeError: as :func:`activation_dropout`; a residual of another shape or device.
+        ValueError, TypeError: as :func:`activation_dropout`; a residual or gate of another shape or
+            device, a gate beside a layer_scale.
 
     >>> import torch
     >>> dropout_add(torch.ones(4), torch.full((4,), 10.0), 0.5, seed=1)
     tensor([12., 10., 12., 10.])
+    >>> gate = torch.tensor([[0.0], [5.0]])
+    >>> dropout_add(torch.ones(2, 3, 1), torch.ones(2, 3, 1), 0.5, gate=gate, seed=1)[..., 0]
+    tensor([[ 1.,  1.,  1.],
+            [11., 11.,  1.]])
     """
-    key = None
+    key, gain = None, layer_scale
     if type(drop_path) is float and type(training) is bool:
         settings = ("dropout_add", training, activation, drop_path)
-        key = known.key_of(settings, p, noise_shape, shard, x, residual, bias, layer_scale)
-    out = call_known(key, seed, x, bias, layer_scale, residual)
+        key = known.key_of(settings, p, noise_shape, shard, x, residual, bias, layer_scale, gate)
+        if gate is not None and key is not None:
+            gain = _by_sample(gate)
+    out = call_known(key, seed, x, bias, gain, residual)
     if out is not None:
         return out
     spec.check_input(x)
@@ -306,7 +326,12 @@ def dropout_add(
     spec.check_residual(residual, shape, x)
     spec.check_drop_path(drop_path, shape)
     spec.check_vector(layer_scale, "layer_scale", shape[-1] if shape else 1, x)
+    if gate is not None:
+        spec.check_gate(gate, shape, x)
+        if layer_scale is not None:
+            raise ValueError("gate and layer_scale are both given: give gate=gate * layer_scale")
+        gain = _by_sample(gate)
     shared = spec.resolve_noise_shape(noise_shape, shape)
     where = spec.resolve_shard(shard, shape)
     options = Options(name, drop_path=float(drop_path), shared=shared, shard=where)
-    return fused(x, bias, layer_scale, residual, p, training, seed, options, key)
+    return fused(x, bias, gain, residual, p, training, seed, options, key)

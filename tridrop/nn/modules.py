@@ -161,6 +161,7 @@ class DropoutAdd(_Site):
         residual: Tensor,
         bias: Tensor | None = None,
         layer_scale: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
         return F.dropout_add(
             x,
@@ -170,6 +171,7 @@ class DropoutAdd(_Site):
             bias=bias,
             activation=self.activation,
             layer_scale=layer_scale,
+            gate=gate,
             drop_path=self.drop_path,
             seed=self._seed(x),
         )

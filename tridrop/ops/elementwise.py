@@ -127,7 +127,8 @@ def _backward_fake(
     *values, _backend, order, x_dtype, bias_dtype, layer_scale_dtype = packed
     cols = grad.shape[-1] if grad.dim() else 1
     width = 2 * cols if unpack(*values).gated else cols  # type: ignore[arg-type]
-    shapes = ((*grad.shape[:-1], width) if grad.dim() else (), (width,), (cols,))
+    gain = (cols,) if layer_scale is None else tuple(layer_scale.shape)
+    shapes = ((*grad.shape[:-1], width) if grad.dim() else (), (width,), gain)
     dtypes = (x_dtype, bias_dtype, layer_scale_dtype)
     a, b, c = (
         grad.new_empty(0) if dtype is None else torch.empty(shape, dtype=dtype, device=grad.device)  # type: ignore[call-overload]

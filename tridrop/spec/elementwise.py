@@ -215,6 +215,27 @@ def check_residual(
         )
 
 
+def check_gate(gate: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """Raise unless ``gate`` has a floating-point gain per sample and channel of a branch.
+
+    The branch has ``shape`` and is on the device of x.
+    """
+    check_input(gate, "gate")
+    check_device(gate, "gate", x)
+    if len(shape) < 2:
+        raise ValueError(
+            f"gate scales samples, the first dimension, but x has shape {tuple(shape)}: give it "
+            "two dimensions or more"
+        )
+    pair, spread = (shape[0], shape[-1]), (shape[0], *(1 for _ in shape[1:-1]), shape[-1])
+    if tuple(gate.shape) not in (pair, spread):
+        forms = f"{pair}" if len(shape) == 2 else f"{pair} or {spread}"
+        raise ValueError(
+            f"gate has shape {tuple(gate.shape)}; for a branch of shape {tuple(shape)} it must be "
+            f"{forms}, a gain per sample and channel: expand it first"
+        )
+
+
 def check_out_dtype(dtype: torch.dtype, *operands: Tensor | None) -> None:
     """Raise unless ``dtype`` is one that a result computed from these operands can have."""
     if not isinstance(dtype, torch.dtype):

@@ -1,8 +1,8 @@
 """The cpu backend: loops that numba compiles, in blocks and by several threads.
 
 It makes the numbers of the reference, to rounding, with the same masks. What the loops do not take
-(fp64, a ``p`` in a tensor, alpha and Gaussian noise, sinks) is handed to the reference whole, with
-the masks from the loops.
+(fp64, a ``p`` in a tensor, alpha and Gaussian noise, gates, sinks) is handed to the reference
+whole, with the masks from the loops.
 """
 
 from functools import partial

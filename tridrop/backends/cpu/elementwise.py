@@ -1,8 +1,8 @@
 """The elementwise family on a CPU, each pass a compiled loop.
 
 The formulas and the rounding are those of the reference, which is handed the calls that the loops
-do not serve: fp64, a rate in a tensor, alpha and Gaussian noise. What does not depend on data is
-prepared once for each shape and set of options.
+do not serve: fp64, a rate in a tensor, alpha and Gaussian noise, a gate. What does not depend on
+data is prepared once for each shape and set of options.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class PreparedElementwise(NamedTuple):
         seed: Tensor | None,
     ) -> Tensor:
         """The op; arguments as in ``backends.Backend.forward``."""
+        if layer_scale is not None and layer_scale.dim() > 1:  # a gate: the loops take vectors
+            names = ("x", "bias", "gate", "residual", "seed")
+            tensors = all_whole((x, bias, layer_scale, residual, seed), names)
+            return elementwise.forward(*tensors, None, self.options, masks)  # type: ignore[call-arg]
         if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
             nothing = elementwise.Multiplier(None, 1.0)
             x, *others = all_whole((x, bias, layer_scale, residual), _NAMES)
@@ -79,6 +83,10 @@ class PreparedElementwise(NamedTuple):
         dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The op's gradients; arguments as in ``backends.Backend.backward``."""
+        if layer_scale is not None and layer_scale.dim() > 1:
+            names = ("grad", "x", "bias", "gate", "seed")
+            tensors = all_whole((grad, x, bias, layer_scale, seed), names)
+            return elementwise.backward(*tensors, None, self.options, dtypes, masks)  # type: ignore[call-arg]
         gated = self.options.gated
         if not self.drop.drops and not gated and layer_scale is None:
             if self.function.steps == 0 and dtypes == (grad.dtype, None, None):

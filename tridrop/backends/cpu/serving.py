@@ -59,7 +59,7 @@ def report() -> str:
     off = os.environ.get(CACHE_ENVIRONMENT) == "0"
     return (
         f"numba {version('numba')}, cache on disk {'off' if off else 'on'}; float64, a p in a "
-        "tensor, alpha and Gaussian noise are computed by the reference"
+        "tensor, alpha and Gaussian noise, and gates are computed by the reference"
     )
 
 

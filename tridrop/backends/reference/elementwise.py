@@ -4,6 +4,7 @@
     v   = f(u)                          gated: f(first half of u) * second half
     out = residual + layer_scale * v * multiplier
 
+``layer_scale`` is a vector, or has one per sample, [B, C], along the dimensions between: a gate.
 ``multiplier`` is keep * scale of the elements times keep * scale of drop_path. It is constant for
 the derivative, so it is all that the random part contributes: :func:`compose` and :func:`gradients`
 are differentiable functions of their other arguments, and serve the double backward of every
@@ -193,7 +194,7 @@ def compose(
     """The formula at the head of this file, in the dtype of its arguments."""
     value = activate(x if bias is None else x + bias, options, exact)
     if layer_scale is not None:
-        value = value * layer_scale
+        value = value * _along(layer_scale, value)
     if options.noise == "alpha":
         return _alpha(value, drop)
     value = drop(value)
@@ -218,13 +219,14 @@ def gradients(
 
     ``x`` may be None where the activation is "none" and layer_scale needs no gradient.
     """
-    scaled = grad if layer_scale is None else grad * layer_scale
+    scaled = grad if layer_scale is None else grad * _along(layer_scale, grad)
     parts: list[Tensor] = [scaled]
     dlayer_scale: Tensor | None = None
     if x is not None:
         u = x if bias is None else x + bias
         if needs[2]:
-            dlayer_scale = sum_rows(drop(grad * activate(u, options)))
+            assert layer_scale is not None
+            dlayer_scale = _sum_to(layer_scale, drop(grad * activate(u, options)))
         first, second = _halves(u, options)
         derivative = FUNCTIONS[options.function].slope
         if second is None:
@@ -235,6 +237,20 @@ def gradients(
     dropped = [drop(part) for part in parts]
     dx = dropped[0] if len(dropped) == 1 else torch.cat(dropped, -1)
     return dx if needs[0] else None, sum_rows(dx) if needs[1] else None, dlayer_scale
+
+
+def _along(gain: Tensor, t: Tensor) -> Tensor:
+    """``gain``, a vector or one per sample, so that it broadcasts to t."""
+    if gain.dim() < 2:
+        return gain
+    return gain.reshape(gain.shape[0], *(1 for _ in t.shape[1:-1]), gain.shape[1])
+
+
+def _sum_to(gain: Tensor, t: Tensor) -> Tensor:
+    """The gradient of such a gain, from that of the elements that it was multiplied with."""
+    if gain.dim() < 2:
+        return sum_rows(t)
+    return t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1]).sum(1)
 
 
 def sum_rows(t: Tensor) -> Tensor:

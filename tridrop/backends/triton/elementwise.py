@@ -4,6 +4,9 @@
     v   = f(u)                          gated: f(first half of u) * second half
     out = residual + drop_path(layer_scale * dropout(v))
 
+``layer_scale`` is a vector, or has one per sample, [samples, cols]: a gate. Then the rows of a
+program are of one sample, and the gate is a vector to it.
+
 An operand that is not given is None, which the compiler resolves: there is no kernel a variant. The
 body of a kernel is load, pure functions of tiles, store. Arithmetic is fp32, rounded once at the
 store.
@@ -51,6 +54,32 @@ def _load_input(operands, stride, cols, row, col, inside, GATED: tl.constexpr):
     return u, gate
 
 
+@triton.jit
+def _load_gain(operands, sample, col, cols, SAMPLED: tl.constexpr):
+    if SAMPLED:
+        return load_vector(operands.layer_scale + sample * cols, col, cols)
+    else:
+        return load_vector(operands.layer_scale, col, cols)
+
+
+@triton.jit
+def _rows(shape, block, STRIP: tl.constexpr, BLOCK_ROWS: tl.constexpr, SAMPLED: tl.constexpr):
+    """The rows of a block of this program: in the matrix, in what shape.rows counts, and in which
+    sample; see launch.Plan."""
+    if SAMPLED:
+        samples = tl.num_programs(0) // (
+            (shape.rows + (STRIP * BLOCK_ROWS - 1)) // (STRIP * BLOCK_ROWS)
+        )
+        sample = (tl.program_id(0) % samples).to(tl.int64)
+        first = ((tl.program_id(0) // samples).to(tl.int64) * STRIP + block) * BLOCK_ROWS
+        local = first + tl.arange(0, BLOCK_ROWS)
+        return sample * shape.rows + local, local, sample
+    else:
+        first = (tl.program_id(0).to(tl.int64) * STRIP + block) * BLOCK_ROWS
+        row = first + tl.arange(0, BLOCK_ROWS)
+        return row, row, 0
+
+
 @triton.jit(do_not_specialize=["threshold", "path_threshold"])
 def forward_kernel(
     out, operands, shape, origin,
@@ -67,16 +96,16 @@ def forward_kernel(
     cols = known(shape.cols, VECTOR)
     x_stride = known(shape.x_stride, VECTOR)
     other_stride = known(shape.other_stride, VECTOR)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row, local, sample = _rows(shape, 0, 1, BLOCK_ROWS, FUNCTIONS[3])
     col, group = columns(cols, origin, BLOCK_COLS)
-    inside = in_bounds(row, col, shape.rows, cols, WHOLE)
+    inside = in_bounds(local, col, shape.rows, cols, WHOLE)
 
     u, gate = _load_input(operands, x_stride, cols, row, col, inside, GATED)
     value = FUNCTION(u)
     if GATED:
         value = value * gate
     if operands.layer_scale is not None:
-        value = value * load_vector(operands.layer_scale, col, cols)
+        value = value * _load_gain(operands, sample, col, cols, FUNCTIONS[3])
     if NOISE == GAUSSIAN and MASK != NO_MASK:
         rule = load_rule(operands, threshold, scale, path_scale, MASK, PATH)
         value = value * gaussian(row_coordinates(row, origin.leading), group, rule, MASK)
@@ -130,9 +159,8 @@ def backward_kernel(
     gate_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     scale_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     for block in range(STRIP):
-        first = (tl.program_id(0).to(tl.int64) * STRIP + block) * BLOCK_ROWS
-        row = first + tl.arange(0, BLOCK_ROWS)
-        inside = in_bounds(row, col, shape.rows, cols, WHOLE)
+        row, local, sample = _rows(shape, block, STRIP, BLOCK_ROWS, FUNCTIONS[3])
+        inside = in_bounds(local, col, shape.rows, cols, WHOLE)
         dvalue = load_matrix(grad, other_stride, row, col, inside)
         keep = tl.full([BLOCK_ROWS, 1], 1, tl.int1)
         factor = 1.0
@@ -150,7 +178,7 @@ def backward_kernel(
                 value = tl.where(keep, dvalue * value, 0.0) * factor
                 scale_sum += tl.where(inside, value, 0.0)
         if operands.layer_scale is not None:
-            dvalue = dvalue * load_vector(operands.layer_scale, col, cols)
+            dvalue = dvalue * _load_gain(operands, sample, col, cols, FUNCTIONS[3])
 
         # As in forward, the selection comes last: dropped is 0 whatever the input was.
         offsets = row[:, None] * cols * WIDTH + col[None, :]
@@ -215,7 +243,8 @@ def forward(
     shape = output_shape(x, options.activation)
     dtype = x.dtype if residual is None else residual.dtype
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    plan = launch.plan(shape, options, launch.tile)
+    samples = _samples(layer_scale)
+    plan = launch.plan(shape, options, launch.tile, samples=samples)
     if plan.empty:
         return out
     rule = launch.rule(plan, p)
@@ -230,7 +259,7 @@ def forward(
         plan.sizes(x.stride(0), 0 if other is None else other.stride(0)),
         plan.origin,
         *rule.arguments,
-        FUNCTIONS=(*FUNCTIONS[options.function], options.gated),
+        FUNCTIONS=(*FUNCTIONS[options.function], options.gated, samples is not None),
         MASKS=rule.MASKS,
         WHOLE=plan.whole,
         VECTOR=launch.vector_width(plan, x, other),
@@ -252,7 +281,8 @@ def backward(
     reduces = any(dtype is not None for dtype in dtypes[1:])
     choose = launch.gated_reduction_tile if options.gated else launch.reduction_tile
     settings = (choose, launch.strip) if reduces else (launch.tile, None)
-    plan = launch.plan(tuple(grad.shape), options, *settings)
+    samples = _samples(layer_scale)
+    plan = launch.plan(tuple(grad.shape), options, *settings, samples=samples)
     width = plan.where.cols * (2 if options.gated else 1)
     dx = None
     if dtypes[0] is not None:
@@ -264,8 +294,11 @@ def backward(
         None if dtypes[1] is None else width,
         None if dtypes[2] is None else plan.where.cols,
     )
+    dgain = partial[1]
+    if dgain is not None and samples is not None:
+        dgain = dgain.view(plan.strips // max(1, samples), samples, plan.where.cols)
     if plan.empty:
-        return dx, total(partial[0], dtypes[1]), total(partial[1], dtypes[2])
+        return dx, total(partial[0], dtypes[1]), total(dgain, dtypes[2])
     rule = launch.rule(plan, p)
     grad = launch.matrix(grad, plan.where.cols)
     matrix = None if x is None else launch.matrix(x, width)
@@ -279,13 +312,18 @@ def backward(
         plan.sizes(0 if matrix is None else matrix.stride(0), grad.stride(0)),
         plan.origin,
         *rule.arguments,
-        FUNCTIONS=(*FUNCTIONS[options.function], options.gated),
+        FUNCTIONS=(*FUNCTIONS[options.function], options.gated, samples is not None),
         MASKS=rule.MASKS,
         WHOLE=plan.whole,
         VECTOR=launch.vector_width(plan, matrix, grad),
         STRIP=plan.strip,
     )
-    return dx, total(partial[0], dtypes[1]), total(partial[1], dtypes[2])
+    return dx, total(partial[0], dtypes[1]), total(dgain, dtypes[2])
+
+
+def _samples(layer_scale: Tensor | None) -> int | None:
+    """How many samples have a gain of their own; None where all rows share one, or have none."""
+    return None if layer_scale is None or layer_scale.dim() < 2 else layer_scale.shape[0]
 
 
 def keep_mask(

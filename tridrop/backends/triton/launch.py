@@ -99,7 +99,8 @@ class Plan:
 
     ``strips`` gives, of the blocks of rows and the blocks or the number of columns, the row blocks
     that one program goes through. Blocks of columns are programs of their own, or, with
-    ``whole_rows``, chunks that the program of a row goes through.
+    ``whole_rows``, chunks that the program of a row goes through. With ``samples``, of which each
+    has as many rows, a program's rows are of one of them: program i is of sample i % samples.
     """
 
     def __init__(
@@ -109,10 +110,14 @@ class Plan:
         choose: Callable[[int, int], Tile],
         strips: Callable[[int, int], int] | None,
         whole_rows: bool,
+        samples: int | None,
     ) -> None:
         self.where: Coordinates = coordinates(shape, options.shared, options.shard)
         rows, cols = self.where.rows, self.where.cols
         self.empty = rows * cols == 0
+        if samples is not None:
+            rows //= max(1, samples)
+        self.rows, self.samples = rows, 1 if samples is None else samples
         self.tile = choose(rows, cols)
         self.whole_rows = whole_rows
         self.shift = 0 if self.where.col_shared else self.where.col_origin % LANES
@@ -120,7 +125,10 @@ class Plan:
         self.col_blocks = cdiv(cols + self.shift, self.tile.cols)
         self.strip = 1
         if strips is not None and not self.empty:
-            self.strip = strips(self.row_blocks, cols if whole_rows else self.col_blocks)
+            blocks = self.row_blocks * self.samples
+            self.strip = strips(blocks, cols if whole_rows else self.col_blocks)
+            if samples is not None:
+                self.strip = min(self.strip, next_power_of_2(self.row_blocks))
         path: tuple[tuple[int, int, int], ...] = ()
         if options.drop_path:
             path = coordinates(shape, tuple(range(1, len(shape))), options.shard).leading
@@ -132,7 +140,7 @@ class Plan:
 
     @cached_property
     def strips(self) -> int:
-        return cdiv(self.row_blocks, self.strip)
+        return self.samples * cdiv(self.row_blocks, self.strip)
 
     @cached_property
     def grid(self) -> tuple[int, int, int]:
@@ -145,12 +153,12 @@ class Plan:
         )
 
     def sizes(self, x_stride: int, other_stride: int) -> Shape:
-        return Shape(self.where.rows, self.where.cols, x_stride, other_stride)
+        return Shape(self.rows, self.where.cols, x_stride, other_stride)
 
     @cached_property
     def whole(self) -> bool:
         """Whether the blocks divide the matrix, so that nothing needs a bounds check."""
-        rows, cols = self.where.rows, self.where.cols
+        rows, cols = self.rows, self.where.cols
         return (
             self.shift == 0 and cols % self.tile.cols == 0
             and rows % (self.tile.rows * self.strip) == 0
@@ -165,12 +173,13 @@ def plan(
     choose: Callable[[int, int], Tile],
     strips: Callable[[int, int], int] | None = None,
     whole_rows: bool = False,
+    samples: int | None = None,
 ) -> Plan:
     """The :class:`Plan` of a call, kept: a model makes the same calls in every step.
 
     The settings are arguments, since tests and tuning put others in their place.
     """
-    return Plan(shape, options, choose, strips, whole_rows)
+    return Plan(shape, options, choose, strips, whole_rows, samples)
 
 
 def row_tile(rows: int, cols: int) -> Tile:

@@ -68,6 +68,7 @@ def _elementwise(
     activation: str = "none",
     bias: bool = False,
     layer_scale: bool = False,
+    gate: bool = False,
     drop_path: float = 0.0,
     noise_shape: tuple[int | None, ...] | None = None,
     residual_dtype: torch.dtype | None = None,
@@ -78,6 +79,8 @@ def _elementwise(
         shapes["bias"] = (width,)
     if layer_scale:
         shapes["layer_scale"] = (shape[-1],)
+    if gate:
+        shapes["gate"] = (shape[0], shape[-1])
     if op == "dropout_add":
         shapes["residual"] = shape
 
@@ -90,6 +93,7 @@ def _elementwise(
             return functional.activation_dropout(inputs["x"], p, training, **options)
         options |= {
             "layer_scale": inputs.get("layer_scale"),
+            "gate": inputs.get("gate"),
             # p = 0 asks for the op without any dropout
             "drop_path": drop_path if p else 0.0,
         }
@@ -102,13 +106,15 @@ def _elementwise(
         value = drop("elements", eager_activation(activation, value))
         if layer_scale:
             value = value * inputs["layer_scale"]
+        if gate:
+            value = value * inputs["gate"].view(shape[0], *(1 for _ in shape[1:-1]), shape[-1])
         if drop_path:
             value = drop("drop_path", value)
         return inputs["residual"] + value if op == "dropout_add" else value
 
     stages = [activation] if activation != "none" else []
-    stages += [s for s, on in (("bias", bias), ("layer_scale", layer_scale)) if on]
-    stages += ["drop_path"] if drop_path else []
+    given = {"bias": bias, "layer_scale": layer_scale, "gate": gate, "drop_path": drop_path}
+    stages += [stage for stage, on in given.items() if on]
     stages += [f"noise_shape {noise_shape}"] if noise_shape else []
     stages += [f"{str(residual_dtype).removeprefix('torch.')} stream"] if residual_dtype else []
     rates = {"elements": p, **({"drop_path": drop_path} if drop_path else {})}
@@ -259,6 +265,12 @@ CASES: Sequence[Case] = (
     _elementwise(
         "dropout_add", (24, 4, 20), activation="swiglu", bias=True, layer_scale=True, drop_path=0.1
     ),
+    _elementwise("dropout_add", (6, 21, 40), gate=True),
+    _elementwise("dropout_add", (48, 24), gate=True, p=0.5),
+    _elementwise(
+        "dropout_add", (24, 2, 3, 20), activation="swiglu", bias=True, gate=True, drop_path=0.1
+    ),
+    _elementwise("dropout_add", (6, 11, 40), gate=True, residual_dtype=torch.float32),
     _elementwise("dropout_add", (16, 6, 24), noise_shape=(16, 1, 24), bias=True),
     _elementwise("dropout_add", (6, 11, 40), bias=True, residual_dtype=torch.float32),
     *(
