@@ -4,7 +4,10 @@ No mask is ever stored: backward regenerates it from a seed, and the mask is a p
 (seed, coordinates, p) that anyone can check. docs/mask-contract.md defines it.
 """
 
-from . import distributed, nn, schedules, shims
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import distributed, nn
 from . import integrations as _integrations  # noqa: F401  (other libraries' plugs)
 from .backends import backend
 from .contract.mask import Shard, fold_in, new_seed
@@ -45,11 +48,41 @@ from .functional import (
     stochastic_depth,
     word_dropout,
 )
-from .monte_carlo import Prediction, mc_dropout, mc_predict
-from .schedules import DropoutSchedule
-from .swapping import swap, unswap
+
+if TYPE_CHECKING:
+    from . import schedules, shims
+    from .monte_carlo import Prediction, mc_dropout, mc_predict
+    from .schedules import DropoutSchedule
+    from .swapping import swap, unswap
 
 __version__ = "0.1.0"
+
+# Imported when they are first asked for: what reads and rewrites models is half of the package, and
+# a script that only calls ops does without it.
+_LATER = {
+    "DropoutSchedule": "schedules",
+    "Prediction": "monte_carlo",
+    "mc_dropout": "monte_carlo",
+    "mc_predict": "monte_carlo",
+    "swap": "swapping",
+    "unswap": "swapping",
+}
+_LATER_MODULES = ("commands", "monte_carlo", "schedules", "shims", "swapping")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER_MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = found  # the next time it is there
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "DropoutSchedule",

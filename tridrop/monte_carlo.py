@@ -381,6 +381,8 @@ def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
         return
     from rich.progress import Progress
 
-    with Progress() as bar:
+    from .base.terminal import live
+
+    with Progress(console=live()) as bar:
         task = bar.add_task("members", total=total)
         yield lambda: bar.advance(task)

@@ -1,4 +1,4 @@
-"""The command line, also ``python -m tridrop``: check, bench, demo, inspect and info."""
+"""The command line, also ``python -m tridrop``: check, bench, demo, inspect, warmup and info."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .. import __version__
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    from . import demo
+    from . import demo, warmup
     from .bench import report as timed
     from .check import report
     from .inspection import report as inspected
@@ -64,6 +64,16 @@ def parser() -> argparse.ArgumentParser:
     inspected.add_arguments(inspect)
     inspect.set_defaults(run=inspected.main)
 
+    warm = commands.add_parser(
+        "warmup",
+        help="compile the loops for CPUs ahead, so that no first call waits for them",
+        description="Compiles the loops for this CPU in several processes and keeps them on disk, "
+        "where every later process finds them. Triton's kernels are compiled for the sizes that "
+        "they meet, at their first launch, and kept by Triton.",
+    )
+    warmup.add_arguments(warm)
+    warm.set_defaults(run=warmup.main)
+
     info = commands.add_parser("info", help="versions, devices and backends, for a bug report")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
@@ -79,5 +89,10 @@ def _info(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     args = parser().parse_args(argv)
-    status: int = args.run(args)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        from ..base import terminal
+
+        return terminal.interrupted(args.command)
     return status

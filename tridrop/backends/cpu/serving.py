@@ -75,11 +75,12 @@ def _load() -> Any:
     global _loaded, _broken
     if _loaded is None and _broken is None:
         try:
-            from .loops import activations, elementwise, mask, norm, softmax
+            from .loops import activations, compiling, elementwise, mask, norm, softmax
         except ImportError as error:  # numba refuses a NumPy that is too new for it
             _broken = f"numba cannot be imported: {error}"
             warnings.warn(f"the reference backend serves CPU tensors: {_broken}", stacklevel=2)
             return None
+        compiling.watch(kept=mask.CACHE)
         _loaded = SimpleNamespace(
             keep_rows=mask.keep_rows,
             keep_scores=mask.keep_scores,

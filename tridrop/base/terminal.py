@@ -1,0 +1,92 @@
+"""What commands say: progress on a terminal, tables for whoever reads, one line after Ctrl-C."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def live() -> Console:
+    """Where a progress bar can be drawn.
+
+    In a notebook rich draws with ipywidgets, and only warns where these are missing. A bar of one
+    line needs no more than what a notebook's cell makes of a carriage return.
+    """
+    console = Console()
+    if console.is_jupyter and importlib.util.find_spec("ipywidgets") is None:
+        return Console(force_jupyter=False, force_terminal=True, width=100)
+    return console
+
+
+def bar() -> Progress:
+    """A progress bar on standard error, which is gone at the end; nothing where that is no
+    terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def show(grids: Iterable[Table], plain: Callable[[], Table] | None = None) -> None:
+    """Print tables; into a pipe or a file, tab-separated lines in their place.
+
+    ``plain`` makes the one table that goes there, where it is not the first of ``grids``.
+    """
+    if sys.stdout.isatty():
+        console = Console(highlight=False)
+        for grid in grids:
+            console.print(grid)
+        return
+    print("\n".join(lines(plain() if plain else next(iter(grids)))))
+
+
+def lines(grid: Table) -> list[str]:
+    """A table as lines: its headings, its rows, and its caption behind a "#"; cells part at tabs.
+
+    >>> grid = Table("op", "x eager", caption="times as fast")
+    >>> grid.add_row("dropout", "[red]0.9[/]")
+    >>> print(*lines(grid), sep="\\n")  # doctest: +NORMALIZE_WHITESPACE
+    op  x eager
+    dropout  0.9
+    # times as fast
+    """
+    columns = [[column.header, *column.cells] for column in grid.columns]
+    found = ["\t".join(map(_plain, row)) for row in zip(*columns, strict=True)]
+    return [*found, *([f"# {_plain(grid.caption)}"] if grid.caption else [])]
+
+
+def _plain(cell: object) -> str:
+    text = cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain
+    # A heading's word may be parted for a narrow column.
+    return re.sub(r"\s+", " ", text.replace("-\n", "")).strip()
+
+
+def html(content: Any) -> str:
+    """What a notebook shows of something that can be printed."""
+    console = Console(record=True, width=110, file=io.StringIO(), force_jupyter=False)
+    console.print(content)
+    code = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
+    return console.export_html(inline_styles=True, code_format=code)
+
+
+def interrupted(command: str, rest: str = "") -> int:
+    """Say that Ctrl-C came, in one line; the exit status."""
+    print(f"tridrop {command}: interrupted{rest}", file=sys.stderr)
+    return INTERRUPTED

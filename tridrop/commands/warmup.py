@@ -1,0 +1,156 @@
+"""``tridrop warmup``: compile the loops for CPUs ahead, a family of ops a process.
+
+numba compiles one function at a time in a process, so several processes share the families. What
+they compile is kept on disk, and the calls that compile it are small calls of the ops themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .. import functional
+from ..backends.cpu import serving
+from ..base import terminal
+
+
+def _elementwise() -> Iterator[None]:
+    x = torch.zeros(2, 8, requires_grad=True)
+    y = functional.dropout(x, 0.5, seed=0)
+    yield
+    y.sum().backward()
+    yield
+
+
+def _norms() -> Iterator[None]:
+    x, weight = torch.zeros(2, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    y = functional.dropout_add_rms_norm(x, x, weight, p=0.5, seed=0)
+    yield
+    y.backward(torch.ones(2, 8))  # type: ignore[union-attr]  # without prenorm it is a tensor
+    yield
+
+
+def _softmax() -> Iterator[None]:
+    scores = torch.zeros(1, 1, 2, 8, requires_grad=True)
+    y = functional.softmax_dropout(scores, 0.5, seed=0)
+    yield
+    y.sum().backward()
+    yield
+
+
+def _masks() -> Iterator[None]:
+    functional.keep_mask(0, (2, 8), 0.5)
+    yield
+    functional.attention_keep_mask(0, (1, 1, 2, 8), 0.5)
+    yield
+
+
+# Those that take longest come first. Each yields once a loop.
+FAMILIES: dict[str, Callable[[], Iterator[None]]] = {
+    "elementwise": _elementwise,
+    "norms": _norms,
+    "softmax": _softmax,
+    "masks": _masks,
+}
+LOOPS = 2  # of each family
+
+
+def run(
+    families: Sequence[str], jobs: int, on_loop: Callable[[str], None] | None = None
+) -> list[str]:
+    """Compile the loops of ``families`` in ``jobs`` processes.
+
+    ``on_loop`` is called after each loop with its family, from several threads. Returns what the
+    processes that failed said, which is nothing where all is well. Stops them all where it is
+    interrupted.
+    """
+    started: list[subprocess.Popen[str]] = []
+    stopped = False
+
+    def compile_family(name: str) -> str:
+        if stopped:
+            return ""
+        command = [sys.executable, "-m", f"{__package__}.warmup", name]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+            started.append(process)
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for _ in process.stdout:
+                if on_loop is not None:
+                    on_loop(name)
+            said = process.stderr.read()
+            return f"{name}: {said}" if process.wait() or said else ""
+
+    with ThreadPoolExecutor(jobs) as threads:
+        futures = [threads.submit(compile_family, name) for name in families]
+        try:
+            return [said for said in (future.result() for future in futures) if said]
+        except BaseException:
+            stopped = True
+            for process in started:
+                process.kill()
+            raise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tridrop warmup``."""
+    # argparse holds the default of "*" against the choices before Python 3.12.
+    parser.add_argument(
+        "family", nargs="*", metavar="FAMILY", help=f"only these: {', '.join(FAMILIES)}"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(len(FAMILIES), os.cpu_count() or 1),
+        help="processes at a time (default %(default)s)",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; 0 where all loops are on disk, 1 where some are not, 2 where none can be."""
+    for name in args.family:
+        if name not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            print(f"tridrop warmup: {name!r} is no family of ops; known: {known}", file=sys.stderr)
+            return 2
+    if args.jobs < 1:
+        print(f"tridrop warmup: --jobs must be at least 1, not {args.jobs}", file=sys.stderr)
+        return 2
+    if not serving.serves():
+        print("tridrop warmup: there is nothing to compile: the reference serves CPU tensors")
+        return 0
+    if os.environ.get(serving.CACHE_ENVIRONMENT) == "0":
+        text = f"{serving.CACHE_ENVIRONMENT}=0, so nothing that is compiled would be kept"
+        print(f"tridrop warmup: {text}", file=sys.stderr)
+        return 2
+    names = [name for name in FAMILIES if name in args.family or not args.family]
+    with terminal.bar() as progress:
+        task = progress.add_task("compiling loops", total=LOOPS * len(names))
+        failed = run(names, args.jobs, lambda _: progress.advance(task))
+    for said in failed:
+        print(f"tridrop warmup: {said}", file=sys.stderr)
+    if failed:
+        return 1
+    from ..backends.cpu.loops.cache import folder
+
+    print(f"{LOOPS * len(names)} loops are compiled, in {folder()}")
+    return 0
+
+
+def _worker(name: str) -> None:
+    """Compile one family; a line of output a loop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this, and ends it
+    for _ in FAMILIES[name]():
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])
