@@ -16,9 +16,9 @@ With --static every candidate is compiled for GPUs that need not be here, as `tr
 it, at that command's sizes. Those that spill, or take more shared memory than there is, are
 rejected. Which of the others is fastest only a GPU can tell.
 
-Rows are written to tune-DEVICE-FAMILY-DATE.json and .csv in --out after each size, so that a cut
-leaves what is done. Nothing is changed in the package: what its functions would have to say is
-printed.
+What is found is printed. With --out FOLDER rows are also written, to tune-DEVICE-FAMILY-DATE.json
+and .csv there, after each size, so that a cut leaves what is done; nothing else is written, and
+nothing is changed in the package.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from tridrop.backends.triton.compile import SHARED
 from tridrop.commands import inspection
 
 Row = dict[str, Any]
-RESULTS = Path(__file__).parent / "results"
 GENERATIONS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 ARCHS = {arch: gpu.Gpu(generation, SHARED[arch]) for arch, generation in GENERATIONS.items()}
 FLUSHED = 256 << 20  # bytes written before a run: more than any cache
@@ -257,15 +256,16 @@ def write(rows: list[Row], path: Path) -> None:
 
 
 def report(
-    groups: Iterable[list[Row]], path: Path, about: Row, say: Callable[[str], None] = print
+    groups: Iterable[list[Row]], path: Path | None, about: Row, say: Callable[[str], None] = print
 ) -> None:
-    """Print and write the groups as they come."""
+    """Print the groups as they come, and write them where there is a path."""
     rows: list[Row] = []
     for group in groups:
         for line in summary(group):
             say(line)
         rows += [row | about for row in group]
-        write(rows, path)
+        if path is not None:
+            write(rows, path)
 
 
 def _size(text: str) -> Size:
@@ -282,7 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=list(ARCHS), default=list(ARCHS))
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (--static)")
     parser.add_argument("--list", action="store_true", help="show the families and stop")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the rows there as well")
     options = parser.parse_args()
     if options.rounds < 2 or options.jobs < 1:
         parser.error("give --rounds 2 or more, and --jobs 1 or more")
@@ -311,7 +311,7 @@ def main() -> None:
             for dtype in options.dtype
             for group in static(options.family, options.size, options.arch, dtype, options.jobs)
         )
-        report(groups, options.out / f"tune-static{names}-{today}", about)
+        report(groups, options.out and options.out / f"tune-static{names}-{today}", about)
         return
     device = torch.cuda.get_device_name()
     groups = (
@@ -322,7 +322,8 @@ def main() -> None:
         if not options.size or size in options.size
     )
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    report(groups, options.out / f"tune-{slug}{names}-{today}", about | {"device": device})
+    path = options.out and options.out / f"tune-{slug}{names}-{today}"
+    report(groups, path, about | {"device": device})
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ import functools
 import itertools
 import json
 import math
+import sys
 from dataclasses import fields, replace
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
+from figures import inside
 
 import tridrop
 from tridrop.commands import bench, check, cli
@@ -20,6 +23,7 @@ from tridrop.commands.bench import (
     op_report,
     options,
     packed,
+    plots,
     probes,
     providers,
     records,
@@ -377,6 +381,48 @@ def test_the_command_writes_records_a_table_and_plots(tmp_path, capsys, compiled
     assert all(r["speedup_over_eager"] and r["speedup_over_compile"] for r in ours)
 
 
+def test_a_legend_lies_in_its_figure():
+    """Also that of one op, whose figure is narrow and has every provider."""
+    names = [f.name for f in fields(records.Record)]
+    blank = dict.fromkeys(names)
+    about = {"op": "dropout_add", "case": "dropout_add: plain", "shape": "8x8", "dtype": "fp32"}
+    given = {"mode": BOTH, "p": 0.1, "bytes": 1 << 20, "gb_per_s": 1.0, "why_not": ""}
+    found = [
+        records.Record(**{**blank, **about, **given, "provider": name}) for name in plots.COLOURS
+    ]
+    for count in (1, 2, 5):
+        more = [replace(r, case=f"{r.case} {i}") for r in found for i in range(count)]
+        inside(plots._figure(more, plots._mib, plots._speed, ("MiB", "GB/s"), ""))
+
+
+def test_an_interrupt_keeps_what_was_timed(monkeypatch, tmp_path, capsys):
+    row_run = sys.modules["tridrop.commands.bench.run"]._RowRun
+    records_of, calls = row_run.records, iter(range(9))
+
+    def stop(self, gate):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return records_of(self, gate)
+
+    monkeypatch.setattr(row_run, "records", stop)
+    arguments = ["bench", "--device", "cpu", "--quick", "--op", "dropout_add,dropout", *QUICK]
+    arguments += ["--provider", "eager,tridrop", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    said = capsys.readouterr()
+    assert said.err == "tridrop bench: interrupted: what was timed is kept\n"
+    assert "case\tshape\tdtype" in said.out
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["records"]
+    assert list(tmp_path.glob("*.png"))
+    assert cli.main(arguments) == 0  # the counter is past it
+
+    def at_once(self, gate):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(row_run, "records", at_once)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err.endswith("interrupted: nothing was timed yet\n")
+
+
 def test_a_broken_op_gets_no_speedup_and_fails_the_command(monkeypatch, tmp_path, capsys):
     right = tridrop.functional.dropout_add
     monkeypatch.setattr(tridrop.functional, "dropout_add", lambda *a, **k: right(*a, **k) * 1.01)
@@ -453,6 +499,10 @@ def test_triton_on_a_cpu_is_not_timed(monkeypatch):
     monkeypatch.setenv("TRIDROP_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="interpreter"):
         run(ops=["dropout_add"])
+
+
+def test_in_a_clone_results_have_a_folder():
+    assert Path(__file__).parents[1] / "benchmarks" / "results" == report.CLONE
 
 
 def test_outside_a_clone_the_folder_must_be_said(monkeypatch, capsys, tmp_path):

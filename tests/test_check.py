@@ -1,17 +1,21 @@
 """The harness passes what is right, and fails what is broken."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from hosts import PLAIN
+from rich.console import Console
 
 import tridrop
 from tridrop.backends.triton import elementwise as kernels
 from tridrop.backends.triton import launch
 from tridrop.commands import check, cli
+from tridrop.commands.check import report
 from tridrop.functional import elementwise, known
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,6 +211,60 @@ def test_command_prints_a_table_and_succeeds(capsys):
     options = ["--op", "dropout", "--dtype", "float32", "--backend", "reference", "--seeds", "16"]
     assert cli.main(["check", *options]) == 0
     assert "checks passed" in capsys.readouterr().out
+
+
+def test_what_goes_into_a_pipe_is_a_line_a_row(capsys):
+    options = ["--op", "dropout", "--dtype", "float32", "--backend", "reference", "--seeds", "8"]
+    assert cli.main(["check", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = lines[0].split("\t")
+    assert head[:3] == ["case", "dtype", "backend"]
+    cases = [row for row in check.CASES + check.INVARIANTS if row.op == "dropout"]
+    for line, row in zip(lines[1:], cases, strict=False):
+        cells = line.split("\t")
+        assert cells[0] == row.name
+        assert cells[1:3] == ["float32", "reference"]
+        assert len(cells) == len(head)
+        assert cells[-1] == "ok"
+    assert "below 0: fewer than that keeps" in lines[len(cases) + 1]
+
+
+def test_a_table_of_80_columns_cuts_nothing():
+    results = list(check.run(["dropout_add"], None, ["reference"], DEVICE, 8))
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.table(results, "reference"))
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    for word in ("bf16", "value", "dient", "masks", "saved", "tation", "result", "below 0"):
+        assert word in shown
+    assert len(shown.splitlines()) < 4 * len({(r.case, r.dtype) for r in results})
+
+
+def test_an_interrupt_keeps_what_was_checked(monkeypatch, capsys):
+    right, calls = check.check_case, iter(range(9))
+
+    def stop(*arguments):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    monkeypatch.setattr(check, "check_case", stop)
+    options = ["--op", "dropout", "--dtype", "float32", "--backend", "reference", "--seeds", "8"]
+    assert cli.main(["check", *options]) == 130
+    said = capsys.readouterr()
+    assert re.fullmatch(r"tridrop check: interrupted after 2 of \d+ rows\n", said.err)
+    assert said.out.count("\tok") == 2
+    assert "checks passed" in said.out
+
+
+def test_an_interrupt_of_any_command_is_one_line(monkeypatch, capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tridrop.commands.info.main", stop)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "tridrop info: interrupted\n"
 
 
 def test_command_prints_json(capsys):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from figures import inside
 from hosts import PLAIN
 
 import tridrop
@@ -226,7 +227,7 @@ def test_masks_need_no_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_before_its_end_writes_nothing(
+def test_interrupted_with_nothing_to_keep_writes_nothing(
     number: int,
     status: int,
     tmp_path: Path,
@@ -240,6 +241,54 @@ def test_interrupted_before_its_end_writes_nothing(
     assert experiment("overfit", tmp_path / "out") == status
     assert "nothing is written" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "status"),
+    [("overfit", signal.SIGTERM, 143), ("uncertainty", signal.SIGINT, 130)],
+)
+def test_interrupted_keeps_the_seeds_that_are_done(
+    name: str,
+    number: int,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    network, calls = digits.network, iter(range(100))
+    each = 2 if name == "overfit" else 1  # networks a seed
+
+    def stop(*arguments: Any) -> Any:
+        if next(calls) == 2 * each:  # in the third seed
+            signal.raise_signal(number)
+        return network(*arguments)
+
+    monkeypatch.setattr(digits, "network", stop)
+    monkeypatch.setitem(settings._QUICK, "repeats", 3)
+    assert experiment(name, tmp_path) == status
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["interrupted"]
+    assert len(found["pairs" if name == "overfit" else "networks"]) == 2
+    assert "seeds that were done, of 3" in found["findings"][-1]
+    assert "over 2 seeds" in said or "2 networks, each" in said
+    assert (tmp_path / f"{name}.png").exists()
+
+
+def test_every_axis_and_band_of_the_figures_is_named(tmp_path: Path) -> None:
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    for name, draw in (("overfit", overfit.draw_curves), ("uncertainty", uncertainty.draw)):
+        found = json.loads((results / f"{name}-2026-11-21.json").read_text())
+        figure = draw(found)
+        assert all(axes.get_ylabel() for axes in figure.axes)
+        (legend,) = figure.legends
+        words = [text.get_text() for text in (*legend.get_texts(), legend.get_title())]
+        assert any("from the lowest to the highest" in text for text in words)
+        inside(figure)
+        for axes in figure.axes:  # no bar passes what an entropy or a share can be
+            for bars in axes.containers:
+                low = [segment[:, 1].min() for segment in bars.lines[2][0].get_segments()]
+                assert min(low) >= 0
 
 
 # --------------------------------------------------------------------------------------- the parts

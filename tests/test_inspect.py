@@ -1,5 +1,6 @@
 """tridrop inspect: reading machine code, limits, and the budgets of dropout + add on sm_90."""
 
+import _thread
 import json
 import os
 import subprocess
@@ -311,3 +312,34 @@ def test_the_yardstick_is_no_op():
         if "yardstick" in path.read_text() and path.parent != package / "inspection"
     }
     assert mentioned == {"compile.py", "yardstick.py"}
+
+
+def test_an_interrupt_keeps_what_was_compiled(monkeypatch, capsys, tmp_path):
+    ask, calls = inspection._ask, iter(range(99))
+
+    def stop(worker, task):
+        found = ask(worker, task)
+        if next(calls) == 1:
+            _thread.interrupt_main()
+        return found
+
+    monkeypatch.setattr(inspection, "_ask", stop)
+    path = tmp_path / "found.json"
+    command = ["inspect", "--op", "dropout_add", "--arch", "sm_90", "--jobs", "1"]
+    assert cli.main([*command, "--json", str(path)]) == 130
+    kept = json.loads(path.read_text())
+    assert kept
+    said = capsys.readouterr()
+    assert f"tridrop inspect: interrupted: {len(kept)} kernels are kept\n" in said.err
+    assert "Traceback" not in said.err
+    assert "kernel\tarch\tdtype\tinstructions\tregisters" in said.out
+
+
+def test_what_all_processes_warn_of_is_said_once(capsys):
+    said = set()
+    program = "import sys; print('the same', file=sys.stderr); print(sys.argv[1], file=sys.stderr)"
+    for word in ("one", "two"):
+        command = [sys.executable, "-c", program, word]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
+            inspection._relay(worker, said)
+    assert capsys.readouterr().err == "the same\none\ntwo\n"

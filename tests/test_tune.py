@@ -135,6 +135,19 @@ def test_the_verdict_names_what_spills_less_and_what_that_costs():
     assert tune.verdict([less, more]).startswith("-> stays")
 
 
+def test_nothing_is_written_unasked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--static"])
+    assert tune.arguments().out is None
+    row = {"family": "f", "size": [1], "dtype": "bf16", "settings": "a", "present": True}
+    said = []
+    tune.report([[row | {"why_not": None, "registers": 9}]], None, {}, said.append)
+    assert any("stays" in line for line in said)
+    assert list(tmp_path.iterdir()) == []
+    tune.report([[row | {"why_not": None, "registers": 9}]], tmp_path / "a", {}, said.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.json"]
+
+
 def _run(*arguments):
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / "tune.py"), *arguments],

@@ -99,8 +99,10 @@ def _figure(
         if title:
             figure.suptitle(title)
         handles = {t: h for a in grid for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
+        # An entry is at most 1.5 inches wide.
+        ncols = min(5, int(figure.get_figwidth() / 1.5))
         figure.legend(
-            handles.values(), handles.keys(), frameon=False, ncols=5, loc="outside upper center"
+            handles.values(), handles.keys(), frameon=False, ncols=ncols, loc="outside upper center"
         )
     return figure
 

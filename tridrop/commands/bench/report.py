@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ...base import terminal
 from ...base.files import replacing
 from ..inspection import DTYPES
 from . import models, op_report, plots, step_report, steps
@@ -27,7 +27,7 @@ from .rows import OPS
 from .run import run
 from .timing import MODES
 
-CLONE = Path(__file__).parents[2] / "benchmarks" / "results"
+CLONE = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def _names(text: str) -> list[str]:
@@ -92,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; 0, or 1 where a check failed, or 2 where it cannot run as it was asked to."""
+    """Run it; 0, or 1 where a check failed, or 2 where it cannot run as it was asked to, or 130
+    after Ctrl-C, with what was timed until then."""
     threads = torch.get_num_threads()
     try:
         if args.threads is not None:
@@ -113,9 +114,6 @@ def _main(args: argparse.Namespace) -> int:
         raise ImportError("the plot needs matplotlib: pip install 'tridrop[demo]'")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(highlight=False)
-    if not sys.stdout.isatty():
-        # Into a file or a pipe goes the whole table, whatever a terminal's width.
-        console = Console(width=200, highlight=False)
     times = _time_steps if args.steps else _time_ops
     return times(args, device, lambda kind: Files(Machine(device), out, args.label, kind), console)
 
@@ -142,11 +140,13 @@ def _time_ops(args: argparse.Namespace, device: str, files: Open, console: Conso
         all_rows=args.all_rows,
     )
     written = files("bench")
-    records = _with_progress(run, options, written)
-    console.print(op_report.table(records))
+    records, status = _with_progress(run, options, written)
+    if not records:
+        return status
+    terminal.show([op_report.table(records)])
     return _conclude(
         console, op_report.failures(records), op_report.reasons(records),
-        written.paths + plots.draw(records, written.stem),
+        written.paths + plots.draw(records, written.stem), status,
     )  # fmt: skip
 
 
@@ -167,46 +167,60 @@ def _time_steps(args: argparse.Namespace, device: str, files: Open, console: Con
         quick=args.quick,
     )
     written = files("bench-steps")
-    records = _with_progress(steps.run, options, written)
-    console.print(step_report.table(records))
+    records, status = _with_progress(steps.run, options, written)
+    if not records:
+        return status
+    terminal.show([step_report.table(records)])
     for line in step_report.headlines(records):
-        console.print(line)
+        console.print(line, soft_wrap=not console.is_terminal)
     return _conclude(
         console, step_report.failures(records), step_report.reasons(records),
-        written.paths + step_report.draw(records, written.stem),
+        written.paths + step_report.draw(records, written.stem), status,
     )  # fmt: skip
 
 
 def _conclude(
-    console: Console, failures: Sequence[str], reasons: Sequence[str], paths: Sequence[Path]
+    console: Console,
+    failures: Sequence[str],
+    reasons: Sequence[str],
+    paths: Sequence[Path],
+    status: int,
 ) -> int:
     """Say what failed, who could not run and what was written; return the exit status."""
     for text in failures:
-        console.print(f"[bold red]FAIL[/] {escape(text)}")
+        console.print(f"[bold red]FAIL[/] {escape(text)}", soft_wrap=not console.is_terminal)
     for text in reasons:
-        console.print(f"[yellow]not run:[/] {escape(text)}")
+        console.print(f"[yellow]not run:[/] {escape(text)}", soft_wrap=not console.is_terminal)
     console.print("Written: " + ", ".join(map(str, paths)), soft_wrap=True)
-    return 1 if failures else 0
+    return status or (1 if failures else 0)
 
 
-def _with_progress(time: Callable[..., list[Any]], options: Any, files: Files) -> list[Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+def _with_progress(
+    time: Callable[..., list[Any]], options: Any, files: Files
+) -> tuple[list[Any], int]:
+    """What was timed, and 0, or the status of an interrupt."""
+    kept: list[Any] = []
+
+    def on_records(records: list[Any]) -> None:
+        files.write([asdict(r) for r in records])
+        kept[:] = records
+
+    with terminal.bar() as progress:
         task = progress.add_task("timing", total=None)
         done = iter((0,))
-        return time(
-            options,
-            on_start=lambda total: progress.update(task, total=total),
-            on_row=lambda what: progress.update(
-                task, advance=next(done, 1), description=escape(what)
-            ),
-            on_records=lambda records: files.write([asdict(r) for r in records]),
-        )
+        try:
+            records = time(
+                options,
+                on_start=lambda total: progress.update(task, total=total),
+                on_row=lambda what: progress.update(
+                    task, advance=next(done, 1), description=escape(what)
+                ),
+                on_records=on_records,
+            )
+        except KeyboardInterrupt:
+            said = ": what was timed is kept" if kept else ": nothing was timed yet"
+            return kept, terminal.interrupted("bench", said)
+    return records, 0
 
 
 def folder(given: Path | None) -> Path:

@@ -80,6 +80,7 @@ def run(
     seeds: int = 64,
     on_start: Callable[[int], None] | None = None,
     on_case: Callable[[Case | Invariant, torch.dtype, str], None] | None = None,
+    on_results: Callable[[list[Result]], None] | None = None,
 ) -> list[Result]:
     """Check every row of the tables and return a :class:`Result` for each check.
 
@@ -91,6 +92,7 @@ def run(
         seeds: how many seeds the expected value is taken over.
         on_start: called with the number of (row, dtype, backend) triples.
         on_case: called before each of them.
+        on_results: called after each of them with its results.
 
     Raises:
         ValueError: an op or backend that does not exist. RuntimeError or ImportError: a backend
@@ -119,7 +121,10 @@ def run(
         if on_case is not None:
             on_case(row, dtype, name)
         if isinstance(row, Invariant):
-            results.extend(check_invariant(row, dtype, name, device, seeds))
+            found = list(check_invariant(row, dtype, name, device, seeds))
         else:
-            results.extend(check_case(row, dtype, name, device, seeds))
+            found = list(check_case(row, dtype, name, device, seeds))
+        results.extend(found)
+        if on_results is not None:
+            on_results(found)
     return results

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
 from rich.table import Table
 
 from ...backends import NAMES
-from . import DTYPES, OPS, Result, available, run
+from ...base import terminal
+from . import DTYPES, OPS, Case, Invariant, Result, available, run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,93 +36,110 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; 0 if every check passed, 1 if one failed, 2 if a backend cannot run."""
+    """Run it; 0 if every check passed, 1 if one failed, 2 if a backend cannot run, and 130 after
+    Ctrl-C, with what was checked until then."""
     if args.seeds < 8:
         print("tridrop check: --seeds must be at least 8", file=sys.stderr)
         return 2
-    messages = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=messages, transient=True) as progress:
+    results: list[Result] = []
+    status, total = 0, 0
+    with terminal.bar() as progress:
         task = progress.add_task("checking", total=None)
-        started = False
 
-        def on_case(case: object, dtype: object, backend: str) -> None:
-            nonlocal started
-            progress.update(
-                task,
-                advance=1 if started else 0,
-                description=f"{getattr(case, 'op', '')} {dtype} {backend}",
-            )
-            started = True
+        def on_start(count: int) -> None:
+            nonlocal total
+            total = count
+            progress.update(task, total=count)
+
+        def on_case(case: Case | Invariant, dtype: object, backend: str) -> None:
+            progress.update(task, description=escape(f"{case.op} {dtype} {backend}"))
+
+        def on_results(found: list[Result]) -> None:
+            results.extend(found)
+            progress.advance(task)
 
         try:
-            results = run(
+            run(
                 args.op,
                 [DTYPES[name] for name in args.dtype] if args.dtype else None,
                 args.backend,
                 args.device,
                 args.seeds,
-                on_start=lambda total: progress.update(task, total=total),
+                on_start=on_start,
                 on_case=on_case,
+                on_results=on_results,
             )
+        except KeyboardInterrupt:
+            status = terminal.INTERRUPTED
         except (RuntimeError, ImportError) as error:
             if args.backend is None:
                 raise
             print(f"tridrop check: {error}", file=sys.stderr)
             return 2
+    if status:
+        done = len({(r.case, r.dtype, r.backend) for r in results})
+        terminal.interrupted("check", f" after {done} of {total} rows")
     failed = [r for r in results if r.passed is False]
     if args.json:
         print(json.dumps([asdict(r) for r in results], indent=1))
-    else:
-        console = Console()
-        console.print(table(results))
-        _explain(console, results, failed)
+    elif results:
+        backends = dict.fromkeys(r.backend for r in results)
+        terminal.show(
+            [table([r for r in results if r.backend == name], name) for name in backends],
+            plain=lambda: table(results),
+        )
+        _explain(results, failed)
         for name, reason in available(args.device or "cpu").items():
-            if reason and not any(r.backend == name for r in results):
-                console.print(f"[yellow]not run:[/] {name} - {reason}")
-    return 1 if failed else 0
+            if reason and name not in backends and not status:
+                _say("[yellow]not run:[/]", f"{name} - {reason}")
+    return status or (1 if failed else 0)
 
 
-def table(results: Sequence[Result]) -> Table:
-    """One line a case, dtype and backend: each figure as a share of what is allowed."""
-    lines: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
+# What a column shows, by the begin of its checks' names, and its heading in 80 columns.
+_COLUMNS = {
+    "value": "value",
+    "grad ": "gra-\ndient",
+    "p = 0": "p = 0",
+    "masks": "masks",
+    "saved": "saved",
+    "expectation": "expec-\ntation",
+    "invariant": "inva-\nriant",
+}
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def table(results: Sequence[Result], backend: str | None = None) -> Table:
+    """One line a case, dtype and backend: each figure as a share of what is allowed.
+
+    A table of one ``backend``, which its title names, fits in 80 columns; without, all are named in
+    every line.
+    """
+    found: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
     for result in results:
-        lines[result.case, result.dtype, result.backend].append(result)
-    grid = Table(title="tridrop check", caption="figures are shares of what is allowed: 1 fails")
-    for heading in ("case", "dtype", "backend"):
-        grid.add_column(heading)
-    for heading in (
-        "value",
-        "gradients",
-        "p = 0",
-        "masks",
-        "saved",
-        "expectation",
-        "invariants",
-        "result",
-    ):
-        grid.add_column(heading, justify="right")
-    for (case, dtype, backend), line in lines.items():
+        found[result.case, result.dtype, result.backend].append(result)
+    title = f"tridrop check, the {backend} backend" if backend else "tridrop check"
+    grid = Table(title=title, caption=_CAPTION, box=None, padding=(0, 1, 0, 0))
+    grid.add_column("case")
+    for heading in ("dtype",) if backend else ("dtype", "backend"):
+        grid.add_column(heading, no_wrap=True)
+    for heading in (*_COLUMNS.values(), "result"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for (case, dtype, name), line in found.items():
         ok = all(r.passed is not False for r in line)
         grid.add_row(
-            case.replace("[", r"\["),
-            dtype,
-            backend,
-            _share(line, "value"),
-            _share(line, "grad "),
-            _share(line, "p = 0"),
-            _share(line, "masks"),
-            _share(line, "saved"),
-            _share(line, "expectation"),
-            _share(line, "invariant"),
+            escape(case),
+            *([_SHORT[dtype]] if backend else [dtype, name]),
+            *(_share(line, prefix) for prefix in _COLUMNS),
             "[green]ok[/]" if ok else "[bold red]FAIL[/]",
         )
     return grid
+
+
+_CAPTION = (
+    "Figures are shares of what is allowed: more than 1 fails. saved: bytes kept for backward "
+    "beyond those of eager PyTorch without dropout; below 0: fewer than that keeps. masks: "
+    "decisions that differ."
+)
 
 
 def _share(line: Sequence[Result], prefix: str) -> str:
@@ -134,16 +152,19 @@ def _share(line: Sequence[Result], prefix: str) -> str:
     return text if worst.passed else f"[bold red]{text}[/]"
 
 
-def _explain(console: Console, results: Sequence[Result], failed: Sequence[Result]) -> None:
+def _explain(results: Sequence[Result], failed: Sequence[Result]) -> None:
     for r in failed:
-        console.print(
-            f"[bold red]FAIL[/] {r.backend} {r.dtype} {r.case!r} {r.check}: "
-            f"{r.value:.3g} > {r.limit:.3g} {r.detail}",
-            markup=True,
-            highlight=False,
-        )
+        what = f"{r.backend} {r.dtype} {r.case!r} {r.check}: {r.value:.3g} > {r.limit:.3g}"
+        _say("[bold red]FAIL[/]", f"{what} {r.detail}")
     for reason in dict.fromkeys(r.detail for r in results if r.passed is None):
         count = sum(r.passed is None and r.detail == reason for r in results)
-        console.print(f"[yellow]not run:[/] {count} checks - {reason}")
+        _say("[yellow]not run:[/]", f"{count} checks - {reason}")
     ran = [r for r in results if r.passed is not None]
-    console.print(f"{len(ran) - len(failed)} of {len(ran)} checks passed")
+    _say("", f"{len(ran) - len(failed)} of {len(ran)} checks passed")
+
+
+def _say(mark: str, text: str) -> None:
+    """A line, whole where it does not go to a terminal."""
+    console = Console(highlight=False)
+    line = f"{mark} {escape(text)}" if mark else escape(text)
+    console.print(line, soft_wrap=not console.is_terminal)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ... import __version__, backends
@@ -45,6 +46,7 @@ def run(
     jobs: int = 2,
     on_start: Callable[[int], None] | None = None,
     on_done: Callable[[str], None] | None = None,
+    on_records: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Compile the kernels of the ops and return a record of each; see docs/performance.md.
 
@@ -55,6 +57,7 @@ def run(
         jobs: processes that compile at the same time.
         on_start: called with the number of calls to compile.
         on_done: called after each of them with what it was, from several threads.
+        on_records: called with the records of one after the other, in their order.
 
     Raises:
         ValueError: an unknown name. ImportError: there is no triton. RuntimeError: a kernel did not
@@ -76,8 +79,12 @@ def run(
         on_start(len(tasks))
     workers: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
     started = [_start() for _ in range(min(jobs, len(tasks)))]
+    said: set[str] = set()
     for worker in started:
         workers.put(worker)
+        Thread(target=_relay, args=(worker, said), daemon=True).start()
+    source = provenance()
+    records: list[dict[str, Any]] = []
 
     def compile_in_worker(task: tuple[str, str, str, str]) -> list[dict[str, Any]]:
         worker = workers.get()
@@ -93,16 +100,21 @@ def run(
         with ThreadPoolExecutor(len(started)) as threads:
             futures = [threads.submit(compile_in_worker, task) for task in tasks]
             try:
-                records = [record for future in futures for record in future.result()]
+                for future in futures:
+                    found = [record | source for record in future.result()]
+                    records += found
+                    if on_records is not None:
+                        on_records(found)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
+                for worker in started:  # or the threads would wait for what they compile
+                    worker.kill()
                 raise
     finally:
         for worker in started:
             worker.kill()
-            worker.communicate()
-    source = provenance()
-    return [record | source for record in records]
+            worker.wait()
+    return records
 
 
 def provenance() -> dict[str, str]:
@@ -123,7 +135,18 @@ def _start() -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tridrop.commands.inspection.worker"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment
+    )
+
+
+def _relay(worker: subprocess.Popen[str], said: set[str]) -> None:
+    """Pass on what a process writes on standard error, each line once: all of them warn alike."""
+    assert worker.stderr is not None
+    for line in worker.stderr:
+        if line not in said:
+            said.add(line)
+            print(line, end="", file=sys.stderr, flush=True)
 
 
 def _ask(worker: subprocess.Popen[str], task: tuple[str, str, str, str]) -> list[dict[str, Any]]:

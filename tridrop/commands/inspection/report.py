@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ...base import terminal
 from ...base.files import replacing
 from . import ARCHS, DTYPES, OPS, run
 from .devices import DEVICES
@@ -52,13 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; 0, or 2 where it cannot run as it was asked to."""
+    """Run it; 0, or 2 where it cannot run as it was asked to, or 130 after Ctrl-C, with what was
+    compiled until then."""
+    records: list[Record] = []
+    status = 0
     try:
         if args.jobs < 1:
             raise ValueError(f"--jobs {args.jobs}: give 1 or more")
         if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise ImportError("the plot needs matplotlib: pip install 'tridrop[demo]'")
-        records = _run(args)
+        try:
+            _run(args, records)
+        except KeyboardInterrupt:
+            kept = f": {len(records)} kernels are kept" if records else ""
+            status = terminal.interrupted("inspect", kept)
+            if not records:
+                return status
         if args.plot is not None:
             plot(records, args.plot)
         if args.json and args.json != "-":
@@ -69,31 +78,26 @@ def main(args: argparse.Namespace) -> int:
         return 2
     if args.json == "-":
         print(dumps(records), end="")
-        return 0
-    # Into a file or a pipe goes the whole table, whatever a terminal's width.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table(records))
+        return status
+    terminal.show([table(records)])
+    console = Console(highlight=False)
     for line in notes(records):
-        console.print(line, highlight=False)
-    return 0
+        console.print(line, soft_wrap=not console.is_terminal)
+    return status
 
 
-def _run(args: argparse.Namespace) -> list[Record]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+def _run(args: argparse.Namespace, records: list[Record]) -> None:
+    """Compile, and add the records to ``records`` as they come."""
+    with terminal.bar() as progress:
         task = progress.add_task("compiling", total=None)
-        return run(
+        run(
             args.op,
             args.arch,
             args.dtype,
             args.jobs,
             on_start=lambda total: progress.update(task, total=total),
             on_done=lambda what: progress.update(task, advance=1, description=what),
+            on_records=records.extend,
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 
 
 def main() -> None:
     """Answer tasks ``[row, arch, dtype, method]`` until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this, and ends it
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a compiler prints is no answer
     from .records import compile_row
 

@@ -73,11 +73,11 @@ def run(console: Console, args: argparse.Namespace) -> int:
             with bar(console, experiment.ticks(settings)) as progress:
                 measured = experiment.measure(settings, device, progress)
         except KeyboardInterrupt:
-            console.print("Interrupted: nothing is written.")
+            console.print("Interrupted before there was anything to keep: nothing is written.")
             return terminations.status(INTERRUPTED)
         terminations.finish()
-        _write(console, settings, experiment, where, measured)
-        return terminations.status(0)
+        _write(console, settings, experiment, where, measured, progress.interrupted)
+        return terminations.status(INTERRUPTED if progress.interrupted else 0)
 
 
 def _write(
@@ -86,6 +86,7 @@ def _write(
     experiment: _Experiment,
     where: dict[str, Any],
     measured: dict[str, Any],
+    interrupted: bool,
 ) -> None:
     result = {
         "format": 1,
@@ -93,8 +94,13 @@ def _write(
         **where,
         "options": settings.as_json(),
         **measured,
+        "interrupted": interrupted,
     }
     result["findings"] = experiment.findings(result)
+    if interrupted:
+        result["findings"].append(
+            f"Interrupted: these are the seeds that were done, of {settings.repeats}."
+        )
     settings.out.mkdir(parents=True, exist_ok=True)
     written = [report.write_json(result, settings.out, settings.experiment)]
     for name, draw in experiment.figures.items():

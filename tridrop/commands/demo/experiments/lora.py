@@ -48,13 +48,15 @@ def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str
     parts = [part.to(device) for part in text.split(source, settings.train, settings.valid)]
     if min(map(len, parts)) <= CONTEXT:
         raise DemoError(f"a part of the text is no longer than {CONTEXT} bytes")
-    triples: list[dict[str, Any]] = []
-    for seed in range(settings.seed, settings.seed + settings.repeats):
+
+    def triple(seed: int) -> dict[str, Any]:
         progress.begin(f"seed {seed}")
         arms = _train(make, seed, settings, parts, progress.tick)
-        triples.append({"seed": seed, "arms": arms})
         ends = ", ".join(f"{ARMS[arm]} {one['valid'][-1]:.4f}" for arm, one in arms.items())
         progress.say(f"seed {seed}, validation loss: {ends}")
+        return {"seed": seed, "arms": arms}
+
+    triples = progress.each(range(settings.seed, settings.seed + settings.repeats), triple)
     model = make(settings.seed)
     return {
         "text": name,
@@ -222,8 +224,8 @@ def findings(result: dict[str, Any]) -> list[str]:
     valid, distance, ms = found["valid"], found["distance"], found["step_ms"]
     return [
         f"LoRA of rank {result['model']['rank']} with dropout p = {asked['p']}, "
-        f"{asked['steps']} steps, {asked['repeats']} seeds; losses in nats a byte, in evaluation "
-        "mode, mean ± standard deviation over the seeds.",
+        f"{asked['steps']} steps, {len(result['triples'])} seeds; losses in nats a byte, in "
+        "evaluation mode, mean ± standard deviation over the seeds.",
         judge("Other masks {} PEFT's validation loss", (
             valid["peft"], valid["peft_again"], found["masks"]), 1, ""),
         judge("tridrop {} it", (valid["peft"], valid["tridrop"], found["swap"]), 1, ""),

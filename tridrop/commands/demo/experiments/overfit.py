@@ -37,8 +37,11 @@ def ticks(settings: Settings) -> int:
 def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str, Any]:
     """Train the pairs. Every pair has a split, first weights and an order of its own."""
     data = digits.load(device)
-    pairs, samples, parameters = [], None, 0
-    for seed in range(settings.seed, settings.seed + settings.repeats):
+    samples: list[dict[str, Any]] = []
+    parameters = 0
+
+    def pair(seed: int) -> dict[str, Any]:
+        nonlocal parameters
         parts = digits.split(data, seed, settings.train, settings.valid)
         arms, last = {}, {}
         for arm in ARMS:
@@ -53,14 +56,18 @@ def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str
             arms[arm] = _record(curves, last[arm], model, parts[2])
         said = ", ".join(f"{ARMS[a]} {100 * arms[a]['final_accuracy']:.1f} %" for a in ARMS)
         progress.say(f"seed {seed}, test accuracy: {said}")
-        samples = samples or _samples(parts[2], last)
-        pairs.append({"seed": seed, "arms": arms})
+        samples.append(_samples(parts[2], last))
+        images["test"] = len(parts[2].y)
+        return {"seed": seed, "arms": arms}
+
+    images = {"train": settings.train, "valid": settings.valid}
+    pairs = progress.each(range(settings.seed, settings.seed + settings.repeats), pair)
     return {
         "parameters": parameters,
-        "images": {"train": settings.train, "valid": settings.valid, "test": len(parts[2].y)},
+        "images": images,
         "pairs": pairs,
         "summary": _summary(pairs),
-        "samples": samples,
+        "samples": samples[0],
     }
 
 
@@ -136,7 +143,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     return [
         f"Without dropout the training loss ended at {none[0]} nats and the validation loss at "
         f"{none[1]}; with dropout (p = {asked['p']}) at {dropout[0]} and {dropout[1]} (mean ± "
-        f"standard deviation over {asked['repeats']} seeds).",
+        f"standard deviation over {len(result['pairs'])} seeds).",
         _compare("test accuracy after the last step", found["final_accuracy"], 100, " %"),
         _compare("test loss after the last step", found["final_loss"], 1, " nats"),
         _compare(f"test accuracy {stopped}", found["stopped_accuracy"], 100, " %"),
@@ -157,13 +164,16 @@ def draw_curves(result: dict[str, Any]) -> Figure:
     """Loss and accuracy over the steps, and the test accuracies by pairs."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     loss, accuracy, test = figure.subplots(1, 3, width_ratios=(4, 4, 2.2))
-    for axes, name, title in ((loss, "loss", "loss in nats"), (accuracy, "accuracy", "accuracy")):
+    units = {"loss": "nats", "accuracy": "share that is right"}
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         for arm in ARMS:
             _curves(axes, result, arm, name)
-        axes.set_title(f"{title}, dropout off")
+        axes.set_title(f"{name}, dropout off")
+        axes.set_ylabel(units[name])
         axes.set_xlabel("training step")
     # The first steps would flatten all that follows.
     later = [(run, len(run["steps"]) // 6) for run in _runs(result)]
@@ -175,16 +185,22 @@ def draw_curves(result: dict[str, Any]) -> Figure:
         test.scatter([0, 1], ends, color=list(COLOURS.values()), zorder=2)
     test.set_xticks([0, 1], list(ARMS.values()))
     test.set_xlim(-0.4, 1.4)
-    test.set_title("test accuracy, by seed")
+    test.set_title("test, at the end")
+    test.set_ylabel("share that is right; a line a seed")
     for axes in (loss, accuracy, test):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    handles = [Line2D([], [], color=COLOURS[arm], label=label) for arm, label in ARMS.items()]
+    handles: list[Any] = [
+        Line2D([], [], color=COLOURS[arm], label=label) for arm, label in ARMS.items()
+    ]
     handles += [
         Line2D([], [], color="grey", label="validation"),
         Line2D([], [], color="grey", linestyle="--", label="training"),
     ]
-    figure.legend(handles=handles, ncols=4, frameon=False, loc="outside lower center")
+    seeds = len(result["pairs"])
+    band = f"validation, from the lowest to the highest of {seeds} seeds (lines: means)"
+    handles += [Patch(color="grey", alpha=0.3, linewidth=0, label=band)]
+    figure.legend(handles=handles, ncols=5, frameon=False, loc="outside lower center")
     return figure
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+LEAST = 2  # seeds of which there is a spread
 
 
 class Bar:
@@ -22,6 +26,7 @@ class Bar:
             console=console,
         )
         self._task = self._progress.add_task("", total=total)
+        self.interrupted = False  # by Ctrl-C or SIGTERM, with something to keep
 
     def tick(self) -> None:
         """One step more is done."""
@@ -34,6 +39,18 @@ class Bar:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self._console.print(text, soft_wrap=True)
+
+    def each(self, seeds: Iterable[int], one: Callable[[int], T]) -> list[T]:
+        """``one`` of every seed; after an interrupt those that are whole, where two or more are."""
+        found: list[T] = []
+        try:
+            for seed in seeds:
+                found.append(one(seed))
+        except KeyboardInterrupt:
+            if len(found) < LEAST:
+                raise
+            self.interrupted = True
+        return found
 
 
 @contextmanager

@@ -40,9 +40,9 @@ def ticks(settings: Settings) -> int:
 def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str, Any]:
     """Train the networks, each without one digit, and show them what they know and do not know."""
     data = digits.load(device)
-    networks: list[dict[str, Any]] = []
     judged: list[tuple[dict[str, Tensor], Tensor]] = []
-    for i in range(settings.repeats):
+
+    def network(i: int) -> dict[str, Any]:
         seed, left_out = settings.seed + i, i % digits.CLASSES
         progress.begin(f"seed {seed}, without the {left_out}")
         known = data.take(data.y != left_out)
@@ -54,29 +54,30 @@ def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str
         )  # fmt: skip
         shown = _Shown(model, settings.samples, seed, progress)
         test, strange = shown(parts[2].x), shown(data.take(data.y == left_out).x)
-        judged.append((test, parts[2].y))
-        networks.append(
-            {
-                "seed": seed,
-                "left_out": left_out,
-                "images": {"test": len(parts[2].y), "left_out": len(strange["information"])},
-                "test": {way: _quality(test[way], parts[2].y) for way in WAYS},
-                "known": _entropies(test),
-                "unknown": _entropies(strange),
-                "separation": _separation(test, strange),
-                "rotated": _rotated(shown, parts[2].take(torch.arange(settings.rotated))),
-            }
-        )
-        one, many = (100 * networks[-1]["test"][way]["accuracy"] for way in WAYS)
+        found: dict[str, Any] = {
+            "seed": seed,
+            "left_out": left_out,
+            "images": {"test": len(parts[2].y), "left_out": len(strange["information"])},
+            "test": {way: _quality(test[way], parts[2].y) for way in WAYS},
+            "known": _entropies(test),
+            "unknown": _entropies(strange),
+            "separation": _separation(test, strange),
+            "rotated": _rotated(shown, parts[2].take(torch.arange(settings.rotated))),
+        }
+        one, many = (100 * found["test"][way]["accuracy"] for way in WAYS)
         progress.say(
             f"seed {seed}, without the {left_out}, test accuracy: one pass {one:.1f} %, "
             f"ensemble {many:.1f} %"
         )
+        judged.append((test, parts[2].y))
+        return found
+
+    networks = progress.each(range(settings.repeats), network)
     return {
         "bins": BINS,
         "angles": list(ANGLES),
         "networks": networks,
-        "reliability": _pooled(judged),
+        "reliability": _pooled(judged[: len(networks)]),
         "summary": _summary(networks),
     }
 
@@ -217,7 +218,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     turned = found["rotated"][result["angles"].index(90)]
     right = [f"{100 * turned['accuracy'][way]['mean']:.0f} %" for way in WAYS]
     return [
-        f"{asked['repeats']} networks, each trained without one digit (p = {asked['p']}); "
+        f"{len(result['networks'])} networks, each trained without one digit (p = {asked['p']}); "
         f"{asked['samples']} members of each; mean ± standard deviation over the networks; entropy "
         "and loss in nats.",
         _judge("Averaging the members {} the test accuracy", found["accuracy"], 100, " %"),
@@ -264,41 +265,46 @@ def draw(result: dict[str, Any]) -> Figure:
     """Doubt and accuracy against the angle, and the doubt of known and left-out digits."""
     from matplotlib.figure import Figure
 
-    found = result["summary"]
+    networks, angles = result["networks"], result["angles"]
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     doubt, right, classes = figure.subplots(1, 3)
+    turned = [[one["rotated"][i] for one in networks] for i in range(len(angles))]
     for key, label in _LABELS.items():
-        means = [one[key]["mean"] for one in found["rotated"]]
-        spreads = [one[key]["sd"] for one in found["rotated"]]
-        doubt.errorbar(result["angles"], means, spreads, color=COLOURS[key], label=label, capsize=3)
-        ends = [found[name][key] for name in ("known", "unknown")]
-        classes.errorbar(
-            [0, 1],
-            [e["mean"] for e in ends],
-            [e["sd"] for e in ends],
-            color=COLOURS[key],
-            capsize=3,
-        )
+        style: dict[str, Any] = {"color": COLOURS[key], "capsize": 3}
+        points = [[one["doubt"][key] for one in at] for at in turned]
+        doubt.errorbar(angles, *_range(points), label=label, **style)
+        ends = [[one[name][key] for one in networks] for name in ("known", "unknown")]
+        classes.errorbar([0, 1], *_range(ends), **style)
     for way in WAYS:
-        points = [one["accuracy"][way] for one in found["rotated"]]
-        right.errorbar(
-            result["angles"], [p["mean"] for p in points], [p["sd"] for p in points],
-            color=COLOURS[way], capsize=3,
-        )  # fmt: skip
-    doubt.set_title("known digits, turned: doubt in nats")
-    right.set_title("accuracy on these")
-    classes.set_title("doubt in nats, by class")
+        points = [[one["accuracy"][way] for one in at] for at in turned]
+        right.errorbar(angles, *_range(points), color=COLOURS[way], capsize=3)
+    doubt.set_title("known digits, turned: doubt")
+    right.set_title("known digits, turned: accuracy")
+    classes.set_title("not turned: doubt, by class")
     classes.set_xticks([0, 1], ["known", "left out"])
     classes.set_xlim(-0.4, 1.4)
     for axes in (doubt, right):
         axes.set_xlabel("angle in degrees")
-        axes.set_xticks(result["angles"])
-    for axes in (doubt, right, classes):
+        axes.set_xticks(angles)
+    for axes, label in ((doubt, "nats"), (right, "share that is right"), (classes, "nats")):
+        axes.set_ylabel(label)
         axes.set_ylim(0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(ncols=3, frameon=False, loc="outside lower center")
+    title = f"mean of {len(networks)} networks, and bars from the lowest to the highest of them"
+    figure.legend(ncols=3, frameon=False, loc="outside lower center", title=title)
     return figure
+
+
+def _range(points: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+    """Of each point the mean, and how far below and above it the lowest and the highest lie.
+
+    Entropies and accuracies have bounds, which bars of a standard deviation would pass.
+    """
+    means = [sum(values) / len(values) for values in points]
+    below = [mean - min(values) for mean, values in zip(means, points, strict=True)]
+    above = [max(values) - mean for mean, values in zip(means, points, strict=True)]
+    return means, [below, above]
 
 
 _LABELS = {
