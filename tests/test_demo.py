@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from figures import inside
 from hosts import PLAIN
 
 import tridrop.commands.demo
@@ -217,7 +218,7 @@ def test_outputs_and_the_fields_of_the_json(tmp_path: Path) -> None:
     assert found["text"]["name"] == "pydoc_data.topics"
     assert found["steps"] == [0, 2, 4]
     assert not found["interrupted"]
-    assert list(found["runs"]) == ["none", "eager", "eager_again", "tridrop"]
+    assert list(found["runs"]) == ["none", "eager", "eager_2", "eager_3", "tridrop"]
     for run in found["runs"].values():
         assert len(run["train"]) == len(run["valid"]) == 3
         assert run["valid_best"] == min(run["valid"])
@@ -227,6 +228,13 @@ def test_outputs_and_the_fields_of_the_json(tmp_path: Path) -> None:
         assert run["peak_bytes"] is None
     assert found["runs"]["eager"]["step_time_ratio"]["median"] == 1
     assert found["noise"]["tridrop_to_eager"] > 0
+    assert found["steps_planned"] == 4
+    assert found["steps_scaled"] is None
+    for what in ("train", "valid"):
+        last = found["noise"][f"{what}_final"]
+        ends = [found["runs"][name][what][-1] for name in train.EAGER]
+        assert (last["eager_low"], last["eager_high"]) == (min(ends), max(ends))
+        assert last["tridrop"] == found["runs"]["tridrop"][what][-1]
     assert found["options"]["model"] == "block"
     assert found["swap"] is None
 
@@ -268,15 +276,19 @@ def test_a_run_trains_as_if_it_were_alone() -> None:
     tokens, valid = text.split(text.reference_text(), 200, 100)
 
     def losses(only: str | None) -> list[float]:
-        runs = [r for r in train.make_runs(asked, torch.device("cpu")) if only in (None, r.name)]
+        plan = train.Plan(asked.steps, asked.eval_every)
+        runs = train.make_runs(asked, torch.device("cpu"), plan)
+        runs = [r for r in runs if only in (None, r.name)]
         record = train.Record()
-        train.train(runs, tokens, valid, asked, record, Silent())
+        train.train(runs, tokens, valid, asked, plan, record, Silent())
         return record.train("tridrop")
 
     assert losses("tridrop") == losses(None)
 
 
 class Silent:
+    def planned(self, plan: train.Plan) -> None: ...
+
     def stepped(self, run: train.Run, step: int, loss: float) -> None: ...
 
     def evaluated(self, record: train.Record) -> None: ...
@@ -286,7 +298,7 @@ def test_tridrop_saves_no_mask_for_backward() -> None:
     """Eager's masks are fp32 on a CPU; tridrop's seeds are 16 bytes a call."""
 
     def saved(asked: options.Options) -> dict[str, int]:
-        runs = train.make_runs(asked, torch.device("cpu"))
+        runs = train.make_runs(asked, torch.device("cpu"), train.Plan(1, 1))
         windows = torch.randint(256, (asked.batch, asked.context + 1))
         for run in runs:
             run.measure(examples(windows))
@@ -295,12 +307,74 @@ def test_tridrop_saves_no_mask_for_backward() -> None:
     asked = tiny(p=0.5, attention_p=0.0)
     calls, elements = 1 + 2 * asked.layers, asked.batch * asked.context * asked.dim
     found = saved(asked)
-    assert found["eager"] == found["eager_again"] == found["none"] + 4 * calls * elements
+    for name in train.EAGER:
+        assert found[name] == found["none"] + 4 * calls * elements
     assert found["tridrop"] <= found["none"] + 16 * calls
     # Eager attention with dropout keeps a mask and the scores.
     found = saved(replace(asked, attention_p=0.5))
     assert found["eager"] > found["none"] + 4 * calls * elements
     assert found["tridrop"] <= found["none"] + 16 * (calls + asked.layers)
+
+
+def test_steps_are_scaled_to_their_speed() -> None:
+    plan = train.Plan(1000, 40)
+    assert not plan.scale(step=0.1, evaluation=1.0, left=130.0)  # 99 s and 25 evaluations
+    assert (plan.steps, plan.eval_every, plan.why) == (1000, 40, None)
+    assert train.Plan(1000, 10).scale(step=0.5, evaluation=1.0, left=125.0)  # 0.6 s for each
+    assert plan.scale(step=0.5, evaluation=1.0, left=106.0)  # 100 s for steps, 6 evaluations
+    assert (plan.steps, plan.eval_every) == (210, 35)
+    assert plan.why is not None
+    for words in (
+        "a step of all runs takes 0.5 s",
+        "1,000 would take 8.7 minutes",
+        "210 are taken",
+    ):
+        assert words in plan.why
+    slow = train.Plan(240, 40)
+    assert slow.scale(step=60.0, evaluation=60.0, left=1.0)
+    assert (slow.steps, slow.eval_every) == (train.LEAST, 4)
+    assert not train.Plan(12, 4).scale(step=60.0, evaluation=60.0, left=1.0)  # few as it is
+
+
+def test_the_threads_are_the_faster_and_nothing_else_changes() -> None:
+    asked = tiny()
+    (run, *_) = train.make_runs(asked, torch.device("cpu"), train.Plan(1, 1))
+    before = [w.clone() for w in run.model.parameters()]
+    generators = [state.clone() for state in run._generators]
+    torch.set_num_threads(3)
+    assert run.faster_threads(examples(torch.randint(256, (2, 9)))) in (1, 3)
+    assert torch.get_num_threads() == 3
+    for weight, was in zip(run.model.parameters(), before, strict=True):
+        assert torch.equal(weight, was)
+        assert weight.grad is None
+    assert all(map(torch.equal, run._generators, generators))
+
+
+def test_the_command_scales_its_steps_unless_they_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert options.resolve(parse("--steps=5")).seconds is None
+    assert options.resolve(parse()).seconds == options.SECONDS < 300
+    assert options.resolve(parse("--quick")).seconds == options.QUICK_SECONDS < 60
+    monkeypatch.setattr(options, "QUICK_SECONDS", 0.0)
+    assert tridrop.commands.demo.run(parse(*TINY, "--quick", "--out", tmp_path)) == 0
+    found = results(tmp_path)
+    assert found["options"]["steps"] == 240
+    assert found["steps_planned"] == found["steps_done"] == train.LEAST
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("240 would take") == 2  # when it is decided, and below the table
+    assert said.count("--steps 240 takes all") == 2
+
+
+def test_the_band_of_eager_runs_is_drawn_and_named(tmp_path: Path) -> None:
+    assert demo(tmp_path) == 0
+    figure = report._draw(results(tmp_path))
+    (axes,) = figure.axes
+    assert len(axes.collections) == 2  # validation and training
+    (legend,) = figure.legends
+    words = [text.get_text() for text in legend.get_texts()]
+    assert "eager dropout, 3 draws of masks" in words
+    inside(figure)
 
 
 def test_windows_cover_the_slice_once() -> None:
@@ -321,7 +395,7 @@ def test_an_interrupt_leaves_the_results_so_far(
     before = signal.getsignal(signal.SIGTERM)
 
     def interrupted(run: train.Run, tokens: torch.Tensor) -> float:
-        if next(calls) == 14:  # in the middle of the fourth step of four runs
+        if next(calls) == 17:  # in the middle of the fourth step of five runs
             signal.raise_signal(number)
         return step(run, tokens)
 
@@ -409,7 +483,7 @@ def test_divergence_is_told_and_keeps_the_results(
     evaluate, calls = train.Run.evaluate, iter(range(100))
 
     def diverging(run: train.Run, windows: torch.Tensor, batch: int) -> float:
-        return evaluate(run, windows, batch) if next(calls) < 16 else math.nan
+        return evaluate(run, windows, batch) if next(calls) < 20 else math.nan
 
     monkeypatch.setattr(train.Run, "evaluate", diverging)
     assert demo(tmp_path) == 1

@@ -61,16 +61,17 @@ def _run(
     terminations: Terminations,
 ) -> int:
     """Train, then write and show the results."""
-    runs = train.make_runs(options, device)
+    plan = train.Plan(options.steps, options.eval_every)
+    runs = train.make_runs(options, device, plan)
     record = train.Record()
     console.print(
         f"Learning {options.train_bytes:,} bytes of {source[0]} on {device} (tridrop's backend: "
         f"{backend}), validating on {options.valid_bytes:,} others. Ctrl-C keeps what is there."
     )
-    status = 0
+    status, threads = 0, torch.get_num_threads()
     try:
         with Display(console, runs, options) as display:
-            train.train(runs, *slices, options, record, display)
+            train.train(runs, *slices, options, plan, record, display)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except train.Diverged as error:
@@ -78,11 +79,16 @@ def _run(
         status = 1
     finally:
         terminations.finish()
+        ran = torch.get_num_threads()
+        torch.set_num_threads(threads)
     if not record.steps:
         console.print("Nothing has been measured yet.")
         return status
     where = report.environment(device, backend)
-    result = report.summary(runs, record, options, source, where, interrupted=status == INTERRUPTED)
+    where["device"]["threads"] = ran
+    result = report.summary(
+        runs, record, options, plan, source, where, interrupted=status == INTERRUPTED
+    )
     written = [report.write_json(result, options.out), *report.plot(result, options.out)]
     for made in (run.swapped for run in runs if run.swapped is not None):
         console.print(made)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .options import Options
-from .train import Record, Run
+from .train import Plan, Record, Run
 
 
 class Display:
@@ -50,6 +50,12 @@ class Display:
     ) -> None:
         if self._console.is_terminal:
             self._progress.stop()
+
+    def planned(self, plan: Plan) -> None:
+        """Say how many steps there will be, and why."""
+        for task in self._tasks.values():
+            self._progress.update(task, total=plan.steps)
+        self._console.print(f"{plan.why}.", soft_wrap=True)
 
     def stepped(self, run: Run, step: int, loss: float) -> None:
         """Show the loss and the speed of ``run`` after its step number ``step``."""

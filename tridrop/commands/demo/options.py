@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # The sizes are chosen so that on two CPU cores the default run shows the turning point of the run
-# without dropout in some three minutes, and the quick one is over within one.
+# without dropout in less than five minutes, and the quick one is over within one.
 DEFAULTS: dict[str, Any] = {
     "steps": 1000,
     "layers": 2,
@@ -28,6 +28,9 @@ DEFAULTS: dict[str, Any] = {
 }
 MODELS = ("block", "gpt2", "bert")
 EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
+# How long the command may take, in seconds, where --steps is not given: the steps are scaled to the
+# speed of the first ones. A minute and five, less what it takes to import, to measure and to draw.
+SECONDS, QUICK_SECONDS = 260.0, 40.0
 QUICK: dict[str, Any] = {
     "steps": 240,
     "train_bytes": 2_048,
@@ -62,6 +65,7 @@ class Options:
     eval_every: int
     out: Path
     quick: bool
+    seconds: float | None = None  # what the steps are scaled to; None where they were given
 
     def __post_init__(self) -> None:
         """Raises DemoError where options do not fit each other."""
@@ -95,7 +99,9 @@ def resolve(args: argparse.Namespace) -> Options:
             values[name] = given
     if values["attention_p"] is None:
         values["attention_p"] = values["p"]
+    scaled = args.steps is None
     return Options(
+        seconds=(QUICK_SECONDS if args.quick else SECONDS) if scaled else None,
         model=args.model,
         text=args.text,
         device=args.device,
@@ -178,8 +184,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "triton", "cpu", "reference"),
         help="of tridrop",
     )
-    add("steps", _count, "training steps of each run")
-    add("eval-every", _count, "steps between two evaluations")
+    add("steps", _count, "training steps of each run; without it fewer where these take too long")
+    add("eval-every", _count, "steps between two evaluations, fewer with fewer steps")
     add("train-bytes", _count, "training slice, from the start of the text")
     add("valid-bytes", _count, "validation slice, from its end")
     add("p", _rate, "dropout of the embeddings and of both branches of a block")

@@ -21,7 +21,7 @@ import tridrop
 from ...base.files import replacing
 from .architectures import TITLES
 from .options import DemoError, Options
-from .train import Record, Run
+from .train import EAGER, Plan, Record, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,11 +30,9 @@ if TYPE_CHECKING:
 COLOURS = {
     "none": "#D55E00",
     "eager": "#0072B2",
-    "eager_again": "#56B4E9",
     "tridrop": "#000000",
 }
 DASHES: Any = (0, (9, 5))
-WIDTHS = {"none": 2.0, "eager": 4.0, "eager_again": 2.5, "tridrop": 1.2}
 
 
 def environment(device: torch.device, backend: str, *packages: str) -> dict[str, Any]:
@@ -57,6 +55,7 @@ def summary(
     runs: Sequence[Run],
     record: Record,
     options: Options,
+    plan: Plan,
     text: tuple[str, bytes],
     where: dict[str, Any],
     interrupted: bool,
@@ -78,6 +77,8 @@ def summary(
         "parameters": sum(p.numel() for p in eager.model.parameters()),
         "unit": f"nats a {'masked ' * (options.model == 'bert')}byte, in evaluation mode",
         "interrupted": interrupted,
+        "steps_planned": plan.steps,
+        "steps_scaled": plan.why,
         "steps_done": record.steps[-1],
         "steps": record.steps,
         "runs": {run.name: _run_summary(run, eager, record) for run in runs},
@@ -127,31 +128,44 @@ def _distance(a: Sequence[float], b: Sequence[float]) -> float:
     return float(torch.dist(torch.tensor(a), torch.tensor(b))) / len(a) ** 0.5
 
 
-def _noise(record: Record) -> dict[str, float]:
-    """How far the validation curves lie apart: root mean square differences, in nats a byte."""
-    eager, again, tridrop_, none = (
-        record.valid(name) for name in ("eager", "eager_again", "tridrop", "none")
-    )
-    return {
-        "eager_to_eager_again": _distance(eager, again),
-        "tridrop_to_eager": _distance(tridrop_, eager),
-        "tridrop_to_eager_again": _distance(tridrop_, again),
-        "none_to_eager": _distance(none, eager),
-    }
+def _noise(record: Record) -> dict[str, Any]:
+    """How far validation curves lie apart, root mean square differences in nats a byte: the mean of
+    the pairs of eager runs, and of what tridrop and no dropout have from these. And where the last
+    losses lie: the lowest and the highest of the eager runs, and tridrop's."""
+    curves = [record.valid(name) for name in EAGER]
+    pairs = [_distance(a, b) for i, a in enumerate(curves) for b in curves[:i]]
+    found: dict[str, Any] = {"eager_to_eager": statistics.fmean(pairs)}
+    for name in ("tridrop", "none"):
+        own = record.valid(name)
+        found[f"{name}_to_eager"] = statistics.fmean(_distance(own, c) for c in curves)
+    for what, of in (("train", record.train), ("valid", record.valid)):
+        last = [of(name)[-1] for name in EAGER]
+        found[f"{what}_final"] = {
+            "eager_low": min(last), "eager_high": max(last), "tridrop": of("tridrop")[-1],
+        }  # fmt: skip
+    return found
 
 
 def notes(result: dict[str, Any]) -> list[str]:
     """What a reader of the table has to know, a sentence or two each."""
     noise = result["noise"]
+    last = [
+        f"{what} {noise[key]['tridrop']:.3f} beside {noise[key]['eager_low']:.3f} to "
+        f"{noise[key]['eager_high']:.3f}"
+        for what, key in (("training", "train_final"), ("validation", "valid_final"))
+    ]
     lines = [
         "Losses are in nats a byte, without dropout, after the last step and at their best. "
-        "Time is the median of the ratios of each step, taken in turns. Eager's second run "
-        "differs in its masks alone: what lies between the two is noise.",
-        f"Validation curves, root mean square difference: tridrop from the two eager runs "
-        f"{noise['tridrop_to_eager']:.3f} and {noise['tridrop_to_eager_again']:.3f}; these from "
-        f"each other {noise['eager_to_eager_again']:.3f}; no dropout from eager "
-        f"{noise['none_to_eager']:.3f}.",
+        "Time is the median of the ratios of each step, taken in turns. The eager runs differ in "
+        "their masks alone: what lies between them is noise.",
+        f"Validation curves, root mean square difference: eager runs from each other "
+        f"{noise['eager_to_eager']:.3f}, tridrop from these {noise['tridrop_to_eager']:.3f}, no "
+        f"dropout from these {noise['none_to_eager']:.3f}. Last losses, tridrop beside the eager "
+        f"runs: {', '.join(last)}. A fourth eager run would lie outside of the other three in half "
+        "of all cases, so one run cannot tell a small difference: repeat it with other --seed.",
     ]
+    if result["steps_scaled"]:
+        lines.append(f"{result['steps_scaled']}.")
     if result["backend"] != "triton":
         lines.append(
             "This run shows that tridrop is correct, not how fast it is: its kernels are for GPUs, "
@@ -241,11 +255,21 @@ def _draw(result: dict[str, Any]) -> Figure:
     steps, runs = result["steps"], result["runs"]
     figure = Figure(figsize=(8.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    for name, run in runs.items():
-        # Eager is broad and tridrop narrow, so that both are seen where they lie on each other.
-        style: dict[str, Any] = {"color": COLOURS[name], "linewidth": WIDTHS[name]}
-        axes.plot(steps, run["valid"], label=run["label"], **style)
-        axes.plot(steps, run["train"], linestyle=DASHES, **style)
+    for part, style in (("valid", "-"), ("train", DASHES)):
+        curves = [runs[name][part] for name in EAGER]
+        low, high = (list(map(pick, zip(*curves, strict=True))) for pick in (min, max))
+        # The band is as wide as what differs by masks alone, and edged, so that it shows where it
+        # is narrow; tridrop is a thin line over it.
+        axes.fill_between(
+            steps, low, high, color=COLOURS["eager"], alpha=0.35, linewidth=2.5,
+            label=f"eager dropout, {len(EAGER)} draws of masks" if part == "valid" else None,
+        )  # fmt: skip
+        for name, width in (("none", 2.0), ("tridrop", 1.2)):
+            label = runs[name]["label"] if part == "valid" else None
+            axes.plot(
+                steps, runs[name][part], linestyle=style, color=COLOURS[name], linewidth=width,
+                label=label,
+            )  # fmt: skip
     none = runs["none"]
     if none["valid_best_step"] < result["steps_done"]:
         axes.plot(none["valid_best_step"], none["valid_best"], "o", color=COLOURS["none"])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,9 @@ from .model import loss_of
 from .options import Options
 
 WARM_UP = 20  # steps over which the learning rate rises
+MEASURED = 10  # steps from whose speed the number of steps follows
+LEAST = 2 * MEASURED  # steps that are taken however long they take
+EVALUATIONS = 6  # the least of them
 
 
 class Diverged(RuntimeError):
@@ -27,11 +31,46 @@ class Diverged(RuntimeError):
 class Watcher(Protocol):
     """What is told of the progress."""
 
+    def planned(self, plan: Plan) -> None:
+        """There will be so many steps, now that their speed is known."""
+
     def stepped(self, run: Run, step: int, loss: float) -> None:
         """``run`` has taken its step number ``step``."""
 
     def evaluated(self, record: Record) -> None:
         """Every run has been evaluated once more."""
+
+
+@dataclass
+class Plan:
+    """How many steps there are, and between evaluations; ``why`` where they were scaled."""
+
+    steps: int
+    eval_every: int
+    why: str | None = None
+
+    def scale(self, step: float, evaluation: float, left: float) -> bool:
+        """Take fewer steps where all would last longer than what is left; whether it does so.
+
+        ``step`` and ``evaluation`` are what one of each takes, in seconds. Evaluations are as far
+        apart as they were planned, or nearer, so that there are some.
+        """
+        would = (self.steps - MEASURED) * step + self.steps // self.eval_every * evaluation
+        if would <= left:
+            return False
+        more = left / (step + evaluation / self.eval_every)
+        if more < EVALUATIONS * self.eval_every:
+            more = (left - EVALUATIONS * evaluation) / step
+        steps = min(self.steps, max(LEAST, MEASURED + int(more)))
+        if steps == self.steps:
+            return False
+        self.why = (
+            f"a step of all runs takes {step:.2g} s, so {self.steps:,} would take "
+            f"{would / 60:.1f} minutes: {steps:,} are taken. --steps {self.steps} takes all"
+        )
+        self.eval_every = min(self.eval_every, -(-steps // EVALUATIONS))
+        self.steps = steps
+        return True
 
 
 class Run:
@@ -46,6 +85,7 @@ class Run:
         label: str,
         model: nn.Module,
         options: Options,
+        plan: Plan,
         seed: int,
         swapped: Report | None = None,
     ) -> None:
@@ -62,7 +102,7 @@ class Run:
             weight_decay=0.0,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate(step, options.steps)
+            self.optimizer, lambda step: learning_rate(step, plan.steps)
         )
         self.seconds: list[float] = []
         self.saved_bytes = 0
@@ -99,6 +139,27 @@ class Run:
         self.model.eval()
         total = sum(float(loss_of(self.model, part)) * len(part) for part in examples.split(batch))
         return total / len(examples)
+
+    def faster_threads(self, tokens: Tensor) -> int:
+        """One thread, or as many as torch has, whichever takes less for a forward and backward.
+
+        torch's threads wait for each other: where other programs have the cores, one alone is many
+        times as fast. Neither the weights nor the generators change.
+        """
+        threads, generators = torch.get_num_threads(), self._generators
+        times: dict[int, float] = {}
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            for _ in range(3):
+                start = time.perf_counter()
+                with self._own_generators():
+                    loss_of(self.model.train(), tokens).backward()
+                seconds = time.perf_counter() - start
+                times[count] = min(seconds, times.get(count, seconds))
+        torch.set_num_threads(threads)
+        self.model.zero_grad(set_to_none=True)
+        self._generators = generators
+        return min(times, key=times.__getitem__)
 
     def measure(self, tokens: Tensor) -> None:
         """Set ``saved_bytes`` and ``peak_bytes`` from one step's forward and backward.
@@ -140,11 +201,14 @@ def saved_for_backward(model: nn.Module, tokens: Tensor) -> int:
     return sum(size for address, size in storages.items() if address not in parameters)
 
 
-def make_runs(options: Options, device: torch.device) -> list[Run]:
+EAGER = ("eager", "eager_2", "eager_3")
+
+
+def make_runs(options: Options, device: torch.device, plan: Plan) -> list[Run]:
     """The runs, all with the weights of the first.
 
-    The second eager run differs from the first in the seed of its masks alone. It is the control:
-    what lies between the two is noise, of the losses and of the timings.
+    The further eager runs differ from the first in the seeds of their masks alone. They are the
+    control: what lies between the three is noise, of the losses and of the timings.
     """
     with _generators_restored(device):
         torch.manual_seed(options.seed)
@@ -154,14 +218,16 @@ def make_runs(options: Options, device: torch.device) -> list[Run]:
         (
             ("none", "no dropout", False),
             ("eager", "eager dropout", False),
-            ("eager_again", "eager, other masks", False),
+            ("eager_2", "eager, second masks", False),
+            ("eager_3", "eager, third masks", False),
             ("tridrop", "tridrop", True),
         )
     ):
         with _generators_restored(device):
             model, swapped = architectures.build(options, fused=fused, drops=name != "none")
         model.load_state_dict(start.state_dict())
-        runs.append(Run(name, label, model.to(device), options, options.seed + i, swapped))
+        seed = options.seed + i
+        runs.append(Run(name, label, model.to(device), options, plan, seed, swapped))
     return runs
 
 
@@ -214,16 +280,20 @@ def train(
     train_tokens: Tensor,
     valid_tokens: Tensor,
     options: Options,
+    plan: Plan,
     record: Record,
     watcher: Watcher,
 ) -> None:
-    """Train all runs for ``options.steps`` steps and enter what is measured into ``record``.
+    """Train all runs by the plan and enter what is measured into ``record``.
+
+    Where the options say how many seconds it may take, counted from here, the plan is scaled to the
+    speed of the first steps, and torch to the number of threads that is the faster.
 
     The record grows by whole evaluations, so it is consistent whenever an interrupt comes.
 
     Raises Diverged where a loss is no longer finite.
     """
-    device = runs[0].device
+    began, device = time.perf_counter(), runs[0].device
     fixed = torch.Generator().manual_seed(options.seed)
     windows = windows_of(valid_tokens, options.context)
     valid = architectures.examples(options, windows, fixed).to(device)
@@ -244,14 +314,24 @@ def train(
         record.add(step, found)
         watcher.evaluated(record)
 
+    if options.seconds is not None:
+        torch.set_num_threads(runs[0].faster_threads(first))
+    start, step = time.perf_counter(), 0
     evaluate(0)
-    for step in range(1, options.steps + 1):
+    evaluated = time.perf_counter()
+    while step < plan.steps:
+        step += 1
         tokens = first if step == 1 else next(data).to(device)
         # A load that comes and goes meets every run alike, and none always comes first.
         turn = step % len(runs)
         for run in runs[turn:] + runs[:turn]:
             watcher.stepped(run, step, run.step(tokens))
-        if step % options.eval_every == 0 or step == options.steps:
+        if step == MEASURED and options.seconds is not None:
+            now = time.perf_counter()
+            left = options.seconds - (now - began)
+            if plan.scale((now - evaluated) / MEASURED, evaluated - start, left):
+                watcher.planned(plan)
+        if step % plan.eval_every == 0 or step == plan.steps:
             evaluate(step)
 
 
