@@ -3,6 +3,8 @@
 
     python3 run.py demo [options of tridrop demo]   the main job; --model asks for transformers
     python3 run.py test [options of pytest]         the tests
+    python3 run.py site                             the documentation as a site, in site/
+    python3 run.py build                            a wheel and an sdist, in dist/
     python3 run.py oldest [options of pytest]       those of transformers, with its oldest version
     python3 run.py matrix [options, see --help]     those of versions, with many versions: gigabytes
 
@@ -30,11 +32,15 @@ EXTRAS = {
     "test": "demo,test",
     "oldest": "demo,test",
     "lint": "demo,test,dev",
+    "site": "docs",
+    "build": "demo,test,dev",
 }
 TESTS = ["-m", "pytest", "-n", "2"]
 COMMANDS = {
     "demo": [["-m", "tridrop", "demo"]],
     "test": [TESTS],
+    "site": [["-m", "mkdocs", "build"]],
+    "build": [["-m", "build"]],
     "lint": [["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], ["-m", "mypy"]],
 }
 # Installed without their requirements, all of which the test extra has: torchvision asks for one
