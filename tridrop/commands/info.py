@@ -14,8 +14,28 @@ from .. import __version__, backends
 from ..backends.cpu import serving
 
 
-def collect() -> dict[str, Any]:
-    """Versions, devices, backends, and why each backend is or is not available."""
+class Info(dict[str, Any]):
+    """What :func:`collect` found; printed, or at the end of a notebook's cell, it is a text."""
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def _repr_html_(self) -> str:
+        from rich.text import Text
+
+        from ..base import terminal
+
+        return terminal.html(Text(str(self)))
+
+
+def collect() -> Info:
+    """Versions, devices, backends, and why each backend is or is not available.
+
+    >>> from tridrop.commands import info
+    >>> found = info.collect()
+    >>> found["tridrop"], "backend reference: available" in str(found)
+    ('0.1.0', True)
+    """
     devices = [f"cpu: {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads"]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -23,29 +43,31 @@ def collect() -> dict[str, Any]:
             f"cuda:{i}: {properties.name}, compute capability "
             f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
         )
-    return {
-        "tridrop": __version__,
-        "torch": torch.__version__,
-        "cuda of torch": torch.version.cuda or getattr(torch.version, "hip", None) or "none",
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": devices,
-        "backends": backends.report(),
-        "default on cpu": _choice("cpu"),
-        "default on cuda": _choice("cuda"),
-        "environment": {
-            name: os.environ[name]
-            for name in (
-                backends.ENVIRONMENT,
-                serving.ENVIRONMENT,
-                serving.CACHE_ENVIRONMENT,
-                "TRITON_INTERPRET",
-                "CUDA_VISIBLE_DEVICES",
-            )
-            if name in os.environ
-        },
-    }
+    return Info(
+        {
+            "tridrop": __version__,
+            "torch": torch.__version__,
+            "cuda of torch": torch.version.cuda or getattr(torch.version, "hip", None) or "none",
+            "triton": _version("triton"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "devices": devices,
+            "backends": backends.report(),
+            "default on cpu": _choice("cpu"),
+            "default on cuda": _choice("cuda"),
+            "environment": {
+                name: os.environ[name]
+                for name in (
+                    backends.ENVIRONMENT,
+                    serving.ENVIRONMENT,
+                    serving.CACHE_ENVIRONMENT,
+                    "TRITON_INTERPRET",
+                    "CUDA_VISIBLE_DEVICES",
+                )
+                if name in os.environ
+            },
+        }
+    )
 
 
 def _choice(device: str) -> str:

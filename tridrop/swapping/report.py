@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ..base import terminal
 from .present import Holds
 from .rewrite import Levels
 from .wording import Plans
@@ -322,6 +323,9 @@ class Report:
                 return text + "Whether it drops is unknown: run report.verify(batch)."
             return text + "Running it drew random numbers, see below."
         return "Nothing in this model drops: it is unchanged."
+
+    def _repr_html_(self) -> str:
+        return terminal.html(self)
 
     def __str__(self) -> str:
         console = Console(width=120, file=io.StringIO())

@@ -1,0 +1,69 @@
+"""The swap as a callback of Lightning. Nothing else of tridrop imports this module."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:  # the older name of the same library, which has its own classes
+    from pytorch_lightning import Callback
+
+from .core import swap, unswap
+from .report import Report
+from .rewrite import Levels
+
+logger = logging.getLogger(__name__)
+
+
+class SwapCallback(Callback):  # type: ignore[misc]
+    """Swaps the modules of a LightningModule, as :func:`tridrop.swap` does.
+
+        from tridrop.swapping.lightning import SwapCallback
+        trainer = pytorch_lightning.Trainer(callbacks=[SwapCallback()])
+
+    The swap happens in ``setup``, after ``configure_model`` of modules that are already there and
+    before a strategy wraps anything. The LightningModule itself keeps its class, whose hooks are
+    Lightning's: a dropout that its own methods call, rather than one of its modules, is left, and
+    the report does not name it. Checkpoints are those of the model without the swap, and load with
+    it and without.
+
+    Args:
+        dropout, attention, inside, across: the switches of :func:`tridrop.swap`.
+        restore: undo the swap when the trainer is done. (Not where it ends by an error.)
+
+    Attributes:
+        reports: by the names of the LightningModule's modules, of the last swap. They are logged at
+            level INFO, by the main process.
+    """
+
+    def __init__(
+        self,
+        *,
+        dropout: bool = True,
+        attention: bool = True,
+        inside: bool = True,
+        across: bool = True,
+        restore: bool = False,
+    ) -> None:
+        self.levels = Levels(dropout, attention, inside, across)
+        self.restore = restore
+        self.reports: dict[str, Report] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.reports:  # Lightning calls it at every stage
+            return
+        for name, module in pl_module.named_children():
+            self.reports[name] = swap(module, **asdict(self.levels))
+            if trainer.is_global_zero:
+                logger.info("%s: %s", name, self.reports[name])
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if not self.restore:
+            return
+        for name, module in pl_module.named_children():
+            if name in self.reports:
+                unswap(module)
+        self.reports = {}
