@@ -1,7 +1,8 @@
 """Published figures of GPUs, and which of its limits a kernel meets there.
 
 A limit is a time an element, were nothing else in the way: bytes over the memory's bandwidth, or
-instructions over the rate of what executes them on all multiprocessors at the boost clock. The
+instructions over the rate of what executes them on all multiprocessors, at the clock at which the
+vendor states the rate of matrix products, so that both limits of a kernel are of one clock. The
 largest is the one that is met. Nothing here is measured, latencies and occupancy do not count, and
 each limit is a bound that a real kernel stays above.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # NVIDIA's CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", results a
 # clock and multiprocessor for compute capabilities 8.0, 9.0 and 10.0: integer multiplications, also
@@ -34,9 +36,12 @@ class Device:
     processors: int
     """multiprocessors or compute units"""
     clock: float
-    """the boost clock in Hz: what the peak fp32 rate is stated at"""
+    """Hz: what the rate of matrix products is stated at, which is `tensor` over `processors` and
+    `products`"""
     tensor: float
     """dense multiplications and additions of bf16 and fp16 matrices a second"""
+    products: int
+    """of these a clock and processor"""
     rates: Mapping[str, int]
     """threads' instructions a clock and processor, by unit"""
     source: str
@@ -59,26 +64,28 @@ class Device:
 
 DEVICES = (
     Device(
-        "A100", "sm_80", 2.039e12, 108, 1.41e9, 312e12, NVIDIA,
+        "A100", "sm_80", 2.039e12, 108, 1.41e9, 312e12, 2048, NVIDIA,
         "NVIDIA A100 Tensor Core GPU Architecture (whitepaper); A100 data sheet, 80 GB SXM",
     ),
     Device(
-        "H100", "sm_90", 3.35e12, 132, 1.98e9, 989.4e12, NVIDIA,
-        "NVIDIA H100 Tensor Core GPU Architecture (whitepaper); H100 data sheet, SXM: 3.35 TB/s, "
-        "and 67 TFLOP/s of fp32, from which the clock",
+        "H100", "sm_90", 3.35e12, 132, 1.83e9, 989.4e12, 4096, NVIDIA,
+        "NVIDIA H100 Tensor Core GPU Architecture (whitepaper): 989.4 TFLOP/s of dense bf16 by 528 "
+        "tensor cores of 512 fused multiplications and additions a clock, from which the clock "
+        "(the 67 TFLOP/s of fp32 are stated at 1.98 GHz); H100 data sheet, SXM: 3.35 TB/s",
     ),
     Device(
-        "H200", "sm_90", 4.8e12, 132, 1.98e9, 989.4e12, NVIDIA,
-        "NVIDIA H200 data sheet, SXM: 4.8 TB/s; the H100's processors",
+        "H200", "sm_90", 4.8e12, 132, 1.83e9, 989.4e12, 4096, NVIDIA,
+        "NVIDIA H200 data sheet, SXM: 4.8 TB/s; the H100's processors and clock",
     ),
     Device(
-        "B200", "sm_100", 8.0e12, 148, 1.98e9, 2250e12, NVIDIA,
-        "NVIDIA Blackwell Architecture Technical Brief: 8 TB/s, 2.25 PFLOP/s of dense bf16; HGX "
-        "B200 data sheet: 75 TFLOP/s of fp32, from which the clock. NVIDIA names no number of "
+        "B200", "sm_100", 8.0e12, 148, 1.86e9, 2250e12, 8192, NVIDIA,
+        "NVIDIA Blackwell Architecture Technical Brief: 8 TB/s, 2.25 PFLOP/s of dense bf16, twice "
+        "the H100's a clock and multiprocessor, from which the clock (the 75 TFLOP/s of fp32 of "
+        "the HGX B200 data sheet are stated at 1.98 GHz). NVIDIA names no number of "
         "multiprocessors there: 148 from Chips and Cheese, Nvidia's B200 (2025)",
     ),
     Device(
-        "MI300X", "gfx942", 5.3e12, 304, 2.1e9, 1307.4e12, AMD,
+        "MI300X", "gfx942", 5.3e12, 304, 2.1e9, 1307.4e12, 2048, AMD,
         "AMD Instinct MI300X data sheet; AMD CDNA 3 Architecture (whitepaper)",
     ),
 )  # fmt: skip
@@ -87,3 +94,48 @@ DEVICES = (
 def of(arch: str) -> list[Device]:
     """The devices of an architecture."""
     return [device for device in DEVICES if device.arch == arch]
+
+
+class Room(NamedTuple):
+    """What a multiprocessor or compute unit has for its programs."""
+
+    registers: int
+    """of 32 bits, vector registers of AMD's"""
+    shared: int
+    """bytes of shared memory"""
+    reserved: int
+    """bytes of it that each program takes besides its own"""
+    threads: int
+    warp: int
+    """threads"""
+
+
+# NVIDIA: CUDA C++ Programming Guide, technical specifications by compute capability. AMD: CDNA 3
+# ISA, four SIMD units of 512 vector registers (both kinds together) for up to eight waves.
+ROOMS = {
+    "sm_80": Room(65536, 164 << 10, 1 << 10, 2048, 32),
+    "sm_90": Room(65536, 228 << 10, 1 << 10, 2048, 32),
+    "sm_100": Room(65536, 228 << 10, 1 << 10, 2048, 32),
+    "gfx942": Room(4 * 512 * 64, 64 << 10, 0, 2048, 64),
+}
+MOST_PROGRAMS = 32
+SCHEDULERS = 4  # or SIMD units: each has a quarter of the registers and threads
+GRANULE = 8  # registers of a thread that are given out together
+
+
+def programs(arch: str, registers: int, shared: int, threads: int) -> int:
+    """The programs that a processor holds at a time; 0 where one asks for more than there is.
+
+    Args:
+        arch: a key of ``ROOMS``.
+        registers: of a thread.
+        shared: bytes of a program.
+        threads: of a program.
+    """
+    room = ROOMS[arch]
+    given = -(-max(registers, 1) // GRANULE) * GRANULE * room.warp
+    warps = min(room.registers // SCHEDULERS // given, room.threads // SCHEDULERS // room.warp)
+    found = SCHEDULERS * warps // -(-threads // room.warp)
+    if shared:
+        found = min(found, room.shared // (shared + room.reserved))
+    return min(found, MOST_PROGRAMS)

@@ -187,6 +187,52 @@ def philox_rounds(code: Code) -> float:
     return sum(id(i) in products for i in code.main) / 2
 
 
+class Exposed(NamedTuple):
+    """What a loop does while no product of matrices is under way."""
+
+    instructions: int
+    philox: int
+    """products of Philox among them"""
+    groups: int
+    """groups of products that are waited for together; one a product of the source is the least"""
+
+
+def exposed(body: Body) -> Exposed | None:
+    """A turn of a loop whose products are asynchronous (HGMMA, sm_90); None for any other.
+
+    From each wait for all that is under way to the next product. In the forward of attention that
+    is one stretch, from the wait for the scores to the first product of probabilities and values.
+    """
+    groups = sum(i.op.startswith("HGMMA") and "gsb0" in i.operands for i in body)
+    if not groups:
+        return None
+    philox = set(map(id, _sass_products(body)))
+    idle, found = False, []
+    # Twice: what is under way where a turn begins, the turn before has left.
+    for _ in range(2):
+        found = []
+        for i in body:
+            if i.op.startswith("HGMMA"):
+                idle = False
+            if idle:
+                found.append(i)
+            # `gsb0, 0x1` waits for all but the last group.
+            if i.op == "WARPGROUP.DEPBAR.LE" and i.operands.endswith(" 0x0"):
+                idle = True
+    return Exposed(len(found), sum(id(i) in philox for i in found), groups)
+
+
+def pending_loads(body: Body) -> int | None:
+    """The groups of asynchronous copies that a turn leaves under way where it waits for its own.
+
+    0 waits for all that was asked for, None is a loop without such copies (or AMD's).
+    """
+    if not count(body, "LDGDEPBAR"):
+        return None
+    waits = [int(i.operands.split()[-1], 16) for i in body if i.op == "DEPBAR.LE"]
+    return min(waits, default=None)
+
+
 def _sass_products(body: Body) -> list[Instruction]:
     # cuobjdump prints a constant with its sign.
     spelled = {s for m in MULTIPLIERS for s in (f"{m:#x}", f"-{(1 << 32) - m:#x}")}

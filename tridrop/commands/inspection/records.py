@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import devices
-from .machine_code import Code, parse, philox_rounds, units, widths
+from .machine_code import Code, exposed, parse, pending_loads, philox_rounds, units, widths
 from .rows import BATCH, FUSED, HEADS, NAIVE, NONE, TABLE, TOKENS, Row
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -60,6 +60,7 @@ def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
         met = max(times, key=lambda name: times[name])
         shown = {name: _digits(time) for name, time in times.items() if time}
         limits.append({"device": device.name, "limit": met, "ps": shown})
+    products = exposed(code.main)
     return {
         "op": row.op,
         "variant": row.variant,
@@ -75,6 +76,11 @@ def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
         "registers": code.registers,
         "spill_bytes": code.spill_bytes,
         "shared_bytes": kernel.shared_bytes,
+        "programs": devices.programs(
+            kernel.arch, code.registers, kernel.shared_bytes, kernel.threads
+        ),
+        "products": products and products._asdict(),
+        "loads_pending": pending_loads(code.main),
         "loads": widths(code.body, "load", code.amd),
         "stores": widths(code.body, "store", code.amd),
         "philox_rounds": round(philox_rounds(code) / done, 3),

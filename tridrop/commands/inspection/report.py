@@ -136,8 +136,9 @@ def table(records: Sequence[Record]) -> Table:
     for heading in ("arch", "dtype"):
         grid.add_column(heading, no_wrap=True)
     for heading in (
-        "instructions", "regis-\nters", "spilled\nbytes", "shared\nbytes", "load / store\nbits",
-        "Philox\nrounds", "limit met, and ps an element",
+        "instructions", "regis-\nters", "spilled\nbytes", "shared\nbytes", "programs\nan SM",
+        "load / store\nbits", "loads\npending", "Philox\nrounds", "exposed,\nof it Philox",
+        "product\ngroups", "limit met, and ps an element",
     ):  # fmt: skip
         grid.add_column(heading, justify="left" if heading.startswith("limit") else "right")
     for (name, arch, dtype), methods in group(records).items():
@@ -150,8 +151,11 @@ def table(records: Sequence[Record]) -> Table:
             str(r["registers"]),
             str(r["spill_bytes"] or "-"),
             str(r["shared_bytes"] or "-"),
+            str(r["programs"]),
             f"{_widest(r['loads'])} / {_widest(r['stores'])}",
+            "-" if r["loads_pending"] is None else str(r["loads_pending"]),
             f"{r['philox_rounds']:.2f}" if r["p_positive"] else "-",
+            *_products(r["products"]),
             "\n".join(_limits(list(methods.values()), i) for i in range(len(r["limits"]))),
         )
     return grid
@@ -159,6 +163,12 @@ def table(records: Sequence[Record]) -> Table:
 
 def _widest(bits: dict[str, int]) -> str:
     return max(bits, key=int) if bits else "-"
+
+
+def _products(found: dict[str, int] | None) -> tuple[str, str]:
+    if found is None:
+        return "-", "-"
+    return f"{found['instructions']}, {found['philox']}", str(found["groups"])
 
 
 def _limits(records: Sequence[Record], device: int) -> str:
@@ -174,6 +184,9 @@ def notes(records: Sequence[Record]) -> list[str]:
         "Static counts: an instruction counts once, of loops the shortest turn counts. Limits are "
         "bounds from published figures, nothing is timed: memory bandwidth, issue slots, the rates "
         "of integer multiplication, of logic and of special functions, tensor cores.",
+        "Of sm_90's asynchronous products: the instructions of a turn from each wait for all of "
+        "them to the next, the products of Philox among these, and the groups that are waited for. "
+        "Loads pending: groups of asynchronous copies that a turn leaves under way.",
     ]
     lines += [f"{d.name} ({d.arch}): {d.source}." for d in DEVICES if d.arch in archs]
     return lines
