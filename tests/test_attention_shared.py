@@ -66,6 +66,22 @@ def test_other_gpus_have_room_as_well():
     assert too_much(found) == []
 
 
+def test_hoppers_three_stages_fit_every_mask():
+    found = records("sm_90", "bf16", "64,128")
+    assert len(found) == 2 * (11 * 4 + 3)  # and the masks' own gradients
+    assert too_much(found) == []
+    # what the rule counts with is what is laid out
+    held = {(r["kernel"], r["kind"]): r["shared"] for r in found if r["width"] == 128}
+    for kernel, kind, loads, masks in (
+        ("attention_forward_kernel", "plain", 229376, 0),
+        ("attention_forward_kernel", "own bool mask", 131072, 1),
+        ("attention_forward_kernel", "float mask", 131072, 4),
+        ("attention_dquery_kernel", "causal", 163840, 0),
+        ("attention_dquery_kernel", "float mask of the dtype", 163840, 2),
+    ):
+        assert held[kernel, kind] == loads + masks * 2 * 128 * 64, (kernel, kind)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 def test_keys_and_values_that_are_read_again_are_the_same(monkeypatch, masked, heads):

@@ -94,6 +94,47 @@ def test_tiles_of_16_bits_follow_the_generation(machine):
     assert [t.keys for t in tiles] == [128, 64, 128, 64]
 
 
+HOPPER = gpu.Gpu(90, SHARED["sm_90"])
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("mask", [0, 1, 2, 4])
+def test_hoppers_tiles_load_ahead_as_far_as_there_is_room(width, mask):
+    forward = attention_launch.forward_tile(width, 2, HOPPER, mask)
+    assert forward == (128, 64 if mask else 128, 8, 3, False, True)
+    dquery = attention_launch.dquery_tile(width, 2, HOPPER, mask)
+    assert dquery == (128, 64, 8, 3, False, False)
+
+
+@pytest.mark.parametrize("mask", [0, 1, 2, 4])
+def test_with_less_shared_memory_tiles_are_smaller_by_rule(mask):
+    """In the place of an error of Triton's, which knows what a kernel takes once it is compiled."""
+    found = {}
+    for choose in (attention_launch.forward_tile, attention_launch.dquery_tile):
+        tiles = []
+        for shared in range(HOPPER.shared, 96 << 10, -1 << 10):
+            tile = choose(128, 2, gpu.Gpu(90, shared), mask)
+            if tile not in tiles:
+                tiles.append(tile)
+        sizes = [(t.keys, t.num_stages) for t in tiles]
+        assert sizes == sorted(sizes, reverse=True)
+        found[choose.__name__] = sizes
+    smaller = [(64, 3), (64, 2)]
+    assert found["dquery_tile"] == smaller
+    assert found["forward_tile"] == (smaller if mask else [(128, 3), (128, 2), *smaller])
+
+
+@pytest.mark.parametrize("generation", [0, 80, 100])
+def test_other_gpus_keep_two_stages_and_draw_where_they_need(generation):
+    kind = gpu.Gpu(generation, 227 << 10)
+    for width in (64, 128, 256):
+        for choose in (attention_launch.forward_tile, attention_launch.dquery_tile):
+            for mask in (0, 4):
+                tile = choose(width, 2, kind, mask)
+                assert tile.num_stages <= 2
+                assert not tile.ahead
+
+
 @pytest.mark.parametrize(
     ("arch", "generation"), [(80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80)]
 )

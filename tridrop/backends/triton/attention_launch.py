@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Tile(NamedTuple):
     """Queries and keys of a tile (keys a multiple of 32), warps and pipeline stages.
 
     ``again``: the gradients of keys read keys and values again for each block of queries.
+    ``ahead``: forward draws the mask of a block while the products of the one before are under way.
     """
 
     queries: int
@@ -44,6 +46,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     again: bool = False
+    ahead: bool = False
 
 
 # So that sums and differences of positions fit 32 bits, those of a tile's last row included.
@@ -54,6 +57,13 @@ LENGTH_LIMIT = (1 << 30) - (1 << 10)
 # dimensions 64 and 128 the largest that spill no register, or next to none in backward, and
 # beyond that what fits the shared memory: 227 KiB, or the 99 KiB of the smallest GPU.
 #
+# On Hopper a product is under way by itself while its warps do something else, and a loop with two
+# stages waits at once for what it has just asked for: three keep a block of keys and values in
+# flight for a whole turn. Its forward draws a block's mask behind the products of the block before,
+# for wherever it is written before them, ptxas puts it behind the wait. Elsewhere a product holds
+# its warp, and drawing ahead would only take registers. A mask tensor takes registers and shared
+# memory of its own: with one, half the keys go into a tile of forward.
+#
 # Two of them spill at 128, with dropout: on sm_90 the gradients of keys where attention is causal,
 # 112 bytes a thread, six reloads among the 742 instructions of the loop without bounds; on sm_100
 # the forward, 368 bytes, none of it in that loop. One stage in the place of two ends both (24.0
@@ -61,19 +71,52 @@ LENGTH_LIMIT = (1 << 30) - (1 << 10)
 # Only a GPU can tell what that costs (benchmarks/tune.py).
 
 
-def forward_tile(width: int, element_size: int, kind: Gpu) -> Tile:
-    """The forward's tile, for the larger of the padded head dimensions."""
+def _first_that_fits(tiles: Sequence[Tile], room: int, held: Callable[[Tile], int]) -> Tile:
+    """The first tile whose program has what it holds in ``room`` bytes, or else the last."""
+    return next((tile for tile in tiles if held(tile) <= room), tiles[-1])
+
+
+def _forward_holds(tile: Tile, width: int, element_size: int, mask: int) -> int:
+    """Bytes of shared memory of forward on Hopper; so many of dQ, which holds dout as well."""
+    loaded = 2 * tile.keys * width * element_size
+    masks = (tile.num_stages - 1) * tile.queries * tile.keys * mask
+    return tile.queries * width * element_size + tile.num_stages * loaded + masks
+
+
+def _dquery_holds(tile: Tile, width: int, element_size: int, mask: int) -> int:
+    return _forward_holds(tile, width, element_size, mask) + tile.queries * width * element_size
+
+
+def forward_tile(width: int, element_size: int, kind: Gpu, mask: int = 0) -> Tile:
+    """The forward's tile, for the larger of the padded head dimensions.
+
+    ``mask`` is the size of an element of a mask tensor, 0 without one.
+    """
     if element_size == 4:
         return Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 8, 1)
-    if width <= 128:
-        return Tile(128, 128, 8, 2) if kind.generation >= 90 else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 2) if kind.generation >= 90 else Tile(32, 32, 4, 2)
+    if width > 128:
+        return Tile(128, 64, 8, 2) if kind.generation >= 90 else Tile(32, 32, 4, 2)
+    if kind.generation != 90:
+        return Tile(128, 128 if kind.generation > 90 else 64, 8, 2)
+    smaller = (Tile(128, 64, 8, 3, ahead=True), Tile(128, 64, 8, 2, ahead=True))
+    larger = (Tile(128, 128, 8, 3, ahead=True), Tile(128, 128, 8, 2, ahead=True))
+    return _first_that_fits(
+        smaller if mask else (*larger, *smaller),
+        kind.shared,
+        lambda tile: _forward_holds(tile, width, element_size, mask),
+    )
 
 
-def dquery_tile(width: int, element_size: int, kind: Gpu) -> Tile:
-    """The tile of the gradient of queries, and of the mask's."""
+def dquery_tile(width: int, element_size: int, kind: Gpu, mask: int = 0) -> Tile:
+    """The tile of the gradient of queries, and of the mask's, ``mask`` as in forward."""
     if element_size == 4:
         return Tile(32 if width <= 64 else 16, 32, 4, 1)
+    if kind.generation == 90 and width <= 128:
+        return _first_that_fits(
+            (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+            kind.shared,
+            lambda tile: _dquery_holds(tile, width, element_size, mask),
+        )
     if width <= 64 or (width <= 128 and kind.generation >= 90):
         return Tile(128, 64, 8, 2)
     return Tile(128, 32, 8, 1) if width <= 128 or kind.generation >= 90 else Tile(64, 32, 8, 1)
@@ -202,7 +245,12 @@ class Call:
                 self.threshold,
                 self.scale,
                 BLOCKS=Blocks(
-                    tile.queries, tile.keys, _padded(width), _padded(value_width), tile.again
+                    tile.queries,
+                    tile.keys,
+                    _padded(width),
+                    _padded(value_width),
+                    tile.again,
+                    tile.ahead,
                 ),
                 FEATURES=Features(**self.flags, VECTOR=vector),
                 LAYOUT=layout,
@@ -216,10 +264,15 @@ class Call:
         """The blocks of queries of all heads, a program each."""
         return launch.cdiv(self.queries, tile.queries) * self.heads * self.batch
 
-    def tile(self, choose: Any) -> Tile:
+    @property
+    def mask_size(self) -> int:
+        """Bytes of an element of the mask tensor, 0 without one."""
+        return 0 if self.tensors.mask is None else self.tensors.mask.element_size()
+
+    def tile(self, choose: Any, *more: int) -> Tile:
         size = torch.finfo(self.dtype).bits // 8
         widest = max(_padded(self.shape.width), _padded(self.shape.value_width))
-        chosen: Tile = choose(widest, size, gpu.of(self.device))
+        chosen: Tile = choose(widest, size, gpu.of(self.device), *more)
         return chosen
 
 
@@ -240,7 +293,7 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
         if inputs.sinks is not None and not call.packed:
             lse.copy_(inputs.sinks[None, :, None])  # a sink has a share, and no value
         return out, lse
-    tile = call.tile(forward_tile)
+    tile = call.tile(forward_tile, call.mask_size)
     call.launch(attention_forward_kernel, tile, call.query_blocks(tile), out, out, lse)
     return out, lse
 
@@ -288,7 +341,7 @@ def attention_backward(
         return tuple(found)
     incoming = Incoming(dout, lse, delta)
     if dquery is not None:
-        tile = call.tile(dquery_tile)
+        tile = call.tile(dquery_tile, call.mask_size)
         programs, steps = call.query_blocks(tile), _strides(dquery)[:3]
         call.launch(attention_dquery_kernel, tile, programs, dout, dquery, steps, incoming)
         if call.sign < 0:
@@ -311,7 +364,9 @@ def attention_backward(
 
 def _mask_gradient(call: Call, incoming: Incoming, dmask: Tensor) -> None:
     """A program a tile of the mask: it goes through the scores that share it."""
-    tile = call.tile(dquery_tile)
+    # Queries and dout are read in the loop here: a third stage would not fit beside them.
+    tile = call.tile(dquery_tile, call.mask_size)
+    tile = tile._replace(num_stages=min(2, tile.num_stages))
     query_blocks = launch.cdiv(call.queries, tile.queries)
     key_blocks = launch.cdiv(call.keys + call.origin.shift, tile.keys)
     sizes = (call.batch, call.heads, query_blocks, key_blocks)

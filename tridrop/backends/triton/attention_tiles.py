@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .constant import Constant
-from .mask import keep_scores, load_rate
+from .mask import decide_scores, layout_of, load_rate, score_words
 from .mask import load_key as load_philox_key
 from .tiles import known, to_float
 
@@ -42,9 +42,10 @@ Problem = namedtuple("Problem", "tensors strides shape origin factors")
 Features = namedtuple(
     "Features", "LOWER UPPER SHIFTED DROPS MAYBE_ZERO SOFTCAP PACKED PRECISION VECTOR"
 )
-# Compile-time: queries, keys, width and value width of a tile; and whether the gradients of keys
-# read keys and values again for each block of queries.
-Blocks = namedtuple("Blocks", "M N E V AGAIN")
+# Compile-time: queries, keys, width and value width of a tile; whether the gradients of keys read
+# keys and values again for each block of queries; and whether forward draws a block's mask while
+# the products of the block before are under way.
+Blocks = namedtuple("Blocks", "M N E V AGAIN AHEAD")
 # Compile-time: the width and value width, or 0 where they are smaller than their blocks, and the
 # strides between rows of query, key, value and out or dout.
 Layout = namedtuple("Layout", "WIDTH VALUE_WIDTH QUERY KEY VALUE OUT")
@@ -333,16 +334,40 @@ def load_rule(problem, threshold, scale, FEATURES: tl.constexpr):
 
 
 @triton.jit
+def draw_tile(
+    problem, place, rule, q0, padded, anchor, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """The words of the tile at query q0 and the padded key index, a multiple of 32."""
+    origin = problem.origin
+    return score_words(
+        origin.query + q0, origin.tile + padded // 32,
+        (origin.batch + place.batch, origin.head + place.head),
+        rule[0], anchor, BLOCKS.M, BLOCKS.N,
+    )  # fmt: skip
+
+
+@triton.jit
+def decide_tile(words, rule, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
+    """The decisions of a tile, [M, N]."""
+    return decide_scores(words, rule[1], FEATURES.MAYBE_ZERO, BLOCKS.M, BLOCKS.N)
+
+
+@triton.jit
 def keep_tile(
     problem, place, rule, q0, padded, BLOCKS: tl.constexpr, FEATURES: tl.constexpr
 ):  # fmt: skip
-    """The decisions of the tile at query q0 and the padded key index, a multiple of 32."""
-    origin = problem.origin
-    return keep_scores(
-        origin.query + q0, origin.tile + padded // 32,
-        (origin.batch + place.batch, origin.head + place.head),
-        rule[0], rule[1], FEATURES.MAYBE_ZERO, BLOCKS.M, BLOCKS.N,
-    )  # fmt: skip
+    """The decisions of the tile at query q0 and the padded key index."""
+    words = draw_tile(problem, place, rule, q0, padded, 0, BLOCKS)
+    return decide_tile(words, rule, BLOCKS, FEATURES)
+
+
+@triton.jit
+def draw_next(
+    score, problem, place, rule, q0, padded, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """The words of a tile in the layout of another tile's scores, for a loop to carry."""
+    anchor = layout_of(score, BLOCKS.M, BLOCKS.N)
+    return draw_tile(problem, place, rule, q0, padded, anchor, BLOCKS)
 
 
 @triton.jit

@@ -127,27 +127,48 @@ def _decide(bits, threshold, MAYBE_ZERO: tl.constexpr):
 
 
 @triton.jit
-def keep_scores(
-    query, tile, where, key, threshold, MAYBE_ZERO: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+def score_words(
+    query, tile, where, key, anchor, QUERIES: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """The decisions of a tile of scores: bool, [QUERIES, KEYS].
+    """The Philox words of a tile of scores: four of [QUERIES, KEYS / 32, 1, 4, 1].
 
     ``query`` is the coordinate of the first query, ``tile`` that of the first key divided by 32,
-    ``where`` the pair (batch, head).
+    ``where`` the pair (batch, head). ``anchor`` is 0 or :func:`layout_of` the scores.
     """
+    row = (query + tl.arange(0, QUERIES)).to(tl.uint32)[:, None, None, None, None]
+    group = (tile + tl.arange(0, KEYS // 32)).to(tl.uint32)[None, :, None, None, None] * 4
+    group = group + tl.arange(0, 4).to(tl.uint32)[None, None, None, :, None]
+    group = (group + anchor).to(tl.uint32)
+    zero = tl.zeros([1, 1, 1, 1, 1], tl.uint32)
+    batch = zero + where[0].to(tl.uint32)
+    head = zero + (where[1].to(tl.uint32) | (DOMAIN_ATTENTION << 28))
+    return philox(row, group, batch, head, key[0], key[1])
+
+
+@triton.jit
+def layout_of(score, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Zeros of the shape of :func:`score_words`, in the layout that the scores (fp32) give it.
+
+    Words that are carried to the next turn of a loop would else have a layout of their own, and
+    pass through shared memory. No bit is left of a number shifted by 32, which LLVM sees and the
+    passes before it, which choose the layouts, do not.
+    """
+    nothing = (score.to(tl.uint32, bitcast=True) >> 31) >> 1
+    nothing = tl.reshape(nothing, [QUERIES, KEYS // 32, 4, 4, 2])
+    return tl.sum(tl.sum(nothing, axis=4), axis=2)[:, :, None, :, None]
+
+
+@triton.jit
+def decide_scores(
+    words, threshold, MAYBE_ZERO: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """The decisions of a tile of scores from :func:`score_words`: bool, [QUERIES, KEYS]."""
     # A call's words are spread over the tile by broadcasting, and each element selects its own by
     # its indices. The compiler then computes all of it in the layout of the scores, where the
     # indices that select are constants of a register: no shared memory, no shuffle and no select is
     # left. (join and reshape of the words end in shared memory: the rules by which the compiler
     # moves a layout conversion do not carry a product of 64 bits through two joins.)
-    row = (query + tl.arange(0, QUERIES)).to(tl.uint32)[:, None, None, None, None]
-    group = (tile + tl.arange(0, KEYS // 32)).to(tl.uint32)[None, :, None, None, None] * 4
-    group = group + tl.arange(0, 4).to(tl.uint32)[None, None, None, :, None]
-    zero = tl.zeros([1, 1, 1, 1, 1], tl.uint32)
-    batch = zero + where[0].to(tl.uint32)
-    head = zero + (where[1].to(tl.uint32) | (DOMAIN_ATTENTION << 28))
-    w0, w1, w2, w3 = philox(row, group, batch, head, key[0], key[1])
+    w0, w1, w2, w3 = words
     octet = tl.arange(0, 4)[None, None, :, None, None]
     word = tl.where(
         octet < 2, tl.where(octet == 0, w0, w1), tl.where(octet == 2, w2, w3)
@@ -155,6 +176,16 @@ def keep_scores(
     odd = tl.arange(0, 2)[None, None, None, None, :]
     bits = tl.where(odd == 0, word, (word << 16) | (word >> 16))
     return _decide(tl.reshape(bits, [QUERIES, KEYS]), threshold, MAYBE_ZERO)
+
+
+@triton.jit
+def keep_scores(
+    query, tile, where, key, threshold, MAYBE_ZERO: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The decisions of a tile of scores: bool, [QUERIES, KEYS]; see :func:`score_words`."""
+    words = score_words(query, tile, where, key, 0, QUERIES, KEYS)
+    return decide_scores(words, threshold, MAYBE_ZERO, QUERIES, KEYS)
 
 
 @triton.jit

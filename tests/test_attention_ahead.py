@@ -1,0 +1,109 @@
+"""Forward that draws a block's mask behind the products of the block before: the same results.
+
+Launchers choose it where products are asynchronous; here every feature is given both.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import tridrop
+from tridrop import scaled_dot_product_attention as sdpa
+from tridrop.backends.triton import attention_launch
+from tridrop.backends.triton.attention_launch import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUERIES, KEYS = 40, 110
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def shifted(key_start: int) -> tridrop.Shard:
+    """A shard whose keys begin inside a tile of 32."""
+    return tridrop.Shard((4, 8, 1000, 1000), (1, 3, 64, key_start))
+
+
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"window": (40, 13)},
+    "bool mask": {"attn_mask": draw(2, 1, QUERIES, KEYS, seed=1) > -0.5},
+    "float mask": {"attn_mask": draw(1, 2, QUERIES, KEYS, seed=2)},
+    "causal bool mask": {"attn_mask": draw(QUERIES, KEYS, seed=1) > 0, "is_causal": True},
+    "key mask": {"key_mask": draw(2, KEYS, seed=4) > -0.5},
+    "sinks": {"sinks": draw(2, seed=5)},
+    "softcap": {"softcap": 1.5},
+    "a negative scale": {"scale": -0.3},
+    "shard": {"shard": shifted(32)},
+    "shard inside a tile": {"shard": shifted(37)},
+    "causal shard inside a tile": {"shard": shifted(5), "is_causal": True},
+    "window inside a tile": {"shard": shifted(11), "window": (40, 13)},
+    "p of the device": {"dropout_p": torch.tensor(0.4, device=DEVICE)},
+    "p = 0 of the device": {"dropout_p": torch.tensor(0.0, device=DEVICE)},
+    "p = 1": {"dropout_p": 1.0},
+    "without dropout": {"dropout_p": 0.0},
+}
+
+
+def forward(monkeypatch, tile: Tile, options, key_heads: int = 2) -> tuple[Tensor, Tensor]:
+    """The result and lse."""
+    asked = []
+
+    def choose(*_):
+        asked.append(tile)
+        return tile
+
+    monkeypatch.setattr(attention_launch, "forward_tile", choose)
+    query, key, value = (
+        draw(2, heads, length, 16, seed=seed)
+        for heads, length, seed in ((2, QUERIES, 6), (key_heads, KEYS, 7), (key_heads, KEYS, 8))
+    )
+    options = {"dropout_p": 0.4, "seed": 3, "enable_gqa": key_heads != 2} | options
+    with tridrop.backend("triton"):
+        found = sdpa(query, key, value, return_lse=True, **options)
+    assert asked == [tile]
+    return found
+
+
+def assert_same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    """To the bit where there is one order of sums; a decision moves far more than 1e-5."""
+    slack = 0 if DEVICE == "cpu" else 1e-5
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=slack, atol=slack)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mask_that_is_drawn_ahead_is_the_same(monkeypatch, case):
+    sizes = (32, 64, 4, 2)
+    drawn, ahead = (
+        forward(monkeypatch, Tile(*sizes, ahead=early), CASES[case]) for early in (False, True)
+    )
+    assert_same(ahead, drawn)
+    assert (drawn[0] != 0).any() or case == "p = 1"
+
+
+def test_grouped_heads(monkeypatch):
+    tiles = (Tile(32, 32, 4, 2, ahead=early) for early in (False, True))
+    assert_same(*(forward(monkeypatch, tile, {}, key_heads=1) for tile in tiles))
+
+
+def test_packed_sequences(monkeypatch):
+    starts = torch.tensor([0, 33, 33, 70, 101], device=DEVICE, dtype=torch.int32)
+    query, key, value = (draw(1, 2, KEYS, 16, seed=seed) for seed in (8, 9, 10))
+    found = []
+    for early in (False, True):
+        tile = Tile(32, 32, 4, 2, ahead=early)
+        monkeypatch.setattr(attention_launch, "forward_tile", lambda *_, tile=tile: tile)
+        with tridrop.backend("triton"):
+            found.append(
+                sdpa(
+                    query, key, value, dropout_p=0.4, seed=3, cu_seqlens_q=starts,
+                    cu_seqlens_k=starts, return_lse=True,
+                )
+            )  # fmt: skip
+    assert_same(*found)
+    assert (found[0][1] == -math.inf).any()  # tokens behind the last sequence
