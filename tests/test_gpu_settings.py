@@ -101,9 +101,9 @@ HOPPER = gpu.Gpu(90, SHARED["sm_90"])
 @pytest.mark.parametrize("mask", [0, 1, 2, 4])
 def test_hoppers_tiles_load_ahead_as_far_as_there_is_room(width, mask):
     forward = attention_launch.forward_tile(width, 2, HOPPER, mask)
-    assert forward == (128, 64 if mask else 128, 8, 3, False, True)
+    assert forward == attention_launch.Tile(128, 64 if mask else 128, 8, 3, ahead=True)
     dquery = attention_launch.dquery_tile(width, 2, HOPPER, mask)
-    assert dquery == (128, 64, 8, 3, False, False)
+    assert dquery == attention_launch.Tile(128, 64, 8, 3)
 
 
 @pytest.mark.parametrize("mask", [0, 1, 2, 4])
@@ -128,11 +128,12 @@ def test_with_less_shared_memory_tiles_are_smaller_by_rule(mask):
 def test_other_gpus_keep_two_stages_and_draw_where_they_need(generation):
     kind = gpu.Gpu(generation, 227 << 10)
     for width in (64, 128, 256):
-        for choose in (attention_launch.forward_tile, attention_launch.dquery_tile):
+        for choose in ("forward_tile", "dquery_tile", "dkey_tile"):
             for mask in (0, 4):
-                tile = choose(width, 2, kind, mask)
+                tile = getattr(attention_launch, choose)(width, 2, kind, mask)
                 assert tile.num_stages <= 2
                 assert not tile.ahead
+                assert not tile.loop
 
 
 @pytest.mark.parametrize(

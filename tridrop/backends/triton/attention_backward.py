@@ -231,7 +231,10 @@ def attention_dkey_kernel(
             tl.full([BLOCKS.N, BLOCKS.E], 0.0, tl.float32),
             tl.full([BLOCKS.N, BLOCKS.V], 0.0, tl.float32),
         )
-        for member in range(shape.group):
+        members = shape.group
+        if BLOCKS.LOOP and not FEATURES.UPPER:
+            members = at_end(members, threshold)
+        for member in range(members):
             at = place_of(problem, batch, first + member, FEATURES)
             bases = query_bases(problem, incoming.dout, at, FEATURES, LAYOUT)
             if FEATURES.UPPER:

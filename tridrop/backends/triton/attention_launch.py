@@ -39,6 +39,7 @@ class Tile(NamedTuple):
 
     ``again``: the gradients of keys read keys and values again for each block of queries.
     ``ahead``: forward draws the mask of a block while the products of the one before are under way.
+    ``loop``: the gradients of keys keep their loop over query heads also where there is but one.
     """
 
     queries: int
@@ -47,6 +48,7 @@ class Tile(NamedTuple):
     num_stages: int
     again: bool = False
     ahead: bool = False
+    loop: bool = False
 
 
 # So that sums and differences of positions fit 32 bits, those of a tile's last row included.
@@ -122,8 +124,8 @@ def dquery_tile(width: int, element_size: int, kind: Gpu, mask: int = 0) -> Tile
     return Tile(128, 32, 8, 1) if width <= 128 or kind.generation >= 90 else Tile(64, 32, 8, 1)
 
 
-def dkey_tile(width: int, element_size: int, kind: Gpu) -> Tile:
-    """The tile of the gradients of keys and values."""
+def dkey_tile(width: int, element_size: int, kind: Gpu, mask: int = 0) -> Tile:
+    """The tile of the gradients of keys and values, ``mask`` as in forward."""
     if element_size == 4:
         tile = Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
         # On NVIDIA's GPUs the operands of products in fp32 lie in shared memory: keys, values,
@@ -132,15 +134,21 @@ def dkey_tile(width: int, element_size: int, kind: Gpu) -> Tile:
         # 99 KiB are all there is on some. Read again, it is 65,536, or up to 99,328.
         held = (2 * tile.queries + tile.keys) * 2 * width * element_size
         return tile._replace(again=kind.generation > 0 and held > kind.shared)
+    # Of a loop with one turn, where the compiler knows that, nothing is left, and in what remains
+    # ptxas waits for each product by itself (it says so: C7515), but where there is an upper bound.
+    # At 128 without a mask tensor it does not, and the loop would take registers for nothing.
+    loop = kind.generation == 90 and (width <= 64 or mask > 0)
     if width <= 64:
-        return Tile(64, 64, 4, 2)
+        return Tile(64, 64, 4, 2, loop=loop)
     if width <= 128:
         if kind.generation == 100:
             # 128 x 64 with one stage takes 30.1 instructions a score, 29.2 and spills 160 bytes
             # where attention is causal; this one 27.4 and 25.3, spills none and loads ahead. With a
             # mask in fp32 it has 230,400 bytes of shared memory, of the 232,448 that there are.
             return Tile(64, 128, 8, 2)
-        return Tile(128, 64, 8, 2) if kind.generation == 90 else Tile(32, 64, 4, 1)
+        if kind.generation == 90:
+            return Tile(128, 64, 8, 2, loop=loop)
+        return Tile(32, 64, 4, 1)
     return Tile(128, 32, 8, 2) if kind.generation == 90 else Tile(32, 32, 4, 1)
 
 
@@ -251,6 +259,7 @@ class Call:
                     _padded(value_width),
                     tile.again,
                     tile.ahead,
+                    tile.loop,
                 ),
                 FEATURES=Features(**self.flags, VECTOR=vector),
                 LAYOUT=layout,
@@ -347,7 +356,7 @@ def attention_backward(
         if call.sign < 0:
             dquery.neg_()
     if dkey is not None or dvalue is not None:
-        tile = call.tile(dkey_tile)
+        tile = call.tile(dkey_tile, call.mask_size)
         blocks = launch.cdiv(call.keys + call.origin.shift, tile.keys)
         programs = blocks * call.shared_heads * call.batch
         # One kernel makes both; where only one is wanted the other is made and dropped.

@@ -43,9 +43,10 @@ Features = namedtuple(
     "Features", "LOWER UPPER SHIFTED DROPS MAYBE_ZERO SOFTCAP PACKED PRECISION VECTOR"
 )
 # Compile-time: queries, keys, width and value width of a tile; whether the gradients of keys read
-# keys and values again for each block of queries; and whether forward draws a block's mask while
-# the products of the block before are under way.
-Blocks = namedtuple("Blocks", "M N E V AGAIN AHEAD")
+# keys and values again for each block of queries; whether forward draws a block's mask while the
+# products of the block before are under way; and whether the gradients of keys loop over the query
+# heads of a key head even where the compiler knows that there is one.
+Blocks = namedtuple("Blocks", "M N E V AGAIN AHEAD LOOP")
 # Compile-time: the width and value width, or 0 where they are smaller than their blocks, and the
 # strides between rows of query, key, value and out or dout.
 Layout = namedtuple("Layout", "WIDTH VALUE_WIDTH QUERY KEY VALUE OUT")
