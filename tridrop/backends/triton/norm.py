@@ -253,7 +253,7 @@ def norm_backward_kernel(
     norm_bias_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     bias_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     scale_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
-    for block in range(STRIP):
+    for block in tl.range(0, STRIP, num_stages=LOOPS[2]):
         start = (tl.program_id(0).to(tl.int64) * STRIP + block) * BLOCK_ROWS
         row = start + tl.arange(0, BLOCK_ROWS)
         along = tl.zeros([BLOCK_ROWS], tl.float32)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec.elementwise import NormOptions
-from . import launch
+from . import gpu, launch
 from .norm import Affine, Gradients, Incoming, Kept, norm_backward_kernel, norm_forward_kernel
 from .sums import total
 from .tiles import Operands
@@ -112,7 +112,19 @@ def norm_backward(
             NORM=_constants(options),
             MASKS=rule.MASKS,
             VECTOR=launch.vector_width(plan, strided, matrix),
-            LOOPS=(plan.strip, plan.col_blocks),
+            LOOPS=(plan.strip, plan.col_blocks, backward_stages(plan, options, dout.device)),
         )
     dweight, dnorm_bias, dbias, dlayer_scale = map(total, partial, sums)
     return dx, dbias, dlayer_scale, dresidual, dweight, dnorm_bias
+
+
+def backward_stages(plan: launch.Plan, options: NormOptions, device: torch.device) -> int:
+    """Pipeline stages of the loop over a strip: two read the next rows while these are worked on.
+
+    With the mean's gradient one program is all that a multiprocessor holds, and while it computes
+    the memory waits: on Hopper 4 instructions an element more are less than that. RMS norms hide it
+    by themselves, with two or three programs, and AMD's and older GPUs lose registers to it. Sums in
+    memory, of rows in chunks, are never read ahead.
+    """
+    alone = options.norm == "layer_norm" and plan.col_blocks == 1
+    return 2 if alone and gpu.of(device).generation == 90 else 1
