@@ -65,7 +65,7 @@ def replaced(module: ModuleType, settings: Settings) -> Iterator[None]:
         RuntimeError: no launch inside asked for them, so that something else was measured.
     """
     own = {name: getattr(module, name) for name in settings}
-    functions = {name for name, value in settings.items() if not isinstance(value, int)}
+    functions = {name for name, value in own.items() if callable(value)}
     asked: set[str] = set()
 
     def answer(name: str, *_: Any) -> Any:
@@ -122,7 +122,9 @@ def elementwise(
     return _gradients(forward(), leaves, make(rows, cols), 1 if probe else None)
 
 
-def norm(size: Size, dtype: torch.dtype, device: str, probe: bool, *, way: str) -> Call:
+def norm(
+    size: Size, dtype: torch.dtype, device: str, probe: bool, *, way: str, p: float = P
+) -> Call:
     rows, cols = (40, size[1]) if probe else size
     make = _fill(probe, device, dtype)
     x, weight = make(rows, cols, requires_grad=True), make(cols, requires_grad=True)
@@ -135,7 +137,7 @@ def norm(size: Size, dtype: torch.dtype, device: str, probe: bool, *, way: str) 
 
     def forward() -> tuple[Tensor, Tensor]:
         return tridrop.dropout_add_layer_norm(
-            x, residual, weight, shift, P, prenorm=True, seed=SEED
+            x, residual, weight, shift, p, prenorm=True, seed=SEED
         )
 
     if way == "forward":
@@ -168,7 +170,9 @@ def _coded(dim: int, device: str, dtype: torch.dtype) -> Tensor:
     return torch.cat(blocks)[None, None]
 
 
-def attention(size: Size, dtype: torch.dtype, device: str, probe: bool, *, way: str) -> Call:
+def attention(
+    size: Size, dtype: torch.dtype, device: str, probe: bool, *, way: str, p: float = P
+) -> Call:
     batch, heads, tokens, causal, dim = size
     shape = (batch, heads, tokens, dim)
     if probe:
@@ -187,7 +191,7 @@ def attention(size: Size, dtype: torch.dtype, device: str, probe: bool, *, way: 
     def forward() -> Tensor:
         options = {"is_causal": bool(causal) and not probe, "seed": SEED}
         return tridrop.scaled_dot_product_attention(
-            *leaves, dropout_p=P, scale=1.0 if probe else None, **options
+            *leaves, dropout_p=p, scale=1.0 if probe else None, **options
         )
 
     if way == "forward":

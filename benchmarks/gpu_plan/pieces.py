@@ -246,6 +246,14 @@ def _tuned(out: Path, family: str, part: str) -> Piece:
     return Piece(name, command, 150.0, part)
 
 
+def _hopper(out: Path) -> Piece:
+    """What the machine code says that Hopper gains, checked and timed beside what it replaced."""
+    name = "hopper"
+    command = [sys.executable, str(BENCHMARKS / "hopper.py"), "--out", str(out / name)]
+    refusals = {"this needs a Hopper GPU": "the settings are for Hopper"}
+    return Piece(name, command, 120.0, MORE, refusals=refusals)
+
+
 def _lora(out: Path, rank: int, part: str) -> Piece:
     name = f"lora-{rank}"
     command = [sys.executable, str(BENCHMARKS / "lora.py"), "--device", "cuda",
@@ -296,6 +304,7 @@ def _first(out: Path, cache: Path) -> Iterator[Piece]:
 
 def _more(out: Path) -> Iterator[Piece]:
     """What is wanted next."""
+    yield _hopper(out)
     yield _memory(out, "bench-memory-compile", 110.0, MORE, ["eager", "torch.compile", "tridrop"])
     for model in ("bert", "vit"):
         yield _steps(out, model, 60.0, MORE, PROVIDERS["steps"])
