@@ -123,7 +123,7 @@ def backward_stages(plan: launch.Plan, options: NormOptions, device: torch.devic
 
     With the mean's gradient one program is all that a multiprocessor holds, and while it computes
     the memory waits: on Hopper 4 instructions an element more are less than that. RMS norms hide it
-    by themselves, with two or three programs, and AMD's and older GPUs lose registers to it. Sums in
+    by themselves, with two or three programs; AMD's and older GPUs lose registers to it. Sums in
     memory, of rows in chunks, are never read ahead.
     """
     alone = options.norm == "layer_norm" and plan.col_blocks == 1
