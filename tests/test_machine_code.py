@@ -56,14 +56,21 @@ def test_norms_load_16_bytes_and_share_row_sums_alone(records, target):
     for name in NORM:
         r = records[target, name]
         rows = {"LDG.E", "STG.E"}  # a row's statistics
-        assert set(r["loads"]) - rows == {"LDG.E.128", "LDG.E.64"}, name
+        wide = {"LDG.E.128", "LDG.E.64"}
+        buffers = 0
+        if target == "sm_90" and name.startswith("layer_norm") and "backward" in name:
+            size = int(name.split()[-1])
+            if size <= 4096:  # the next rows of up to six operands come by asynchronous copies
+                wide = {"LDGDEPBAR", "LDGSTS.E", "LDGSTS.E.BYPASS.128", "LDG.E.64"}
+                buffers = 6 * 2 * max(size, 2048) + 64
+        assert set(r["loads"]) - rows == wide, name
         # fp32 sums of a chunked row leave in pieces of 8 bytes
         assert set(r["stores"]) - rows <= {"STG.E.128", "STG.E.64"}, name
         if "backward" not in name:
             assert r["shared"] <= 16 * 4, name  # a number a warp
         else:
             # the sums over rows cross the warps once, a row of fp32 at a time
-            assert r["shared"] <= 16384, name
+            assert r["shared"] <= 16384 + buffers, name
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
