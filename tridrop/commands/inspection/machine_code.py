@@ -207,7 +207,8 @@ def exposed(body: Body) -> Exposed | None:
     if not groups:
         return None
     philox = set(map(id, _sass_products(body)))
-    idle, found = False, []
+    idle = False
+    found: list[Instruction] = []
     # Twice: what is under way where a turn begins, the turn before has left.
     for _ in range(2):
         found = []
