@@ -17,8 +17,8 @@ import triton
 
 from tridrop.backends.triton import attention_launch as launch
 from tridrop.backends.triton.compile import SHARED, Compiled, capture
-from tridrop.inspection.machine_code import count, exposed, parse, pending_loads
-from tridrop.spec_attention import AttentionInputs, AttentionOptions
+from tridrop.commands.inspection.machine_code import count, exposed, parse, pending_loads
+from tridrop.spec.attention import AttentionInputs, AttentionOptions
 
 BATCH, HEADS, TOKENS = 4, 16, 4096
 WIDTHS = (64, 128)

@@ -29,7 +29,7 @@ def test_the_last_setting_is_the_launchers_own(monkeypatch):
         *before, present = step.settings.values()
         assert present not in before
         if step.way == "norm":
-            options = tridrop.spec.NormOptions(norm="layer_norm")
+            options = tridrop.spec.elementwise.NormOptions(norm="layer_norm")
             plan = norm_launch.launch.Plan(
                 (8192, 4096), options, norm_launch.launch.norm_backward_tile, None, True
             )
