@@ -30,8 +30,8 @@ def test_the_last_setting_is_the_launchers_own(monkeypatch):
         assert present not in before
         if step.way == "norm":
             options = tridrop.spec.elementwise.NormOptions(norm="layer_norm")
-            plan = norm_launch.launch.Plan(
-                (8192, 4096), options, norm_launch.launch.norm_backward_tile, None, True
+            plan = norm_launch.launch.plan(
+                (8192, 4096), options, norm_launch.launch.norm_backward_tile, whole_rows=True
             )
             assert present == norm_launch.backward_stages(plan, options, torch.device("meta"))
         else:
