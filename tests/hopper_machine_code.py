@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -94,9 +94,9 @@ def record(compiled: Compiled, **about) -> dict:
     }
 
 
-def records() -> Iterator[dict]:
+def records(features: Sequence[str]) -> Iterator[dict]:
     for arch in ARCHS:
-        for feature in FEATURES:
+        for feature in features:
             for width in WIDTHS:
                 # sm_80 is looked at for spills in forward alone, which its own test covers besides
                 for backward in (False, True) if arch == "sm_90" else (False,):
@@ -109,8 +109,9 @@ def records() -> Iterator[dict]:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    found = list(records())
-    if sys.argv[1:] != ["table"]:
+    names = [name for name in sys.argv[1:] if name != "table"]
+    found = list(records(names or tuple(FEATURES)))
+    if "table" not in sys.argv[1:]:
         print(json.dumps(found))
         return
     print(f"Triton {triton.__version__}")

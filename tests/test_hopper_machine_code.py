@@ -1,7 +1,8 @@
 """What Hopper's asynchronous products hide, in the machine code of attention with every feature.
 
 Held for the pinned Triton and for 3.6.0, which comes with torch 2.11; another version schedules
-anew, and is held to what does not depend on it.
+anew, and is held to what does not depend on it. Of the features those in ``USUAL`` are asked, since
+each takes half a minute to compile, and all of them where TRIDROP_FEATURES=all is set.
 """
 
 import json
@@ -17,7 +18,9 @@ import triton
 PROGRAM = Path(program.__file__)
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 HELD = triton.__version__ == "3.6.0" or f"triton=={triton.__version__}" in CONSTRAINTS.read_text()
-CASES = [(feature, width) for feature in program.FEATURES for width in program.WIDTHS]
+USUAL = ("plain", "causal", "bool mask")
+FEATURES = tuple(program.FEATURES) if os.environ.get("TRIDROP_FEATURES") == "all" else USUAL
+CASES = [(feature, width) for feature in FEATURES for width in program.WIDTHS]
 PRODUCTS = {"forward": 2, "dquery": 3, "dkey": 4}  # of the source
 held = pytest.mark.skipif(not HELD, reason=f"Triton {triton.__version__} schedules by itself")
 # Where ptxas waits for each product by itself: with a bool mask and 128 columns a tile.
@@ -33,7 +36,7 @@ def records():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(PROGRAM)], env=environment, capture_output=True, text=True
+        [sys.executable, str(PROGRAM), *FEATURES], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
