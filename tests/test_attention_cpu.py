@@ -8,15 +8,15 @@ from torch import Tensor
 
 import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
-from tridrop.backends.cpu import blocks, flash
-from tridrop.backends.reference import attention
+from tridrop.backends.cpu import flash
+from tridrop.backends.reference import attention, blocks
 from tridrop.commands.check.measure import error, tolerance
 from tridrop.nn.attention import ScaledDotProductAttention
 
 
 @pytest.fixture(autouse=True)
 def reference():
-    with tridrop.backend("reference"):
+    with tridrop.backend("cpu"):
         yield
 
 

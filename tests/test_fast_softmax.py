@@ -7,8 +7,9 @@ import torch
 
 import tridrop
 from tridrop import Shard
-from tridrop.backends.cpu import blocks, serving
+from tridrop.backends.cpu import serving
 from tridrop.backends.cpu import softmax as scores
+from tridrop.backends.reference import blocks
 from tridrop.commands.check.measure import error, tolerance
 
 pytestmark = pytest.mark.skipif(not serving._has_numba, reason="numba is not installed")

@@ -74,11 +74,15 @@ class Function(NamedTuple):
     backward: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
+def _identity(u: Tensor) -> Tensor:
+    return u
+
+
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 _aten = torch.ops.aten
 
 FUNCTIONS = {
-    "none": Function(lambda u: u, torch.ones_like, lambda u: u, steps=0, curved=False),
+    "none": Function(_identity, torch.ones_like, _identity, steps=0, curved=False),
     "relu": Function(
         torch.relu, lambda u: (~(u <= 0)).to(u.dtype), torch.relu, curved=False
     ),
@@ -301,7 +305,8 @@ def composed(
     operands = (x, bias, layer_scale, residual)
     drop = multiplier(output_shape(x, options.activation), seed, p, options, draw)
     function = FUNCTIONS[options.function]
-    bare = drop.keep is None and function.torchs is not function.value
+    bare = drop.keep is None and not isinstance(drop.scale, Tensor)
+    bare = bare and function.torchs is not function.value
     if bare and is_torchs(function, options.gated, *operands):
         return compose(*operands, drop, options, exact=False)  # with torch's own bits
     u, b, g, r = compute(*operands)

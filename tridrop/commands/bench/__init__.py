@@ -1,6 +1,6 @@
 """Timings beside eager PyTorch and torch.compile, behind ``tridrop bench``.
 
->>> from tridrop import bench
+>>> from tridrop.commands import bench
 >>> bench.run(bench.Options.of("cpu", ops=["softmax"]))
 Traceback (most recent call last):
     ...

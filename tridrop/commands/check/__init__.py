@@ -1,6 +1,6 @@
 """The correctness harness behind ``tridrop check``, usable from tests as well.
 
->>> from tridrop import check
+>>> from tridrop.commands import check
 >>> results = check.run(ops=["dropout"], dtypes=[torch.float32], backends=["reference"], seeds=16)
 >>> all(result.passed for result in results)
 True

@@ -1,6 +1,6 @@
 """What the kernels come to as machine code, compiled without a GPU, behind ``tridrop inspect``.
 
->>> from tridrop import inspection
+>>> from tridrop.commands import inspection
 >>> inspection.run(ops=["softmax"])
 Traceback (most recent call last):
     ...
