@@ -9,7 +9,7 @@ from torch import Tensor, float32
 
 from ...spec.attention import AttentionInputs, AttentionOptions
 from ..reference import attention as reference
-from ..reference.attention import Gradients, ScoreGradients, as_given, as_tensors, scores
+from ..reference.attention import Gradients, ScoreGradients, as_given, as_tensors
 from . import flash, softmax
 
 
@@ -23,7 +23,7 @@ def _kept(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, T
     """As the reference's ``kept_probabilities``."""
     if not _by_loops(inputs):
         return reference.kept_probabilities(inputs, options, softmax.attention_multiplier)
-    kept = scores(inputs, softmax.without_band(options))[0].contiguous()
+    kept = reference.scores(inputs, softmax.without_band(options))[0].contiguous()
     lse = kept.new_empty(kept.shape[:-1], dtype=float32)
     softmax.forward(kept, inputs.seed, options, 1.0, kept, lse=lse)
     return kept, lse
@@ -41,7 +41,7 @@ def _of_scores(
     if delta is not None or not _by_loops(inputs, dkept):
         drawn = softmax.attention_multiplier
         return reference.score_gradients(dkept, delta, dlse, lse, inputs, options, drawn)
-    kept, capped = scores(inputs, softmax.without_band(options))
+    kept, capped = reference.scores(inputs, softmax.without_band(options))
     kept, dkept = kept.contiguous(), dkept.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     softmax.backward(kept, inputs.seed, options, 1.0, dkept, dkept, dlse=dlse, kept=kept)
