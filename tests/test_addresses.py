@@ -1,32 +1,25 @@
 """Indices and offsets past 2^31: the TTIR of every kernel, and columns in the interpreter."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from apart import printed
+from hosts import DEVICE
 
 from tridrop import backends
 from tridrop.backends.triton.tiles import Origin, columns_at
 
 PROGRAM = Path(__file__).with_name("wide_calls.py")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
 def records():
     """Read in a process of its own: in this one Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM)], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(printed(PROGRAM))
 
 
 KNOWN = {  # call -> what of its kernel wraps

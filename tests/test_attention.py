@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -15,7 +15,6 @@ from tridrop.backends.triton import attention_launch
 from tridrop.commands.check.measure import error, tolerance
 from tridrop.contract.mask import scale, threshold
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "reference", "triton"]
 
 

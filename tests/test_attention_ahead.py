@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from hosts import DEVICE
 from torch import Tensor
 
 import tridrop
@@ -14,7 +15,6 @@ from tridrop import scaled_dot_product_attention as sdpa
 from tridrop.backends.triton import attention_launch
 from tridrop.backends.triton.attention_launch import Tile
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUERIES, KEYS = 40, 110
 
 

@@ -1,13 +1,11 @@
 """The machine code of the attention kernels, compiled without a GPU: what dropout costs a score."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import triton
+from apart import printed
 
 PROGRAM = Path(__file__).with_name("attention_machine_code.py")
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -17,15 +15,7 @@ PINNED = f"triton=={triton.__version__}" in CONSTRAINTS.read_text()
 @pytest.fixture(scope="module")
 def records():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM), "sm_80", "sm_90"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = json.loads(printed(PROGRAM, "sm_80", "sm_90"))
     return {(r["target"], r["kernel"], r["head_dim"], r["causal"], bool(r["p"])): r for r in found}
 
 

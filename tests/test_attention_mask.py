@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,7 +26,6 @@ from tridrop.contract.mask import attention_keep_mask, threshold
 from tridrop.spec.attention import AttentionOptions
 from tridrop.spec.elementwise import ATTENTION_LIMITS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "triton"]
 HERE = Path(__file__).parent
 VECTORS = json.loads((HERE / "data" / "mask_vectors.json").read_text())["attention"]

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from hosts import DEVICE
 from scipy import stats
 from test_mask_statistics import (
     ALPHA,
@@ -28,7 +29,6 @@ import tridrop
 from tridrop.contract.mask import key_of, threshold
 from tridrop.spec.elementwise import ATTENTION_LIMITS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = tuple(ATTENTION_LIMITS.values())
 DIMS = ["batch", "head", "query", "key"]
 

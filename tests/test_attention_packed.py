@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor
 
 import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "triton"]
 
 

@@ -2,28 +2,22 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from apart import printed
+from hosts import DEVICE
 
 import tridrop
 from tridrop.backends.triton import attention_launch
 
 PROGRAM = Path(__file__).with_name("attention_shared.py")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def records(*arguments):
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(printed(PROGRAM, *arguments))
 
 
 def too_much(found):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +15,6 @@ import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
 from tridrop.commands.check.measure import MAX_Z
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "triton"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from rich.console import Console
 
 import tridrop
@@ -17,8 +17,6 @@ from tridrop.backends.triton import launch
 from tridrop.commands import check, cli
 from tridrop.commands.check import report
 from tridrop.functional import elementwise, known
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def everywhere(table):

@@ -7,6 +7,7 @@ returns what a `.to` (or `.contiguous`, `.float`) gave back as it was.
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import DEVICE
 from ring import RingAttention
 
 import tridrop
@@ -14,7 +15,6 @@ from tridrop import functional
 from tridrop.commands import check
 from tridrop.functional.rows import drop_rows
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What returns masks, numbers, indices, words or gradients, none of which has a gradient.
 WITHOUT = {
     "attention_keep_mask", "keep_mask", "kept_indices", "normal_noise",

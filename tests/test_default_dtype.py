@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hosts import DEVICE
 
 import tridrop
 from tridrop.backends.cpu import serving
 from tridrop.commands import check
 from tridrop.functional import known
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEFAULTS = [torch.float64, torch.bfloat16]
 
 

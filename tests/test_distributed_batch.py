@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import nn
 
 import tridrop
 from tridrop.distributed import batch_slice, number_microbatches
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 P, SEED = 0.4, 9
 
 

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,8 +16,6 @@ from tridrop.autograd.redrawn import Drawn
 from tridrop.commands.check.measure import MAX_Z
 from tridrop.functional import dropconnect as functional
 from tridrop.nn.dropconnect import WeightDropped
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=[PLAIN, "triton"])

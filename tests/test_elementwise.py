@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor, nn
 
 import tridrop
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=[PLAIN, "reference", "triton"])

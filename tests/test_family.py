@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from scipy import stats
 from torch import nn
 
@@ -14,7 +14,6 @@ from tridrop.commands.check.measure import MAX_Z, error, tolerance
 from tridrop.contract import noise
 from tridrop.contract.mask import ONE, philox, threshold
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = (PLAIN, "triton")
 
 

@@ -329,13 +329,13 @@ def test_conversions_are_torchs(dtype):
 
 @needs_numba
 def test_numbers_of_kinds_and_functions_are_the_kernels():
-    from tridrop.backends.cpu.loops import activations as fast_math
-    from tridrop.backends.cpu.loops import storage as fast_storage
+    from tridrop.backends.cpu.loops import activations as loop_math
+    from tridrop.backends.cpu.loops import storage as loop_storage
 
     for name, dtype in (("FP32", "float32"), ("BF16", "bfloat16"), ("FP16", "float16")):
-        assert getattr(fast_storage, name) == cpu_memory.KINDS[getattr(torch, dtype)]
-    for name, forms in fast_math.FUNCTIONS.items():
-        assert tuple(fast_math.FORMS[number] for number in fast_math.NUMBERS[name]) == forms
+        assert getattr(loop_storage, name) == cpu_memory.KINDS[getattr(torch, dtype)]
+    for name, forms in loop_math.FUNCTIONS.items():
+        assert tuple(loop_math.FORMS[number] for number in loop_math.NUMBERS[name]) == forms
 
 
 # -------------------------------------------------------------------------------------- functions

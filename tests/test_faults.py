@@ -29,7 +29,7 @@ from numba import njit
 from numba.core import config
 from numba.core.errors import NumbaWarning
 
-from tridrop.backends.cpu.loops import cache as fast_cache
+from tridrop.backends.cpu.loops import cache as loop_cache
 
 ROOT = Path(tridrop.__file__).resolve().parent
 
@@ -38,14 +38,14 @@ ROOT = Path(tridrop.__file__).resolve().parent
 def place(tmp_path, monkeypatch):
     """An empty folder for the cache, in which nothing was told yet."""
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(fast_cache, "_told", set())
-    return fast_cache.folder()
+    monkeypatch.setattr(loop_cache, "_told", set())
+    return loop_cache.folder()
 
 
 def fresh():
     """The small function as a new process has it."""
     made = njit(add_one)
-    made._cache = fast_cache.LoopCache(add_one)
+    made._cache = loop_cache.LoopCache(add_one)
     return made
 
 
@@ -81,7 +81,7 @@ def test_a_second_process_compiles_nothing(place):
 
 def test_what_numba_cannot_keep_is_not_kept(place):
     made = njit(add_many)
-    made._cache = fast_cache.LoopCache(add_many)
+    made._cache = loop_cache.LoopCache(add_many)
     with pytest.warns(NumbaWarning, match="Cannot cache compiled function"):
         assert made(1) == 2
     assert list(place.iterdir()) == []
@@ -89,7 +89,7 @@ def test_what_numba_cannot_keep_is_not_kept(place):
 
 # ---------------------------------------------------------------------------------- damaged files
 
-HEAD = len(fast_cache._MAGIC)
+HEAD = len(loop_cache._MAGIC)
 DAMAGES = {
     "empty": lambda data: b"",
     "cut short": lambda data: data[: len(data) // 2],
@@ -122,7 +122,7 @@ def test_what_cannot_be_unpickled_is_damaged(place, monkeypatch):
         raise EOFError("Ran out of input")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fast_cache.pickle, "loads", fail)
+        patch.setattr(loop_cache.pickle, "loads", fail)
         first, second = run_warned("damaged file, .*EOFError: Ran out of input")
     assert (loaded(first), loaded(second)) == (0, 0)
     assert [loaded(made) for made in run_warned()] == [1, 1]
@@ -202,7 +202,7 @@ needs_owners = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have
 def test_a_folder_of_somebody_else_is_refused(place, monkeypatch):
     run_warned()
     path, mine = only(place), os.geteuid()
-    monkeypatch.setattr(fast_cache, "folder", lambda: place)
+    monkeypatch.setattr(loop_cache, "folder", lambda: place)
     monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
     before = path.read_bytes()
     first, second = run_warned(f"belongs to another user, number {mine}")
@@ -223,10 +223,10 @@ def test_the_folder_is_the_users_own(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "CACHE_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     if sys.platform == "linux":
-        assert fast_cache.folder() == tmp_path / "home" / "numba" / f"tridrop-{os.geteuid()}"
-    assert ROOT not in fast_cache.folder().parents
+        assert loop_cache.folder() == tmp_path / "home" / "numba" / f"tridrop-{os.geteuid()}"
+    assert ROOT not in loop_cache.folder().parents
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "named"))
-    assert fast_cache.folder().parent == tmp_path / "named"
+    assert loop_cache.folder().parent == tmp_path / "named"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="XDG's folders are Linux's")
@@ -241,9 +241,9 @@ def test_without_a_home_nothing_is_put_into_the_working_folder(monkeypatch, tmp_
 # ---------------------------------------------------------------------------------------- the key
 
 
-@pytest.mark.parametrize("name", fast_cache.SOURCES)
+@pytest.mark.parametrize("name", loop_cache.SOURCES)
 def test_every_source_is_in_the_stamp(name, monkeypatch):
-    before, read = fast_cache.stamp(), pkgutil.get_data
+    before, read = loop_cache.stamp(), pkgutil.get_data
 
     def edited(package, resource):
         data = read(package, resource)
@@ -251,7 +251,7 @@ def test_every_source_is_in_the_stamp(name, monkeypatch):
         return data.replace(b"0", b"1", 1) if resource == name else data
 
     monkeypatch.setattr(pkgutil, "get_data", edited)
-    assert fast_cache.stamp.__wrapped__() != before
+    assert loop_cache.stamp.__wrapped__() != before
 
 
 def test_all_that_loops_are_made_of_is_among_the_sources():
@@ -267,20 +267,20 @@ def test_all_that_loops_are_made_of_is_among_the_sources():
             if file.parent != ROOT / "base" and file != loops / "cache.py" and file not in found:
                 found.add(file)
                 todo.append(file)
-    assert {path.relative_to(ROOT).as_posix() for path in found} == set(fast_cache.SOURCES)
+    assert {path.relative_to(ROOT).as_posix() for path in found} == set(loop_cache.SOURCES)
 
 
 @pytest.mark.parametrize("of", ["numba", "llvmlite", "numpy"])
 def test_versions_are_in_the_stamp(of, monkeypatch):
-    before = fast_cache.stamp()
-    monkeypatch.setattr(getattr(fast_cache, of), "__version__", "0")
-    assert fast_cache.stamp.__wrapped__() != before
+    before = loop_cache.stamp()
+    monkeypatch.setattr(getattr(loop_cache, of), "__version__", "0")
+    assert loop_cache.stamp.__wrapped__() != before
 
 
 def test_what_is_out_of_date_is_replaced_without_a_word(place, monkeypatch):
     run_warned()
     path = only(place)
-    monkeypatch.setattr(fast_cache, "stamp", lambda: b"1" * fast_cache._DIGEST)
+    monkeypatch.setattr(loop_cache, "stamp", lambda: b"1" * loop_cache._DIGEST)
     first, second = run_warned()
     assert (loaded(first), loaded(second)) == (0, 1)
     assert only(place) == path
@@ -316,15 +316,15 @@ MANY = """
 import warnings
 warnings.simplefilter("error")
 from numba import njit
-from tridrop.backends.cpu.loops import cache as fast_cache
+from tridrop.backends.cpu.loops import cache as loop_cache
 from fault_helpers import add_one
 
 for i in range(20):
     made = njit(add_one)
-    made._cache = fast_cache.LoopCache(add_one)
+    made._cache = loop_cache.LoopCache(add_one)
     assert made(1) == 2
     if i % 2:
-        for path in fast_cache.folder().glob("*.loop"):
+        for path in loop_cache.folder().glob("*.loop"):
             path.unlink(missing_ok=True)
 """
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import DEVICE
 from torch.func import vmap
 
 import tridrop
@@ -16,7 +17,6 @@ from tridrop.commands.check.measure import error, tolerance
 from tridrop.contract import mask
 from tridrop.spec.elementwise import Options
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"tokens": (3, 7, 40), "images": (2, 4, 5, 24), "no tokens": (5, 24), "long": (2, 300, 8)}
 
 

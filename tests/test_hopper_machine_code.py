@@ -7,13 +7,12 @@ each takes half a minute to compile, and all of them where TRIDROP_FEATURES=all 
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hopper_machine_code as program
 import pytest
 import triton
+from apart import printed
 
 PROGRAM = Path(program.__file__)
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -34,12 +33,7 @@ SERIALISED = {
 @pytest.fixture(scope="module")
 def records():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM), *FEATURES], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = json.loads(printed(PROGRAM, *FEATURES))
     return {(r["arch"], r["kernel"], r["feature"], r["width"]): r for r in found}
 
 

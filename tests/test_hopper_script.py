@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hosts import DEVICE
 
 import tridrop
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 sys.path.append(str(BENCHMARKS))
 
 import hopper  # noqa: E402

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -12,7 +12,6 @@ from tridrop import backends
 from tridrop.backends.cpu import selection, serving
 from tridrop.functional import known
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 W, B = torch.randn(24), torch.randn(24)
 SEEN = torch.tensor([[True, True, True, False, True]])
 

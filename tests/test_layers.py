@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +20,6 @@ import tridrop
 
 N, T, S, E, H, W = 3, 4, 5, 8, 2, 12
 DOUBLE = torch.float64
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH = [True, False]
 KINDS = {
     "encoder": (nn.TransformerEncoderLayer, tridrop.nn.TransformerEncoderLayer),

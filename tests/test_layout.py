@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from ranks import outcomes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +16,6 @@ import tridrop
 from tridrop.base.strides import laid, order_of
 from tridrop.functional import known
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["cpu", "reference", "triton"] if PLAIN == "cpu" else ["reference", "triton"]
 
 

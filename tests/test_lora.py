@@ -3,15 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
 from tridrop.commands.check.measure import error, saved_bytes, tolerance
 from tridrop.contract.mask import ONE, threshold
 from tridrop.spec.product import groups
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=[PLAIN, "triton"])

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from swap_helpers import classes_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +22,6 @@ import tridrop
 peft = pytest.importorskip("peft")
 from peft.tuners.lora import layer as peft_layer  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 7
 WIDTH, TOKENS = 24, (3, 5)
 RATES = [0.0, 0.05, 0.5, 0.9]

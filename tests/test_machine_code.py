@@ -1,13 +1,11 @@
 """The machine code of the kernels, compiled without a GPU: budgets that hold on any machine."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import triton
+from apart import printed
 
 PROGRAM = Path(__file__).with_name("machine_code.py")
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -17,12 +15,7 @@ CUDA = ["sm_80", "sm_90", "sm_100"]
 @pytest.fixture(scope="module")
 def records():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM)], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return {(r["target"], r["name"]): r for r in json.loads(run.stdout)}
+    return {(r["target"], r["name"]): r for r in json.loads(printed(PROGRAM))}
 
 
 def test_nothing_spills(records):

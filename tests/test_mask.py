@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +22,6 @@ from tridrop.backends.triton import launch
 from tridrop.backends.triton.mask import philox as triton_philox
 from tridrop.contract.mask import philox, scale, threshold
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "triton"]
 HERE = Path(__file__).parent
 PHILOX = json.loads((HERE / "data" / "philox4x32_10_vectors.json").read_text())["vectors"]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy_mask
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +18,6 @@ import tridrop
 from tridrop.contract.mask import as_seed, key_of, rate_table, scale, threshold
 from tridrop.spec.elementwise import Options
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "triton"]
 PAGE = (Path(__file__).parents[1] / "docs" / "mask-contract.md").read_text()
 

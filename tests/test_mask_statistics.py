@@ -11,13 +11,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hosts import DEVICE
 from scipy import stats
 from torch import Tensor
 
 import tridrop
 from tridrop.contract.mask import key_of, threshold
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALPHA = 1e-8
 
 

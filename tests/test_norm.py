@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +13,6 @@ import tridrop
 from tridrop.backends.triton import launch
 from tridrop.commands.check.measure import error, tolerance
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "reference", "triton"]
 NORMS = {
     "layer_norm": (tridrop.dropout_add_layer_norm, tridrop.layer_norm_dropout),

@@ -1,12 +1,10 @@
 """The machine code of products with a dropped matrix, compiled without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from apart import printed
 
 PROGRAM = Path(__file__).with_name("product_machine_code.py")
 
@@ -14,12 +12,7 @@ PROGRAM = Path(__file__).with_name("product_machine_code.py")
 @pytest.fixture(scope="module")
 def records():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM)], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(printed(PROGRAM))
 
 
 def test_nothing_spills_and_tensor_cores_multiply(records):

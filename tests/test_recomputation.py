@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from hosts import DEVICE
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import checkpoint as torch_checkpoint
@@ -21,7 +22,6 @@ import tridrop
 from tridrop.contract import recomputation, seeds
 from tridrop.distributed import batch_slice
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 
 

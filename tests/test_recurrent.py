@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +13,6 @@ import tridrop
 from tridrop.contract.mask import ONE, fold_in, threshold
 from tridrop.nn import LockedDropout, VariationalCell, VariationalRNN
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = torch.tensor([3, 5, 1, 5])
 STEPS, BATCH, INPUTS, HIDDEN = 5, 4, 6, 8
 

@@ -4,13 +4,12 @@ import warnings
 
 import pytest
 import torch
+from hosts import DEVICE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
 from tridrop.contract.mask import as_seed
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ones(*shape):

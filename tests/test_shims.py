@@ -5,14 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor
 
 import tridrop
 from tridrop import shims
 from tridrop.commands.check.measure import error, tolerance
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 P = 0.4
 SCALE = tridrop.contract.mask.scale(tridrop.contract.mask.threshold(P))
 

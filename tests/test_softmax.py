@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +15,6 @@ from tridrop.backends.triton import launch, softmax_launch
 from tridrop.commands.check.measure import error, saved_bytes, tolerance
 from tridrop.spec.attention import AttentionOptions, four
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "reference", "triton"]
 
 

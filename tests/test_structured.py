@@ -7,7 +7,7 @@ import numpy as np
 import numpy_mask
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +17,6 @@ from tridrop.commands.check.measure import MAX_Z
 from tridrop.contract import choice, mask
 from tridrop.contract.mask import ONE, threshold
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = (PLAIN, "triton")
 SCALE = ONE / (ONE - threshold(0.4))
 

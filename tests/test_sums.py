@@ -1,17 +1,14 @@
 """The last stage of sums over rows: its values, and one order on all of NVIDIA's GPUs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from apart import printed
+from hosts import DEVICE
 
 from tridrop.backends.triton import sums
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("strips", [1, 2, 127, 128, 300])
@@ -67,13 +64,8 @@ def summed(text):
 
 def test_one_order_on_all_of_nvidias_gpus():
     """The order in which threads add follows the compiler's layouts, which are the same."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
     sums_of = {"backward": 1, "norm_backward": 4, "softmax_backward": 4, "sum": 1}
-    for name, texts in json.loads(run.stdout).items():
+    for name, texts in json.loads(printed("-c", PROGRAM)).items():
         found = {arch: summed(text) for arch, text in texts.items()}
         assert len(found["sm_80"]) == sums_of[name.removesuffix("_kernel")], name
         assert found["sm_86"] == found["sm_90"] == found["sm_100"] == found["sm_80"], name

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from hosts import DEVICE
 from swap_families import FAMILIES, batch, make
 from swap_helpers import (
     assert_same,
@@ -19,7 +20,6 @@ from torch import Tensor
 
 import tridrop
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 families = pytest.mark.parametrize("name", FAMILIES)
 
 

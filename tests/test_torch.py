@@ -6,14 +6,13 @@ import warnings
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
 from tridrop.contract import seeds
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [PLAIN, "triton"]
 
 

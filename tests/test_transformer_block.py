@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
 
 N, L, E, H = 3, 5, 12, 2
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def draw() -> Tensor:

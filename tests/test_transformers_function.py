@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.modeling_utils  # noqa: F401  # with it masks can be made
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
@@ -17,8 +17,6 @@ from transformers import masking_utils
 import tridrop
 from tridrop.integrations.transformers import attention_forward, attention_mask
 from tridrop.integrations.transformers_masks import pattern_of
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def by_hand(q, k, v, visible=None, bias=None, scale=None, softcap=None, sinks=None, keep=None):

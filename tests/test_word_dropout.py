@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hosts import PLAIN
+from hosts import DEVICE, PLAIN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -11,7 +11,6 @@ from tridrop.contract.mask import ONE, threshold
 from tridrop.nn import EmbeddingDropout, WordDropout
 
 WORDS, WIDTH = 50, 12
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def scale(p):
