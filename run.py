@@ -114,7 +114,7 @@ def run_oldest(rest: list[str]) -> int:
         stamp.write_text(version)
     # test_environment.py holds that this version is the one that is imported.
     environment = {**os.environ, "PYTHONPATH": str(OLDEST), "TRIDROP_TEST_TRANSFORMERS": version}
-    files = [str(path) for name in OLDEST_TESTS for path in sorted((ROOT / "tests").glob(name))]
+    files = [str(path) for name in OLDEST_TESTS for path in sorted((ROOT / "tests").rglob(name))]
     return subprocess.run(
         [str(PYTHON), *TESTS, *files, *rest], cwd=ROOT, env=environment
     ).returncode

@@ -58,30 +58,49 @@ ROWS = (
 
 # What depends on versions, by the part of a library that it leans on.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "private names of torch": ("tests/test_torch_private.py",),
-    "torch.compile": ("tests/test_compiled_gradients.py", "tests/test_torch.py"),
-    "activation checkpointing": ("tests/test_recomputation.py", "tests/test_swap_recomputation.py"),
-    "torch.func": ("tests/test_vmap.py",),
-    "DTensor and processes": ("tests/test_distributed.py", "tests/test_swap_distributed.py"),
-    "export, tracing, ONNX": ("tests/test_export.py", "tests/test_trace.py", "tests/test_onnx.py"),
-    "swap of torch.nn": ("tests/test_swap_torch.py", "tests/test_swap_lifecycle.py"),
+    "private names of torch": ("tests/project/test_torch_private.py",),
+    "torch.compile": ("tests/ops/test_compiled_gradients.py", "tests/ops/test_torch.py"),
+    "activation checkpointing": (
+        "tests/contract/test_recomputation.py",
+        "tests/swapping/test_swap_recomputation.py",
+    ),
+    "torch.func": ("tests/ops/test_vmap.py",),
+    "DTensor and processes": (
+        "tests/distributed/test_distributed.py",
+        "tests/swapping/test_swap_distributed.py",
+    ),
+    "export, tracing, ONNX": (
+        "tests/swapping/test_export.py",
+        "tests/swapping/test_trace.py",
+        "tests/swapping/test_onnx.py",
+    ),
+    "swap of torch.nn": (
+        "tests/swapping/test_swap_torch.py",
+        "tests/swapping/test_swap_lifecycle.py",
+    ),
     "swap of transformers": (
-        "tests/test_swap_transformers.py",
-        "tests/test_transformers_attention.py",
-        "tests/test_transformers_config.py",
+        "tests/swapping/test_swap_transformers.py",
+        "tests/integrations/test_transformers_attention.py",
+        "tests/integrations/test_transformers_config.py",
     ),
-    "swap of PEFT and timm": ("tests/test_lora_peft.py", "tests/test_swap_timm.py"),
+    "swap of PEFT and timm": (
+        "tests/integrations/test_lora_peft.py",
+        "tests/swapping/test_swap_timm.py",
+    ),
     "Triton's interpreter": (
-        "tests/test_elementwise.py",
-        "tests/test_norm.py",
-        "tests/test_attention.py",
-        "tests/test_softmax.py",
+        "tests/ops/test_elementwise.py",
+        "tests/ops/test_norm.py",
+        "tests/ops/test_attention.py",
+        "tests/ops/test_softmax.py",
     ),
-    "Triton's launchers": ("tests/test_gpu_rehearsal.py", "tests/test_gpu_cache.py"),
+    "Triton's launchers": (
+        "tests/benchmarks/test_gpu_rehearsal.py",
+        "tests/benchmarks/test_gpu_cache.py",
+    ),
     "machine code": (
-        "tests/test_machine_code.py",
-        "tests/test_attention_machine_code.py",
-        "tests/test_product_machine_code.py",
+        "tests/backends/test_machine_code.py",
+        "tests/backends/test_attention_machine_code.py",
+        "tests/backends/test_product_machine_code.py",
     ),
 }
 

@@ -49,8 +49,8 @@ NEED_NO_GPU = ("compile",)
 TABLE = "triton and (test_every_case_holds or test_every_invariant_holds)"
 # run.py sets up an environment, which these tests describe.
 ENVIRONMENT = (
-    "tests/test_environment.py",
-    "tests/test_package.py::test_the_version_is_the_packages",
+    "tests/project/test_environment.py",
+    "tests/project/test_package.py::test_the_version_is_the_packages",
 )
 BENCH = {
     "elementwise": ("dropout", "dropout_add", "activation_dropout"),
@@ -122,8 +122,11 @@ class Piece:
         return 2 * self.estimate_s if self.limit is None else self.limit
 
 
-def missing(file: Path, folder: Path) -> str | None:
-    """A library that a test file imports at its top and that is not installed."""
+def missing(file: Path) -> str | None:
+    """A library that a test file imports at its top and that is not installed.
+
+    What it imports may lie beside it, or in the folder above, which conftest.py puts on the path.
+    """
     for node in ast.parse(file.read_text()).body:
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -131,9 +134,10 @@ def missing(file: Path, folder: Path) -> str | None:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module or ""]
         for name in (name.partition(".")[0] for name in names):
-            helper = folder / f"{name}.py"
-            if helper.exists():
-                if found := missing(helper, folder):
+            beside = [folder / f"{name}.py" for folder in (file.parent, file.parents[1])]
+            helper = next((path for path in beside if path.exists()), None)
+            if helper is not None:
+                if found := missing(helper):
                     return found
             elif name != "tridrop" and importlib.util.find_spec(name) is None:
                 return name
@@ -143,7 +147,7 @@ def missing(file: Path, folder: Path) -> str | None:
 def groups(folder: Path) -> dict[str, list[Path]]:
     """The test files of each group; every file is in one."""
     found: dict[str, list[Path]] = {name: [] for name in TESTS}
-    for file in sorted(folder.glob("test_*.py")):
+    for file in sorted(folder.rglob("test_*.py")):
         fits = (
             n
             for n, patterns in TESTS.items()
@@ -169,7 +173,7 @@ def workers() -> int:
 def _tests(out: Path, name: str, files: Sequence[Path], estimate_s: float, part: str,
            more: Sequence[str] = (), limit: float | None = None) -> Piece:  # fmt: skip
     """pytest on a group of files, a line a test, so that a cut leaves what was found."""
-    absent = {file: missing(file, file.parent) for file in files}
+    absent = {file: missing(file) for file in files}
     left_out = {f.name: f"needs {lib}" for f, lib in absent.items() if lib is not None}
     paths = [str(f.relative_to(ROOT)) for f in files if f.name not in left_out]
     folder = out / f"tests-{name}"

@@ -1,7 +1,7 @@
 """Right arguments, by the names of parameters, and by their annotations where a name says nothing.
 
-A parameter that is found neither way has no right argument: tests/test_abuse.py then fails, and the
-name belongs into this table.
+A parameter that is found neither way has no right argument: tests/project/test_abuse.py then fails,
+and the name belongs into this table.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Each name is here because no public one tells or does the same; :data:`INTERFACES` says what for.
 Where a torch has one no longer, importing tridrop raises an ImportError that names it, since what
 would be left is a mask that a recomputation draws wrongly, or a call that a transformation does not
-see. ``tests/test_torch_private.py`` holds that each does what is written here, and that no other
-module of tridrop reaches for a private name of torch's.
+see. ``tests/project/test_torch_private.py`` holds that each does what is written here, and that no
+other module of tridrop reaches for a private name of torch's.
 
 The attributes of an ``nn.Module`` in :data:`MODULE_ATTRIBUTES` are used where they are needed: they
 are private by their names only, as libraries of all kinds lean on them.
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad, profiler
 
-CHECKED = ("2.11", "2.12", "2.13", "2.14", "2.15")  # tests/test_torch_private.py passes with each
+# tests/project/test_torch_private.py passes with each.
+CHECKED = ("2.11", "2.12", "2.13", "2.14", "2.15")
 
 
 class Interface(NamedTuple):

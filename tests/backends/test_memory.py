@@ -1,0 +1,158 @@
+"""No loop reads or writes memory that is not its tensors': what is lost, exchanged, or interrupted.
+
+What could end a process runs in one of its own (memory_probes.py, interrupts.py).
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+import tridrop
+from tridrop.backends.cpu import serving
+from tridrop.backends.cpu.threads import share
+from tridrop.base import memory
+
+HERE = Path(__file__).parents[1]
+needs_numba = pytest.mark.skipif(not serving.serves(), reason="numba does not serve CPU tensors")
+
+
+def child(script, *arguments, **environment):
+    """Run a script of this folder with the package that is tested here."""
+    own = {"PYTHONPATH": str(Path(tridrop.__file__).parents[1]), **environment}
+    return subprocess.run(
+        [sys.executable, str(HERE / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **own},
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("loops", [pytest.param("numba", marks=needs_numba), "torch"])
+def test_tensors_without_their_memory_are_refused(loops):
+    ran = child("memory_probes.py", "", 1 if loops == "numba" else 3, TRIDROP_CPU=loops)
+    lines = ran.stdout.splitlines()
+    wrong = [line for line in lines if line.startswith("WRONG")]
+    assert not wrong, "\n".join(wrong)
+    assert ran.returncode == 0, f"{ran.returncode} at {lines[-1:]}: {ran.stderr[-2000:]}"
+    word, count, failed = lines[-1].split()
+    assert (word, failed) == ("done", "0")
+    assert int(count) > 1000
+
+
+@needs_numba
+def test_interrupts_free_no_memory_that_threads_write_to():
+    ran = child("interrupts.py", 600)
+    assert ran.returncode == 0, f"{ran.returncode}: {ran.stderr[-2000:]}"
+    interrupted = int(ran.stdout.split()[1])
+    assert interrupted > 200
+
+
+# ------------------------------------------------------------------------------------- messages
+
+
+def test_a_tensor_without_memory_is_named():
+    x, r = torch.ones(8, 8), torch.ones(8, 8)
+    r.untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"residual is a float32 tensor of shape \[8, 8\]"):
+            tridrop.dropout_add(x, r, 0.5, seed=1)
+
+
+@pytest.mark.parametrize("seed", [1, torch.tensor([1, 0])])
+def test_what_was_saved_is_named(seed):
+    x = torch.ones(8, 8, requires_grad=True)
+    for _ in range(2):
+        out = tridrop.activation_dropout(x, 0.5, activation="gelu", seed=seed)
+        x.data = torch.ones(4, 8)
+        with pytest.raises(ValueError, match=r"given x as a float32 tensor of shape \[4, 8\]"):
+            out.sum().backward()
+        x.data = torch.ones(8, 8)
+
+
+def test_a_tensor_that_is_not_strided_is_named():
+    with pytest.raises(TypeError, match=r"x is a float32 tensor .* in layout torch.sparse_coo"):
+        memory.whole(torch.eye(3).to_sparse(), "x")
+
+
+@needs_numba
+def test_operators_take_no_more_than_there_is():
+    x, bias = torch.ones(4, 8), torch.ones(3)
+    with pytest.raises(ValueError, match="bias is a float32 tensor of shape"):
+        torch.ops.tridrop.forward(
+            x, bias, None, None, torch.tensor([1, 2]), None, "gelu", 0.5, 0.0, [], [], [], "mask",
+            "cpu",
+        )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- sharing
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+PARTS = [(i, i + 1) for i in range(40)]
+
+
+class Failure(BaseException):
+    """What no code expects."""
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_part_that_fails_ends_the_others(threads, where):
+    main, begun, running = threading.get_ident(), [], []
+
+    def call(number, *_):
+        begun.append(number)
+        running.append(number)
+        time.sleep(0.002)
+        running.pop()
+        if (threading.get_ident() == main) == (where == "here"):
+            raise Failure(number)
+
+    for _ in range(5):
+        begun.clear()
+        with pytest.raises(Failure):
+            share(PARTS, 1 << 30, call, None)
+        assert not running
+        assert len(begun) < len(PARTS)
+        count = len(begun)
+        time.sleep(0.005)
+        assert len(begun) == count
+
+
+def test_what_is_shared_is_let_go(threads):
+    class Held:
+        pass
+
+    held, freed = Held(), []
+    seen = weakref.ref(held, lambda _: freed.append(True))
+    share(PARTS, 1 << 30, lambda *_: None, held)
+    assert seen() is held
+    del held
+    for _ in range(100):
+        if freed:
+            break
+        time.sleep(0.01)
+    assert freed
+
+
+def test_all_parts_are_done_once(threads):
+    done = []
+    for _ in range(200):
+        done.clear()
+        share(PARTS, 1 << 30, lambda number, *_: done.append(number), None)
+        assert sorted(done) == list(range(len(PARTS)))
