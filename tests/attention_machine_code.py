@@ -18,6 +18,7 @@ from tridrop.backends.triton import attention_launch as launch
 from tridrop.backends.triton.compile import Compiled, capture
 from tridrop.commands.inspection.machine_code import count, parse
 from tridrop.spec.attention import AttentionInputs, AttentionOptions
+from tridrop.spec.operands import AttentionBackward
 
 
 def record(compiled: Compiled, **about) -> dict:
@@ -59,7 +60,9 @@ def call_of(p: float, head_dim: int, causal: bool, backward: bool) -> Callable[[
         return lambda: launch.attention_forward(inputs, options)
     needs = (True, True, True, False, False)
     lse = empty(*shape[:-1], dtype=torch.float32)
-    return lambda: launch.attention_backward(query, None, query, lse, inputs, options, needs)
+    return lambda: launch.attention_backward(
+        AttentionBackward(query, None, query, lse, *inputs), options, needs
+    )
 
 
 def main() -> None:

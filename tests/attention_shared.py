@@ -22,6 +22,7 @@ from triton.compiler.compiler import make_backend
 from tridrop.backends.triton import attention_launch as launch
 from tridrop.backends.triton.compile import SHARED, TARGETS, Compiled, capture
 from tridrop.spec.attention import AttentionInputs, AttentionOptions
+from tridrop.spec.operands import AttentionBackward
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = (16, 32, 64, 128, 256)
@@ -96,7 +97,9 @@ def records(arch: str, dtype: str, width: int, kind: str, precision: str) -> Ite
 
     def call() -> None:
         launch.attention_forward(inputs, options)
-        launch.attention_backward(query, None, query, lse, inputs, options, needs)
+        launch.attention_backward(
+            AttentionBackward(query, None, query, lse, *inputs), options, needs
+        )
 
     for compiled in capture(arch, call, "ttgir"):
         yield {

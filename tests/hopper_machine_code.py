@@ -19,6 +19,7 @@ from tridrop.backends.triton import attention_launch as launch
 from tridrop.backends.triton.compile import SHARED, Compiled, capture
 from tridrop.commands.inspection.machine_code import count, exposed, parse, pending_loads
 from tridrop.spec.attention import AttentionInputs, AttentionOptions
+from tridrop.spec.operands import AttentionBackward
 
 BATCH, HEADS, TOKENS = 4, 16, 4096
 WIDTHS = (64, 128)
@@ -72,7 +73,9 @@ def call_of(feature: str, width: int, p: float, backward: bool) -> Callable[[], 
         return lambda: launch.attention_forward(inputs, options)
     lse = empty(*query.shape[:-1], dtype=torch.float32)
     needs = (True, True, True, False, False)
-    return lambda: launch.attention_backward(query, None, query, lse, inputs, options, needs)
+    return lambda: launch.attention_backward(
+        AttentionBackward(query, None, query, lse, *inputs), options, needs
+    )
 
 
 def record(compiled: Compiled, **about) -> dict:

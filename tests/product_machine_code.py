@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from functools import partial
 
 import torch
 
 from tridrop.backends.triton import product_launch as launch
 from tridrop.backends.triton.compile import Compiled, capture
 from tridrop.commands.inspection.machine_code import count, parse
+from tridrop.spec.operands import Product, ProductBackward
 from tridrop.spec.product import ProductOptions
 
 RANKS = [(8,), (64,), (256,), (16, 16, 16)]
@@ -46,10 +48,11 @@ def main() -> None:
                     for shape in ((8192, 4096), (sum(ranks), 4096), (8192, sum(ranks)))
                 )
                 seeds = torch.empty(len(ranks), 2, dtype=torch.int64, device="meta") if p else None
-                operands = (x, weight, seeds, None, options)
+                operands = (x, weight, seeds)
+                given = ProductBackward(grad, *operands)
                 for call in (
-                    lambda: launch.product_forward(*operands),  # noqa: B023
-                    lambda: launch.product_backward(grad, *operands, (True, True)),  # noqa: B023
+                    partial(launch.product_forward, Product(*operands), options),
+                    partial(launch.product_backward, given, options, (True, True)),
                 ):
                     records += [
                         record(c, ranks=ranks, p=p)

@@ -17,9 +17,11 @@ import triton.language as tl
 from address_ranges import Kernel
 
 from tridrop.backends import triton as backend
+from tridrop.backends.triton import FAMILIES
 from tridrop.backends.triton.compile import LAUNCHERS, capture
 from tridrop.commands.inspection.rows import TABLE
-from tridrop.spec.attention import AttentionInputs, AttentionOptions
+from tridrop.spec import operands
+from tridrop.spec.attention import AttentionInputs, AttentionOptions, SoftmaxOptions
 from tridrop.spec.elementwise import NormOptions, Options, Shard
 from tridrop.spec.product import ProductOptions
 
@@ -46,41 +48,45 @@ def elementwise(rows: int, cols: int, options: Options, p: torch.Tensor | None =
     width = cols * (2 if options.gated else 1)
     x = strided((rows, width + 8), (width, 1))
     grad, vector, gain = empty(rows, cols), empty(width), empty(cols)
-    backend.forward(x, vector, gain, grad, SEED, p, options)
+    forward, backward = FAMILIES["elementwise"]
+    forward(operands.Elementwise(x, vector, gain, grad, SEED, p), options)
     dtypes = (BF16, BF16, BF16)
-    return backend.backward(grad, x, vector, gain, SEED, p, options, dtypes)
+    given = operands.ElementwiseBackward(grad, x, vector, gain, SEED, p)
+    return backward(given, options, dtypes)
 
 
 def norm(rows: int, cols: int, kind: str, after: bool) -> object:
     options = NormOptions(p=0.1, norm=kind, after=after, stream_dtype=BF16, out_dtype=BF16)
     x, vector = empty(rows, cols), empty(cols)
     bias = vector if kind == "layer_norm" else None
-    backend.norm_forward(x, vector, None, x, vector, bias, SEED, None, options)
+    forward, backward = FAMILIES["norm"]
+    forward(operands.Norm(x, vector, None, x, vector, bias, SEED), options)
     statistics = empty(rows, 2, dtype=FP32)
-    scale = None if after else vector
-    return backend.norm_backward(
-        x, None if after else x, x, statistics, None if after else x, scale, scale, vector, SEED,
-        None, options, (BF16, None if after else BF16, None if after else BF16,
-        None if after else BF16, BF16, BF16 if bias is not None else None),
-    )  # fmt: skip
+    scale, other = None if after else vector, None if after else BF16
+    given = operands.NormBackward(
+        x, None if after else x, x, statistics, None if after else x, scale, scale, vector, SEED
+    )
+    dtypes = (BF16, other, other, other, BF16, None if bias is None else BF16)
+    return backward(given, options, dtypes)
 
 
 def softmax(scores: torch.Tensor, mask: torch.Tensor | None, upper: int | None) -> object:
-    options = AttentionOptions(p=0.1, upper=upper)
-    backend.softmax_forward(scores, mask, SEED, None, options, True)
+    options = SoftmaxOptions(p=0.1, upper=upper, return_softmax=True)
+    forward, backward = FAMILIES["softmax"]
+    forward(operands.Softmax(scores, mask, SEED), options)
     lse = empty(*scores.shape[:-1], dtype=FP32)
-    return backend.softmax_backward(
-        scores, scores, scores, mask, lse, SEED, None, options,
-        (BF16, None if mask is None else mask.dtype),
-    )  # fmt: skip
+    given = operands.SoftmaxBackward(scores, scores, scores, mask, lse, SEED)
+    return backward(given, options, (BF16, None if mask is None else mask.dtype))
 
 
 def product(rows: int, cols: int, ranks: tuple[int, ...]) -> object:
     options = ProductOptions(p=0.1, ranks=ranks)
     x, weight = empty(rows, cols), empty(sum(ranks), cols)
-    operands = (x, weight, empty(len(ranks), 2, dtype=torch.int64), None, options)
-    backend.product_forward(*operands)
-    return backend.product_backward(empty(rows, sum(ranks)), *operands, (True, True))
+    given = operands.Product(x, weight, empty(len(ranks), 2, dtype=torch.int64))
+    forward, backward = FAMILIES["product"]
+    forward(given, options)
+    incoming = operands.ProductBackward(empty(rows, sum(ranks)), *given)
+    return backward(incoming, options, (True, True))
 
 
 def attention(
@@ -93,10 +99,11 @@ def attention(
         max_key=min(lengths[1], 4096), origin=(3, 5, 7, 70),
     )  # fmt: skip
     inputs = AttentionInputs(query, key, key, mask, cu_query=offsets, cu_key=offsets, seed=SEED)
-    backend.attention_forward(inputs, options)
+    forward, backward = FAMILIES["attention"]
+    forward(inputs, options)
     lse = empty(*query.shape[:-1], dtype=FP32)
     needs = (True, True, True, mask is not None, False)
-    return backend.attention_backward(query, lse, query, lse, inputs, options, needs)
+    return backward(operands.AttentionBackward(query, lse, query, lse, *inputs), options, needs)
 
 
 def attentions() -> dict[str, Callable[[], object]]:

@@ -11,6 +11,7 @@ from triton.runtime import driver
 from tridrop.backends.triton import attention_launch, gpu, launch
 from tridrop.backends.triton.compile import SHARED, TARGETS
 from tridrop.spec.attention import AttentionInputs, AttentionOptions
+from tridrop.spec.operands import AttentionBackward
 
 
 class Machine:
@@ -72,7 +73,9 @@ def test_tiles_are_those_of_the_operands_device(machine, current):
             lse = torch.empty(1, 2, 300, device=device)
             inputs = AttentionInputs(query, query, query)
             attention_launch.attention_forward(inputs, options)
-            attention_launch.attention_backward(query, None, query, lse, inputs, options, needs)
+            attention_launch.attention_backward(
+                AttentionBackward(query, None, query, lse, *inputs), options, needs
+            )
         assert {at for at, _ in machine.launched} == {index}
         blocks = [s["BLOCKS"] for _, s in machine.launched if "BLOCKS" in s]
         kind = gpu.Gpu({"sm_90": 90, "sm_86": 80, "sm_100": 100, "gfx942": 0}[machine.archs[index]],

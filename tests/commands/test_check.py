@@ -1,8 +1,10 @@
 """The harness passes what is right, and fails what is broken."""
 
+import dataclasses
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,34 +124,47 @@ def test_maps_that_are_not_dropped_whole_fail(monkeypatch, backend):
     assert {"invariant shared", "masks"} <= failures(backend, "dropout2d")
 
 
+def backward_becomes(monkeypatch, backend, wrong):
+    """The elementwise family's gradients are ``wrong``, which is given the right ``prepare``."""
+    module = tridrop.backends.load(backend)
+    right = module.prepare
+
+    def prepare(family, shape, options, operands, wanted):
+        op = right(family, shape, options, operands, wanted)
+        if family != "elementwise":
+            return op
+        return SimpleNamespace(
+            forward=op.forward,
+            backward=lambda given, dtypes: wrong(
+                right, tuple(given.grad.shape), options, given, dtypes
+            ),
+        )
+
+    monkeypatch.setattr(module, "prepare", prepare)
+
+
 @pytest.mark.parametrize("backend", [PLAIN, "triton"])
 def test_a_mask_shifted_in_backward_fails(monkeypatch, backend):
-    module = tridrop.backends.load(backend)
-    right = module.backward
+    def shifted(right, shape, options, operands, dtypes):
+        whole = tuple(n + 1 for n in shape)
+        at = (0,) * (len(shape) - 1) + (1,)
+        options = dataclasses.replace(options, shard=tridrop.Shard(whole, at))
+        return right("elementwise", shape, options, operands, dtypes).backward(operands, dtypes)
 
-    def shifted(grad, x, bias, layer_scale, seed, p, options, dtypes):
-        whole = tuple(n + 1 for n in grad.shape)
-        at = (0,) * (grad.dim() - 1) + (1,)
-        values = {**vars(options), "shard": tridrop.Shard(whole, at)}
-        options = tridrop.spec.elementwise.Options(**values)
-        return right(grad, x, bias, layer_scale, seed, p, options, dtypes)
-
-    monkeypatch.setattr(module, "backward", shifted)
+    backward_becomes(monkeypatch, backend, shifted)
     assert {"grad x", "grad bias", "masks"} <= failures(backend)
 
 
 @pytest.mark.parametrize("backend", [PLAIN, "triton"])
 def test_a_bias_gradient_from_the_unmasked_gradient_fails(monkeypatch, backend):
-    module = tridrop.backends.load(backend)
-    right = module.backward
-
-    def unmasked(grad, x, bias, layer_scale, seed, p, options, dtypes):
-        dx, dbias, dlayer_scale = right(grad, x, bias, layer_scale, seed, p, options, dtypes)
+    def unmasked(right, shape, options, operands, dtypes):
+        op = right("elementwise", shape, options, operands, dtypes)
+        dx, dbias, dlayer_scale = op.backward(operands, dtypes)
         if dbias is not None and not options.gated:
-            dbias = grad.flatten(0, -2).sum(0).to(dbias.dtype)
+            dbias = operands.grad.flatten(0, -2).sum(0).to(dbias.dtype)
         return dx, dbias, dlayer_scale
 
-    monkeypatch.setattr(module, "backward", unmasked)
+    backward_becomes(monkeypatch, backend, unmasked)
     found = failures(backend)
     assert "grad bias" in found
     assert "value" not in found
@@ -190,13 +205,13 @@ def test_a_broken_kernel_fails(monkeypatch, plain, name, wrong, found):
 
 
 def test_a_stored_mask_fails(monkeypatch):
-    right = tridrop.autograd.Fused.setup_context
+    right = tridrop.ops.Fused.setup_context
 
     def hoarding(ctx, inputs, output):
         right(ctx, inputs, output)
         ctx.save_for_backward(*ctx.to_save[:4], output != 0)
 
-    monkeypatch.setattr(tridrop.autograd.Fused, "setup_context", staticmethod(hoarding))
+    monkeypatch.setattr(tridrop.ops.Fused, "setup_context", staticmethod(hoarding))
     case = check.CASES[0]
     results = tridrop.commands.check.measure.Check(case, torch.float32, "reference", DEVICE, 8)
     assert not next(results.saves_no_mask()).passed
@@ -293,3 +308,28 @@ def test_info_prints_versions_and_backends(capsys):
         assert expected in out
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("backend", [PLAIN, "triton"])
+def test_memory_that_nobody_wrote_fails(monkeypatch, backend):
+    """Of a result, and of a gradient, whose last element is left as it was handed out."""
+
+    def unwritten(t):
+        made = torch.empty_like(t)
+        made.flatten()[:-1] = t.flatten()[:-1]
+        return made
+
+    module = tridrop.backends.load(backend)
+    right = module.prepare
+
+    def prepare(*given):
+        op = right(*given)
+        return SimpleNamespace(
+            forward=lambda operands: unwritten(op.forward(operands)),
+            backward=lambda *a: tuple(None if t is None else unwritten(t) for t in op.backward(*a)),
+        )
+
+    monkeypatch.setattr(module, "prepare", prepare)
+    found = failures(backend)
+    assert {"value", "grad x", "grad bias"} <= found
+    assert not torch.are_deterministic_algorithms_enabled()

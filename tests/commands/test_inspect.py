@@ -354,7 +354,7 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
 
 
 def test_the_yardstick_is_no_op():
-    assert "naive" not in backends.load("triton").__all__
+    assert "naive" not in vars(backends.load("triton"))
     package = Path(tridrop.__file__).parent
     mentioned = {
         path.name

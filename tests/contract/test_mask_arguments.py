@@ -17,6 +17,7 @@ from torch import Tensor
 import tridrop
 from tridrop.contract.mask import as_seed, key_of, rate_table, scale, threshold
 from tridrop.spec.elementwise import Options
+from tridrop.spec.operands import Elementwise, ElementwiseBackward
 
 BACKENDS = [PLAIN, "triton"]
 PAGE = (Path(__file__).parents[2] / "docs" / "mask-contract.md").read_text()
@@ -98,10 +99,11 @@ def tensor_path(backend: str, x: Tensor, p: Tensor, options: Options) -> tuple[T
     """
     module, seed = importlib.import_module(f"tridrop.backends.{backend}"), as_seed(1, DEVICE)
     keep = module.keep_mask(seed, tuple(x.shape), p, options, "elements")
-    out = module.forward(x, None, None, None, seed, p, options)
+    forward, backward = module.FAMILIES["elementwise"]
+    out = forward(Elementwise(x, seed=seed, p=p), options)
     ones = torch.ones_like(out)
     dtypes = (x.dtype, None, None)
-    grad, _, _ = module.backward(ones, None, None, None, seed, p, options, dtypes)
+    grad, _, _ = backward(ElementwiseBackward(ones, seed=seed, p=p), options, dtypes)
     return keep.cpu(), out.cpu(), grad.cpu()
 
 

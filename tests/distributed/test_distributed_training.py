@@ -27,8 +27,10 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint as recompute
 
 import tridrop
-from tridrop import autograd
 from tridrop.distributed import batch_slice, mesh_seed, number_microbatches
+from tridrop.ops import attention, elementwise, norm
+from tridrop.spec.attention import AttentionInputs
+from tridrop.spec.operands import Elementwise, Norm
 
 WORLD, STEPS, SAMPLES = 4, 20, 4
 MESHES = {}
@@ -221,29 +223,34 @@ def recorded(model, part=slice(None)):
             (export(seed, shape, p, shard=where), origin)
         )
 
-    def rows(forward, seed_at):
-        def call(x, *arguments):
-            packed = arguments[seed_at + 1 :]
-            seed = arguments[seed_at - 1]
-            if seed is not None:
-                note(seed, x.shape, packed[1], packed[4], packed[5], tridrop.keep_mask)
-            return forward(x, *arguments)
+    def rows(forward, operands, packed):
+        def call(*arguments):
+            width = len(operands._fields)
+            given, options = operands(*arguments[:width]), packed(*arguments[width:])
+            if given.seed is not None:
+                where = options.global_shape, options.origin
+                note(given.seed, given.x.shape, options.p, *where, tridrop.keep_mask)
+            return forward(*arguments)
 
         return call
 
-    def scores(query, key, *arguments):
-        seed, (p, *_) = arguments[6], arguments[8:]
-        if seed is not None:
-            shape, origin = (*query.shape[:3], key.shape[2]), arguments[8 + 5]
+    def scores(*arguments):
+        width = len(AttentionInputs._fields)
+        given = AttentionInputs(*arguments[:width])
+        options = attention.PackedAttention(*arguments[width:])
+        if given.seed is not None:
+            shape, origin = (*given.query.shape[:3], given.key.shape[2]), options.origin
             whole = [n + o for n, o in zip(shape, origin, strict=True)]
-            note(seed, shape, p, whole, origin, tridrop.attention_keep_mask)
-        return attend(query, key, *arguments)
+            note(given.seed, shape, options.p, whole, origin, tridrop.attention_keep_mask)
+        return attend(*arguments)
 
-    attend = autograd.attention.attention_forward
+    attend = attention.attention_forward
+    of_rows = rows(elementwise.forward, Elementwise, elementwise.Packed)
+    of_norms = rows(norm.norm_forward, Norm, norm.PackedNorm)
     with (
-        mock.patch.object(autograd.elementwise, "forward", rows(autograd.elementwise.forward, 4)),
-        mock.patch.object(autograd.norm, "norm_forward", rows(autograd.norm.norm_forward, 6)),
-        mock.patch.object(autograd.attention, "attention_forward", scores),
+        mock.patch.object(elementwise, "forward", of_rows),
+        mock.patch.object(norm, "norm_forward", of_norms),
+        mock.patch.object(attention, "attention_forward", scores),
     ):
         train(model, 1, part)
     return found

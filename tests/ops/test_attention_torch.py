@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
 from tridrop.commands.check.measure import MAX_Z
+from tridrop.spec.operands import AttentionBackward
 
 BACKENDS = [PLAIN, "triton"]
 
@@ -139,9 +140,10 @@ def test_no_pass_holds_anything_of_the_size_of_the_scores():
     given = tridrop.spec.attention.AttentionInputs(*tensors, seed=torch.tensor([3, 0]).to(DEVICE))
     how = tridrop.spec.attention.AttentionOptions(p=0.3, scale=0.25, upper=0)
     with Largest() as seen:
-        out, lse = module.attention_forward(given, how)
+        forward, backward = module.FAMILIES["attention"]
+        out, lse = forward(given, how)
         needs = (True, True, True, False, False)
-        module.attention_backward(out, None, out, lse, given, how, needs)
+        backward(AttentionBackward(out, None, out, lse, *given), how, needs)
     assert seen.bytes == 4 * out.numel() < 160 * 160
     options = {"is_causal": True, "dropout_p": 0.3, "seed": 3}
     # what autograd keeps: the operands, the result, the log-sum-exp and the seed

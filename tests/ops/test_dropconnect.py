@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
-from tridrop.autograd.redrawn import Drawn
 from tridrop.commands.check.measure import MAX_Z
 from tridrop.functional import dropconnect as functional
 from tridrop.nn.dropconnect import WeightDropped
+from tridrop.ops.redrawn import Drawn
 
 
 @pytest.fixture(params=[PLAIN, "triton"])

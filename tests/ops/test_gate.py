@@ -16,6 +16,7 @@ from tridrop.backends.triton import launch
 from tridrop.commands.check.measure import error, tolerance
 from tridrop.contract import mask
 from tridrop.spec.elementwise import Options
+from tridrop.spec.operands import ElementwiseBackward
 
 SHAPES = {"tokens": (3, 7, 40), "images": (2, 4, 5, 24), "no tokens": (5, 24), "long": (2, 300, 8)}
 
@@ -211,7 +212,10 @@ def test_programs_keep_to_a_sample(shape):
     dtypes = (None, torch.float32, torch.float32)
     with tridrop.backend("triton"):
         found = [
-            kernels.backward(grad, x, None, gate, seed, None, options, dtypes) for _ in range(2)
+            kernels.backward(
+                ElementwiseBackward(grad, x, layer_scale=gate, seed=seed), options, dtypes
+            )
+            for _ in range(2)
         ]
     for a, b in zip(*(f[1:] for f in found), strict=True):
         assert torch.equal(a, b)

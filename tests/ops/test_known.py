@@ -256,11 +256,10 @@ def test_the_choice_of_a_backend_is_asked_each_time(monkeypatch):
     other = "triton" if usual == PLAIN else PLAIN
     for name in (PLAIN, "triton"):
         module = backends.load(name)
-        right = module.PREPARES.get("elementwise", lambda *_: None)
-        monkeypatch.setitem(
-            module.PREPARES,
-            "elementwise",
-            lambda *a, name=name, right=right: calls.append(name) or right(*a),
+        monkeypatch.setattr(
+            module,
+            "prepare",
+            lambda *a, name=name, right=module.prepare: calls.append(name) or right(*a),
         )
     for _ in range(2):
         tridrop.dropout(x, 0.5)

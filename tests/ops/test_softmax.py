@@ -13,7 +13,7 @@ import tridrop
 from tridrop import softmax_dropout
 from tridrop.backends.triton import launch, softmax_launch
 from tridrop.commands.check.measure import error, saved_bytes, tolerance
-from tridrop.spec.attention import AttentionOptions, four
+from tridrop.spec.attention import SoftmaxOptions, four
 
 BACKENDS = [PLAIN, "reference", "triton"]
 
@@ -407,9 +407,9 @@ def test_second_derivatives_of_backends_agree():
 def test_opcheck(backend):
     scores, mask, grad = draw(2, 3, 4, 40), draw(3, 1, 40), draw(2, 3, 4, 40, seed=2)
     seed = tridrop.new_seed(DEVICE)
-    options = AttentionOptions(p=0.3, scale=0.5, upper=0)
-    packed = tridrop.ops.pack_attention(options, backend)
-    arguments = (scores, mask, seed, None, *packed, True)
+    options = SoftmaxOptions(p=0.3, scale=0.5, upper=0, return_softmax=True)
+    packed = tridrop.ops.pack_softmax(options, backend)
+    arguments = (scores, mask, seed, None, *packed)
     torch.library.opcheck(torch.ops.tridrop.softmax_forward, arguments)
     lse = torch.ops.tridrop.softmax_forward(*arguments)[2]
     for second, dtypes in ((grad, (scores.dtype, mask.dtype)), (None, (scores.dtype, None))):

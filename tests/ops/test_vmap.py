@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tridrop
-from tridrop.autograd import Fused, FusedNorm
+from tridrop.ops import Fused, FusedNorm
 
 N, B, T, C = 3, 2, 5, 12
 SHARD = tridrop.Shard((4, 9, 40), (1, 2, 13))

@@ -11,88 +11,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..base.memory import all_whole
-from ..spec.attention import AttentionInputs
+from ..spec.operands import Operands, Prepared
 from .cpu import serving as loops
-from .protocol import Backend, Prepared
+from .protocol import Backend
 
 NAMES = ("triton", "cpu", "reference")
 ENVIRONMENT = "TRIDROP_BACKEND"
-
-
-class _Held(NamedTuple):
-    """An elementwise op of a backend that prepares nothing: the call's options are kept."""
-
-    module: Any
-    options: Any
-
-    def forward(self, *arguments: Any) -> Any:
-        arguments = all_whole(arguments, ("x", "bias", "layer_scale", "residual", "seed"))
-        return self.module.forward(*arguments, None, self.options)
-
-    def backward(self, *arguments: Any) -> Any:
-        names = ("grad", "x", "bias", "layer_scale", "seed", "dtypes")
-        *tensors, dtypes = all_whole(arguments, names)
-        return self.module.backward(*tensors, None, self.options, dtypes)
-
-
-_NORM = ("x", "bias", "layer_scale", "residual", "weight", "norm_bias", "seed")
-_OF_NORM = (
-    "dout", "dstream", "stream", "statistics", "x", "bias", "layer_scale", "weight", "seed",
-    "dtypes",
-)  # fmt: skip
-
-
-class _HeldNorm(_Held):
-    def forward(self, *arguments: Any) -> Any:
-        return self.module.norm_forward(*all_whole(arguments, _NORM), None, self.options)
-
-    def backward(self, *arguments: Any) -> Any:
-        *tensors, dtypes = all_whole(arguments, _OF_NORM)
-        return self.module.norm_backward(*tensors, None, self.options, dtypes)
-
-
-class _HeldSoftmax(_Held):
-    """Its backends look at the memory themselves: what loops look at need not be asked twice."""
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.module.softmax_forward(*arguments[:-1], None, self.options, arguments[-1])
-
-    def backward(self, *arguments: Any) -> Any:
-        return self.module.softmax_backward(*arguments[:-1], None, self.options, arguments[-1])
-
-
-_ATTENTION = AttentionInputs._fields[:-1]
-
-
-class _HeldAttention(_Held):
-    """Its inputs one by one, up to the seed."""
-
-    def forward(self, *arguments: Any) -> Any:
-        inputs = AttentionInputs._make((*all_whole(arguments, _ATTENTION), None))
-        return self.module.attention_forward(inputs, self.options)
-
-    def backward(self, *arguments: Any) -> Any:
-        names = ("dout", "dlse", "out", "lse", *_ATTENTION, "needs")
-        dout, dlse, out, lse, *inputs, needs = all_whole(arguments, names)
-        given = AttentionInputs._make((*inputs, None))
-        return self.module.attention_backward(dout, dlse, out, lse, given, self.options, needs)
-
-
-_HELD = {
-    "elementwise": _Held,
-    "norm": _HeldNorm,
-    "softmax": _HeldSoftmax,
-    "attention": _HeldAttention,
-}
 
 
 class _State:
@@ -192,16 +124,20 @@ def serving(name: str, *tensors: Tensor | None) -> Backend:
 
 
 def prepare(
-    name: str, family: str, shape: tuple[int, ...], options: Any, *tensors: Tensor | None
+    name: str,
+    family: str,
+    shape: tuple[int, ...],
+    options: Any,
+    operands: Operands,
+    wanted: Sequence[Any] = (),
 ) -> Prepared:
-    """The backend ``name``, prepared for calls with results of ``shape`` and tensors like these.
+    """The backend ``name``, prepared for such calls: see :meth:`Backend.prepare`.
 
-    ``family`` is "elementwise", "norm", "softmax" or "attention". Raises as :func:`serving` does.
+    Raises as :func:`serving` does.
     """
-    module = serving(name, *(t for t in tensors if t is None or t.is_floating_point()))
-    prepares = module.PREPARES.get(family)
-    found: Prepared | None = None if prepares is None else prepares(shape, options, *tensors)
-    return _HELD[family](module, options) if found is None else found
+    *tensors, _ = operands  # the last is p, whose dtype does not matter
+    module = serving(name, *(t for t in tensors if t is not None and t.is_floating_point()))
+    return module.prepare(family, shape, options, operands, wanted)
 
 
 def report() -> list[dict[str, Any]]:

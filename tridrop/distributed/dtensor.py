@@ -39,22 +39,25 @@ def call(function: Any, arguments: Sequence[Any], run: Callable[..., Any]) -> An
             "a seed for each process"
         )
     layout: Layout = function.sharding(*arguments)
-    given = {i: o for i, o in layout.operands.items() if isinstance(arguments[i], Tensor)}
-    mesh = _mesh(arguments, given)
-    tensors = [(o, arguments[i], i in layout.linear) for i, o in given.items()]
+    given = {
+        name: (o, getattr(layout.tensors, name))
+        for name, o in layout.operands.items()
+        if isinstance(getattr(layout.tensors, name), Tensor)
+    }
+    mesh = _mesh(list(given.values()))
+    tensors = [(o, t, name in layout.linear) for name, (o, t) in given.items()]
     spread = [t for t in tensors if is_dtensor(t[1])]
     cuts = tuple(_cut(layout, spread, dim) for dim in range(mesh.ndim))
     sizes = {n: size for o, t, _ in tensors for n, size in zip(o.names, t.shape, strict=True)}
     for name, like in layout.even.items():
         _check_even(mesh, cuts, sizes, name, like)
     pieces = _pieces(mesh, cuts, sizes, layout)
-    local = list(arguments)
-    for (i, o), (_, t, linear) in zip(given.items(), tensors, strict=True):
-        local[i] = _local(t, o, mesh, cuts, pieces, layout, linear)
-    place = next(i for i, a in enumerate(arguments) if isinstance(a, tuple))
-    local[place] = layout.settle(pieces)
-    check_where_asked(arguments[layout.seed], mesh)
-    results = run(function, *local)
+    local = {
+        name: _local(t, o, mesh, cuts, pieces, layout, name in layout.linear)
+        for name, (o, t) in given.items()
+    }
+    check_where_asked(layout.seed, mesh)
+    results = run(function, *layout.tensors._replace(**local), layout.settle(pieces))
     single = isinstance(results, Tensor)
     found = [
         t if names is None or t.dim() != len(names) else _whole(t, names, mesh, cuts, sizes)
@@ -68,15 +71,14 @@ def _names(layout: Layout, results: Any) -> list[Any]:
     return [*layout.results, *(None,) * (count - len(layout.results))]
 
 
-def _mesh(arguments: Sequence[Any], given: Mapping[int, Operand]) -> Any:
+def _mesh(given: Sequence[tuple[Operand, Any]]) -> Any:
     """The one mesh of the operands."""
-    spread = {o.label: arguments[i] for i, o in given.items() if is_dtensor(arguments[i])}
+    spread = {o.label: t for o, t in given if is_dtensor(t)}
     first, one = next(iter(spread.items()), (None, None))
     if one is None:
         raise TypeError("a seed or a rate is a DTensor; give a plain tensor, equal everywhere")
     mesh = one.device_mesh
-    for i, o in given.items():
-        t = arguments[i]
+    for o, t in given:
         if not is_dtensor(t):
             if o.plain and not t.requires_grad:
                 continue

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends, ops
-from ..autograd import Attention, apply, torchs_attention
 from ..base import arguments as spec_values
+from ..ops import Attention, apply, torchs_attention
 from ..spec import attention as spec_attention
 from ..spec import elementwise as spec
-from ..spec.attention import AttentionOptions, Window
+from ..spec.attention import AttentionInputs, AttentionOptions, Window
 from . import known
 from .elementwise import ShardLike, distinct
-from .softmax import as_four, settle_attention
+from .softmax import as_four, rated_attention, settle_attention
 
-_NAMES = ("query", "key", "value", "attn_mask", "key_mask", "sinks")
-_FAMILY = known.Family("attention", Attention, ops.pack_attention, _NAMES)
+_FAMILY = known.Family(
+    "attention", Attention, ops.pack_attention, AttentionInputs, {"mask": "attn_mask"}
+)
 
 
 def _same_batch(
@@ -60,7 +61,17 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) if t.dtype in spec.FLOATS[:3] else t for t in tensors]
 
 
-def _prepared(
+class _Checked(NamedTuple):
+    """A call that has been checked."""
+
+    # Query, key, value, mask, key_mask, sinks and both offsets, in the op's dimensions.
+    tensors: tuple[Tensor | None, ...]
+    options: AttentionOptions  # all but the rate
+    outer: tuple[int, ...]  # the result's dimensions before the queries
+    batch: int | None  # the number of sequences, None where a shard says which they are
+
+
+def _checked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,9 +86,8 @@ def _prepared(
     softcap: float | None,
     packing: tuple[Tensor | None, Tensor | None, int | None, int | None],
     shard: ShardLike | None,
-    seed: int | Tensor | None,
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """The arguments of the op, checked, and the result's dimensions before the queries."""
+) -> _Checked:
+    """The call as the op takes it; raises where it may not be made."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
     spec_attention.check_dtypes(query, key=key, value=value)
     spec_values.check_flag(is_causal, "is_causal")
@@ -130,13 +140,21 @@ def _prepared(
     )
     alone = query.dim() < 4 and not is_packed  # no batch dimension
     sequences = None if shard is not None or alone else batch
-    options, p_tensor, drawn = settle_attention(
-        query, dropout_p, True, seed, options, sequences, "dropout_p"
-    )
     tensors = (q, k, v, as_four(mask, leading), key_mask, sinks, cu_seqlens_q, cu_seqlens_k)
-    inputs = (*distinct(*tensors), drawn, p_tensor)
-    packed = ops.pack_attention(options, backends.choose(query.device))
-    return (*inputs, packed), outer
+    return _Checked(tensors, options, outer, sequences)
+
+
+def _settled(
+    call: _Checked, p: float | Tensor, seed: int | Tensor | None
+) -> tuple[AttentionInputs, AttentionOptions]:
+    """All tensors of a checked call, and its options, with what is random in them."""
+    query = call.tensors[0]
+    assert query is not None
+    options, p_tensor, drawn = settle_attention(
+        query, p, True, seed, call.options, call.batch, "dropout_p"
+    )
+    tensors = (*distinct(*call.tensors), drawn, p_tensor)
+    return AttentionInputs(*tensors), options  # type: ignore[arg-type]
 
 
 def scaled_dot_product_attention(
@@ -223,7 +241,7 @@ def scaled_dot_product_attention(
     query, key, value = _autocast(query, key, value)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     operands = (query, key, value, attn_mask, key_mask, sinks)
-    call = None
+    kept = None
     # One by one: Dynamo of torch 2.11 cannot compare tuples with tensors in them.
     whole = cu_seqlens_q is None and cu_seqlens_k is None
     flags = (is_causal is False or is_causal is True) and (
@@ -233,27 +251,35 @@ def scaled_dot_product_attention(
         # True and 1.0 equal 1, and only one of them may be refused.
         numbers = (type(scale), scale, type(softcap), softcap, spec_attention.typed(window))
         settings = ("attention", *numbers, is_causal, enable_gqa)
-        call = known.key_of(settings, dropout_p, None, shard, *operands)
+        kept = known.key_of(settings, dropout_p, None, shard, *operands)
     spec_values.check_flag(return_lse, "return_lse")
-    results: tuple[Tensor, Tensor]
-    found = known.recall(call)
+    results: tuple[Tensor, ...]
+    found, call = known.recall(kept), None
+    if found is None:
+        call = _checked(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, key_mask,
+            sinks, softcap, packing, shard,
+        )  # fmt: skip
+        in_place = all(a is b for a, b in zip(call.tensors[:3], operands[:3], strict=True))
+        if kept is not None and in_place:
+            options, _, drops = rated_attention(dropout_p, True, call.options)
+            shape = tuple(query.shape)
+            found = known.learn(_FAMILY, kept, shape, options, drops, *call.tensors)
     if found is not None:
         given = (query, key, value, as_four(attn_mask, ()), key_mask, sinks, None, None)
         results = known.call(_FAMILY, found, seed, *given)
-        return results if return_lse else results[0]
-    arguments, outer = _prepared(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, key_mask,
-        sinks, softcap, packing, shard, seed,
-    )  # fmt: skip
-    if call is not None and all(a is b for a, b in zip(arguments[:3], operands[:3], strict=True)):
-        options = ops.unpack_attention(*arguments[-1])
-        draws = arguments[8] is not None
-        known.learn(_FAMILY, call, tuple(query.shape), options, draws, *operands)
-    alone = None if return_lse else torchs_attention(*arguments)
-    made = apply(Attention, *arguments) if alone is None else (alone,)
+        return (results[0], results[1]) if return_lse else results[0]
+    assert call is not None
+    inputs, options = _settled(call, dropout_p, seed)
+    alone = None if return_lse else torchs_attention(inputs, options)
+    if alone is None:
+        packed = ops.pack_attention(options, backends.choose(query.device))
+        results = apply(Attention, *inputs, packed)
+    else:
+        results = (alone,)
     if query.dim() != 4:
-        made = tuple(t.reshape(*outer, *t.shape[2:]) for t in made)
-    return tuple(made) if return_lse else made[0]
+        results = tuple(t.reshape(*call.outer, *t.shape[2:]) for t in results)
+    return (results[0], results[1]) if return_lse else results[0]
 
 
 def scaled_dot_product_attention_backward(
@@ -317,10 +343,12 @@ def scaled_dot_product_attention_backward(
         )
     query, key, value = _autocast(query, key, value)
     with torch.no_grad():
-        (*inputs, packed), _ = _prepared(
+        call = _checked(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, key_mask,
-            None, softcap, (None,) * 4, shard, seed,
+            None, softcap, (None,) * 4, shard,
         )  # fmt: skip
+        inputs, options = _settled(call, dropout_p, seed)
+        packed = ops.pack_attention(options, backends.choose(query.device))
         needs = [True, True, True, False, False]
         given = (grad, None, out, lse, *inputs, *packed, needs, True)
         dquery, dkey, dvalue, *_ = ops.attention.attention_backward(*given)

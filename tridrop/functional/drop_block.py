@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..autograd import Masked, apply
 from ..base import arguments as spec_values
 from ..contract.seeds import refuse_batch, seed_for
+from ..ops import Masked, apply
 from ..spec import elementwise as spec
 from .masks import keep_mask
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..autograd.redrawn import Drawn, redrawn
 from ..contract.seeds import seed_for
+from ..ops.redrawn import Drawn, redrawn
 from ..spec import elementwise as spec
 from ..spec.product import check_matrix, check_same_dtype, product_dtype
 from .elementwise import dropout, in_batch

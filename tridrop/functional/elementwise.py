@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops
-from ..autograd import Fused, apply
 from ..base import arguments as spec_values
 from ..contract import seeds
 from ..contract.mask import Shard
 from ..contract.seeds import seed_for
 from ..distributed import agree
 from ..distributed.dtensor import is_dtensor
+from ..ops import Fused, apply
 from ..spec import elementwise as spec
 from ..spec.elementwise import Options
+from ..spec.operands import Elementwise
 from . import known
 
 ShardLike = Shard | tuple[Sequence[int], Sequence[int]]
 
-_NAMES = ("x", "bias", "layer_scale", "residual")
-_FAMILY = known.Family("elementwise", Fused, ops.pack, _NAMES)
+_FAMILY = known.Family("elementwise", Fused, ops.pack, Elementwise)
 
 _O = TypeVar("_O", bound=Options)
 
@@ -113,10 +113,13 @@ def fused(
     spec.check_vector(bias, "bias", x.shape[-1] if x.dim() else 1, x)
     operands = (x, bias, layer_scale, residual)
     out: Tensor
-    options, p_tensor, drawn = settle(x, p, training, seed, options)
     if key is not None:
+        options, _, drops = rated(p, training, options)
         shape = spec.output_shape(x, options.activation)
-        known.learn(_FAMILY, key, shape, options, drawn is not None, *operands)
+        found = known.learn(_FAMILY, key, shape, options, drops, *operands)
+        out = known.call(_FAMILY, found, seed, *operands)
+        return out
+    options, p_tensor, drawn = settle(x, p, training, seed, options)
     packed = ops.pack(options, backends.choose(x.device))
     out = apply(Fused, *distinct(*operands), drawn, p_tensor, packed)
     return out

@@ -9,8 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..autograd.common import whole
 from ..contract import noise
+from ..ops.common import whole
 from ..spec import elementwise as spec
 from ..spec.elementwise import Options
 from .elementwise import ShardLike, dropout, fused

@@ -1,26 +1,28 @@
 """Calls that differ from an earlier one in their data alone are not checked again.
 
 A model calls an op with the same shapes, dtypes and options in every step. What the checks of a
-call and its backend look at is a key: while it is the same, so is what they found. On a CPU this,
-and not the arithmetic, is most of the time of a small call.
+call and its backend look at is a key: while it is the same, so is what they found, and the first
+call goes on as the later ones do. On a CPU the checks, and not the arithmetic, are most of the time
+of a small call.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd import Function, apply, apply_unbound
 from ..backends.cpu import serving
 from ..base.arguments import check_tensor
 from ..base.memory import PLAIN
 from ..base.torch_private import watched
 from ..contract import seeds
+from ..ops import Function, apply, apply_unbound
 from ..ops.library import Known
 
 Key = tuple[Any, ...]
@@ -84,9 +86,10 @@ class Family(NamedTuple):
     """What the ops of a family share."""
 
     name: str  # as backends.prepare takes it
-    function: type[Function]  # of the operands, a seed, p as a tensor, and options
+    function: type[Function]  # of the operands and packed options
     pack: Callable[[Any, str], tuple[Any, ...]]  # options and a backend, as operators take them
-    operands: tuple[str, ...]  # their names, in messages
+    operands: type[Any]  # the tuple of the tensors, which ends in a seed and p
+    labels: Mapping[str, str] = MappingProxyType({})  # fields that have another name in messages
 
 
 def learn(
@@ -96,16 +99,18 @@ def learn(
     options: Any,
     draws: bool,
     *operands: Tensor | None,
-) -> None:
+) -> Known:
     """Prepare the backend for the calls of a key, which has results of ``shape``, and keep it.
 
-    The first operand is a tensor.
+    The operands are all but the seed and p, and the first is a tensor.
     """
     name = backends.choose(operands[0].device)  # type: ignore[union-attr]
-    prepared = backends.prepare(name, family.name, shape, options, *operands)
+    given = family.operands(*operands, seed=None, p=None)
+    prepared = backends.prepare(name, family.name, shape, options, given)
     if len(_known) >= _MOST:
         _known.clear()
-    _known[key] = Known(family.pack(options, name), prepared, draws, {})
+    found = _known[key] = Known(family.pack(options, name), prepared, draws, {})
+    return found
 
 
 def call(
@@ -127,7 +132,7 @@ def call(
         return function.forward(*operands, drawn, None, known)
     except RuntimeError:
         # A key says nothing of layouts: to ask for them would take longer than to fail.
-        for name, t in zip(family.operands, operands, strict=False):
+        for name, t in zip(family.operands._fields, operands, strict=False):
             if t is not None:
-                check_tensor(t, name)
+                check_tensor(t, family.labels.get(name, name))
         raise

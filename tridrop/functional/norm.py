@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops
-from ..autograd import FusedNorm, apply
 from ..base import arguments as spec_values
+from ..ops import FusedNorm, apply
 from ..spec import elementwise as spec
 from ..spec.elementwise import NormOptions
+from ..spec.operands import Norm
 from . import known
-from .elementwise import ShardLike, distinct, settle
+from .elementwise import ShardLike, distinct, rated, settle
 
-_NAMES = ("x", "bias", "layer_scale", "residual", "weight", "norm_bias")
-_FAMILY = known.Family("norm", FusedNorm, ops.pack_norm, _NAMES)
+_FAMILY = known.Family("norm", FusedNorm, ops.pack_norm, Norm)
 
 
 def _fused_norm(
@@ -99,9 +99,11 @@ def _fused_norm(
         stream_dtype=torch.float32 if residual_in_fp32 else stream_dtype,
         out_dtype=out_dtype,
     )
-    options, p_tensor, drawn = settle(x, p, training, seed, options)
     if key is not None:
-        known.learn(_FAMILY, key, tuple(x.shape), options, drawn is not None, *operands)
+        options, _, drops = rated(p, training, options)
+        found = known.learn(_FAMILY, key, tuple(x.shape), options, drops, *operands)
+        return known.call(_FAMILY, found, seed, *operands)[:2]
+    options, p_tensor, drawn = settle(x, p, training, seed, options)
     packed = ops.pack_norm(options, backends.choose(x.device))
     results: tuple[Tensor, ...] = apply(FusedNorm, *distinct(*operands), drawn, p_tensor, packed)
     return results[0], results[1]

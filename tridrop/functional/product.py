@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..autograd import Product, apply
-from ..ops.product import pack_product
+from ..ops import DroppedProduct, apply, pack_product
 from ..spec import elementwise as spec
 from ..spec.product import ProductOptions, product_dtype
 from .elementwise import ShardLike, distinct, in_batch, seed_of
@@ -53,5 +52,5 @@ def dropped_product(
     p_tensor = p if drops and isinstance(p, Tensor) else None
     packed = pack_product(options, backends.choose(x.device))
     operands = distinct(x, weight)
-    out = apply(Product, *operands, drawn, p_tensor, packed)
+    out = apply(DroppedProduct, *operands, drawn, p_tensor, packed)
     return out

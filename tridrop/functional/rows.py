@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backends
-from ..autograd import DropRows, apply
 from ..contract.seeds import seed_for
+from ..ops import DropRows, apply
 from ..spec.elementwise import check_rate
 
 

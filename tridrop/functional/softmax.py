@@ -5,32 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, overload
+from typing import Literal, TypeVar, overload
 
 from torch import Tensor
 
 from .. import backends, ops
-from ..autograd import SoftmaxDropout, apply
 from ..base import arguments as spec_values
 from ..contract import seeds
+from ..ops import SoftmaxDropout, apply
 from ..spec import attention as spec_attention
 from ..spec import elementwise as spec
-from ..spec.attention import AttentionOptions
+from ..spec.attention import AttentionOptions, SoftmaxOptions
+from ..spec.operands import Softmax
 from . import known
 from .elementwise import ShardLike, distinct, seed_of
 
+_O = TypeVar("_O", bound=AttentionOptions)
 
-def _pack(options: AttentionOptions, backend: str, *, return_softmax: bool) -> tuple[Any, ...]:
-    return (*ops.pack_attention(options, backend), return_softmax)
-
-
-_FAMILIES = {
-    wanted: known.Family(
-        "softmax", SoftmaxDropout, partial(_pack, return_softmax=wanted), ("scores", "mask")
-    )
-    for wanted in (False, True)
-}
+_FAMILY = known.Family("softmax", SoftmaxDropout, ops.pack_softmax, Softmax)
 
 
 def as_four(mask: Tensor | None, leading: Sequence[int]) -> Tensor | None:
@@ -52,25 +44,34 @@ def as_four(mask: Tensor | None, leading: Sequence[int]) -> Tensor | None:
     return mask.flatten(0, -4)
 
 
+def rated_attention(
+    p: float | Tensor, training: bool, options: _O
+) -> tuple[_O, Tensor | None, bool]:
+    """The options with their rate, p where it is a tensor, and whether anything drops."""
+    spec_values.check_flag(training, "training")
+    if not training:
+        return options, None, False
+    if isinstance(p, Tensor):
+        return options, p, True
+    options = replace(options, p=float(p))
+    return options, None, options.p > 0
+
+
 def settle_attention(
     x: Tensor,
     p: float | Tensor,
     training: bool,
     seed: int | Tensor | None,
-    options: AttentionOptions,
+    options: _O,
     batch: int | None,
     name: str = "p",
-) -> tuple[AttentionOptions, Tensor | None, Tensor | None]:
+) -> tuple[_O, Tensor | None, Tensor | None]:
     """The options with their rate, p where it is a tensor, and the seed where anything drops.
 
     ``batch`` is the number of sequences, None where a shard says which they are.
     """
-    spec_values.check_flag(training, "training")
     spec.check_rate(p, x.device, name)
-    p_tensor = p if training and isinstance(p, Tensor) else None
-    if training and not isinstance(p, Tensor):
-        options = replace(options, p=float(p))
-    drops = p_tensor is not None or options.p > 0
+    options, p_tensor, drops = rated_attention(p, training, options)
     if not drops:
         return options, p_tensor, None
     if seeds.in_batch() and batch is not None:
@@ -175,11 +176,10 @@ def softmax_dropout(
         key = known.key_of(settings, p, None, shard, scores, mask)
     found = known.recall(key)
     if found is not None:
-        out, softmax, _ = known.call(_FAMILIES[return_softmax], found, seed, scores, mask)
+        out, softmax, _ = known.call(_FAMILY, found, seed, scores, mask)
         return (out, softmax) if return_softmax else out
     spec_values.check_flag(is_causal, "is_causal")
     spec_values.check_flag(return_softmax, "return_softmax")
-    family = _FAMILIES[return_softmax]
     spec.check_input(scores, "scores")
     if scores.dim() < 2:
         raise ValueError(
@@ -197,14 +197,19 @@ def softmax_dropout(
     _, upper = spec_attention.resolve_band(is_causal, None)
     if upper is not None:
         upper += origin[2] - origin[3]  # local indices differ from those of the whole
-    options = AttentionOptions(
-        scale=spec_attention.resolve_scale(scale, 1.0), upper=upper, origin=origin
+    options = SoftmaxOptions(
+        scale=spec_attention.resolve_scale(scale, 1.0),
+        upper=upper,
+        origin=origin,
+        return_softmax=return_softmax,
     )
+    if key is not None:
+        options, _, drops = rated_attention(p, training, options)
+        found = known.learn(_FAMILY, key, tuple(scores.shape), options, drops, scores, mask)
+        out, softmax, _ = known.call(_FAMILY, found, seed, scores, mask)
+        return (out, softmax) if return_softmax else out
     batch = None if shard is not None or scores.dim() < 4 else math.prod(scores.shape[:-3])
     options, p_tensor, drawn = settle_attention(scores, p, training, seed, options, batch)
-    if key is not None:
-        draws = drawn is not None
-        known.learn(family, key, tuple(scores.shape), options, draws, scores, mask)
-    packed = family.pack(options, backends.choose(scores.device))
+    packed = ops.pack_softmax(options, backends.choose(scores.device))
     out, softmax, _ = apply(SoftmaxDropout, *distinct(scores, mask), drawn, p_tensor, packed)
     return (out, softmax) if return_softmax else out

@@ -8,11 +8,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..autograd import Masked, apply
 from ..base import arguments as spec_values
 from ..contract import choice
 from ..contract.mask import Shard
 from ..contract.seeds import refuse_batch, seed_for
+from ..ops import Masked, apply
 from ..spec import elementwise as spec
 from .elementwise import dropout
 from .masks import keep_mask, kept_indices

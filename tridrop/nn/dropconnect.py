@@ -13,10 +13,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from .. import functional as F
-from ..autograd.redrawn import redrawn
 from ..base.arguments import check_module, check_sequence
 from ..contract.seeds import seed_for
 from ..functional.dropconnect import drop_weight
+from ..ops.redrawn import redrawn
 from ..spec.elementwise import check_probability
 from .modules import _Site
 

@@ -1,21 +1,31 @@
-"""The opaque operators that torch sees: one module per family, each with its schemas and shapes."""
+"""The ops that torch sees, a module per family: operators, their shapes, and autograd functions."""
 
-from . import masks, softmax
-from .attention import PackedAttention, pack_attention, unpack_attention
-from .elementwise import Packed, pack, unpack
-from .norm import is_after, laid_norm, pack_norm, unpack_norm
+from . import masks
+from .attention import Attention, pack_attention, torchs_attention
+from .common import Function, apply, apply_unbound
+from .elementwise import Fused, pack
+from .masked import Masked
+from .norm import FusedNorm, pack_norm
+from .product import DroppedProduct, pack_product
+from .rows import DropRows
+from .softmax import SoftmaxDropout, pack_softmax
 
 __all__ = [
-    "Packed",
-    "PackedAttention",
-    "is_after",
-    "laid_norm",
+    "Attention",
+    "DropRows",
+    "DroppedProduct",
+    "Function",
+    "Fused",
+    "FusedNorm",
+    "Masked",
+    "SoftmaxDropout",
+    "apply",
+    "apply_unbound",
     "masks",
     "pack",
     "pack_attention",
     "pack_norm",
-    "softmax",
-    "unpack",
-    "unpack_attention",
-    "unpack_norm",
+    "pack_product",
+    "pack_softmax",
+    "torchs_attention",
 ]

@@ -1,16 +1,31 @@
-"""The operators of attention."""
+"""Attention: its operators, and its autograd functions."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from ..backends.reference import attention as reference
+from ..base.torch_private import forward_mode
+from ..distributed import layouts
 from ..spec.attention import AttentionInputs, AttentionOptions, empty_output
-from .library import define, filled, read_rate
+from ..spec.operands import AttentionBackward as Incoming
+from .common import (
+    Function,
+    apply_in_backward,
+    differentiate,
+    each_sample,
+    packed_and_prepared,
+    prepared_backward,
+    save,
+    unchanged,
+    wanted,
+)
+from .library import Known, composes, define, filled, prepared
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_mask, Tensor? sinks, "
@@ -20,40 +35,69 @@ OPTIONS = (
     "float p, float scale, SymInt? lower, SymInt? upper, float softcap, SymInt[] origin, "
     "SymInt max_query, SymInt max_key, str backend"
 )
-_WIDTH = len(AttentionInputs._fields)
 
-PackedAttention = tuple[Any, ...]
+
+class PackedAttention(NamedTuple):
+    """The options as the arguments that an operator takes."""
+
+    p: float
+    scale: float
+    lower: int | None
+    upper: int | None
+    softcap: float
+    origin: list[int]
+    max_query: int
+    max_key: int
+    backend: str
 
 
 def pack_attention(options: AttentionOptions, backend: str) -> PackedAttention:
-    """The options as the arguments that an operator takes."""
+    """The options and the name of a backend, packed."""
     o = options
-    return (
+    return PackedAttention(
         float(o.p), o.scale, o.lower, o.upper, o.softcap, list(o.origin), o.max_query, o.max_key,
         backend,
     )  # fmt: skip
 
 
-def unpack_attention(*packed: Any) -> AttentionOptions:
+def score_options(packed: Any) -> dict[str, Any]:
+    """What :func:`pack_attention` packed, of the options of attention and of the softmax."""
+    return {
+        "p": packed.p,
+        "scale": packed.scale,
+        "lower": packed.lower,
+        "upper": packed.upper,
+        "softcap": packed.softcap,
+        "origin": tuple(packed.origin),
+        "max_query": packed.max_query,
+        "max_key": packed.max_key,
+    }
+
+
+def unpack_attention(packed: PackedAttention) -> AttentionOptions:
     """The inverse of :func:`pack_attention`."""
-    p, scale, lower, upper, softcap, origin, max_query, max_key, _ = packed
-    return AttentionOptions(p, scale, lower, upper, softcap, tuple(origin), max_query, max_key)
+    return AttentionOptions(**score_options(packed))
 
 
-def _settle(
-    tensors: tuple[Any, ...], packed: tuple[Any, ...]
-) -> tuple[Any, AttentionInputs, AttentionOptions]:
-    inputs = AttentionInputs(*tensors)
-    p, options = read_rate(inputs.p, unpack_attention(*packed))
-    serving = (inputs.query, inputs.key, inputs.value, inputs.sinks)
-    floats = None if inputs.mask is None or inputs.mask.dtype == torch.bool else inputs.mask
-    module = backends.serving(packed[-1], *serving, floats)
-    return module, inputs._replace(p=p), options
+_OPERANDS, _INCOMING = len(AttentionInputs._fields), len(Incoming._fields)
+
+
+def _differentiable(inputs: Any) -> tuple[Any, ...]:
+    """What may have a gradient, of the inputs or of what goes with each."""
+    return inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks
+
+
+def _at_inputs(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> tuple[Any, ...]:
+    """Gradients at the places of the inputs they belong to."""
+    return AttentionInputs(query, key, value, mask=mask, sinks=sinks)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    module, inputs, options = _settle(arguments[:_WIDTH], arguments[_WIDTH:])
-    out, lse = module.attention_forward(inputs, options)
+    inputs = AttentionInputs(*arguments[:_OPERANDS])
+    packed = PackedAttention(*arguments[_OPERANDS:])
+    shape, options = inputs.query.shape, unpack_attention(packed)
+    op, inputs = prepared("attention", shape, options, packed.backend, inputs)
+    out, lse = op.forward(inputs)
     return out, lse
 
 
@@ -63,27 +107,24 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return empty_output(query, value.shape[-1]), lse
 
 
-def _backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    *packed, needs, block = arguments[_WIDTH:]
-    module, inputs, options = _settle(arguments[:_WIDTH], tuple(packed))
-    options = dataclasses.replace(options, block=block)
-    results = module.attention_backward(dout, dlse, out, lse, inputs, options, tuple(needs))
-    return filled(results, dout)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    operands = Incoming(*arguments[:_INCOMING])
+    *values, needs, block = arguments[_INCOMING:]
+    packed, dout = PackedAttention(*values), operands.dout
+    options = dataclasses.replace(unpack_attention(packed), block=block)
+    op, operands = prepared("attention", dout.shape, options, packed.backend, operands)
+    return filled(op.backward(operands, tuple(needs)), dout)
 
 
-def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    inputs, needs = AttentionInputs(*arguments[:_WIDTH]), arguments[-2]
-    differentiable = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    operands = Incoming(*arguments[:_INCOMING])
+    *_, needs, _block = arguments
     return filled(
         [
             torch.empty_like(t) if t is not None and need else None
-            for t, need in zip(differentiable, needs, strict=True)
+            for t, need in zip(_differentiable(operands), needs, strict=True)
         ],
-        dout,
+        operands.dout,
     )
 
 
@@ -100,3 +141,96 @@ attention_backward = define(
     _backward,
     _backward_fake,
 )
+
+
+def torchs_attention(inputs: AttentionInputs, options: AttentionOptions) -> Tensor | None:
+    """The heads by torch's own attention, for exported graphs; it knows no forward mode.
+
+    None where it cannot compute them, and where nobody asks for torch's own operators.
+    """
+    if inputs.seed is not None or not composes(None) or forward_mode():
+        return None
+    if inputs.cu_query is not None or inputs.sinks is not None or options.softcap:
+        return None
+    return reference.torchs(inputs, options)
+
+
+class Attention(Function):
+    """(out, lse) of attention; see ``backends/reference/attention.py``."""
+
+    sharding = staticmethod(layouts.attention)
+
+    @staticmethod
+    def composed(*arguments: Any) -> tuple[Tensor, Tensor] | None:
+        *tensors, packed = arguments
+        inputs = AttentionInputs(*tensors)
+        if inputs.cu_query is not None or not composes(inputs.seed):
+            return None
+        return reference.composed(inputs, unpack_attention(packed))
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, packed = arguments
+        if isinstance(packed, Known):
+            out, lse = packed.prepared.forward(AttentionInputs._make(tensors))
+        else:
+            out, lse = attention_forward(*tensors, *packed)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, packed = inputs
+        ctx.packed, ctx.prepared = packed_and_prepared(packed)
+        ctx.needs = _differentiable(AttentionInputs(*ctx.needs_input_grad[:-1]))
+        ctx.set_materialize_grads(False)
+        save(ctx, packed, Incoming, *output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * (_OPERANDS + 1)
+        if dout is None:
+            dout = torch.zeros_like(saved[0])
+        found = prepared_backward(ctx, Incoming, (dout, dlse), saved, ctx.needs)
+        if found is None:
+            given = (dout, dlse, *unchanged(ctx, saved), ctx.packed, ctx.needs)
+            found = apply_in_backward(AttentionBackward, *given)
+        return *_at_inputs(*found), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(Attention.apply, info, in_dims, args)
+
+
+class AttentionBackward(Function):
+    """The gradients of :class:`Attention`. out and lse are functions of the other tensors."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, packed, needs = inputs
+        dtypes = tuple(torch.float32 if need else None for need in needs)
+        return wanted(attention_backward(*tensors, *packed, list(needs), False), dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, ctx.needs = inputs
+        save(ctx, ctx.packed, Incoming, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        dout, dlse, _, _, *tensors = unchanged(ctx, ctx.saved_tensors)
+        inputs, options = AttentionInputs(*tensors), unpack_attention(ctx.packed)
+        floats = inputs.mask is not None and inputs.mask.dtype != torch.bool
+        given = {"dout": dout, "dlse": dlse, "query": inputs.query, "key": inputs.key}
+        given |= {"value": inputs.value, "mask": inputs.mask if floats else None}
+        given["sinks"] = inputs.sinks
+        dtypes = tuple(torch.float32 if need else None for need in ctx.needs)
+        ddout, ddlse, *others = differentiate(
+            reference.attention_gradients, given, cotangents, None, (inputs, options), dtypes
+        )
+        return ddout, ddlse, None, None, *_at_inputs(*others), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(AttentionBackward.apply, info, in_dims, args)

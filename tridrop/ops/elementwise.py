@@ -1,34 +1,60 @@
-"""The operators of the elementwise family."""
+"""The elementwise family: its operators, and its autograd functions."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from ..backends.reference import elementwise as reference
 from ..base.strides import laid, order_of
 from ..contract.mask import Shard
+from ..distributed import layouts
 from ..spec.elementwise import Options, output_shape
-from .library import define, filled, read_rate
+from ..spec.operands import Elementwise, ElementwiseBackward
+from .batching import all_samples
+from .common import (
+    Function,
+    apply_in_backward,
+    differentiate,
+    each_sample,
+    packed_and_prepared,
+    prepared_backward,
+    save,
+    unchanged,
+    wanted,
+)
+from .library import Known, composes, define, filled, prepared
 
-# What every op of the family is told besides its tensors; pack() below makes the values. An empty
-# global_shape means the tensor is whole.
+# What every op of the family is told besides its tensors: the fields of Packed.
 OPTIONS = (
     "str activation, float p, float drop_path, int[] shared, "
     "SymInt[] global_shape, SymInt[] origin, str noise, str backend"
 )
 
-Packed = tuple[str, float, float, list[int], list[int], list[int], str, str]
+
+class Packed(NamedTuple):
+    """The options as the arguments that an operator takes.
+
+    An empty ``global_shape`` means that the tensor is whole.
+    """
+
+    activation: str
+    p: float
+    drop_path: float
+    shared: list[int]
+    global_shape: list[int]
+    origin: list[int]
+    noise: str
+    backend: str
 
 
 def pack(options: Options, backend: str) -> Packed:
-    """The options as the arguments that an operator takes."""
+    """The options and the name of a backend, packed."""
     shard = options.shard
-    return (
+    return Packed(
         options.activation,
         float(options.p),
         float(options.drop_path),
@@ -40,101 +66,74 @@ def pack(options: Options, backend: str) -> Packed:
     )
 
 
-def unpack(
-    activation: str,
-    p: float,
-    drop_path: float,
-    shared: Sequence[int],
-    global_shape: Sequence[int],
-    origin: Sequence[int],
-    noise: str = "mask",
-) -> Options:
+def shared_options(packed: Any) -> dict[str, Any]:
+    """What :func:`pack` packed, of the options of this family and of those that extend them."""
+    whole = tuple(packed.global_shape)
+    return {
+        "activation": packed.activation,
+        "p": packed.p,
+        "drop_path": packed.drop_path,
+        "shared": tuple(packed.shared),
+        "shard": Shard(whole, tuple(packed.origin)) if whole else None,
+        "noise": packed.noise,
+    }
+
+
+def unpack(packed: Packed) -> Options:
     """The inverse of :func:`pack`."""
-    shard = Shard(tuple(global_shape), tuple(origin)) if len(global_shape) else None
-    return Options(activation, p, drop_path, tuple(shared), shard, noise)
+    return Options(**shared_options(packed))
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+_OPERANDS, _INCOMING = len(Elementwise._fields), len(ElementwiseBackward._fields)
 
 
-def unpack_shared(*packed: Any) -> dict[str, Any]:
-    """The same by their names, for the options of other families. (Dynamo reads no ``vars``.)"""
-    options = unpack(*packed)
-    return {name: getattr(options, name) for name in _NAMES}
-
-
-def _forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    p_tensor: Tensor | None,
-    *packed: object,
-) -> Tensor:
-    *values, backend = packed
-    p_tensor, options = read_rate(p_tensor, unpack(*values))  # type: ignore[arg-type]
-    module = backends.serving(str(backend), x, bias, layer_scale, residual)
-    out = module.forward(x, bias, layer_scale, residual, seed, p_tensor, options)
+def _forward(*arguments: Any) -> Tensor:
+    operands, packed = Elementwise(*arguments[:_OPERANDS]), Packed(*arguments[_OPERANDS:])
+    x, residual = operands.x, operands.residual
+    shape = output_shape(x, packed.activation)
+    op, operands = prepared("elementwise", shape, unpack(packed), packed.backend, operands)
+    out = op.forward(operands)
     if x.is_contiguous() and (residual is None or residual.is_contiguous()):
         return out.contiguous()
     return laid(out.contiguous(), order_of(residual, x))
 
 
-def _forward_fake(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    p_tensor: Tensor | None,
-    activation: str,
-    *_: object,
-) -> Tensor:
+def _forward_fake(*arguments: Any) -> Tensor:
+    operands, packed = Elementwise(*arguments[:_OPERANDS]), Packed(*arguments[_OPERANDS:])
+    x, residual = operands.x, operands.residual
     dtype = x.dtype if residual is None else residual.dtype
-    out = torch.empty(output_shape(x, activation), dtype=dtype, device=x.device)
+    out = torch.empty(output_shape(x, packed.activation), dtype=dtype, device=x.device)
     return laid(out, order_of(residual, x))
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    p_tensor: Tensor | None,
-    *packed: object,
-) -> tuple[Tensor, ...]:
-    *values, backend, order, x_dtype, bias_dtype, layer_scale_dtype = packed
-    p_tensor, options = read_rate(p_tensor, unpack(*values))  # type: ignore[arg-type]
-    module = backends.serving(str(backend), grad, x, bias, layer_scale)
-    dtypes = (x_dtype, bias_dtype, layer_scale_dtype)
-    dx, *vectors = module.backward(grad, x, bias, layer_scale, seed, p_tensor, options, dtypes)  # type: ignore[arg-type]
-    if dx is not None and not grad.is_contiguous():
-        dx = laid(dx, order_of(grad, order))  # type: ignore[arg-type]
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    operands = ElementwiseBackward(*arguments[:_INCOMING])
+    *values, order, x_dtype, bias_dtype, layer_scale_dtype = arguments[_INCOMING:]
+    packed, dtypes = Packed(*values), (x_dtype, bias_dtype, layer_scale_dtype)
+    grad = operands.grad
+    op, operands = prepared(
+        "elementwise", grad.shape, unpack(packed), packed.backend, operands, dtypes
+    )
+    dx, *vectors = op.backward(operands, dtypes)
+    if dx is not None:
+        dx = reference.own(dx, grad)
+        if not grad.is_contiguous():
+            dx = laid(dx, order_of(grad, order))
     return filled((dx, *vectors), grad)
 
 
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    p_tensor: Tensor | None,
-    *packed: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *values, _backend, order, x_dtype, bias_dtype, layer_scale_dtype = packed
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    grad, gain = arguments[0], ElementwiseBackward(*arguments[:_INCOMING]).layer_scale
+    *values, order, x_dtype, bias_dtype, layer_scale_dtype = arguments[_INCOMING:]
     cols = grad.shape[-1] if grad.dim() else 1
-    width = 2 * cols if unpack(*values).gated else cols  # type: ignore[arg-type]
-    gain = (cols,) if layer_scale is None else tuple(layer_scale.shape)
-    shapes = ((*grad.shape[:-1], width) if grad.dim() else (), (width,), gain)
-    dtypes = (x_dtype, bias_dtype, layer_scale_dtype)
-    a, b, c = (
-        grad.new_empty(0) if dtype is None else torch.empty(shape, dtype=dtype, device=grad.device)  # type: ignore[call-overload]
-        for shape, dtype in zip(shapes, dtypes, strict=True)
+    width = 2 * cols if unpack(Packed(*values)).gated else cols
+    of_gain = (cols,) if gain is None else tuple(gain.shape)
+    shapes = ((*grad.shape[:-1], width) if grad.dim() else (), (width,), of_gain)
+    dx, *vectors = (
+        None if dtype is None else torch.empty(shape, dtype=dtype, device=grad.device)
+        for shape, dtype in zip(shapes, (x_dtype, bias_dtype, layer_scale_dtype), strict=True)
     )
-    return a if x_dtype is None else laid(a, order_of(grad, order)), b, c  # type: ignore[arg-type]
+    return filled((None if dx is None else laid(dx, order_of(grad, order)), *vectors), grad)
 
 
 forward = define(
@@ -151,3 +150,96 @@ backward = define(
     _backward,
     _backward_fake,
 )
+
+
+class Fused(Function):
+    """residual + drop_path(layer_scale * dropout(f(x + bias)))."""
+
+    sharding = staticmethod(layouts.elementwise)
+
+    @staticmethod
+    def composed(*arguments: Any) -> Tensor | None:
+        *tensors, packed = arguments
+        operands = Elementwise(*tensors)
+        if not composes(operands.seed):
+            return None
+        out = reference.composed(operands, unpack(packed))
+        return out.clone() if out is operands.x else out
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        *tensors, packed = arguments
+        if not isinstance(packed, Known):
+            made: Tensor = forward(*tensors, *packed)
+            return made
+        operands = Elementwise._make(tensors)
+        x, residual = operands.x, operands.residual
+        out: Tensor = packed.prepared.forward(operands)
+        if x.is_contiguous() and (residual is None or residual.is_contiguous()):
+            return out
+        return laid(out, order_of(residual, x))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, bias, layer_scale, _, seed, p, packed = inputs
+        ctx.packed, ctx.prepared = packed_and_prepared(packed)
+        # The strides that the kept mask of torch's dropout would have: of x, by which a gradient
+        # that has none of its own, such as that of a sum, is laid out.
+        ctx.order = None if x.is_contiguous() else order_of(x)
+        needs = ctx.needs_input_grad
+        ctx.dtypes = (
+            x.dtype if needs[0] else None,
+            bias.dtype if needs[1] else None,
+            layer_scale.dtype if needs[2] else None,
+        )
+        # Without an activation, x matters only to the gradient of layer_scale.
+        if ctx.packed.activation == "none" and not needs[2]:
+            x = bias = None
+        save(ctx, packed, ElementwiseBackward, x, bias, layer_scale, seed, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        found = (None, None, None)
+        if any(ctx.needs_input_grad[:3]):
+            saved = ctx.saved_tensors
+            found = prepared_backward(ctx, ElementwiseBackward, (grad,), saved, ctx.dtypes)
+            if found is None:
+                given = (grad, *unchanged(ctx, saved), ctx.packed, ctx.order, ctx.dtypes)
+                found = apply_in_backward(FusedBackward, *given)
+            elif not (grad.is_contiguous() or found[0] is None or found[0] is grad):
+                found = (laid(found[0], order_of(grad, ctx.order)), *found[1:])
+        # The residual is added as it is, so its gradient is the incoming one, unread.
+        dresidual = grad if ctx.needs_input_grad[3] else None
+        return *found, dresidual, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return all_samples(Fused.apply, Elementwise, info, in_dims, args)
+
+
+class FusedBackward(Function):
+    """The gradients of :class:`Fused` as a function of the incoming gradient, x and the vectors."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, packed, order, dtypes = inputs
+        return wanted(backward(*tensors, *packed, order, *dtypes), dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, _, ctx.dtypes = inputs
+        save(ctx, ctx.packed, ElementwiseBackward, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        operands = ElementwiseBackward(*unchanged(ctx, ctx.saved_tensors))
+        grad, options = operands.grad, unpack(ctx.packed)
+        drop = reference.multiplier(tuple(grad.shape), operands.seed, operands.p, options)
+        given = operands._asdict()
+        del given["seed"], given["p"]
+        found = differentiate(reference.gradients, given, cotangents, drop, options, ctx.dtypes)
+        return *found, *(None,) * 5
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(FusedBackward.apply, info, in_dims, args)

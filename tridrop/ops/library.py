@@ -2,7 +2,7 @@
 
 Operators are schemas, shape functions and the way to a backend; no math. They are opaque so that
 torch.compile, export and the autograd engine treat a call as one node, with the same random bits
-everywhere. The derivative lives above, in autograd.
+everywhere. The derivative is an autograd function beside them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends.protocol import Prepared
+from .. import backends
 from ..base import memory
 from ..base.memory import PLAIN, Given
 from ..base.torch_private import forward_mode, is_legacy_batched, is_wrapped, trace_state, watched
 from ..spec.elementwise import check_probability
+from ..spec.operands import Prepared
 
 _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")
@@ -113,6 +114,20 @@ def each_seed(name: str, function: Callable[..., Tensor]) -> None:
         return torch.stack([function(s, *rest) for s in seed.unbind(in_dims[0])]), 0
 
     torch.library.register_vmap(f"tridrop::{name}", rule, lib=_library)
+
+
+def prepared(
+    family: str,
+    shape: Sequence[int],
+    options: Any,
+    backend: str,
+    operands: _O,
+    wanted: Sequence[Any] = (),
+) -> tuple[Prepared, _O]:
+    """A backend's op for a call, and the operands as it takes them: see ``backends.prepare``."""
+    p, options = read_rate(operands.p, options)  # type: ignore[attr-defined]
+    operands = operands._replace(p=p)  # type: ignore[attr-defined]
+    return backends.prepare(backend, family, tuple(shape), options, operands, wanted), operands
 
 
 def read_rate(p_tensor: Tensor | None, options: _O) -> tuple[Tensor | None, _O]:

@@ -12,9 +12,9 @@ from .. import backends
 from ..backends.protocol import Backend
 from ..base.torch_private import partitioner_redraws
 from ..contract import choice
+from ..contract.mask import Shard
 from ..spec.attention import AttentionOptions
-from ..spec.elementwise import FLOATS
-from .elementwise import unpack
+from ..spec.elementwise import FLOATS, Options
 from .library import define, each_seed, read_rate
 
 
@@ -58,7 +58,8 @@ def _keep_mask(
     origin: Sequence[int],
     backend: str,
 ) -> Tensor:
-    p_tensor, options = read_rate(p_tensor, unpack("none", p, 0.0, shared, global_shape, origin))
+    shard = Shard(tuple(global_shape), tuple(origin)) if global_shape else None
+    p_tensor, options = read_rate(p_tensor, Options(p=p, shared=tuple(shared), shard=shard))
     module = _serving(backend, seed)
     return module.keep_mask(seed, tuple(shape), p_tensor, options, domain)
 

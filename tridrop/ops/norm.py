@@ -1,52 +1,90 @@
-"""The operators of the norm family."""
+"""The norm family: its operators, and its autograd functions."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from ..backends.reference import elementwise
+from ..backends.reference import norm as reference
 from ..base.strides import laid, order_of
-from ..spec.elementwise import NormOptions, Options
-from .elementwise import OPTIONS, pack, unpack_shared
-from .library import define, filled, read_rate
+from ..distributed import layouts
+from ..spec.elementwise import NormOptions
+from ..spec.operands import Norm, NormBackward
+from .batching import all_samples
+from .common import (
+    Function,
+    apply_in_backward,
+    differentiate,
+    each_sample,
+    packed_and_prepared,
+    prepared_backward,
+    save,
+    unchanged,
+    wanted,
+)
+from .elementwise import OPTIONS, pack, shared_options
+from .library import Known, composes, define, filled, prepared
 
 _NORM = (
     f"{OPTIONS}, str norm, float eps, bool zero_centered, bool after, bool keep_stream, "
     "ScalarType stream_dtype, ScalarType out_dtype"
 )
-_NORM_FIELDS = dataclasses.fields(NormOptions)[len(dataclasses.fields(Options)) :]
-# Of packed options; a shard is two arguments.
-_BACKEND = len(dataclasses.fields(Options)) + 1
-_NAMES = [field.name for field in _NORM_FIELDS]
-_AFTER = _BACKEND + 1 + _NAMES.index("after")
-_KIND = _BACKEND + 1 + _NAMES.index("norm")
 
 
-def pack_norm(options: NormOptions, backend: str) -> tuple[Any, ...]:
+class PackedNorm(NamedTuple):
     """The options of the norm family as the arguments that its operators take."""
-    own = [getattr(options, field.name) for field in _NORM_FIELDS]
-    return (*pack(options, backend), *own)
+
+    activation: str
+    p: float
+    drop_path: float
+    shared: list[int]
+    global_shape: list[int]
+    origin: list[int]
+    noise: str
+    backend: str
+    norm: str
+    eps: float
+    zero_centered: bool
+    after: bool
+    keep_stream: bool
+    stream_dtype: torch.dtype
+    out_dtype: torch.dtype
 
 
-def is_after(packed: tuple[Any, ...]) -> bool:
-    """Whether the dropout of a call goes after its norm."""
-    return bool(packed[_AFTER])
+def pack_norm(options: NormOptions, backend: str) -> PackedNorm:
+    """The options and the name of a backend, packed."""
+    return PackedNorm(
+        *pack(options, backend),
+        options.norm,
+        options.eps,
+        options.zero_centered,
+        options.after,
+        options.keep_stream,
+        options.stream_dtype,
+        options.out_dtype,
+    )
 
 
-def unpack_norm(*packed: Any) -> NormOptions:
+def unpack_norm(packed: PackedNorm) -> NormOptions:
     """The inverse of :func:`pack_norm`."""
-    own = packed[-len(_NORM_FIELDS) :]
-    shared = unpack_shared(*packed[: -len(_NORM_FIELDS) - 1])
-    return NormOptions(**shared, **dict(zip(_NAMES, own, strict=True)))
+    return NormOptions(
+        **shared_options(packed),
+        norm=packed.norm,
+        eps=packed.eps,
+        zero_centered=packed.zero_centered,
+        after=packed.after,
+        keep_stream=packed.keep_stream,
+        stream_dtype=packed.stream_dtype,
+        out_dtype=packed.out_dtype,
+    )
 
 
 def laid_norm(
-    results: Sequence[Any], x: Tensor, residual: Tensor | None, packed: tuple[Any, ...]
+    results: Sequence[Any], x: Tensor, residual: Tensor | None, packed: Any
 ) -> tuple[Any, ...]:
     """The results, contiguous ones, in the order in which eager's lie.
 
@@ -54,8 +92,8 @@ def laid_norm(
     contiguous tensor whatever it gets.
     """
     out, stream, statistics = results
-    rms = packed[_KIND] == "rms_norm"
-    if is_after(packed):
+    rms = packed.norm == "rms_norm"
+    if packed.after:
         if rms:
             return laid(out, order_of(residual, x)), stream, statistics
         order = None if residual is None else order_of(residual, tuple(range(x.dim())))
@@ -66,40 +104,46 @@ def laid_norm(
     return laid(out, order) if rms else out, stream, statistics
 
 
-def _norm_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, p_tensor, packed = arguments[:7], arguments[7], arguments[8:]
-    p_tensor, options = read_rate(p_tensor, unpack_norm(*packed))
-    module = backends.serving(packed[_BACKEND], *tensors[:6])
-    results = module.norm_forward(*tensors, p_tensor, options)  # type: ignore[call-arg]
-    results = laid_norm(results, tensors[0], tensors[3], packed)
-    return filled(results, tensors[0])
+_OPERANDS, _INCOMING = len(Norm._fields), len(NormBackward._fields)
+_GRADIENTS = 6  # of x, bias, layer_scale, residual, weight and norm_bias
 
 
-def _norm_forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    options = unpack_norm(*arguments[7:])
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, packed = Norm(*arguments[:_OPERANDS]), PackedNorm(*arguments[_OPERANDS:])
+    x, residual = operands.x, operands.residual
+    op, operands = prepared("norm", x.shape, unpack_norm(packed), packed.backend, operands)
+    return filled(laid_norm(op.forward(operands), x, residual, packed), x)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, packed = Norm(*arguments[:_OPERANDS]), PackedNorm(*arguments[_OPERANDS:])
+    x = operands.x
     statistics = x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
-    has_stream = options.keep_stream and not options.after
-    stream = x.new_empty(x.shape if has_stream else 0, dtype=options.stream_dtype)
-    out = x.new_empty(x.shape, dtype=options.out_dtype)
-    return laid_norm((out, stream, statistics), x, arguments[2], arguments[7:])
+    has_stream = packed.keep_stream and not packed.after
+    stream = x.new_empty(x.shape if has_stream else 0, dtype=packed.stream_dtype)
+    out = x.new_empty(x.shape, dtype=packed.out_dtype)
+    return laid_norm((out, stream, statistics), x, operands.residual, packed)
 
 
-def _norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, p_tensor, packed = arguments[:9], arguments[9], arguments[10:-6]
-    p_tensor, options = read_rate(p_tensor, unpack_norm(*packed))
-    module = backends.serving(packed[_BACKEND], tensors[0], *tensors[4:8])
-    results = module.norm_backward(*tensors, p_tensor, options, arguments[-6:])  # type: ignore[call-arg]
-    return filled(results, tensors[0])
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    operands = NormBackward(*arguments[:_INCOMING])
+    packed, dtypes = PackedNorm(*arguments[_INCOMING:-_GRADIENTS]), arguments[-_GRADIENTS:]
+    dout = operands.dout
+    op, operands = prepared(
+        "norm", dout.shape, unpack_norm(packed), packed.backend, operands, dtypes
+    )
+    return filled(op.backward(operands, dtypes), dout)
 
 
-def _norm_backward_fake(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    dtypes, options = arguments[-6:], unpack_norm(*arguments[9:-6])
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    dout, packed = arguments[0], PackedNorm(*arguments[_INCOMING:-_GRADIENTS])
+    x, bias, layer_scale, residual, weight, norm_bias = arguments[-_GRADIENTS:]
     vector = dout.shape[-1:]
     shapes = (dout.shape, vector, vector, dout.shape, vector, vector)
-    wanted = [*dtypes[:3], None if options.after else dtypes[3], *dtypes[4:]]
+    dtypes = (x, bias, layer_scale, None if packed.after else residual, weight, norm_bias)
     return tuple(
         dout.new_empty(0) if dtype is None else dout.new_empty(shape, dtype=dtype)
-        for shape, dtype in zip(shapes, wanted, strict=True)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
     )
 
 
@@ -107,8 +151,8 @@ norm_forward = define(
     "norm_forward(Tensor x, Tensor? bias, Tensor? layer_scale, Tensor? residual, Tensor? weight, "
     f"Tensor? norm_bias, Tensor? seed, Tensor? p_tensor, {_NORM}) "
     "-> (Tensor, Tensor, Tensor)",
-    _norm_forward,
-    _norm_forward_fake,
+    _forward,
+    _forward_fake,
 )
 norm_backward = define(
     "norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor statistics, "
@@ -116,6 +160,109 @@ norm_backward = define(
     f"Tensor? p_tensor, {_NORM}, ScalarType? x_dtype, ScalarType? bias_dtype, "
     "ScalarType? layer_scale_dtype, ScalarType? residual_dtype, ScalarType? weight_dtype, "
     "ScalarType? norm_bias_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _norm_backward,
-    _norm_backward_fake,
+    _backward,
+    _backward_fake,
 )
+
+
+class FusedNorm(Function):
+    """(out, stream, statistics) of dropout, add and norm; see ``backends/reference/norm.py``."""
+
+    sharding = staticmethod(layouts.norm)
+
+    @staticmethod
+    def composed(*arguments: Any) -> tuple[Tensor, Tensor | None, None] | None:
+        *tensors, packed = arguments
+        operands = Norm(*tensors)
+        if not composes(operands.seed):
+            return None
+        return *reference.composed(operands, unpack_norm(packed)), None
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, packed = arguments
+        if not isinstance(packed, Known):
+            made: tuple[Tensor, ...] = norm_forward(*tensors, *packed)
+            return made
+        operands = Norm._make(tensors)
+        x, residual = operands.x, operands.residual
+        results: tuple[Tensor, ...] = packed.prepared.forward(operands)
+        if x.is_contiguous() and (residual is None or residual.is_contiguous()):
+            return results
+        return laid_norm(results, x, residual, packed.packed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, bias, layer_scale, residual, weight, norm_bias, seed, p, packed = inputs
+        _, stream, statistics = output
+        ctx.packed, ctx.prepared = packed_and_prepared(packed)
+        after = ctx.packed.after
+        needs = ctx.needs_input_grad
+        ctx.dtypes = (
+            x.dtype if needs[0] else None,
+            bias.dtype if needs[1] else None,
+            layer_scale.dtype if needs[2] else None,
+            residual.dtype if needs[3] and not after else None,  # else it is the incoming one
+            weight.dtype if needs[4] else None,
+            norm_bias.dtype if needs[5] else None,
+        )
+        if after:
+            ctx.mark_non_differentiable(statistics, *(() if stream is None else (stream,)))
+            stream = x
+        else:
+            ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        if not needs[2]:
+            x = bias = None
+        save(ctx, packed, NormBackward, stream, statistics, x, bias, layer_scale, weight, seed, p)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dstream: Tensor | None, *_: Any) -> Any:
+        saved = ctx.saved_tensors
+        if ctx.packed.after:
+            dstream = None
+        if dout is None and dstream is None:
+            return (None,) * 9
+        incoming = torch.zeros_like(saved[0]) if dout is None else dout
+        found = prepared_backward(ctx, NormBackward, (incoming, dstream), saved, ctx.dtypes)
+        if found is None:
+            given = (incoming, dstream, *unchanged(ctx, saved), ctx.packed, ctx.dtypes)
+            found = apply_in_backward(FusedNormBackward, *given)
+        if ctx.packed.after and ctx.needs_input_grad[3]:
+            found = (*found[:3], dout, *found[4:])
+        return *found, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return all_samples(FusedNorm.apply, Norm, info, in_dims, args)
+
+
+class FusedNormBackward(Function):
+    """The gradients of :class:`FusedNorm`."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, packed, dtypes = inputs
+        return wanted(norm_backward(*tensors, *packed, *dtypes), dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, ctx.dtypes = inputs
+        save(ctx, ctx.packed, NormBackward, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        operands = NormBackward(*unchanged(ctx, ctx.saved_tensors))
+        shape, options = tuple(operands.dout.shape), unpack_norm(ctx.packed)
+        drop = elementwise.multiplier(shape, operands.seed, operands.p, options)
+        # The statistics are functions of the stream, and are computed from it again.
+        given = operands._asdict()
+        del given["statistics"], given["seed"], given["p"]
+        found = differentiate(
+            reference.norm_gradients, given, cotangents, drop, options, ctx.dtypes
+        )
+        return *found[:3], None, *found[3:], None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(FusedNormBackward.apply, info, in_dims, args)

@@ -1,62 +1,91 @@
-"""The operators of the softmax."""
+"""The softmax of scores: its operators, and its autograd functions."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends.protocol import Backend
-from ..spec.attention import AttentionOptions
-from .attention import OPTIONS as OPTIONS
-from .attention import unpack_attention
-from .library import define, filled, read_rate
+from ..backends.reference import softmax as reference
+from ..distributed import layouts
+from ..spec.attention import SoftmaxOptions
+from ..spec.operands import Softmax, SoftmaxBackward
+from .attention import OPTIONS, pack_attention, score_options
+from .common import (
+    Function,
+    apply_in_backward,
+    differentiate,
+    each_sample,
+    packed_and_prepared,
+    prepared_backward,
+    save,
+    unchanged,
+    wanted,
+)
+from .library import Known, composes, define, filled, prepared
 
 
-def _settle(
-    scores: Tensor, mask: Tensor | None, p_tensor: Tensor | None, packed: tuple[Any, ...]
-) -> tuple[Backend, Tensor | None, AttentionOptions]:
-    p_tensor, options = read_rate(p_tensor, unpack_attention(*packed))
-    return backends.serving(packed[-1], scores, mask), p_tensor, options
+class PackedSoftmax(NamedTuple):
+    """The options as the arguments that an operator takes."""
+
+    p: float
+    scale: float
+    lower: int | None
+    upper: int | None
+    softcap: float
+    origin: list[int]
+    max_query: int
+    max_key: int
+    backend: str
+    return_softmax: bool
 
 
-def _forward(
-    scores: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    p_tensor: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    *packed, return_softmax = arguments
-    module, p_tensor, options = _settle(scores, mask, p_tensor, tuple(packed))
-    results = module.softmax_forward(scores, mask, seed, p_tensor, options, return_softmax)
-    return filled(results, scores)
+def pack_softmax(options: SoftmaxOptions, backend: str) -> PackedSoftmax:
+    """The options and the name of a backend, packed."""
+    return PackedSoftmax(*pack_attention(options, backend), options.return_softmax)
+
+
+def unpack_softmax(packed: PackedSoftmax) -> SoftmaxOptions:
+    """The inverse of :func:`pack_softmax`."""
+    return SoftmaxOptions(**score_options(packed), return_softmax=packed.return_softmax)
+
+
+_OPERANDS, _INCOMING = len(Softmax._fields), len(SoftmaxBackward._fields)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, packed = Softmax(*arguments[:_OPERANDS]), PackedSoftmax(*arguments[_OPERANDS:])
+    scores, options = operands.scores, unpack_softmax(packed)
+    op, operands = prepared("softmax", scores.shape, options, packed.backend, operands)
+    return filled(op.forward(operands), scores)
 
 
 def _forward_fake(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    packed = PackedSoftmax(*arguments[_OPERANDS - 1 :])
     out = scores.new_empty(scores.shape)
-    softmax = scores.new_empty(scores.shape if arguments[-1] else 0)
+    softmax = scores.new_empty(scores.shape if packed.return_softmax else 0)
     return out, softmax, scores.new_empty(scores.shape[:-1], dtype=torch.float32)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    dout, dsoftmax, scores, mask, lse, seed, p_tensor = arguments[:7]
-    *packed, scores_dtype, mask_dtype = arguments[7:]
-    module, p_tensor, options = _settle(scores, mask, p_tensor, tuple(packed))
-    dtypes = (scores_dtype, mask_dtype)
-    results = module.softmax_backward(
-        dout, dsoftmax, scores, mask, lse, seed, p_tensor, options, dtypes
-    )
-    return filled(results, scores)
+    operands = SoftmaxBackward(*arguments[:_INCOMING])
+    *values, scores_dtype, mask_dtype = arguments[_INCOMING:]
+    packed, dtypes = PackedSoftmax(*values), (scores_dtype, mask_dtype)
+    scores, options = operands.scores, unpack_softmax(packed)
+    op, operands = prepared("softmax", scores.shape, options, packed.backend, operands, dtypes)
+    return filled(op.backward(operands, dtypes), scores)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    scores, mask = arguments[2:4]
+    operands = SoftmaxBackward(*arguments[:_INCOMING])
+    *_, scores_dtype, mask_dtype = arguments
+    scores, mask = operands.scores, operands.mask
     results = (
-        None if dtype is None else scores.new_empty(t.shape, dtype=dtype)
-        for t, dtype in zip((scores, mask), arguments[-2:], strict=True)
+        None if t is None or dtype is None else scores.new_empty(t.shape, dtype=dtype)
+        for t, dtype in ((scores, scores_dtype), (mask, mask_dtype))
     )
     return filled(list(results), scores)
 
@@ -70,8 +99,111 @@ softmax_forward = define(
 )
 softmax_backward = define(
     "softmax_backward(Tensor? dout, Tensor? dsoftmax, Tensor scores, Tensor? mask, Tensor lse, "
-    f"Tensor? seed, Tensor? p_tensor, {OPTIONS}, ScalarType? scores_dtype, "
+    f"Tensor? seed, Tensor? p_tensor, {OPTIONS}, bool return_softmax, ScalarType? scores_dtype, "
     "ScalarType? mask_dtype) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
+
+
+class SoftmaxDropout(Function):
+    """(out, softmax, log-sum-exp of each row); see ``backends/reference/softmax.py``."""
+
+    sharding = staticmethod(layouts.softmax)
+
+    @staticmethod
+    def composed(*arguments: Any) -> tuple[Tensor, Tensor, None] | None:
+        *tensors, packed = arguments
+        operands = Softmax(*tensors)
+        if not composes(operands.seed):
+            return None
+        return *reference.composed(operands, unpack_softmax(packed)), None
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, packed = arguments
+        results: tuple[Tensor, ...]
+        if isinstance(packed, Known):
+            results = packed.prepared.forward(Softmax._make(tensors))
+        else:
+            results = softmax_forward(*tensors, *packed)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, packed = inputs
+        scores, mask, seed, p = tensors
+        ctx.packed, ctx.prepared = packed_and_prepared(packed)
+        out, softmax, lse = output
+        ctx.dtypes = tuple(
+            t.dtype if t is not None and needed else None
+            for t, needed in zip((scores, mask), ctx.needs_input_grad[:2], strict=True)
+        )
+        returned = ctx.packed.return_softmax
+        unused = () if returned or softmax is None else (softmax,)
+        ctx.mark_non_differentiable(lse, *unused)
+        ctx.set_materialize_grads(False)
+        # Where the result is the softmax of the scores, masked at most, and only they have a
+        # gradient, backward is torch's, and keeps what torch's would.
+        ctx.plain = (
+            seed is None and p is None and ctx.dtypes[1] is None and not returned
+            and ctx.packed.backend != "triton" and ctx.packed.scale == 1
+        )  # fmt: skip
+        if ctx.plain:
+            save(ctx, ctx.packed, ("out",), out)
+        else:
+            save(ctx, packed, SoftmaxBackward, scores, mask, lse, seed, p)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dsoftmax: Tensor | None, *_: Any) -> Any:
+        if not ctx.packed.return_softmax:
+            dsoftmax = None  # compiled code makes a gradient for the empty result
+        if dout is None and dsoftmax is None:
+            return (None,) * 5
+        if ctx.plain and dout is not None:
+            return reference.of_scores(dout, *unchanged(ctx, ctx.saved_tensors)), *(None,) * 4
+        saved = ctx.saved_tensors
+        found = prepared_backward(ctx, SoftmaxBackward, (dout, dsoftmax), saved, ctx.dtypes)
+        if found is None:
+            given = (dout, dsoftmax, *unchanged(ctx, saved), ctx.packed, ctx.dtypes)
+            found = apply_in_backward(SoftmaxDropoutBackward, *given)
+        return *found, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(SoftmaxDropout.apply, info, in_dims, args)
+
+
+class SoftmaxDropoutBackward(Function):
+    """The gradients of :class:`SoftmaxDropout`. lse is a function of the scores and the mask."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, packed, dtypes = inputs
+        return wanted(softmax_backward(*tensors, *packed, *dtypes), dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.packed, ctx.dtypes = inputs
+        save(ctx, ctx.packed, SoftmaxBackward, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        dout, dsoftmax, scores, mask, _, seed, p = unchanged(ctx, ctx.saved_tensors)
+        options = unpack_softmax(ctx.packed)
+        drop = reference.attention_multiplier(scores.shape, seed, p, options)
+        gradients = reference.softmax_gradients
+        given = {"dout": dout, "dsoftmax": dsoftmax, "scores": scores}
+        if mask is None or mask.dtype == torch.bool:
+            found = differentiate(
+                partial(gradients, mask=mask), given, cotangents, drop, options, ctx.dtypes
+            )
+            found.append(None)
+        else:
+            given["mask"] = mask
+            found = differentiate(gradients, given, cotangents, drop, options, ctx.dtypes)
+        return *found, *(None,) * 5
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(SoftmaxDropoutBackward.apply, info, in_dims, args)

@@ -60,6 +60,13 @@ class AttentionOptions:
         return scale(self.threshold())
 
 
+@dataclass(frozen=True)
+class SoftmaxOptions(AttentionOptions):
+    """The options of the softmax of scores: ``return_softmax`` asks for what dropout is given."""
+
+    return_softmax: bool = False
+
+
 def four(shape: Sequence[int]) -> tuple[int, int, int, int]:
     """(batch, heads, queries, keys) of scores of two dimensions or more.
 

@@ -5,44 +5,45 @@ It makes the numbers of the reference, to rounding, with the same masks. What th
 whole, with the masks from the loops.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
+from ...spec.operands import Functions, Operands, Prepared
+from ..reference import FAMILIES as _REFERENCE
 from ..reference import decision_bits
 from ..reference import elementwise as _reference
 from ..reference import masks as _reference_masks
-from ..reference import product as _product
-from . import elementwise, masks, norm
-from .attention import attention_backward, attention_forward
-from .elementwise import backward, forward
-from .norm import norm_backward, norm_forward
-from .softmax import softmax_backward, softmax_forward
+from . import attention, elementwise, masks, norm, softmax
 
-__all__ = [
-    "PREPARES",
-    "attention_backward",
-    "attention_forward",
-    "attention_keep_mask",
-    "backward",
-    "decision_bits",
-    "forward",
-    "keep_mask",
-    "norm_backward",
-    "norm_forward",
-    "product_backward",
-    "product_forward",
-    "softmax_backward",
-    "softmax_forward",
-    "why_not",
-]
+__all__ = ["attention_keep_mask", "decision_bits", "keep_mask", "prepare", "why_not"]
 
 keep_mask = partial(_reference.keep_mask, draw=masks)
 attention_keep_mask = partial(_reference_masks.attention_keep_mask, draw=masks)
-product_forward = partial(_product.product_forward, draw=masks)
-product_backward = partial(_product.product_backward, draw=masks)
 
-PREPARES = {"elementwise": elementwise.prepare, "norm": norm.prepare}
+# What loops prepare, or give None of: then it is one of the reference's.
+_LOOPS: dict[str, Callable[..., Prepared | None]] = {
+    "elementwise": elementwise.prepare,
+    "norm": norm.prepare,
+    "softmax": softmax.prepare,
+}
+_HANDED_OVER = {
+    name: _REFERENCE[name].partial(draw=masks) for name in ("elementwise", "norm", "product")
+} | {
+    "softmax": _REFERENCE["softmax"].partial(random_part=softmax.attention_multiplier),
+    "attention": Functions(attention.attention_forward, attention.attention_backward),
+}
+
+
+def prepare(
+    family: str, shape: tuple[int, ...], options: Any, operands: Operands, wanted: Sequence[Any]
+) -> Prepared:
+    """See :meth:`tridrop.backends.protocol.Backend.prepare`."""
+    loops = _LOOPS.get(family)
+    found = None if loops is None else loops(shape, options, operands, wanted)
+    return _HANDED_OVER[family].prepare(options) if found is None else found
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:

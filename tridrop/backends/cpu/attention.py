@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, float32
 
 from ...spec.attention import AttentionInputs, AttentionOptions
+from ...spec.operands import AttentionBackward, inputs_of
 from ..reference import attention as reference
 from ..reference.attention import Gradients, ScoreGradients, as_given, as_tensors
 from . import flash, softmax
@@ -50,23 +51,17 @@ def _of_scores(
 
 @as_given
 def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """The op; arguments as in ``backends.Backend.attention_forward``."""
+    """(out, lse), as the reference's."""
     found = flash.forward(inputs, options)
     return reference.attention_forward(inputs, options, _kept) if found is None else found
 
 
 @as_given
 def attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    inputs: AttentionInputs,
-    options: AttentionOptions,
-    needs: tuple[bool, ...],
+    operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...]
 ) -> Gradients:
-    """The op's gradients; arguments as in ``backends.Backend.attention_backward``."""
-    found = flash.backward(dout, dlse, out, lse, inputs, options, needs)
+    """The gradients, as the reference's."""
+    found = flash.backward(operands, options, needs)
     if found is not None:
-        return as_tensors(found, inputs)
-    return reference.attention_backward(dout, dlse, out, lse, inputs, options, needs, _of_scores)
+        return as_tensors(found, inputs_of(operands))
+    return reference.attention_backward(operands, options, needs, _of_scores)

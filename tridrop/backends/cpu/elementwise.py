@@ -7,20 +7,20 @@ data is prepared once for each shape and set of options.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...base.memory import all_whole, place
-from ...spec.elementwise import Options, check_functions, output_shape
+from ...base.memory import place
+from ...spec.elementwise import Options, check_functions
+from ...spec.operands import Elementwise, ElementwiseBackward, Operands, checked
 from ..reference import elementwise
-from . import masks
 from .memory import NONE, result, vector
-from .selection import Selection, Sum, can_read, selection_of, serves
+from .selection import Selection, Sum, selection_of, serves
 
-_NAMES = ("x", "bias", "layer_scale", "residual")
 _NO_SUMS = (0, 0)  # the addresses of two absent sums
 
 
@@ -38,23 +38,12 @@ class PreparedElementwise(NamedTuple):
     columns: int
     width: int  # the columns of x: twice those of the result where f is gated
 
-    def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        layer_scale: Tensor | None,
-        residual: Tensor | None,
-        seed: Tensor | None,
-    ) -> Tensor:
-        """The op; arguments as in ``backends.Backend.forward``."""
-        if layer_scale is not None and layer_scale.dim() > 1:  # a gate: the loops take vectors
-            names = ("x", "bias", "gate", "residual", "seed")
-            tensors = all_whole((x, bias, layer_scale, residual, seed), names)
-            return elementwise.forward(*tensors, None, self.options, masks)  # type: ignore[call-arg]
+    def forward(self, operands: Elementwise) -> Tensor:
+        """The op."""
+        x, bias, layer_scale, residual, seed, _ = operands
         if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
             nothing = elementwise.Multiplier(None, 1.0)
-            x, *others = all_whole((x, bias, layer_scale, residual), _NAMES)
-            found = elementwise.compose(x, *others, nothing, self.options, False)  # type: ignore[call-arg]
+            found = elementwise.compose(checked(operands), nothing, self.options, False)
             return found.clone() if elementwise.is_view(found, x) else found
         columns, width, count = self.columns, self.width, self.drop.count
         x, u = place(x, count if width == columns else 2 * count, "x")
@@ -74,19 +63,10 @@ class PreparedElementwise(NamedTuple):
         return out
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor | None,
-        bias: Tensor | None,
-        layer_scale: Tensor | None,
-        seed: Tensor | None,
-        dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The op's gradients; arguments as in ``backends.Backend.backward``."""
-        if layer_scale is not None and layer_scale.dim() > 1:
-            names = ("grad", "x", "bias", "gate", "seed")
-            tensors = all_whole((grad, x, bias, layer_scale, seed), names)
-            return elementwise.backward(*tensors, None, self.options, dtypes, masks)  # type: ignore[call-arg]
+        self, operands: ElementwiseBackward, dtypes: tuple[torch.dtype | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Its gradients of x, bias and layer_scale."""
+        grad, x, bias, layer_scale, seed, _ = operands
         gated = self.options.gated
         if not self.drop.drops and not gated and layer_scale is None:
             if self.function.steps == 0 and dtypes == (grad.dtype, None, None):
@@ -94,8 +74,10 @@ class PreparedElementwise(NamedTuple):
             backward = self.function.backward
             alike = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
             if x is not None and alike and backward is not None:
-                grad, x, bias = all_whole((grad, x, bias), ("grad", "x", "bias"))
-                found = backward(grad, x if bias is None else x + bias)
+                whole = checked(operands)
+                assert whole.x is not None
+                biased = whole.x if whole.bias is None else whole.x + whole.bias
+                found = backward(whole.grad, biased)
                 dbias = None if dtypes[1] is None else elementwise.sum_rows(found)
                 return (None if dtypes[0] is None else found), dbias, None
         columns, width, count = self.columns, self.width, self.drop.count
@@ -146,44 +128,7 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
 
 
 def prepare(
-    shape: tuple[int, ...], options: Options, *tensors: Tensor | None
+    shape: tuple[int, ...], options: Options, operands: Operands, wanted: Sequence[Any]
 ) -> PreparedElementwise | None:
-    """Both directions of calls with results of ``shape`` and such tensors, where loops serve them;
-    see :func:`tridrop.backends.cpu.selection.serves`."""
-    return _prepare(shape, options) if serves(shape, options, *tensors) else None
-
-
-def forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """The op; arguments as in ``backends.Backend.forward``."""
-    tensors = (x, bias, layer_scale, residual)
-    shape = output_shape(x, options.activation)
-    if not serves(shape, options, *tensors) or not can_read(seed, p):
-        return elementwise.forward(*tensors, seed, p, options, masks)
-    return _prepare(shape, options).forward(*tensors, seed)
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The op's gradients; arguments as in ``backends.Backend.backward``."""
-    tensors = (grad, x, bias, layer_scale)
-    shape = tuple(grad.shape)
-    if not serves(shape, options, *tensors) or not can_read(seed, p, dtypes):
-        return elementwise.backward(*tensors, seed, p, options, dtypes, masks)
-    dx, dbias, dlayer_scale = _prepare(shape, options).backward(*tensors, seed, dtypes)
-    return dx if dx is None else elementwise.own(dx, grad), dbias, dlayer_scale
+    """Both directions of calls with results of ``shape`` and such operands, where loops serve."""
+    return _prepare(shape, options) if serves(shape, options, operands, wanted) else None

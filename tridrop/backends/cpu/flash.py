@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...base.torch_private import cpu_attention
 from ...spec.attention import AttentionInputs, AttentionOptions
+from ...spec.operands import AttentionBackward, inputs_of
 from ..reference.softmax import band
 
 _FORWARD, _BACKWARD = cpu_attention(backward=False), cpu_attention(backward=True)
@@ -112,24 +113,19 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
 
 
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    inputs: AttentionInputs,
-    options: AttentionOptions,
-    needs: tuple[bool, ...],
+    operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...] | None:
     """Gradients of query, key and value, or None where attention.py has to make them.
 
     Always in fp32 or fp64: of narrower tensors the kernel would add up those of its blocks in
     their dtype.
     """
-    plan = None if dlse is not None or needs[3] else _plan(inputs, options)
+    inputs, lse = inputs_of(operands), operands.lse
+    plan = None if operands.dlse is not None or needs[3] else _plan(inputs, options)
     if plan is None:
         return None
-    operands = (dout, inputs.query, inputs.key, inputs.value, out)
-    wide = [_adjacent(t.to(plan.wide)) for t in operands]
+    given = (operands.dout, inputs.query, inputs.key, inputs.value, operands.out)
+    wide = [_adjacent(t.to(plan.wide)) for t in given]
     lse = lse.to(plan.wide)
     if plan.mask is not None:
         lse = lse.masked_fill(lse == -torch.inf, 0.0)  # exp(-inf) and not exp(-inf + inf)

@@ -32,7 +32,8 @@ def result(
 
     It has the shape of the contiguous tensor ``like``, or ``shape``. A large one asks the kernel
     for large pages: it is new memory, and 4 KiB at a time its page faults take longer than the op.
-    See madvise(2); a refusal changes nothing.
+    See madvise(2); a refusal changes nothing. Without it a dropout of 64 MiB takes 1.35 times as
+    long: two threads, the median of 25 pairs in turns.
     """
     if shape is not None:
         made = torch.empty(shape, dtype=dtype, device="cpu")

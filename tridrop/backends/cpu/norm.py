@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...base.memory import place
 from ...spec.elementwise import NormOptions
-from ..reference import norm
-from . import masks
+from ...spec.operands import Norm, NormBackward, Operands
 from .memory import KINDS, NONE, matrix, result, vector
-from .selection import Selection, Sum, can_read, selection_of, serves
+from .selection import Selection, Sum, selection_of, serves
 
 
 @lru_cache(256)
-def _sums_of_norm(columns: int, dtypes: norm.Dtypes) -> tuple[Sum, ...]:
+def _sums_of_norm(columns: int, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Sum, ...]:
     """Gradients of bias, layer_scale, weight and norm_bias."""
     return tuple(Sum(columns, dtypes[i], rounded=i > 3) for i in (1, 2, 4, 5))
 
@@ -30,17 +30,9 @@ class PreparedNorm(NamedTuple):
     options: NormOptions
     kind: tuple[bool, bool, bool]  # is RMSNorm; the dropout comes after it; adds 1 to the weight
 
-    def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        layer_scale: Tensor | None,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        norm_bias: Tensor | None,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The op; arguments as in ``backends.Backend.norm_forward``."""
+    def forward(self, operands: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(out, stream, statistics)."""
+        x, bias, layer_scale, residual, weight, norm_bias, seed, _ = operands
         options = self.options
         columns, count = self.drop.where.cols, self.drop.count
         (_x, u), (_residual, r) = place(x, count, "x"), matrix(residual, count, "residual")
@@ -60,19 +52,10 @@ class PreparedNorm(NamedTuple):
         return out, stream, statistics
 
     def backward(
-        self,
-        dout: Tensor,
-        dstream: Tensor | None,
-        stream: Tensor,
-        statistics: Tensor,
-        x: Tensor | None,
-        bias: Tensor | None,
-        layer_scale: Tensor | None,
-        weight: Tensor | None,
-        seed: Tensor | None,
-        dtypes: norm.Dtypes,
+        self, operands: NormBackward, dtypes: tuple[torch.dtype | None, ...]
     ) -> tuple[Tensor | None, ...]:
-        """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
+        """The gradients of x, bias, layer_scale, residual, weight and norm_bias."""
+        dout, dstream, stream, statistics, x, bias, layer_scale, weight, seed, _ = operands
         columns, count = self.drop.where.cols, self.drop.count
         (_dout, d), (_dstream, ds) = place(dout, count, "dout"), matrix(dstream, count, "dstream")
         dx, at = None, NONE
@@ -101,48 +84,7 @@ def _prepare(shape: tuple[int, ...], options: NormOptions) -> PreparedNorm:
 
 
 def prepare(
-    shape: tuple[int, ...], options: NormOptions, *tensors: Tensor | None
+    shape: tuple[int, ...], options: NormOptions, operands: Operands, wanted: Sequence[Any]
 ) -> PreparedNorm | None:
     """As elementwise.py's."""
-    return _prepare(shape, options) if serves(shape, options, *tensors) else None
-
-
-def norm_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The op; arguments as in ``backends.Backend.norm_forward``."""
-    tensors = (x, bias, layer_scale, residual, weight, norm_bias)
-    shape = tuple(x.shape)
-    if not serves(shape, options, *tensors) or not can_read(seed, p):
-        return norm.norm_forward(*tensors, seed, p, options, masks)
-    return _prepare(shape, options).forward(*tensors, seed)
-
-
-def norm_backward(
-    dout: Tensor,
-    dstream: Tensor | None,
-    stream: Tensor,
-    statistics: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-    dtypes: norm.Dtypes,
-) -> tuple[Tensor | None, ...]:
-    """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
-    tensors = (dout, dstream, stream, statistics, x, bias, layer_scale, weight)
-    shape = tuple(dout.shape)
-    if not serves(shape, options, *tensors) or not can_read(seed, p, dtypes):
-        return norm.norm_backward(*tensors, seed, p, options, dtypes, masks)
-    return _prepare(shape, options).backward(*tensors, seed, dtypes)
+    return _prepare(shape, options) if serves(shape, options, operands, wanted) else None

@@ -19,6 +19,7 @@ from ...base.memory import SEEDS, place, readable
 from ...contract import mask
 from ...contract.mask import Shard
 from ...spec.elementwise import Options
+from ...spec.operands import Operands
 from . import masks, serving, threads
 from .memory import KINDS
 
@@ -193,21 +194,20 @@ def selection_of(shape: tuple[int, ...], options: Options) -> Selection:
     )
 
 
-def serves(shape: tuple[int, ...], options: Options, *tensors: Tensor | None) -> bool:
-    """Whether the loops serve such calls: those with masks or nothing to drop, and in fp32."""
-    if 0 in shape or (options.noise != "mask" and options.p > 0):
+def serves(
+    shape: tuple[int, ...], options: Options, operands: Operands, wanted: Sequence[Any]
+) -> bool:
+    """Whether the loops serve such calls, ``wanted`` being the dtypes of gradients.
+
+    They do with masks or nothing to drop, in fp32, for gains that rows share, and where the host
+    can read the random part.
+    """
+    if 0 in shape or (options.noise != "mask" and options.p > 0) or operands.p is not None:
         return False
-    for t in tensors:
+    if torch.float64 in wanted:  # an operand that is not kept for backward may be fp64
+        return False
+    for t in operands:
         if t is not None and (t.dtype == torch.float64 or t.device.type != "cpu"):
             return False
-    return True
-
-
-def can_read(
-    seed: Tensor | None, p: Tensor | None, dtypes: Sequence[torch.dtype | None] = ()
-) -> bool:
-    """Whether the host can read the random part, and the results are not of fp64.
-
-    ``dtypes`` are those of results: an operand that is not kept for backward may be fp64.
-    """
-    return p is None and torch.float64 not in dtypes and readable(seed)
+    gain = operands.layer_scale
+    return (gain is None or gain.dim() < 2) and readable(operands.seed)

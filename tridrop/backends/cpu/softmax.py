@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.memory import readable, whole
+from ...base.memory import readable
 from ...contract import mask as contract
-from ...spec.attention import AttentionOptions, four
+from ...spec.attention import AttentionOptions, SoftmaxOptions, four
+from ...spec.operands import Functions, Prepared, Softmax, SoftmaxBackward
 from ..reference import softmax as reference
-from ..reference.elementwise import Multiplier, own
-from ..reference.softmax import Dtypes, masked_scores, widened
+from ..reference.elementwise import Dtypes, Multiplier, own
+from ..reference.softmax import masked_scores, widened
 from . import masks, serving
 from .memory import matrix, result, vector
 from .threads import parts_of, share
@@ -140,41 +141,22 @@ def attention_multiplier(
 
 
 def softmax_forward(
-    scores: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: AttentionOptions,
-    return_softmax: bool,
+    operands: Softmax, options: SoftmaxOptions
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The op; arguments as in ``backends.Backend.softmax_forward``."""
-    if _is_torchs(mask, options) or not serves(seed, p, scores, mask):
-        return reference.softmax_forward(
-            scores, mask, seed, p, options, return_softmax, attention_multiplier
-        )
+    """The op by the loops."""
+    scores, mask, seed, _ = operands
     x, scale = _scaled(scores, mask, options)
     out, _ = result(x, scores.dtype)
-    both = torch.empty_like(out) if return_softmax else None
+    both = torch.empty_like(out) if options.return_softmax else None
     forward(x, seed, options, scale, out, both)
     return out, both, scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
 
 
 def softmax_backward(
-    dout: Tensor | None,
-    dsoftmax: Tensor | None,
-    scores: Tensor,
-    mask: Tensor | None,
-    lse: Tensor,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: AttentionOptions,
-    dtypes: Dtypes,
+    operands: SoftmaxBackward, options: SoftmaxOptions, dtypes: Dtypes
 ) -> tuple[Tensor | None, ...]:
-    """The op's gradients; arguments as in ``backends.Backend.softmax_backward``."""
-    if _is_torchs(mask, options) or not serves(seed, p, scores, mask):
-        return reference.softmax_backward(
-            dout, dsoftmax, scores, mask, lse, seed, p, options, dtypes, attention_multiplier
-        )
+    """Its gradients of scores and mask."""
+    dout, dsoftmax, scores, mask, _, seed, _ = operands
     x, scale = _scaled(scores, mask, options)
     dx, _ = result(x, x.dtype)
     backward(x, seed, options, scale, dout, dx, dsoftmax)
@@ -186,6 +168,22 @@ def softmax_backward(
     return dscores, dmask
 
 
+_LOOPS = Functions(softmax_forward, softmax_backward)
+
+
+def prepare(
+    shape: tuple[int, ...],
+    options: SoftmaxOptions,
+    operands: Softmax | SoftmaxBackward,
+    wanted: Sequence[Any],
+) -> Prepared | None:
+    """Both directions, where the loops serve such calls and have something to do in them."""
+    scores, mask, seed, p = operands.scores, operands.mask, operands.seed, operands.p
+    if _is_torchs(mask, options) or not serves(seed, p, scores, mask):
+        return None
+    return _LOOPS.prepare(options)
+
+
 def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
     """Whether nothing is left of the op but torch's softmax."""
     whole = options.lower is None and options.upper is None
@@ -194,10 +192,8 @@ def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
 
 def _scaled(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> tuple[Tensor, float]:
     """Contiguous scores with their mask but not the band, and what is still their factor."""
-    scores = whole(scores, "scores")
     if mask is None:
         return scores.contiguous(), options.scale
-    mask = whole(mask, "mask")
     wide, added = widened(scores, mask)
     masked = masked_scores(options.scale * wide, added, without_band(options))
     return masked.contiguous(), 1.0

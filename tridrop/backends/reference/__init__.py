@@ -3,8 +3,10 @@
 Other backends are held to it, and hand it what they do not serve.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+from ...spec.operands import Functions, Operands, Prepared
 from .attention import attention_backward, attention_forward
 from .elementwise import backward, forward, keep_mask, why_not
 from .masks import attention_keep_mask, decision_bits
@@ -12,22 +14,21 @@ from .norm import norm_backward, norm_forward
 from .product import product_backward, product_forward
 from .softmax import softmax_backward, softmax_forward
 
-PREPARES: dict[str, Any] = {}  # nothing but options
-
 __all__ = [
-    "PREPARES",
-    "attention_backward",
-    "attention_forward",
-    "attention_keep_mask",
-    "backward",
-    "decision_bits",
-    "forward",
-    "keep_mask",
-    "norm_backward",
-    "norm_forward",
-    "product_backward",
-    "product_forward",
-    "softmax_backward",
-    "softmax_forward",
-    "why_not",
-]
+    "FAMILIES", "attention_keep_mask", "decision_bits", "keep_mask", "prepare", "why_not",
+]  # fmt: skip
+
+FAMILIES = {
+    "elementwise": Functions(forward, backward),
+    "norm": Functions(norm_forward, norm_backward),
+    "softmax": Functions(softmax_forward, softmax_backward),
+    "attention": Functions(attention_forward, attention_backward),
+    "product": Functions(product_forward, product_backward),
+}
+
+
+def prepare(
+    family: str, shape: tuple[int, ...], options: Any, operands: Operands, wanted: Sequence[Any]
+) -> Prepared:
+    """See :meth:`tridrop.backends.protocol.Backend.prepare`: nothing but the options is kept."""
+    return FAMILIES[family].prepare(options)

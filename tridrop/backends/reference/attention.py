@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...spec.attention import AttentionInputs, AttentionOptions, empty_output
+from ...spec.operands import AttentionBackward, inputs_of
 from .blocks import blocks, is_block
 from .elementwise import compute, to
 from .softmax import (
@@ -103,7 +104,7 @@ Keep = Callable[[AttentionInputs, AttentionOptions], tuple[Tensor, Tensor]]
 def attention_forward(
     inputs: AttentionInputs, options: AttentionOptions, keep: Keep = kept_probabilities
 ) -> tuple[Tensor, Tensor]:
-    """The op; arguments as in ``backends.Backend.attention_forward``."""
+    """(out, lse): out as empty_output makes it; lse [B, H, Sq], fp32, or fp64 for fp64."""
     query = inputs.query
     out = empty_output(query, inputs.value.shape[-1])
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -308,16 +309,14 @@ def _like(t: Tensor, source: Tensor) -> Tensor:
 
 @as_given
 def attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    inputs: AttentionInputs,
+    operands: AttentionBackward,
     options: AttentionOptions,
     needs: tuple[bool, ...],
     of_scores: OfScores = score_gradients,
 ) -> Gradients:
-    """The op's gradients; arguments as in ``backends.Backend.attention_backward``."""
+    """Gradients of query, key, value, mask and sinks, like their tensors, or None."""
+    dout, dlse, out, lse, *_ = operands
+    inputs = inputs_of(operands)
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
     known_out, known_lse = (out, lse) if options.block else (None, None)
     results = attention_gradients(

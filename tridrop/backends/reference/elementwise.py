@@ -25,6 +25,9 @@ from torch import Tensor
 
 from ...contract import mask, noise
 from ...spec.elementwise import Options, check_functions, output_shape
+from ...spec.operands import Elementwise, ElementwiseBackward
+
+Dtypes = tuple[torch.dtype | None, ...]
 
 SQRT_HALF = 0.5**0.5
 INV_SQRT_2PI = 0.3989422804014327
@@ -187,15 +190,10 @@ def is_torchs(function: Function, gated: bool, x: Tensor, *others: Tensor | None
 
 
 def compose(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    drop: Multiplier,
-    options: Options,
-    exact: bool = True,
+    operands: Elementwise, drop: Multiplier, options: Options, exact: bool = True
 ) -> Tensor:
-    """The formula at the head of this file, in the dtype of its arguments."""
+    """The formula at the head of this file, in the dtype of its operands."""
+    x, bias, layer_scale, residual, *_ = operands
     value = activate(x if bias is None else x + bias, options, exact)
     if layer_scale is not None:
         value = value * _along(layer_scale, value)
@@ -276,42 +274,24 @@ def to(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-    draw: ModuleType = mask,
-) -> Tensor:
-    """The op; arguments as in ``backends.Backend.forward``."""
-    return own(composed(x, bias, layer_scale, residual, seed, p, options, draw), x)
+def forward(operands: Elementwise, options: Options, draw: ModuleType = mask) -> Tensor:
+    """The op, contiguous."""
+    return own(composed(operands, options, draw), operands.x)
 
 
-def composed(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-    draw: ModuleType = mask,
-) -> Tensor:
+def composed(operands: Elementwise, options: Options, draw: ModuleType = mask) -> Tensor:
     """The same in torch's own operators, perhaps as a view of x."""
+    x, bias, layer_scale, residual, seed, p = operands
     dtype = x.dtype if residual is None else residual.dtype
-    operands = (x, bias, layer_scale, residual)
     drop = multiplier(output_shape(x, options.activation), seed, p, options, draw)
     function = FUNCTIONS[options.function]
     bare = drop.keep is None and not isinstance(drop.scale, Tensor)
     bare = bare and function.torchs is not function.value
-    if bare and is_torchs(function, options.gated, *operands):
-        return compose(*operands, drop, options, exact=False)  # with torch's own bits
-    u, b, g, r = compute(*operands)
+    if bare and is_torchs(function, options.gated, x, bias, layer_scale, residual):
+        return compose(operands, drop, options, exact=False)  # with torch's own bits
+    u, b, g, r = compute(x, bias, layer_scale, residual)
     assert u is not None
-    return to(compose(u, b, g, r, drop, options), dtype)
+    return to(compose(Elementwise(u, b, g, r), drop, options), dtype)
 
 
 def own(result: Tensor, argument: Tensor) -> Tensor:
@@ -327,27 +307,20 @@ def is_view(result: Tensor, argument: Tensor) -> bool:
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
-    draw: ModuleType = mask,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The op's gradients; arguments as in ``backends.Backend.backward``."""
+    operands: ElementwiseBackward, options: Options, dtypes: Dtypes, draw: ModuleType = mask
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, bias and layer_scale in these dtypes; None for those not wanted."""
+    *tensors, seed, p = operands
+    grad = operands.grad
     drop = multiplier(tuple(grad.shape), seed, p, options, draw)
-    g, u, b, s = compute(grad, x, bias, layer_scale, dtypes=dtypes)
+    g, u, b, s = compute(*tensors, dtypes=dtypes)
     assert g is not None
     needs = (dtypes[0] is not None, dtypes[1] is not None, dtypes[2] is not None)
     results = gradients(g, u, b, s, drop, options, needs)
-    dx, dbias, dlayer_scale = (
+    return tuple(
         None if t is None or dtype is None else own(t.to(dtype), grad)
         for t, dtype in zip(results, dtypes, strict=True)
     )
-    return dx, dbias, dlayer_scale
 
 
 def keep_mask(
@@ -358,7 +331,7 @@ def keep_mask(
     domain: str,
     draw: ModuleType = mask,
 ) -> Tensor:
-    """The mask itself; arguments as in ``backends.Backend.keep_mask``."""
+    """The mask itself; see :meth:`tridrop.backends.protocol.Backend.keep_mask`."""
     threshold: int | Tensor = options.thresholds()[0]
     if p is not None:
         threshold = mask.rate_table(p)[0].to(torch.int64)

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ...contract import mask
 from ...spec.elementwise import NormOptions
-from .elementwise import Multiplier, compute, multiplier, own, sum_rows, to
-
-Dtypes = tuple[torch.dtype | None, ...]
+from ...spec.operands import Norm, NormBackward
+from .elementwise import Dtypes, Multiplier, compute, multiplier, own, sum_rows, to
 
 
 def moments(stream: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
@@ -113,20 +112,11 @@ def _stream(
     return stream, to(stream, value.dtype)  # of what is stored, so that backward sees the same
 
 
-def composed(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-) -> tuple[Tensor, Tensor | None]:
+def composed(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor | None]:
     """(out, stream) in torch's own operators, of which layer_norm is one."""
-    drop = multiplier(tuple(x.shape), seed, p, options)
-    wide, b, g, r, w, n = compute(x, bias, layer_scale, residual, weight, norm_bias)
+    *tensors, seed, p = operands
+    drop = multiplier(tuple(operands.x.shape), seed, p, options)
+    wide, b, g, r, w, n = compute(*tensors)
     assert wide is not None
     stream, normalised = None, wide
     if not options.after:
@@ -142,24 +132,16 @@ def composed(
 
 
 def norm_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-    draw: ModuleType = mask,
+    operands: Norm, options: NormOptions, draw: ModuleType = mask
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The op; arguments as in ``backends.Backend.norm_forward``."""
-    drop = multiplier(tuple(x.shape), seed, p, options, draw)
-    wide = compute(x, bias, layer_scale, residual, weight, norm_bias)
+    """(out, stream, statistics); stream is None where it is x, or not kept."""
+    *tensors, seed, p = operands
+    drop = multiplier(tuple(operands.x.shape), seed, p, options, draw)
+    wide = compute(*tensors)
     out, stream, statistics = norm_compose(*wide, drop, options)  # type: ignore[arg-type, call-arg]
     return (
         out.to(options.out_dtype).contiguous(),
-        None if stream is None or not options.keep_stream else own(stream, x),
+        None if stream is None or not options.keep_stream else own(stream, operands.x),
         statistics.to(torch.float32),
     )
 
@@ -205,21 +187,13 @@ def norm_gradients(
 
 
 def norm_backward(
-    dout: Tensor,
-    dstream: Tensor | None,
-    stream: Tensor,
-    statistics: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-    dtypes: Dtypes,
-    draw: ModuleType = mask,
+    operands: NormBackward, options: NormOptions, dtypes: Dtypes, draw: ModuleType = mask
 ) -> tuple[Tensor | None, ...]:
-    """The op's gradients; arguments as in ``backends.Backend.norm_backward``."""
+    """Gradients of x, bias, layer_scale, residual, weight, norm_bias; None where not wanted.
+
+    Where the dropout comes after the norm, the residual's is the incoming one, and None here.
+    """
+    dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = operands
     drop = multiplier(tuple(dout.shape), seed, p, options, draw)
     wide = compute(dout, dstream, stream, x, bias, layer_scale, weight, dtypes=dtypes)
     needs = tuple(dtype is not None for dtype in dtypes)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...contract import mask
+from ...spec.operands import Product, ProductBackward
 from ...spec.product import ProductOptions
 from .elementwise import Multiplier, compute, multiplier, own, to
 
@@ -32,27 +33,14 @@ def _drops(
     return masks * len(options.ranks) if options.one_mask else masks
 
 
-def product_forward(
-    x: Tensor,
-    weight: Tensor,
-    seeds: Tensor | None,
-    p: Tensor | None,
-    options: ProductOptions,
-    draw: ModuleType = mask,
-) -> Tensor:
-    """The products, side by side; arguments as in ``backends.Backend.product_forward``."""
-    return own(composed(x, weight, seeds, p, options, draw), x)
+def product_forward(operands: Product, options: ProductOptions, draw: ModuleType = mask) -> Tensor:
+    """The products, side by side, in the weight's dtype."""
+    return own(composed(operands, options, draw), operands.x)
 
 
-def composed(
-    x: Tensor,
-    weight: Tensor,
-    seeds: Tensor | None,
-    p: Tensor | None,
-    options: ProductOptions,
-    draw: ModuleType = mask,
-) -> Tensor:
+def composed(operands: Product, options: ProductOptions, draw: ModuleType = mask) -> Tensor:
     """The same in torch's own operators."""
+    x, weight, seeds, p = operands
     wide, w = compute(x, weight)
     assert wide is not None
     assert w is not None
@@ -66,16 +54,13 @@ def composed(
 
 
 def product_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    seeds: Tensor | None,
-    p: Tensor | None,
+    operands: ProductBackward,
     options: ProductOptions,
-    needs: tuple[bool, bool],
+    needs: tuple[bool, ...],
     draw: ModuleType = mask,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and weight; arguments as in ``backends.Backend.product_backward``."""
+    """Gradients of x and weight in their dtypes; None for those not wanted."""
+    grad, x, weight, seeds, p = operands
     g, wide, w = compute(grad, x, weight)
     assert g is not None
     assert wide is not None

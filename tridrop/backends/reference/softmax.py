@@ -18,13 +18,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...base.memory import all_whole, readable
+from ...base.memory import readable
 from ...base.torch_private import aten_softmax_backward
 from ...contract import mask as contract
-from ...spec.attention import AttentionOptions, four
-from .elementwise import Multiplier, compute, own, to
+from ...spec.attention import AttentionOptions, SoftmaxOptions, four
+from ...spec.operands import Softmax, SoftmaxBackward
+from .elementwise import Dtypes, Multiplier, compute, own, to
 
-Dtypes = tuple[torch.dtype | None, ...]
 # The random part of scores, by their shape, a seed, a p in a tensor, and options.
 RandomPart = Callable[[Sequence[int], Tensor | None, Tensor | None, AttentionOptions], Multiplier]
 
@@ -114,19 +114,12 @@ def _probabilities(scores: Tensor) -> Tensor:
 
 
 def softmax_forward(
-    scores: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: AttentionOptions,
-    return_softmax: bool,
+    operands: Softmax,
+    options: SoftmaxOptions,
     random_part: RandomPart = attention_multiplier,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The op; arguments as in ``backends.Backend.softmax_forward``.
-
-    The log-sum-exp is left at 0, for this file's backward makes the softmax anew.
-    """
-    scores, mask, seed = all_whole((scores, mask, seed), ("scores", "mask", "seed"))
+    """(out, softmax or None, lse), lse left at 0: this file's backward makes the softmax anew."""
+    scores, mask, seed, p = operands
     drop = random_part(scores.shape, seed, p, options)
     if drop.keep is None and options.scale == 1 and (mask is None or mask.dtype == torch.bool):
         score = masked_scores(scores, mask, options)  # torch's softmax is fp32 inside
@@ -135,19 +128,14 @@ def softmax_forward(
         score = masked_scores(options.scale * wide, added, options)
     probabilities = _probabilities(score)
     out = own(drop(probabilities).to(scores.dtype), scores)
-    softmax = own(probabilities.to(scores.dtype), out) if return_softmax else None
+    softmax = own(probabilities.to(scores.dtype), out) if options.return_softmax else None
     lse = scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
     return out, softmax, lse
 
 
-def composed(
-    scores: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
+def composed(operands: Softmax, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(out, softmax) in torch's own operators."""
+    scores, mask, seed, p = operands
     wide, added = widened(scores, mask)
     scaled = wide if options.scale == 1 else options.scale * wide
     if mask is None and options.lower is None and options.upper is None:
@@ -204,21 +192,13 @@ def are_finite(t: Tensor) -> bool:
 
 
 def softmax_backward(
-    dout: Tensor | None,
-    dsoftmax: Tensor | None,
-    scores: Tensor,
-    mask: Tensor | None,
-    lse: Tensor,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: AttentionOptions,
+    operands: SoftmaxBackward,
+    options: SoftmaxOptions,
     dtypes: Dtypes,
     random_part: RandomPart = attention_multiplier,
 ) -> tuple[Tensor | None, ...]:
-    """The op's gradients; arguments as in ``backends.Backend.softmax_backward``."""
-    dout, dsoftmax, scores, mask, seed = all_whole(
-        (dout, dsoftmax, scores, mask, seed), ("dout", "dsoftmax", "scores", "mask", "seed")
-    )
+    """Gradients of scores and mask in these dtypes; None for those not wanted."""
+    dout, dsoftmax, scores, mask, _, seed, p = operands
     drop = random_part(scores.shape, seed, p, options)
     wide, added = widened(scores, mask)
     g, h = compute(dout, dsoftmax)

@@ -1,7 +1,9 @@
 """The Triton backend: importing it needs triton, running it a GPU or Triton's interpreter."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from ...spec.operands import Functions, Operands, Prepared
 from .attention_launch import attention_backward, attention_forward
 from .elementwise import backward, forward, keep_mask
 from .launch import interpreting, target, why_not
@@ -10,25 +12,25 @@ from .norm_launch import norm_backward, norm_forward
 from .product_launch import product_backward, product_forward
 from .softmax_launch import softmax_backward, softmax_forward
 
-# Launch plans are kept anyway, and strides and alignment are those of a call.
-PREPARES: dict[str, Any] = {}
-
 __all__ = [
-    "PREPARES",
-    "attention_backward",
-    "attention_forward",
-    "attention_keep_mask",
-    "backward",
-    "decision_bits",
-    "forward",
-    "interpreting",
-    "keep_mask",
-    "norm_backward",
-    "norm_forward",
-    "product_backward",
-    "product_forward",
-    "softmax_backward",
-    "softmax_forward",
-    "target",
-    "why_not",
-]
+    "FAMILIES", "attention_keep_mask", "decision_bits", "interpreting", "keep_mask", "prepare",
+    "target", "why_not",
+]  # fmt: skip
+
+FAMILIES = {
+    "elementwise": Functions(forward, backward),
+    "norm": Functions(norm_forward, norm_backward),
+    "softmax": Functions(softmax_forward, softmax_backward),
+    "attention": Functions(attention_forward, attention_backward),
+    "product": Functions(product_forward, product_backward),
+}
+
+
+def prepare(
+    family: str, shape: tuple[int, ...], options: Any, operands: Operands, wanted: Sequence[Any]
+) -> Prepared:
+    """See :meth:`tridrop.backends.protocol.Backend.prepare`.
+
+    Launch plans are kept by shape and options anyway; strides and alignment are those of a call.
+    """
+    return FAMILIES[family].prepare(options)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...contract.mask import TILE
 from ...spec.attention import HEAD_DIM_LIMIT, AttentionInputs, AttentionOptions, empty_output
+from ...spec.operands import AttentionBackward, inputs_of
 from . import gpu, launch
 from .attention import attention_forward_kernel
 from .attention_backward import (
@@ -290,7 +291,7 @@ def _padded(n: int) -> int:
 
 
 def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel; arguments as in ``backends.Backend.attention_forward``."""
+    """Launch the forward kernel."""
     out = empty_output(inputs.query, inputs.value.shape[-1])
     lse = inputs.query.new_empty(inputs.query.shape[:-1], dtype=torch.float32)
     call = Call(inputs, options)
@@ -308,15 +309,11 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
 
 
 def attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    inputs: AttentionInputs,
-    options: AttentionOptions,
-    needs: tuple[bool, ...],
+    operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Launch the backward kernels; arguments as in ``backends.Backend.attention_backward``."""
+    """Launch the backward kernels."""
+    dout, dlse, out, lse, *_ = operands
+    inputs = inputs_of(operands)
     call = Call(inputs, options)
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
     make = torch.zeros_like if call.packed or call.empty else torch.empty_like

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec.elementwise import Options, output_shape
+from ...spec.operands import Elementwise, ElementwiseBackward
 from . import launch, mask
 from .activations import FUNCTIONS
 from .mask import ELEMENTS, NO_MASK, keep_elements, keep_rows, load_key, load_rate, row_coordinates
@@ -230,16 +231,9 @@ def keep_mask_kernel(
     tl.store(out + offsets, keep, mask=in_bounds(row, col, shape.rows, shape.cols, False))
 
 
-def forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """Launch the forward kernel; arguments as in ``backends.Backend.forward``."""
+def forward(operands: Elementwise, options: Options) -> Tensor:
+    """Launch the forward kernel."""
+    x, bias, layer_scale, residual, seed, p = operands
     shape = output_shape(x, options.activation)
     dtype = x.dtype if residual is None else residual.dtype
     out = torch.empty(shape, dtype=dtype, device=x.device)
@@ -268,16 +262,10 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: Options,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Launch the backward kernel; arguments as in ``backends.Backend.backward``."""
+    operands: ElementwiseBackward, options: Options, dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Launch the backward kernel, for gradients of x, bias and layer_scale."""
+    grad, x, bias, layer_scale, seed, p = operands
     reduces = any(dtype is not None for dtype in dtypes[1:])
     choose = launch.gated_reduction_tile if options.gated else launch.reduction_tile
     settings = (choose, launch.strip) if reduces else (launch.tile, None)
@@ -329,7 +317,7 @@ def _samples(layer_scale: Tensor | None) -> int | None:
 def keep_mask(
     seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: Options, domain: str
 ) -> Tensor:
-    """Launch the mask kernel; arguments as in ``backends.Backend.keep_mask``."""
+    """Launch the mask kernel."""
     out = torch.empty(shape, dtype=torch.bool, device=seed.device)
     plan = launch.plan(shape, options, launch.tile)
     if plan.empty:

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec.elementwise import NormOptions
+from ...spec.operands import Norm, NormBackward
 from . import gpu, launch
 from .norm import Affine, Gradients, Incoming, Kept, norm_backward_kernel, norm_forward_kernel
 from .sums import total
@@ -18,18 +19,9 @@ def _constants(options: NormOptions) -> tuple[bool, bool, bool, tl.dtype]:
     return options.norm == "layer_norm", options.zero_centered, options.after, stored
 
 
-def norm_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Launch the forward kernel; arguments as in ``backends.Backend.norm_forward``."""
+def norm_forward(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Launch the forward kernel."""
+    x, bias, layer_scale, residual, weight, norm_bias, seed, p = operands
     shape = tuple(x.shape)
     plan = launch.plan(shape, options, launch.norm_forward_tile, whole_rows=True)
     cols = plan.where.cols
@@ -64,20 +56,10 @@ def norm_forward(
 
 
 def norm_backward(
-    dout: Tensor,
-    dstream: Tensor | None,
-    stream: Tensor,
-    statistics: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: NormOptions,
-    dtypes: tuple[torch.dtype | None, ...],
+    operands: NormBackward, options: NormOptions, dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Launch the backward kernel; arguments as in ``backends.Backend.norm_backward``."""
+    """Launch the backward kernel."""
+    dout, dstream, stream, statistics, x, bias, layer_scale, weight, seed, p = operands
     shape = tuple(dout.shape)
     dx_dtype, bias_dtype, scale_dtype, residual_dtype, weight_dtype, norm_bias_dtype = dtypes
     sums = (weight_dtype, norm_bias_dtype, bias_dtype, scale_dtype)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...spec.operands import Product, ProductBackward
 from ...spec.product import ProductOptions
 from . import launch
 from .launch import Tile
@@ -94,14 +95,9 @@ def _rule(plan: launch.Plan, p: Tensor | None, options: ProductOptions) -> tuple
     return options.masks, threshold, options.gain * scale
 
 
-def product_forward(
-    x: Tensor,
-    weight: Tensor,
-    seeds: Tensor | None,
-    p: Tensor | None,
-    options: ProductOptions,
-) -> Tensor:
-    """Launch the forward kernel; arguments as in ``backends.Backend.product_forward``."""
+def product_forward(operands: Product, options: ProductOptions) -> Tensor:
+    """Launch the forward kernel."""
+    x, weight, seeds, p = operands
     rank = padded(options.ranks)
     plan = launch.plan(
         tuple(x.shape),
@@ -142,19 +138,14 @@ def product_forward(
 
 
 def product_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    seeds: Tensor | None,
-    p: Tensor | None,
-    options: ProductOptions,
-    needs: tuple[bool, bool],
+    operands: ProductBackward, options: ProductOptions, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the backward kernel; arguments as in ``backends.Backend.product_backward``."""
+    """Launch the backward kernel."""
+    grad, x, weight, seeds, p = operands
     rank = padded(options.ranks)
     if all(needs) and rank * len(options.ranks) > TOGETHER:
-        dx, _ = product_backward(grad, x, weight, seeds, p, options, (True, False))
-        return dx, product_backward(grad, x, weight, seeds, p, options, (False, True))[1]
+        dx, _ = product_backward(operands, options, (True, False))
+        return dx, product_backward(operands, options, (False, True))[1]
     choose = backward_tile(rank * len(options.ranks), options.masks, weight.itemsize)
     plan = launch.plan(tuple(x.shape), options, choose, launch.strip if needs[1] else None)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None

@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...base.memory import all_whole
 from ...contract.mask import TILE
-from ...spec.attention import AttentionOptions, four
+from ...spec.attention import AttentionOptions, SoftmaxOptions, four
+from ...spec.operands import Softmax, SoftmaxBackward
 from . import launch
 from .launch import MAX_GRID_Y, Tile
 from .softmax import (
@@ -95,18 +95,13 @@ rows = lru_cache(maxsize=4096)(Rows)  # a model makes the same calls in every st
 
 
 def softmax_forward(
-    scores: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: AttentionOptions,
-    return_softmax: bool,
+    operands: Softmax, options: SoftmaxOptions
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Launch the forward kernel; arguments as in ``backends.Backend.softmax_forward``."""
-    scores, mask, seed = all_whole((scores, mask, seed), ("scores", "mask", "seed"))
+    """Launch the forward kernel."""
+    scores, mask, seed, p = operands
     plan = rows(scores.shape, options, tile)
     out = torch.empty(plan.shape, dtype=scores.dtype, device=scores.device)
-    softmax = torch.empty_like(out) if return_softmax else None
+    softmax = torch.empty_like(out) if options.return_softmax else None
     lse = torch.empty(plan.shape[:-1], dtype=torch.float32, device=scores.device)
     if plan.empty:
         return out, softmax, lse.fill_(-math.inf)
@@ -133,21 +128,10 @@ def softmax_forward(
 
 
 def softmax_backward(
-    dout: Tensor | None,
-    dsoftmax: Tensor | None,
-    scores: Tensor,
-    mask: Tensor | None,
-    lse: Tensor,
-    seed: Tensor | None,
-    p: Tensor | None,
-    options: AttentionOptions,
-    dtypes: tuple[torch.dtype | None, ...],
+    operands: SoftmaxBackward, options: SoftmaxOptions, dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Launch the backward kernel; arguments as in ``backends.Backend.softmax_backward``."""
-    dout, dsoftmax, scores, mask, lse, seed = all_whole(
-        (dout, dsoftmax, scores, mask, lse, seed),
-        ("dout", "dsoftmax", "scores", "mask", "lse", "seed"),
-    )
+    """Launch the backward kernel."""
+    dout, dsoftmax, scores, mask, lse, seed, p = operands
     plan = rows(scores.shape, options, tile)
     dscores_dtype, dmask_dtype = dtypes
 

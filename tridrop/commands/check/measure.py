@@ -8,9 +8,12 @@ rounding to the dtype and eight fp32 roundings of the largest value.
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +55,31 @@ def tolerance(eager: Tensor, expected: Tensor) -> float:
     rounding = torch.finfo(eager.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps / 2
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     return 2 * error(eager, expected) + rounding * largest
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory that nobody wrote is NaN, so that what a kernel leaves out cannot look right.
+
+    In its deterministic mode torch fills what it hands out empty:
+    ``torch.utils.deterministic.fill_uninitialized_memory``. An idea of flash-linear-attention's
+    tests.
+    """
+    fills: Any = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        fills.fill_uninitialized_memory,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic")  # what else the mode says
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        fills.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            fills.fill_uninitialized_memory = before[2]
 
 
 def run_with_gradients(
@@ -145,7 +173,8 @@ class Check:
 
         expected, expected_grads = run_with_gradients(eager, self._wide(), grad)
         plain, plain_grads = run_with_gradients(eager, self.inputs, grad)
-        found, found_grads = run_with_gradients(self._fused, self.inputs, grad)
+        with poisoned():
+            found, found_grads = run_with_gradients(self._fused, self.inputs, grad)
         plain = plain.to(self._output_dtype())
         detail = "" if found.dtype == plain.dtype else f"dtype {found.dtype}, not {plain.dtype}"
         value = math.inf if detail else error(found, expected)

@@ -16,8 +16,19 @@ from torch import Tensor
 
 from ...contract.mask import LANES
 from ...contract.noise import PAIR
-from ...spec.attention import AttentionInputs, AttentionOptions
+from ...spec.attention import AttentionInputs, AttentionOptions, SoftmaxOptions
 from ...spec.elementwise import NormOptions, Options
+from ...spec.operands import (
+    AttentionBackward,
+    Elementwise,
+    ElementwiseBackward,
+    Norm,
+    NormBackward,
+    Product,
+    ProductBackward,
+    Softmax,
+    SoftmaxBackward,
+)
 from ...spec.product import ProductOptions
 
 ROWS, COLS = 8192, 4096
@@ -78,7 +89,8 @@ def _forward(
     if method == NAIVE:
         return backend.yardstick.naive(x, stream, _seed(method), options)
     vector = _empty(width, dtype=dtype) if bias else None
-    return backend.forward(x, vector, None, stream, _seed(method), None, options)
+    operands = Elementwise(x, vector, residual=stream, seed=_seed(method))
+    return backend.FAMILIES["elementwise"].forward(operands, options)
 
 
 def _backward(
@@ -92,7 +104,8 @@ def _backward(
     x = None if activation == "none" else _empty(ROWS, width, dtype=dtype)
     vector = _empty(width, dtype=dtype) if bias else None
     dtypes = (dtype, dtype if bias else None, None)
-    return backend.backward(grad, x, vector, None, _seed(method), None, options, dtypes)
+    operands = ElementwiseBackward(grad, x, vector, seed=_seed(method))
+    return backend.FAMILIES["elementwise"].backward(operands, options, dtypes)
 
 
 def _elementwise(
@@ -131,8 +144,8 @@ def _norm(backend: Any, dtype: torch.dtype, method: str, *, norm: str, after: bo
     x, weight = _empty(ROWS, COLS, dtype=dtype), _empty(COLS, dtype=dtype)
     bias = _empty(COLS, dtype=dtype) if norm == "layer_norm" else None
     stream = None if after else _empty(ROWS, COLS, dtype=dtype)
-    seed = _seed(method)
-    return backend.norm_forward(x, None, None, stream, weight, bias, seed, None, options)
+    operands = Norm(x, residual=stream, weight=weight, norm_bias=bias, seed=_seed(method))
+    return backend.FAMILIES["norm"].forward(operands, options)
 
 
 def _norm_backward(
@@ -142,11 +155,16 @@ def _norm_backward(
     matrices = [_empty(ROWS, COLS, dtype=dtype) for _ in range(3)]
     statistics = _empty(ROWS, 2, dtype=torch.float32)
     last = dtype if norm == "layer_norm" else None
-    return backend.norm_backward(
-        matrices[0], None if after else matrices[1], matrices[2], statistics, None, None, None,
-        _empty(COLS, dtype=dtype), _seed(method), None, options,
-        (dtype, None, None, None if after else dtype, dtype, last),
-    )  # fmt: skip
+    operands = NormBackward(
+        matrices[0],
+        None if after else matrices[1],
+        matrices[2],
+        statistics,
+        weight=_empty(COLS, dtype=dtype),
+        seed=_seed(method),
+    )
+    dtypes = (dtype, None, None, None if after else dtype, dtype, last)
+    return backend.FAMILIES["norm"].backward(operands, options, dtypes)
 
 
 def _norm_options(dtype: torch.dtype, method: str, norm: str, after: bool) -> NormOptions:
@@ -167,18 +185,16 @@ def _norms(op: str, norm: str, after: bool) -> list[Row]:
 
 def _softmax(backend: Any, dtype: torch.dtype, method: str) -> object:
     scores = _empty(BATCH, HEADS, TOKENS, TOKENS, dtype=dtype)
-    options = AttentionOptions(p=_rate(method))
-    return backend.softmax_forward(scores, None, _seed(method), None, options, False)
+    operands, options = Softmax(scores, seed=_seed(method)), SoftmaxOptions(p=_rate(method))
+    return backend.FAMILIES["softmax"].forward(operands, options)
 
 
 def _softmax_backward(backend: Any, dtype: torch.dtype, method: str) -> object:
     scores, grad = (_empty(BATCH, HEADS, TOKENS, TOKENS, dtype=dtype) for _ in range(2))
     lse = _empty(BATCH, HEADS, TOKENS, dtype=torch.float32)
-    options = AttentionOptions(p=_rate(method))
-    seed = _seed(method)
-    return backend.softmax_backward(
-        grad, None, scores, None, lse, seed, None, options, (dtype, None)
-    )
+    operands = SoftmaxBackward(grad, None, scores, None, lse, _seed(method))
+    options = SoftmaxOptions(p=_rate(method))
+    return backend.FAMILIES["softmax"].backward(operands, options, (dtype, None))
 
 
 def _attention(
@@ -194,10 +210,11 @@ def _attention(
     mask = _empty(1, HEADS, TOKENS, TOKENS, dtype=dtype) if masked else None
     inputs = AttentionInputs(query, key, value, mask, seed=_seed(method))
     if way == "forward":
-        return backend.attention_forward(inputs, options)
+        return backend.FAMILIES["attention"].forward(inputs, options)
     lse = _empty(*shape[:-1], dtype=torch.float32)
     needs = (not masked, not masked, not masked, masked, False)
-    return backend.attention_backward(dout, None, out, lse, inputs, options, needs)
+    operands = AttentionBackward(dout, None, out, lse, *inputs)
+    return backend.FAMILIES["attention"].backward(operands, options, needs)
 
 
 def _attentions() -> list[Row]:
@@ -228,9 +245,9 @@ def _lora(
     x, weight = _empty(ROWS, COLS, dtype=dtype), _empty(sum(ranks), COLS, dtype=dtype)
     seeds = None if method == NONE else _empty(len(ranks), 2, dtype=torch.int64)
     if forward:
-        return backend.product_forward(x, weight, seeds, None, options)
-    grad = _empty(ROWS, sum(ranks), dtype=dtype)
-    return backend.product_backward(grad, x, weight, seeds, None, options, (True, True))
+        return backend.FAMILIES["product"].forward(Product(x, weight, seeds), options)
+    operands = ProductBackward(_empty(ROWS, sum(ranks), dtype=dtype), x, weight, seeds)
+    return backend.FAMILIES["product"].backward(operands, options, (True, True))
 
 
 def _loras(variant: str, ranks: tuple[int, ...]) -> list[Row]:

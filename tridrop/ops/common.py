@@ -1,4 +1,9 @@
-"""What the autograd functions of all families share."""
+"""What the autograd functions of all families share: what is saved, what is returned.
+
+Forward and backward are opaque operators. Backward saves the seed, and inputs only where the
+derivative needs them; the mask is drawn again. The derivative of backward is a composition of plain
+torch operations, so it can be differentiated any number of times.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.protocol import Prepared
 from ..backends.reference import elementwise
 from ..base import memory
 from ..base.memory import PLAIN
 from ..base.strides import laid, order_of
 from ..base.torch_private import watched
 from ..distributed import dtensor
-from ..ops.library import Known, plain, unobserved
+from ..spec.operands import Prepared
+from .library import Known, plain, unobserved
 
 
 class Function(torch.autograd.Function):
@@ -79,13 +84,19 @@ def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
 
 
 def save(
-    ctx: Any, packed: tuple[Any, ...] | Known, names: Sequence[str], *tensors: Tensor | None
+    ctx: Any,
+    packed: tuple[Any, ...] | Known,
+    names: Any,
+    *tensors: Tensor | None,
 ) -> None:
     """``ctx.save_for_backward(*tensors)``, with what these are, for :func:`unchanged` to compare.
 
-    ``packed`` is a known call, or the options of another: what one saves is always alike.
+    ``packed`` is a known call, or the options of another: what one saves is always alike. ``names``
+    are those of the tensors, or a tuple of operands whose last fields they are.
     """
     ctx.save_for_backward(*tensors)
+    if isinstance(names, type):
+        names = names._fields[-len(tensors) :]  # type: ignore[attr-defined]
     if isinstance(packed, Known):
         found = packed.saved.get(ctx.needs_input_grad)
         if found is None:
@@ -114,12 +125,16 @@ def packed_and_prepared(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:
 
 
 def prepared_backward(
-    ctx: Any, incoming: tuple[Tensor | None, ...], saved: Sequence[Tensor | None], needed: Any
+    ctx: Any,
+    operands: type[tuple[Any, ...]],
+    incoming: tuple[Tensor | None, ...],
+    saved: Sequence[Tensor | None],
+    needed: Any,
 ) -> Any:
     """The gradients, where the call is known and nothing but the backend has to see them.
 
-    ``saved`` are all tensors that were saved, of which p, the last one, is absent. ``needed`` tells
-    the backend which: their dtypes, or whether they are wanted.
+    ``operands`` is the tuple of what comes in and what was saved. ``needed`` tells the backend
+    which gradients: their dtypes, or whether they are wanted.
     """
     if ctx.prepared is None or torch.is_grad_enabled() or watched():
         return None
@@ -137,7 +152,7 @@ def prepared_backward(
             or t.is_neg()
         ):
             return None
-    return ctx.prepared.backward(*incoming, *saved[:-1], needed)
+    return ctx.prepared.backward(operands._make((*incoming, *saved)), needed)  # type: ignore[attr-defined]
 
 
 def each_sample(

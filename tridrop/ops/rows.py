@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..base.strides import where_kept
 from ..contract import mask
-from ..ops.masks import keep_mask
 from .common import Function, apply_in_backward, each_sample, save, unchanged, whole
+from .masks import keep_mask
 
 _X, _ROWS = 0, 1
 
