@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ from ..spec.operands import AttentionBackward as Incoming
 from .common import (
     Function,
     apply_in_backward,
+    by_sample,
     differentiate,
-    each_sample,
     packed_and_prepared,
     prepared_backward,
     save,
@@ -155,6 +154,7 @@ def torchs_attention(inputs: AttentionInputs, options: AttentionOptions) -> Tens
     return reference.torchs(inputs, options)
 
 
+@by_sample
 class Attention(Function):
     """(out, lse) of attention; see ``backends/reference/attention.py``."""
 
@@ -169,12 +169,26 @@ class Attention(Function):
         return reference.composed(inputs, unpack_attention(packed))
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, packed = arguments
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        key_mask: Tensor | None,
+        sinks: Tensor | None,
+        cu_query: Tensor | None,
+        cu_key: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: PackedAttention | Known,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = AttentionInputs(
+            query, key, value, mask, key_mask, sinks, cu_query, cu_key, seed, p
+        )
         if isinstance(packed, Known):
-            out, lse = packed.prepared.forward(AttentionInputs._make(tensors))
+            out, lse = packed.prepared.forward(inputs)
         else:
-            out, lse = attention_forward(*tensors, *packed)
+            out, lse = attention_forward(*inputs, *packed)
         return out, lse
 
     @staticmethod
@@ -198,11 +212,8 @@ class Attention(Function):
             found = apply_in_backward(AttentionBackward, *given)
         return *_at_inputs(*found), None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(Attention.apply, info, in_dims, args)
 
-
+@by_sample
 class AttentionBackward(Function):
     """The gradients of :class:`Attention`. out and lse are functions of the other tensors."""
 
@@ -230,7 +241,3 @@ class AttentionBackward(Function):
             reference.attention_gradients, given, cotangents, None, (inputs, options), dtypes
         )
         return ddout, ddlse, None, None, *_at_inputs(*others), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(AttentionBackward.apply, info, in_dims, args)

@@ -25,7 +25,11 @@ from .library import Known, plain, unobserved
 
 
 class Function(torch.autograd.Function):
-    """What the functions of all families are."""
+    """What the functions of all families are.
+
+    The ``forward`` of one that is applied inside of another's names its arguments: to one with a
+    starred argument Dynamo passes the context as well.
+    """
 
     @staticmethod
     def composed(*arguments: Any) -> Any:
@@ -176,6 +180,16 @@ def each_sample(
         None if column[0] is None else _stack(column) for column in zip(*outputs, strict=True)
     )
     return stacked, tuple(None if column is None else 0 for column in stacked)
+
+
+def by_sample(function: type[Function]) -> type[Function]:
+    """Give an autograd function the vmap rule of :func:`each_sample`."""
+
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        return each_sample(function.apply, info, in_dims, args)
+
+    function.vmap = staticmethod(vmap)  # type: ignore[method-assign]
+    return function
 
 
 def _stack(samples: Sequence[Tensor]) -> Tensor:

@@ -18,8 +18,8 @@ from .batching import all_samples
 from .common import (
     Function,
     apply_in_backward,
+    by_sample,
     differentiate,
-    each_sample,
     packed_and_prepared,
     prepared_backward,
     save,
@@ -167,14 +167,21 @@ class Fused(Function):
         return out.clone() if out is operands.x else out
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        *tensors, packed = arguments
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: Packed | Known,
+    ) -> Tensor:
+        operands = Elementwise(x, bias, layer_scale, residual, seed, p)
+        out: Tensor
         if not isinstance(packed, Known):
-            made: Tensor = forward(*tensors, *packed)
-            return made
-        operands = Elementwise._make(tensors)
-        x, residual = operands.x, operands.residual
-        out: Tensor = packed.prepared.forward(operands)
+            out = forward(*operands, *packed)
+            return out
+        out = packed.prepared.forward(operands)
         if x.is_contiguous() and (residual is None or residual.is_contiguous()):
             return out
         return laid(out, order_of(residual, x))
@@ -217,6 +224,7 @@ class Fused(Function):
         return all_samples(Fused.apply, Elementwise, info, in_dims, args)
 
 
+@by_sample
 class FusedBackward(Function):
     """The gradients of :class:`Fused` as a function of the incoming gradient, x and the vectors."""
 
@@ -239,7 +247,3 @@ class FusedBackward(Function):
         del given["seed"], given["p"]
         found = differentiate(reference.gradients, given, cotangents, drop, options, ctx.dtypes)
         return *found, *(None,) * 5
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(FusedBackward.apply, info, in_dims, args)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base.strides import where_kept
-from .common import Function, apply_in_backward, each_sample, save, unchanged, whole
+from .common import Function, apply_in_backward, by_sample, save, unchanged, whole
 
 # (seed, shape, *options) -> what is kept, and what that is multiplied by; both broadcast to shape.
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
+@by_sample
 class Masked(Function):
     """where(keep, x * scale, 0) with (keep, scale) = rule(seed, x.shape, *options).
 
@@ -39,7 +40,3 @@ class Masked(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (seed,) = unchanged(ctx, ctx.saved_tensors)
         return apply_in_backward(Masked, grad, seed, ctx.rule, ctx.options), None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(Masked.apply, info, in_dims, args)

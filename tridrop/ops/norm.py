@@ -18,8 +18,8 @@ from .batching import all_samples
 from .common import (
     Function,
     apply_in_backward,
+    by_sample,
     differentiate,
-    each_sample,
     packed_and_prepared,
     prepared_backward,
     save,
@@ -179,14 +179,23 @@ class FusedNorm(Function):
         return *reference.composed(operands, unpack_norm(packed)), None
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, packed = arguments
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        layer_scale: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        norm_bias: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: PackedNorm | Known,
+    ) -> tuple[Tensor, ...]:
+        operands = Norm(x, bias, layer_scale, residual, weight, norm_bias, seed, p)
+        results: tuple[Tensor, ...]
         if not isinstance(packed, Known):
-            made: tuple[Tensor, ...] = norm_forward(*tensors, *packed)
-            return made
-        operands = Norm._make(tensors)
-        x, residual = operands.x, operands.residual
-        results: tuple[Tensor, ...] = packed.prepared.forward(operands)
+            results = norm_forward(*operands, *packed)
+            return results
+        results = packed.prepared.forward(operands)
         if x.is_contiguous() and (residual is None or residual.is_contiguous()):
             return results
         return laid_norm(results, x, residual, packed.packed)
@@ -237,6 +246,7 @@ class FusedNorm(Function):
         return all_samples(FusedNorm.apply, Norm, info, in_dims, args)
 
 
+@by_sample
 class FusedNormBackward(Function):
     """The gradients of :class:`FusedNorm`."""
 
@@ -262,7 +272,3 @@ class FusedNormBackward(Function):
             reference.norm_gradients, given, cotangents, drop, options, ctx.dtypes
         )
         return *found[:3], None, *found[3:], None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(FusedNormBackward.apply, info, in_dims, args)

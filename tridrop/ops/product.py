@@ -5,7 +5,6 @@ A product is bilinear in x and the weight, so its derivatives are such products 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from ..backends.reference import product as reference
 from ..distributed import layouts
 from ..spec.operands import Product, ProductBackward
 from ..spec.product import ProductOptions
-from .common import Function, apply_in_backward, each_sample, save, unchanged
+from .common import Function, apply_in_backward, by_sample, save, unchanged
 from .elementwise import OPTIONS as ELEMENTWISE_OPTIONS
 from .elementwise import pack, shared_options
 from .library import composes, define, filled, prepared
@@ -103,6 +102,7 @@ product_backward = define(
 )
 
 
+@by_sample
 class DroppedProduct(Function):
     """gain * drop_i(x) @ weight_i^T for each i, side by side: [..., sum of ranks]."""
 
@@ -117,9 +117,10 @@ class DroppedProduct(Function):
         return reference.composed(operands, unpack_product(packed))
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        *tensors, packed = arguments
-        out: Tensor = product_forward(*tensors, *packed)
+    def forward(
+        x: Tensor, weight: Tensor, seeds: Tensor | None, p: Tensor | None, packed: PackedProduct
+    ) -> Tensor:
+        out: Tensor = product_forward(x, weight, seeds, p, *packed)
         return out
 
     @staticmethod
@@ -138,11 +139,8 @@ class DroppedProduct(Function):
         )
         return dx, dweight, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(DroppedProduct.apply, info, in_dims, args)
 
-
+@by_sample
 class DroppedProductBackward(Function):
     """The gradients of x and weight of :class:`DroppedProduct`."""
 
@@ -173,7 +171,3 @@ class DroppedProductBackward(Function):
             dgrad = other if dgrad is None else dgrad + other
             dx, _ = DroppedProductBackward.apply(grad, x, ddweight, *rest, (True, False))
         return dgrad, dx, dweight, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(DroppedProductBackward.apply, info, in_dims, args)

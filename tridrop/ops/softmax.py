@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from .attention import OPTIONS, pack_attention, score_options
 from .common import (
     Function,
     apply_in_backward,
+    by_sample,
     differentiate,
-    each_sample,
     packed_and_prepared,
     prepared_backward,
     save,
@@ -106,6 +105,7 @@ softmax_backward = define(
 )
 
 
+@by_sample
 class SoftmaxDropout(Function):
     """(out, softmax, log-sum-exp of each row); see ``backends/reference/softmax.py``."""
 
@@ -120,13 +120,19 @@ class SoftmaxDropout(Function):
         return *reference.composed(operands, unpack_softmax(packed)), None
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, packed = arguments
+    def forward(
+        scores: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        p: Tensor | None,
+        packed: PackedSoftmax | Known,
+    ) -> tuple[Tensor, ...]:
+        operands = Softmax(scores, mask, seed, p)
         results: tuple[Tensor, ...]
         if isinstance(packed, Known):
-            results = packed.prepared.forward(Softmax._make(tensors))
+            results = packed.prepared.forward(operands)
         else:
-            results = softmax_forward(*tensors, *packed)
+            results = softmax_forward(*operands, *packed)
         return results
 
     @staticmethod
@@ -169,11 +175,8 @@ class SoftmaxDropout(Function):
             found = apply_in_backward(SoftmaxDropoutBackward, *given)
         return *found, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(SoftmaxDropout.apply, info, in_dims, args)
 
-
+@by_sample
 class SoftmaxDropoutBackward(Function):
     """The gradients of :class:`SoftmaxDropout`. lse is a function of the scores and the mask."""
 
@@ -203,7 +206,3 @@ class SoftmaxDropoutBackward(Function):
             given["mask"] = mask
             found = differentiate(gradients, given, cotangents, drop, options, ctx.dtypes)
         return *found, *(None,) * 5
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return each_sample(SoftmaxDropoutBackward.apply, info, in_dims, args)
