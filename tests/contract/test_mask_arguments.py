@@ -99,11 +99,12 @@ def tensor_path(backend: str, x: Tensor, p: Tensor, options: Options) -> tuple[T
     """
     module, seed = importlib.import_module(f"tridrop.backends.{backend}"), as_seed(1, DEVICE)
     keep = module.keep_mask(seed, tuple(x.shape), p, options, "elements")
-    forward, backward = module.FAMILIES["elementwise"]
-    out = forward(Elementwise(x, seed=seed, p=p), options)
+    operands = Elementwise(x, seed=seed, p=p)
+    op = module.prepare("elementwise", tuple(x.shape), options, operands, ())
+    out = op.forward(operands)
     ones = torch.ones_like(out)
     dtypes = (x.dtype, None, None)
-    grad, _, _ = backward(ElementwiseBackward(ones, seed=seed, p=p), options, dtypes)
+    grad, _, _ = op.backward(ElementwiseBackward(ones, seed=seed, p=p), dtypes)
     return keep.cpu(), out.cpu(), grad.cpu()
 
 

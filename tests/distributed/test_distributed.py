@@ -115,7 +115,7 @@ def pieces_are_those_of_torch():
         mesh = mesh_of(len(placements))
         names = ("a", "b", "c")
         cuts = tuple(names[p.dim] if p.is_shard() else None for p in placements)
-        layout = Layout({}, 0, (), {}, tuple)
+        layout = Layout(None, {}, None, (), {}, tuple)
         for shape in (SHAPE, (1, 2, 16), (5, 7, 9)):
             ours = _pieces(mesh, cuts, dict(zip(names, shape, strict=True)), layout)
             sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
