@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ class Blocks:
         self.batch: tuple[int, int] | None = None  # of the innermost batch_slice
         self.call: Carried | None = None  # what is being recomputed, if anything is
         self.number: int | None = None  # of that recomputation: each has another
+        self.counts: dict[Counter, int] = {}  # where counters stand in it
 
 
 class _Contested:
@@ -63,6 +65,44 @@ _state = _State()
 _state.shown = _process
 _lock = threading.Lock()
 _numbers = itertools.count()
+
+
+class Counter:
+    """Numbers the calls of something that has a sequence of seeds, such as a layer of Keras.
+
+    A recomputation counts from where its forward began, so that each call has its number again.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        _counters.add(self)
+
+    def next(self) -> tuple[int, int]:
+        """The number of this call, and how many calls there were since: none, in a forward.
+
+        Raises RuntimeError in a backward that is not torch.utils.checkpoint's.
+        """
+        blocks = now()
+        if blocks.call is not None:
+            number = blocks.counts.get(self, 0)  # 0 where it was made after the forward began
+            blocks.counts[self] = number + 1
+            return number, self.calls - number
+        if backward_task() != -1:
+            raise RuntimeError(
+                "a layer with a sequence of seeds is computed in backward, by other means than "
+                "torch.utils.checkpoint: it cannot be told which mask of the sequence its forward "
+                "had. Use tridrop.rng(seed) around forward and backward"
+            )
+        self.calls += 1
+        return self.calls - 1, 0
+
+
+_counters: weakref.WeakSet[Counter] = weakref.WeakSet()
+
+
+def _counted(blocks: Blocks) -> dict[Counter, int]:
+    """Where all counters stand."""
+    return {c: c.calls if blocks.call is None else blocks.counts.get(c, 0) for c in _counters}
 
 
 def now() -> Blocks:
@@ -121,6 +161,7 @@ class Carried:
         # all is done again in the same order, which selective checkpointing counts on.
         self.context = None if blocks.context is None else blocks.context.copy()
         self.batch = blocks.batch
+        self.counts = _counted(blocks) if _counters else {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.in_forward:
@@ -130,6 +171,7 @@ class Carried:
         blocks.call, blocks.number = self, next(_numbers)
         blocks.context = None if self.context is None else self.context.copy()
         blocks.batch = self.batch
+        blocks.counts = dict(self.counts)
         before = _place(blocks)
         try:
             return self.function(*args, **kwargs)

@@ -1,0 +1,99 @@
+"""The seeds of Keras layers: a sequence that is saved, goes on when loaded, and is recomputed.
+
+Keras keeps a layer's seed and the number of its calls as one variable of two integers, in a
+SeedGenerator. Here these are a seed tensor: call n of seed s draws the mask of ``fold_in(s, n)``,
+where Keras' torch backend adds the two up, so that call n + 1 of seed s is call n of s + 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from keras.random import SeedGenerator
+from keras.src.saving.keras_saveable import KerasSaveable
+from torch import Tensor
+
+from ..contract import seeds
+from ..contract.recomputation import Counter
+
+_STATE = "__tridrop_seed_state"  # in a layer's __dict__, where Keras' saving does not look
+_LIMIT = 1 << 31
+
+
+def check_seed(seed: Any) -> None:
+    """Raise for an int that Keras' SeedGenerator cannot hold; it sees to other types itself."""
+    if isinstance(seed, int) and not -_LIMIT <= seed < _LIMIT:
+        raise ValueError(
+            f"seed = {seed} does not fit into Keras' SeedGenerator, which has 32 bits on the torch "
+            "backend: give a seed in [-2^31, 2^31), or none and use tridrop.rng(seed)"
+        )
+
+
+class SeedState(KerasSaveable):  # type: ignore[misc]
+    """What is saved of a layer's SeedGenerator, and the numbers of its calls.
+
+    Keras' files hold a layer's weights, and no seeds: a model that is loaded would draw the masks
+    of its first steps again. So this is a part of the layer to them, with an entry of its own. A
+    file without that entry leaves the sequence where it is, and Keras' own layers overlook it.
+    """
+
+    def __init__(self, generator: SeedGenerator) -> None:
+        self.generator = generator
+        self.counter = Counter()
+
+    def _obj_type(self) -> str:
+        return "Operation"  # the plainest of the kinds that Keras' saving knows
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write (seed, number of the next call)."""
+        store["0"] = self.generator.state
+
+    def load_own_variables(self, store: Any) -> None:
+        """Go on where the saved sequence stood."""
+        if "0" in store.keys():  # noqa: SIM118  (a store of Keras' is no mapping)
+            self.generator.state.assign(np.asarray(store["0"]))
+
+    @torch.compiler.disable
+    def next(self, device: torch.device) -> Tensor:
+        """The seed tensor of this call, that of its forward where it is a recomputation."""
+        number, behind = self.counter.next()
+        state = self.generator.state.value * 1 if behind else self.generator.next()
+        state = state.detach().to(device, torch.int64)
+        return state - state.new_tensor((0, behind)) if behind else state
+
+
+class Drops:
+    """What each layer here has that drops: a place in a model, and a sequence of seeds.
+
+    ``site`` is its number under :func:`tridrop.rng`, which goes before the layer's own seed, as
+    :func:`tridrop.nn.number_sites` gives it.
+    """
+
+    site: int | None = None
+    __dict__: dict[str, Any]
+
+    @property
+    def seed_state(self) -> SeedState | None:
+        """What is saved of its seeds; None where its rate is 0."""
+        generator = self.__dict__.get("seed_generator")
+        if generator is None:
+            return None
+        found: SeedState | None = self.__dict__.get(_STATE)
+        if found is None or found.generator is not generator:
+            found = self.__dict__[_STATE] = SeedState(generator)
+        return found
+
+    def next_seed(self, x: Tensor) -> Tensor:
+        """The seed tensor of a call on ``x`` that drops."""
+        if seeds.active():
+            return seeds.seed_for(x.device, None, self.site)
+        state = self.seed_state
+        assert state is not None, "a layer with a rate of 0 draws nothing"
+        return state.next(x.device)
+
+
+def forget(layer: Any) -> None:
+    """Take away what a class of this module has left in a layer that becomes another."""
+    layer.__dict__.pop(_STATE, None)
