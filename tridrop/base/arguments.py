@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .modules import is_keras
+
 
 def given(value: object, name: str) -> str:
     """How a message begins: the argument, what it is and of which type."""
@@ -116,4 +118,10 @@ def check_wholes(values: Iterable[Any], name: str) -> tuple[int, ...]:
 def check_module(module: nn.Module, name: str = "model") -> None:
     """Raise unless ``module`` is one."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} is a {type(module).__name__}; give a torch.nn.Module")
+        kind = type(module).__name__
+        if is_keras(module):
+            raise TypeError(
+                f"{name} is a {kind} of Keras on another backend than torch's: set "
+                'os.environ["KERAS_BACKEND"] = "torch" before keras is imported'
+            )
+        raise TypeError(f"{name} is a {kind}; give a torch.nn.Module")

@@ -77,8 +77,8 @@ class Counter:
         self.calls = 0
         _counters.add(self)
 
-    def next(self) -> tuple[int, int]:
-        """The number of this call, and how many calls there were since: none, in a forward.
+    def next(self) -> int:
+        """Count a call. One of a forward gives 0; a recomputed one how many calls ago it was.
 
         Raises RuntimeError in a backward that is not torch.utils.checkpoint's.
         """
@@ -86,7 +86,7 @@ class Counter:
         if blocks.call is not None:
             number = blocks.counts.get(self, 0)  # 0 where it was made after the forward began
             blocks.counts[self] = number + 1
-            return number, self.calls - number
+            return self.calls - number
         if backward_task() != -1:
             raise RuntimeError(
                 "a layer with a sequence of seeds is computed in backward, by other means than "
@@ -94,7 +94,7 @@ class Counter:
                 "had. Use tridrop.rng(seed) around forward and backward"
             )
         self.calls += 1
-        return self.calls - 1, 0
+        return 0
 
 
 _counters: weakref.WeakSet[Counter] = weakref.WeakSet()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..base.arguments import check_module, check_whole
 from ..base.lasting import lasting
+from ..base.modules import all_modules
 from ..base.torch_private import backward_task, dispatch_modes
 from . import recomputation
 from .mask import as_seed, fold_in, new_seed
@@ -344,9 +345,9 @@ def number_sites(model: nn.Module, first: int = 0) -> int:
 
     A site is a module with an attribute ``site``, as all modules of tridrop.nn that drop have, or a
     place in the forward of a module that :func:`tridrop.swap` has rewritten (and numbered). The
-    numbers follow ``model.modules()``; call it once the model is whole, since copies of a module
-    copy its number. It is what gives a module the same stream of :func:`tridrop.rng` in every run,
-    whatever the order of calls.
+    numbers follow ``model.modules()``, those of Keras' layers its own order; call it once the model
+    is whole, since copies of a module copy its number. It is what gives a module the same stream of
+    :func:`tridrop.rng` in every run, whatever the order of calls.
 
     >>> import tridrop
     >>> model = nn.Sequential(tridrop.nn.Dropout(0.1), nn.ReLU(), tridrop.nn.Dropout(0.1))
@@ -355,7 +356,7 @@ def number_sites(model: nn.Module, first: int = 0) -> int:
     """
     check_module(model)
     first = check_whole(first, "first", 0)
-    for module in model.modules():
+    for module in all_modules(model):
         own = module.__dict__
         if "_tridrop_count" in own:
             if "_tridrop_attention_site" in own:

@@ -23,6 +23,11 @@ class Attends:
     _dropout_layer: Any
     _attention_axes: Sequence[int]
     _inverse_sqrt_key_dim: float
+    _adopted: type = Dropout  # what its dropout layer becomes, which holds the seeds
+
+    def _build_attention(self, rank: int) -> None:
+        super()._build_attention(rank)  # type: ignore[misc]
+        self._dropout_layer.__class__ = self._adopted  # it has nothing that is not in Keras' own
 
     def _compute_attention(
         self,
@@ -140,7 +145,3 @@ class MultiHeadAttention(Attends, keras.layers.MultiHeadAttention):  # type: ign
     def __init__(self, num_heads: int, key_dim: int, *args: Any, **kwargs: Any) -> None:
         check_seed(kwargs.get("seed"))
         super().__init__(num_heads, key_dim, *args, **kwargs)
-
-    def _build_attention(self, rank: int) -> None:
-        super()._build_attention(rank)
-        self._dropout_layer.__class__ = Dropout  # which has nothing that is not in Keras' own

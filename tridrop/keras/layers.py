@@ -217,4 +217,6 @@ class AlphaDropout(_Dropping, keras.layers.AlphaDropout):  # type: ignore[misc]
         super().__init__(rate, noise_shape=noise_shape, seed=seed, **kwargs)
 
     def _drop(self, x: Tensor, seed: Tensor) -> Tensor:
-        return F.alpha_dropout(x, self.rate, True, noise_shape=_full(self.noise_shape, x), seed=seed)
+        return F.alpha_dropout(
+            x, self.rate, True, noise_shape=_full(self.noise_shape, x), seed=seed
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..contract import seeds
 from ..contract.recomputation import Counter
 
-_STATE = "__tridrop_seed_state"  # in a layer's __dict__, where Keras' saving does not look
+_STATE = "__tridrop_seed_state"  # where Keras' saving does not look; tridrop.unswap knows it
 _LIMIT = 1 << 31
 
 
@@ -58,8 +58,8 @@ class SeedState(KerasSaveable):  # type: ignore[misc]
     @torch.compiler.disable
     def next(self, device: torch.device) -> Tensor:
         """The seed tensor of this call, that of its forward where it is a recomputation."""
-        number, behind = self.counter.next()
-        state = self.generator.state.value * 1 if behind else self.generator.next()
+        behind = self.counter.next()
+        state = self.generator.state.value if behind else self.generator.next()
         state = state.detach().to(device, torch.int64)
         return state - state.new_tensor((0, behind)) if behind else state
 
@@ -92,8 +92,3 @@ class Drops:
         state = self.seed_state
         assert state is not None, "a layer with a rate of 0 draws nothing"
         return state.next(x.device)
-
-
-def forget(layer: Any) -> None:
-    """Take away what a class of this module has left in a layer that becomes another."""
-    layer.__dict__.pop(_STATE, None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from ..base.arguments import check_flags, check_module
+from ..base.modules import all_modules
 from ..contract.seeds import number_sites
 from . import classes, found, kinds
 from .encoders import has_path
 from .interfaces import Interfaces, give_back
+from .keras_models import Layers
 from .kinds import base_of
 from .modules import REPLACEMENTS
 from .report import Report
@@ -61,13 +63,17 @@ def swap(
         unswap(model)
     survey = Survey(model, levels)
     interfaces = Interfaces(survey)
+    layers = Layers(model, levels)
     if not dry_run:
         _apply(survey, interfaces)
+        layers.apply()
+        layers.number()
         _number(model, survey)
-    sites = found.sites_of(model, survey, interfaces)
+    sites = [*found.sites_of(model, survey, interfaces), *layers.sites()]
     read = survey.read()
-    for name, each in interfaces.read().items():
-        read.setdefault(name, []).extend(each)
+    for more in (interfaces.read(), layers.read()):
+        for name, each in more.items():
+            read.setdefault(name, []).extend(each)
     return Report(sites, levels, dry_run, model, certain=found.is_certain(model), read=read)
 
 
@@ -108,6 +114,10 @@ def _number(model: nn.Module, survey: Survey) -> None:
             module.__dict__[name] = owner.__dict__["_tridrop_site"] + i
 
 
+# What a swap, and the classes of Keras layers, leave in the __dict__ of a module.
+_LEFT_IN = ("_tridrop_site", "_tridrop_count", "_tridrop_attention_site", "__tridrop_seed_state")
+
+
 def unswap(model: nn.Module) -> None:
     """Undo :func:`swap`: every module gets its own class and attention function back.
 
@@ -115,17 +125,17 @@ def unswap(model: nn.Module) -> None:
     class after the swap.
     """
     check_module(model)
-    for module in model.modules():  # all of them, before anything is changed
+    for module in all_modules(model):  # all of them, before anything is changed
         inherited = any("_tridrop_base" in c.__dict__ for c in type(module).__mro__)
         if inherited and not classes.is_swapped(module):
             raise RuntimeError(
                 f"a {type(module).__name__} was given another class after the swap, by fully_shard "
                 "for instance: unswap before that"
             )
-    for module in model.modules():
+    for module in all_modules(model):
         if classes.is_swapped(module):
             module.__class__ = type(module).__dict__["_tridrop_base"]
-        for name in ("_tridrop_site", "_tridrop_count", "_tridrop_attention_site"):
+        for name in _LEFT_IN:
             module.__dict__.pop(name, None)
         if not hasattr(type(module), "site"):
             module.__dict__.pop("site", None)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import classes, draws, kinds
+from ..base.modules import all_modules, is_keras
+from . import classes, draws, keras_models, kinds
 from .hidden import hidden_roots
 from .interfaces import Interfaces
 from .kinds import base_of
@@ -27,16 +28,20 @@ def sites_of(model: nn.Module, survey: Survey, interfaces: Interfaces) -> list[S
     sites = [site for module in survey.names for site in _sites(module, survey, interfaces)]
     for name, module in hidden_roots(model).items():
         inner = Survey(module, survey.levels)
-        for part in inner.names:
-            for site in _sites(part, inner, Interfaces(inner)):
-                path = f"{name}.{site.module}" if site.module else name
-                sites.append(replace(site, module=path, parts=(), stream=None, reason=_HIDDEN))
+        each = [s for part in inner.names for s in _sites(part, inner, Interfaces(inner))]
+        for site in (*each, *keras_models.Layers(module, survey.levels).sites()):
+            path = f"{name}.{site.module}" if site.module else name
+            sites.append(replace(site, module=path, parts=(), stream=None, reason=_HIDDEN))
     return sites
 
 
 def is_certain(model: nn.Module) -> bool:
     """Whether a model without sites cannot drop: it is made of torch's modules alone, unhooked."""
-    for module in model.modules():
+    for module in all_modules(model):
+        if is_keras(module):
+            if not keras_models.is_certain(module):
+                return False
+            continue
         base = base_of(module)
         known = base.__module__.startswith("torch.nn.modules.") and has_own_forward(base)
         known = known and (base not in kinds.TYPES or kinds.kind_of_type(base) is not None)

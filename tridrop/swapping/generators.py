@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.modules import all_modules
+
 
 class Generators:
     """Every generator within a model's reach.
@@ -88,7 +90,7 @@ def _of_numpy(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
 def _held(model: nn.Module) -> Iterator[Any]:
     """What the modules of a model have as attributes, and in lists and dicts there."""
     seen: set[int] = set()
-    for module in model.modules():
+    for module in all_modules(model):
         todo = [v for n, v in module.__dict__.items() if n not in _TORCHS]
         while todo:
             value = todo.pop()

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from ..base.modules import all_modules, is_keras, named_parts
+
 _TORCHS = frozenset(nn.Module().__dict__)  # torch's own tables in a module
 
 
@@ -20,9 +22,10 @@ def hidden_roots(model: nn.Module) -> dict[str, nn.Module]:
 
     Those that have a place in the model as well are none.
     """
-    known = {id(module) for module in model.modules()}
+    known = {id(module) for module in all_modules(model)}
     found: dict[str, nn.Module] = {}
-    todo = list(model.named_modules())
+    # Keras tracks the lists and dicts of its layers, so nothing is hidden in them.
+    todo = [(name, part) for name, part in named_parts(model) if not is_keras(part)]
     while todo:
         name, owner = todo.pop(0)
         for key, value in owner.__dict__.items():
@@ -31,17 +34,17 @@ def hidden_roots(model: nn.Module) -> dict[str, nn.Module]:
             for where, module in _within(value, f"{name}.{key}" if name else key, depth=3):
                 if id(module) not in known:
                     found[where] = module
-                    parts = list(module.named_modules(prefix=where))
+                    parts = list(named_parts(module, where))
                     known |= {id(part) for _, part in parts}
-                    todo += parts
+                    todo += [(n, part) for n, part in parts if not is_keras(part)]
     return found
 
 
 def with_hidden(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of a model by name, with those that are hidden."""
-    found = dict(model.named_modules(remove_duplicate=False))
+    found = dict(named_parts(model, remove_duplicate=False))
     for name, module in hidden_roots(model).items():
-        found |= dict(module.named_modules(prefix=name))
+        found |= dict(named_parts(module, name))
     return found
 
 

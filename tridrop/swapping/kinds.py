@@ -6,6 +6,7 @@ known by the form of their forward, see forms.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -129,9 +130,9 @@ def _found(kind: type) -> Kind:
     return replace(found, holds=holds(*read, *calls))
 
 
-def learn(model: nn.Module) -> None:
+def learn(modules: Iterable[nn.Module]) -> None:
     """Know the kinds of all parts of a model."""
-    for module in model.modules():
+    for module in modules:
         kind_of(module)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.modules import all_modules, is_keras
 from ..base.torch_private import OpOverload, TorchDispatchMode, schema_of, tree_leaves
 from .generators import Generators
 
@@ -137,7 +138,8 @@ def cost_of(
             running.enter_context(saved.hooks())
             observer = None if watch is None else running.enter_context(watch(generators))
             counter = running.enter_context(_Counter(generators, observer))
-            outputs = model(*args, **kwargs)
+            mode = {"training": True} if is_keras(model) else {}  # which has no mode of its own
+            outputs = model(*args, **{**mode, **kwargs})
         saved.add_attributes(outputs)
         return Cost(counter.dropouts, counter.operators, saved.size(own))
 
@@ -249,13 +251,14 @@ def _plain(outputs: Any) -> Any:
 
 @contextmanager
 def _modes_and_buffers_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in all_modules(model)]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
+        for module in all_modules(model)
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    states = [(state, state.value.detach().clone()) for state in _states(model)]
     try:
         yield
     finally:
@@ -267,6 +270,16 @@ def _modes_and_buffers_kept(model: nn.Module) -> Iterator[None]:
             if not torch.equal(buffer, content):
                 with torch.no_grad():
                     buffer.copy_(content)
+        for state, content in states:
+            state.assign(content)
+
+
+def _states(model: nn.Module) -> Iterator[Any]:
+    """The variables of Keras layers that their calls write: statistics, and states of seeds."""
+    for layer in filter(is_keras, all_modules(model)):
+        found: Any = layer
+        yield from found._non_trainable_variables
+        yield from (generator.state for generator in found._seed_generators)
 
 
 @contextmanager
@@ -275,7 +288,7 @@ def changed(model: nn.Module, change: Callable[[nn.Module], Any]) -> Iterator[No
 
     Doing the opposite would not do: numbers of sites may have been given by hand since.
     """
-    holders: list[Any] = [*model.modules(), *_configurations(model)]
+    holders: list[Any] = [*all_modules(model), *_configurations(model)]
     before = [(holder, type(holder), copy.copy(holder.__dict__)) for holder in holders]
     undo: list[tuple[Any, type, dict[str, Any], set[str]]] = []
     try:

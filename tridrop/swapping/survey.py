@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.modules import is_keras, named_parts
 from . import adapters, branches, classes, kinds
 from .classes import Recipe
 from .kinds import base_of
@@ -24,7 +25,9 @@ class Survey:
 
     def __init__(self, model: nn.Module, levels: Levels) -> None:
         self.levels = levels
-        self.names = {module: name for name, module in model.named_modules()}
+        # Those of Keras are looked at elsewhere, see keras_models.py.
+        named = named_parts(model)
+        self.names = {module: name for name, module in named if not is_keras(module)}
         self.modules = {name: module for module, name in self.names.items()}
         self.recipes: dict[nn.Module, Recipe] = {}
         self.tails: dict[nn.Module, Tail | None] = {}
@@ -32,7 +35,7 @@ class Survey:
         self._works: dict[tuple[type, Recipe], classes.Work] = {}
         # The places that call a module, or hand its rate to an attention function.
         self.places: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
-        kinds.learn(model)
+        kinds.learn(self.names)
         # The dropouts of LoRA adapters: their layers, and the adapters' names there.
         self.adapters: dict[nn.Module, tuple[nn.Module, str]] = {
             drop: (module, name)
@@ -154,7 +157,9 @@ class Survey:
         path, name = self.names[module], ""
         while path:
             path, _, name = path.rpartition(".")
-            owner = self.modules[path]
+            owner = self.modules.get(path)
+            if owner is None:  # Keras' wrapper of a module of torch, which calls it
+                return ""
             if not isinstance(owner, _CONTAINERS):
                 break
         else:

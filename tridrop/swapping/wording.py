@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from ..base.modules import all_modules, is_keras, named_parts
 from . import classes, emission
 from .classes import Recipe, Work
 from .kinds import base_of
@@ -31,7 +32,7 @@ _SILENT = ("cast", "identity", "return")
 
 def recipes_of(model: nn.Module) -> dict[nn.Module, Recipe]:
     """By what the modules of a model were rewritten."""
-    kinds = {module: type(module).__dict__ for module in model.modules()}
+    kinds = {module: type(module).__dict__ for module in all_modules(model)}
     return {m: kind["_tridrop_recipe"] for m, kind in kinds.items() if "_tridrop_recipe" in kind}
 
 
@@ -52,7 +53,7 @@ class Plans:
         self.callers: dict[tuple[nn.Module, str], list[tuple[nn.Module, str, Op]]] = {}
         if model is None:
             return
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules = dict(named_parts(model, remove_duplicate=False))
         known = is_swapped(model, levels)
         recipes = recipes_of(model) if known else Survey(model, levels).recipes
         for module, recipe in recipes.items():
@@ -140,7 +141,7 @@ class Plans:
         work = self.works.get(module)
         if work is None or not work.changes() or not (work.plans or work.lora):
             kind = self.kinds.get(module, type(module))
-            why = "it became tridrop's own class" if type(module) in REPLACEMENTS.values() else (
+            why = "it became tridrop's own class" if _is_ours(module) else (
                 "nothing in it was rewritten; see the report for what was left and why"
             )  # fmt: skip
             raise ValueError(f"{name!r} is a {kind.__name__}: {why}")
@@ -154,6 +155,11 @@ class Plans:
                 texts.append(_text(work.bare[method], first, "_tridrop_"))
             first += len(made.places)
         return "\n\n".join(texts) + "\n"
+
+
+def _is_ours(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind in REPLACEMENTS.values() or (is_keras(module) and "_tridrop_base" in vars(kind))
 
 
 def _text(made: Plan, first: int, prefix: str) -> str:

@@ -1,0 +1,64 @@
+"""The modules of a model, those of Keras included, which torch does not know of.
+
+On its torch backend a Keras layer is a torch.nn.Module. But Keras keeps the layers of a functional
+model in lists of its own, where torch's ``modules()`` does not find them, and registers with torch
+what else it needs; so of a Keras layer its own list is what counts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def is_keras(module: Any) -> bool:
+    """Whether something is a layer or a model of Keras 3, on any backend. It imports nothing."""
+    layer = getattr(sys.modules.get("keras"), "Layer", None)
+    return layer is not None and isinstance(module, layer)
+
+
+def named_parts(
+    model: nn.Module, prefix: str = "", remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """What ``model.named_modules`` gives, and the layers of Keras models.
+
+    Keras' layers have their names in Keras, ``transformer_layer_0.self_attention_dropout``; where
+    two beside each other have the same, the second ends in ``_1``.
+    """
+    if "keras" in sys.modules:
+        yield from _walk(model, prefix, set(), remove_duplicate)
+    else:
+        yield from model.named_modules(prefix=prefix, remove_duplicate=remove_duplicate)
+
+
+def all_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """What ``model.modules`` gives, and the layers of Keras models."""
+    for _, module in named_parts(model):
+        yield module
+
+
+def _walk(
+    module: nn.Module, name: str, seen: set[nn.Module], once: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen and (once or is_keras(module)):
+        return
+    seen.add(module)
+    yield name, module
+    for key, child in _children(module):
+        yield from _walk(child, f"{name}.{key}" if name else key, seen, once)
+
+
+def _children(module: Any) -> Iterator[tuple[str, nn.Module]]:
+    if not is_keras(module):
+        yield from ((key, child) for key, child in module._modules.items() if child is not None)
+        return
+    used: dict[str, int] = {}
+    for layer in module._layers:
+        count = used[layer.name] = used.get(layer.name, -1) + 1
+        yield f"{layer.name}_{count}" if count else layer.name, layer
+    wrapped = module._modules.get("module")  # of a TorchModuleWrapper
+    if wrapped is not None and not is_keras(wrapped):
+        yield "module", wrapped

@@ -1,0 +1,76 @@
+"""The classes that Keras layers get: of their name, which Keras saves, and tridrop's masks.
+
+It imports keras, and is imported where a model has layers of Keras.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras.src import api_export
+from keras.src.saving import object_registration
+
+from .. import keras as tridrop_keras
+from ..keras.attention import Attends
+from .present import At, Holds, guarded, holds, is_own
+
+# What layers that drop become, and the word for it. Exact types, for a subclass may do anything.
+KINDS: dict[type, tuple[type, str]] = {
+    keras.layers.Dropout: (tridrop_keras.Dropout, "dropout"),
+    keras.layers.SpatialDropout1D: (tridrop_keras.SpatialDropout1D, "feature dropout"),
+    keras.layers.SpatialDropout2D: (tridrop_keras.SpatialDropout2D, "feature dropout"),
+    keras.layers.SpatialDropout3D: (tridrop_keras.SpatialDropout3D, "feature dropout"),
+    keras.layers.GaussianDropout: (tridrop_keras.GaussianDropout, "gaussian dropout"),
+    keras.layers.AlphaDropout: (tridrop_keras.AlphaDropout, "alpha dropout"),
+}
+MultiHeadAttention: Any = keras.layers.MultiHeadAttention
+# What a subclass of it must not have changed; the rest of its call is its own.
+_ATTENTION = ("_compute_attention", "_masked_softmax", "_build_attention")
+_made: dict[type, type] = {}
+
+
+def computes_attention(base: type) -> bool:
+    """Whether a class attends as Keras' MultiHeadAttention does."""
+    return issubclass(base, MultiHeadAttention) and all(
+        getattr(base, name) is getattr(MultiHeadAttention, name)
+        and is_own(MultiHeadAttention, name)
+        for name in _ATTENTION
+    )
+
+
+def _places(base: type) -> tuple[At, ...]:
+    names = ("call",) if base in KINDS else _ATTENTION[:2]
+    return tuple(At(base, name) for name in names)
+
+
+def holds_of(base: type) -> Holds:
+    """Whether a class is what it was when it was read."""
+    return holds(*_places(base))
+
+
+def stand_in(base: type) -> type:
+    """The class that the layers of a class get. What it does not know runs as it is now."""
+    if base not in _made:
+        first, *others = _places(base)
+        if base in KINDS:
+            ours: Any = KINDS[base][0]
+            bases, new = (ours,), ours.call
+        else:
+            bases, new = (Attends, base), Attends._compute_attention
+        body = {
+            "_tridrop_base": base,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": f"A {base.__name__} of Keras' that draws tridrop's mask.",
+            first.name: guarded(first, new, tuple(others)),
+        }
+        if base not in KINDS:
+            body["_adopted"] = stand_in(keras.layers.Dropout)
+        made = type(base.__name__, bases, body)
+        # A layer is saved by the name of its class, and is loaded as what it was.
+        for names in (api_export.REGISTERED_OBJS_TO_NAMES, object_registration.GLOBAL_CUSTOM_NAMES):
+            if base in names:
+                names[made] = names[base]
+        _made[base] = made
+    return _made[base]
