@@ -50,7 +50,7 @@ from .functional import (
 )
 
 if TYPE_CHECKING:
-    from . import schedules, shims
+    from . import keras, schedules, shims
     from .monte_carlo import Prediction, mc_dropout, mc_predict
     from .schedules import DropoutSchedule
     from .swapping import swap, unswap
@@ -67,7 +67,7 @@ _LATER = {
     "swap": "swapping",
     "unswap": "swapping",
 }
-_LATER_MODULES = ("commands", "monte_carlo", "schedules", "shims", "swapping")
+_LATER_MODULES = ("commands", "keras", "monte_carlo", "schedules", "shims", "swapping")
 
 
 def __getattr__(name: str) -> Any:

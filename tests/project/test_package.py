@@ -16,7 +16,7 @@ LAYERS = [
     ["monte_carlo", "schedules", "shims"],
     ["swapping"],
     ["integrations"],
-    ["nn"],
+    ["nn", "keras"],
     ["functional"],
     ["ops"],
     ["backends", "distributed"],
@@ -155,7 +155,7 @@ WITHOUT_MODEL_LIBRARIES = """
 import sys, torch, tridrop
 tridrop.dropout(torch.ones(8), 0.5)
 names = {name.split(".")[0] for name in sys.modules}
-found = names & {"transformers", "accelerate", "peft", "timm", "torchvision", "liger_kernel"}
+found = names & {"transformers", "accelerate", "peft", "timm", "torchvision", "liger_kernel", "keras"}
 found |= names & {"sklearn", "matplotlib"}
 assert not found, f"import tridrop imports {found}"
 assert "torch.distributed.tensor" not in sys.modules

@@ -55,7 +55,7 @@ class SeedState(KerasSaveable):  # type: ignore[misc]
         if "0" in store.keys():  # noqa: SIM118  (a store of Keras' is no mapping)
             self.generator.state.assign(np.asarray(store["0"]))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def next(self, device: torch.device) -> Tensor:
         """The seed tensor of this call, that of its forward where it is a recomputation."""
         behind = self.counter.next()

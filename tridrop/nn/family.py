@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from ..base.arguments import check_choice, check_tensor
 from ..contract import recomputation
 from ..contract.mask import as_seed, fold_in
 from ..spec.elementwise import check_probability
-from .modules import _Site
+from .modules import _Site, refuse_keras
 
 Function = Callable[..., Tensor]
 
@@ -33,11 +34,17 @@ class _Torch(_OneTensor):
 
     function: Function
 
-    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+    def __init__(self, p: float = 0.5, inplace: bool = False, **keras: Any) -> None:
+        refuse_keras(type(self).__name__, keras)
         check_probability(p)
         super().__init__(p, inplace)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, training: None = None) -> Tensor:
+        if training is not None:
+            refuse_keras(type(self).__name__, {"training": training})
+        return self._dropped(input)
+
+    def _dropped(self, input: Tensor) -> Tensor:
         return self._call(type(self).function, input)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +24,23 @@ class _Site(nn.Module):
             return None
         check_tensor(x, "the module's input")
         return seeds.seed_for(x.device, None, self.site)
+
+
+# The arguments of Keras' layers, for who writes them out of habit.
+_KERAS = ("rate", "seed", "noise_shape", "name", "dtype", "training")
+
+
+def refuse_keras(name: str, given: Mapping[str, object]) -> None:
+    """Raise TypeError for arguments that a module of torch's has not."""
+    for key in given:
+        if key not in _KERAS:
+            raise TypeError(f"{name} got an unexpected keyword argument {key!r}")
+        raise TypeError(
+            f"{name} got {key}=, an argument of Keras. tridrop.nn.{name} is torch's: "
+            f"tridrop.nn.{name}(p), with train() and eval(), and tridrop.rng(seed) for its seed. "
+            f"The layer of Keras with tridrop's masks is tridrop.keras.{name}(rate, seed=...), "
+            "which is called as layer(x, training=True)"
+        )
 
 
 class Dropout(nn.Dropout, _Site):
@@ -48,14 +66,21 @@ class Dropout(nn.Dropout, _Site):
         inplace: bool = False,
         *,
         noise_shape: Sequence[int | None] | None = None,
+        **keras: Any,
     ) -> None:
+        refuse_keras("Dropout", keras)
         check_probability(p)
         super().__init__(p, inplace)
         if noise_shape is not None:
             check_sequence(noise_shape, "noise_shape", "a tuple with one entry per dimension")
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, training: None = None) -> Tensor:
+        if training is not None:
+            refuse_keras("Dropout", {"training": training})
+        return self._dropped(input)
+
+    def _dropped(self, input: Tensor) -> Tensor:
         # Of no tensor it is another thing, or not there: torch.fx traces with such.
         if getattr(input, "is_nested", False) is not False:
             return self._nested(input)

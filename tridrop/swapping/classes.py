@@ -353,7 +353,7 @@ def restore(base: type, recipe: Recipe) -> nn.Module:
 
 def _setstate(self: nn.Module, state: Any) -> None:
     super(_swapped(self), self).__setstate__(state)
-    kinds.learn(self)  # compiled code looks kinds up and cannot read source
+    kinds.learn(self.modules())  # compiled code looks kinds up and cannot read source
 
 
 def is_swapped(module: nn.Module) -> bool:

@@ -55,7 +55,8 @@ def stand_in(base: type) -> type:
         first, *others = _places(base)
         if base in KINDS:
             ours: Any = KINDS[base][0]
-            bases, new = (ours,), ours.call
+            bases: tuple[type, ...] = (ours,)
+            new: Any = ours.call
         else:
             bases, new = (Attends, base), Attends._compute_attention
         body = {

@@ -105,7 +105,7 @@ class Layers:
                 found.setdefault(base.__name__, {})[base] = holds_of(base)
         return {name: list(each.values()) for name, each in found.items()}
 
-    # ------------------------------------------------------------------------------ what is reported
+    # ---------------------------------------------------------------------------- what is reported
 
     def sites(self) -> Iterator[Site]:
         """All that is to be reported of them, in the order of the model's layers."""

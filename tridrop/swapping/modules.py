@@ -51,7 +51,7 @@ def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
         "_tridrop_base": base,
         "__module__": base.__module__,
         "__doc__": f"A torch.nn.{name} that draws tridrop's mask.",
-        "forward": guarded(At(base, "forward"), ours.forward, called),
+        "forward": guarded(At(base, "forward"), getattr(ours, "_dropped", ours.forward), called),
         **more,
     }
     made = type(name, (_StandIn, ours), body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+from collections.abc import Iterable
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -26,7 +27,7 @@ class Survey:
     def __init__(self, model: nn.Module, levels: Levels) -> None:
         self.levels = levels
         # Those of Keras are looked at elsewhere, see keras_models.py.
-        named = named_parts(model)
+        named: Iterable[tuple[str, Any]] = named_parts(model)
         self.names = {module: name for name, module in named if not is_keras(module)}
         self.modules = {name: module for module, name in self.names.items()}
         self.recipes: dict[nn.Module, Recipe] = {}
