@@ -28,7 +28,7 @@ def named_parts(
     Keras' layers have their names in Keras, ``transformer_layer_0.self_attention_dropout``; where
     two beside each other have the same, the second ends in ``_1``.
     """
-    if "keras" in sys.modules:
+    if any(map(is_keras, model.modules())):
         yield from _walk(model, prefix, set(), remove_duplicate)
     else:
         yield from model.named_modules(prefix=prefix, remove_duplicate=remove_duplicate)
