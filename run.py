@@ -43,9 +43,12 @@ COMMANDS = {
     "build": [["-m", "build"]],
     "lint": [["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], ["-m", "mypy"]],
 }
-# Installed without their requirements, all of which the test extra has: torchvision asks for one
-# build of torch, and pip would put that in the place of the CPU build.
-BARE = ("timm", "torchvision")
+# Installed without their requirements, which the test extra has: torchvision asks for one build of
+# torch, and pip would put that in the place of the CPU build.
+BARE = ("timm", "torchvision", "keras-hub")
+# What KerasHub asks for besides, and needs for downloads and tokenizers alone; its models run
+# without. tensorflow-text brings TensorFlow.
+NOT_NEEDED = {"keras-hub": ("kagglehub", "kagglesdk", "sentencepiece", "tensorflow-text")}
 # The oldest transformers lives in a folder of its own, and is put before the environment's.
 OLDEST = ENVIRONMENT / "oldest"
 MATRIX = ROOT / "tests" / "matrix.py"

@@ -50,7 +50,8 @@ from .functional import (
 )
 
 if TYPE_CHECKING:
-    from . import keras, schedules, shims
+    from . import keras as keras
+    from . import schedules, shims
     from .monte_carlo import Prediction, mc_dropout, mc_predict
     from .schedules import DropoutSchedule
     from .swapping import swap, unswap

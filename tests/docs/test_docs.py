@@ -1,6 +1,7 @@
 """The code in the documentation runs."""
 
 import linecache
+import os
 import re
 from pathlib import Path
 
@@ -8,7 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDS = {"lora.md": "peft", "timm.md": "timm", "transformers.md": "transformers"}
+NEEDS = {
+    "keras-models.md": "keras",
+    "lora.md": "peft",
+    "timm.md": "timm",
+    "transformers.md": "transformers",
+}
+os.environ.setdefault("KERAS_BACKEND", "torch")  # of the page about Keras
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
