@@ -48,7 +48,8 @@ def gpt2():
 
 MODELS = {"cnn": cnn, "encoder": encoder, "bert": bert, "gpt2": gpt2}
 # Sites that are fused and swapped.
-FOUND = {"cnn": (0, 4), "encoder": (1, 2), "bert": (2, 5), "gpt2": (2, 5)}
+FOUND = {"cnn": (0, 4), "encoder": (3, 0), "bert": (6, 1), "gpt2": (6, 1)}
+ATTENTIONS = {"cnn": 0, "encoder": 1, "bert": 2, "gpt2": 2}
 
 
 def flat(out):
@@ -113,11 +114,14 @@ def test_switches_do_not_change_the_numbers(name):
     model, _ = MODELS[name]()
     whole = {s.module: s.stream for s in tridrop.swap(model).sites}
     assert sorted(whole.values()) == list(range(len(whole)))
-    plain = tridrop.swap(model, attention=False)
-    assert plain.counts() == {"fused": 0, "swapped": sum(FOUND[name]), "left": 0}
+    attentions, sites = ATTENTIONS[name], sum(FOUND[name])
+    plain = tridrop.swap(model, attention=False, inside=False)
+    assert plain.counts() == {"fused": 0, "swapped": sites, "left": 0}
+    alone = tridrop.swap(model, inside=False)
+    assert alone.counts() == {"fused": attentions, "swapped": sites - attentions, "left": 0}
     assert sorted(s.stream for s in plain.sites) == sorted(whole.values())
     attention = tridrop.swap(model, dropout=False)
-    assert attention.counts() == {"fused": FOUND[name][0], "swapped": 0, "left": FOUND[name][1]}
+    assert attention.counts() == {"fused": attentions, "swapped": 0, "left": sites - attentions}
     for site in attention.sites:
         assert site.stream == (whole[site.module] if site.parts else None)
     none = tridrop.swap(model, dropout=False, attention=False)
@@ -326,3 +330,74 @@ def test_shared_layers_and_layers_of_one_name_are_one_site_each():
     assert names == ["d", "d_1", drop.name]
     report.verify(torch.ones(4))
     report.raise_if_unaccounted()
+
+
+class Block(keras.layers.Layer):
+    def __init__(self, **options):
+        super().__init__()
+        self.first = keras.layers.Dropout(P, **options)
+        self.second = keras.layers.Dropout(P)
+        self.third = keras.layers.Dropout(P)
+
+    def call(self, x, y, training=False):
+        """Each line of it is one of the cases."""
+        x = self.first(x, training=training)
+        x = y + x
+        z = self.second(x, training=training)  # its value has another user
+        x = z + x
+        if training:
+            x = self.third(x * z, training=training)
+            x = x + y
+        return x
+
+
+def test_sums_in_a_layer_of_ones_own(recwarn):
+    layer, x = Block(), torch.rand(3, 8) + 1
+    report = tridrop.swap(layer)
+    assert [s.parts for s in report.sites] == [("dropout", "add"), ("dropout",), ("dropout", "add")]
+    assert report.source("").count("_tridrop.dropout_add") == 2
+    with tridrop.rng(3):
+        out = layer(x, x, training=True)
+    masks = [tridrop.keep_mask(tridrop.fold_in(3, s.stream), x.shape, P) for s in report.sites]
+    first = x + masked(x, masks[0], P)
+    second = masked(first, masks[1], P)
+    third = masked((second + first) * second, masks[2], P) + x
+    torch.testing.assert_close(out, third)
+    assert torch.equal(layer(x, x), Block()(x, x))
+    report.verify(x, x)
+    report.raise_if_unaccounted()
+    assert not [w for w in recwarn if "site" in str(w.message)]
+
+
+CASES = ["hook", "dtype", "shape", "rate", "call", "keras", "noise", "remat"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sums_that_are_not_one_op_are_computed_as_they_stand(case, monkeypatch):
+    x, y = torch.rand(3, 8) + 1, torch.rand(8) if case == "shape" else torch.rand(3, 8)
+    options = {"noise": {"noise_shape": (None, 1)}, "dtype": {"dtype": "bfloat16"}}.get(case, {})
+    with keras.RematScope(mode="full" if case == "remat" else None):
+        layer = Block(**options)
+    seen = []
+    tridrop.swap(layer)
+    if case == "hook":
+        layer.first.register_forward_hook(lambda *args: seen.append(args[2]))
+    elif case == "rate":
+        layer.first.rate = 0.0
+    elif case == "call":
+        layer.first.call = lambda x, training=False: x * 2
+    elif case == "keras":
+        monkeypatch.setattr(keras.layers.Dropout, "call", lambda self, x, training=False: x * 2)
+    monkeypatch.setattr(tridrop.swapping.keras_calls.F, "dropout_add", None)  # not called
+    layer.third.rate = 0.0
+    with tridrop.rng(3):
+        out = layer(x, y, training=True)
+    assert len(seen) == (case == "hook")
+    shared = {"noise_shape": (None, 1)} if case == "noise" else {}
+    keep = tridrop.keep_mask(tridrop.fold_in(3, 0), x.shape, P, **shared)
+    given = x.bfloat16() if case == "dtype" else x
+    first = y + {"rate": x, "call": x * 2, "keras": x * 2}.get(case, masked(given, keep, P))
+    keep = tridrop.keep_mask(tridrop.fold_in(3, 1), x.shape, P)
+    second = first * 2 if case == "keras" else masked(first, keep, P)
+    third = (second + first) * second * (2 if case == "keras" else 1)
+    torch.testing.assert_close(out, third + y)

@@ -1,4 +1,4 @@
-"""The modules of a model, those of Keras included, which torch does not know of.
+"""The modules of a model, also those of Keras, which torch does not know of; who hears of calls.
 
 On its torch backend a Keras layer is a torch.nn.Module. But Keras keeps the layers of a functional
 model in lists of its own, where torch's ``modules()`` does not find them, and registers with torch
@@ -12,6 +12,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
+
+from .torch_private import has_global_hook
+
+CALL = nn.Module.__call__  # torch's, where nobody took its place before
+
+
+def heard(module: nn.Module) -> bool:
+    """Whether somebody has to see the module called: its hooks, or who took the place of torch's
+    own ``__call__``, as torch.fx.symbolic_trace does (and torch.export, which sees ops as well)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_global_hook()
+        or (nn.Module.__call__ is not CALL and not is_compiling())
+    )
 
 
 def is_keras(module: Any) -> bool:

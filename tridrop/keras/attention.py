@@ -10,6 +10,7 @@ import keras
 from torch import Tensor
 
 from .. import functional as F
+from ..base.modules import heard
 from .layers import Dropout
 from .seeds import check_seed
 
@@ -21,6 +22,7 @@ class Attends:
 
     _dropout: float
     _dropout_layer: Any
+    _softmax: Any
     _attention_axes: Sequence[int]
     _inverse_sqrt_key_dim: float
     _adopted: type = Dropout  # what its dropout layer becomes, which holds the seeds
@@ -39,7 +41,10 @@ class Attends:
         return_attention_scores: bool = False,
         **causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        if not training or not self._dropout > 0 or query.device.type == "meta":
+        # Whoever hears of calls of its softmax or dropout layer hears of them still.
+        parts = (self._dropout_layer, self._softmax)
+        drops = training and self._dropout > 0 and query.device.type != "meta"
+        if not drops or any(map(heard, parts)):
             found: tuple[Tensor, Tensor | None] = super()._compute_attention(  # type: ignore[misc]
                 query, key, value, attention_mask, training, return_attention_scores, **causal
             )

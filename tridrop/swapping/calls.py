@@ -7,22 +7,8 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_compiling
 
+from ..base.modules import CALL
 from ..base.torch_private import has_global_hook
-
-_CALL = nn.Module.__call__  # torch's, where nobody took its place before
-
-
-def heard(module: nn.Module) -> bool:
-    """Whether somebody has to see the module called: its hooks, or who took the place of torch's
-    own ``__call__``, as torch.fx.symbolic_trace does (and torch.export, which sees ops as well)."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or has_global_hook()
-        or (nn.Module.__call__ is not _CALL and not is_compiling())
-    )
 
 
 def call(owner: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +37,7 @@ def _bare(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or has_global_hook()
         or type(module).__call__ is not nn.Module.__call__
-        or (nn.Module.__call__ is not _CALL and not is_compiling())
+        or (nn.Module.__call__ is not CALL and not is_compiling())
         or module._compiled_call_impl is not None
         or not all(_records_weights(module, hook) for hook in module._forward_hooks.values())
     )

@@ -10,6 +10,7 @@ from ..contract.seeds import number_sites
 from . import classes, found, kinds
 from .encoders import has_path
 from .interfaces import Interfaces, give_back
+from .keras_calls import MARK
 from .keras_models import Layers
 from .kinds import base_of
 from .modules import REPLACEMENTS
@@ -115,7 +116,13 @@ def _number(model: nn.Module, survey: Survey) -> None:
 
 
 # What a swap, and the classes of Keras layers, leave in the __dict__ of a module.
-_LEFT_IN = ("_tridrop_site", "_tridrop_count", "_tridrop_attention_site", "__tridrop_seed_state")
+_LEFT_IN = (
+    "_tridrop_site",
+    "_tridrop_count",
+    "_tridrop_attention_site",
+    "__tridrop_seed_state",
+    MARK,
+)
 
 
 def unswap(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from keras.src.saving import object_registration
 
 from .. import keras as tridrop_keras
 from ..keras.attention import Attends
+from .keras_calls import sums_of
 from .present import At, Holds, guarded, holds, is_own
 
 # What layers that drop become, and the word for it. Exact types, for a subclass may do anything.
@@ -40,7 +41,7 @@ def computes_attention(base: type) -> bool:
 
 
 def _places(base: type) -> tuple[At, ...]:
-    names = ("call",) if base in KINDS else _ATTENTION[:2]
+    names = _ATTENTION[:2] if computes_attention(base) else ("call",)
     return tuple(At(base, name) for name in names)
 
 
@@ -53,12 +54,18 @@ def stand_in(base: type) -> type:
     """The class that the layers of a class get. What it does not know runs as it is now."""
     if base not in _made:
         first, *others = _places(base)
+        bases: tuple[type, ...] = (base,)
         if base in KINDS:
             ours: Any = KINDS[base][0]
-            bases: tuple[type, ...] = (ours,)
-            new: Any = ours.call
-        else:
+            bases, new = (ours,), ours.call
+            more: dict[str, Any] = {"_tridrop_holds": staticmethod(holds_of(base))}
+        elif computes_attention(base):
             bases, new = (Attends, base), Attends._compute_attention
+            more = {"_adopted": stand_in(keras.layers.Dropout)}
+        else:
+            sums = sums_of(base)
+            assert sums is not None
+            new, more = sums.call, {"_tridrop_text": sums.text}
         body = {
             "_tridrop_base": base,
             "__module__": base.__module__,
@@ -66,9 +73,7 @@ def stand_in(base: type) -> type:
             "__doc__": f"A {base.__name__} of Keras' that draws tridrop's mask.",
             first.name: guarded(first, new, tuple(others)),
         }
-        if base not in KINDS:
-            body["_adopted"] = stand_in(keras.layers.Dropout)
-        made = type(base.__name__, bases, body)
+        made = type(base.__name__, bases, body | more)
         # A layer is saved by the name of its class, and is loaded as what it was.
         for names in (api_export.REGISTERED_OBJS_TO_NAMES, object_registration.GLOBAL_CUSTOM_NAMES):
             if base in names:

@@ -1,8 +1,9 @@
 """Layers of Keras, on its torch backend: which drop, what they become, and what is left of them.
 
-Keras calls layers one by one, each with its own masks, dtypes and losses around the call, so
-nothing is read or rewritten: a layer gets another class, of its own name. Models of Keras,
-Sequential, functional or one's own, keep their graphs, weights and configurations.
+Keras calls layers one by one, each with its own masks, dtypes and losses around the call: a layer
+gets another class, of its own name, and of a ``call`` only sums behind dropout layers are rewritten
+(keras_calls.py). Models of Keras, Sequential, functional or one's own, keep their graphs, weights
+and configurations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..base.modules import is_keras, named_parts
 from . import draws
+from .keras_calls import MARK, sums_of
 from .kinds import base_of
 from .present import Holds, is_own
 from .report import Site
@@ -40,6 +42,8 @@ class Layers:
             if layer.__dict__["_modules"].get("_dropout_layer") is not None
             and (self.attends(layer) or _is_tridrops(layer))
         }
+        # Dropout layers whose sum the layer around them takes over, and that layer.
+        self.added = dict(self._sums()) if levels.inside and levels.dropout else {}
 
     # -------------------------------------------------------------------------------- what they are
 
@@ -78,15 +82,39 @@ class Layers:
         owner = self.inner.get(layer)
         return owner is not None and not _is_tridrops(owner) and not self.why_left(owner)
 
+    def _sums(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        users: dict[nn.Module, int] = {}
+        for layer in self.names:
+            for part in layer.__dict__["_modules"].values():
+                users[part] = users.get(part, 0) + 1
+        for layer in self.names:
+            own = "call" in layer.__dict__
+            sums = None if own or not is_own(base_of(layer), "call") else sums_of(base_of(layer))
+            for name in () if sums is None else sums.attributes:
+                child: Any = layer.__dict__["_modules"].get(name)
+                if (
+                    child in self.names
+                    and self.part(child) == "dropout"
+                    and users[child] == 1
+                    and child.noise_shape is None
+                    and not self.why_left(child)
+                ):
+                    yield child, layer
+
     # --------------------------------------------------------------------------------- what is done
 
     def apply(self) -> None:
         """Give the layers their classes."""
+        if not self.names:
+            return
+        from .keras_classes import stand_in
+
         for layer in self.names:
             if (self.part(layer) or self.attends(layer)) and not self.why_left(layer):
-                from .keras_classes import stand_in
-
                 layer.__class__ = stand_in(base_of(layer))
+        for child, owner in self.added.items():
+            child.__dict__[MARK] = True
+            owner.__class__ = stand_in(base_of(owner))
 
     def number(self) -> None:
         """Keep a number for each layer that could drop, so that numbers do not depend on levels."""
@@ -97,8 +125,9 @@ class Layers:
     def read(self) -> dict[str, list[Holds]]:
         """By the names of classes: whether each is what was read."""
         found: dict[str, dict[type, Holds]] = {}
+        owners = set(self.added.values())
         for layer in self.names:
-            if self.part(layer) or self.attends(layer):
+            if self.part(layer) or self.attends(layer) or layer in owners:
                 from .keras_classes import holds_of
 
                 base = base_of(layer)
@@ -111,6 +140,7 @@ class Layers:
         """All that is to be reported of them, in the order of the model's layers."""
         unbuilt: list[str] = []
         for layer, name in self.names.items():
+            parts: tuple[str, ...]
             for hook in draws.hooks(layer):
                 code = str(getattr(hook, "__qualname__", repr(hook)))
                 yield self._site(layer, (), "it is a hook that draws", code)
@@ -125,7 +155,8 @@ class Layers:
                     or not self.inner[layer].dropout
                 ):
                     why = self.why_left(layer)
-                    yield self._site(layer, () if why else (self.part(layer),), why)
+                    parts = (self.part(layer), *(("add",) if layer in self.added else ()))
+                    yield self._site(layer, () if why else parts, why)
             elif not (_is_tridrops(layer) and layer in self.inner):
                 reason = _reason(layer)
                 inside = any(name.startswith(f"{outer}.") for outer in unbuilt if outer != name)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as F
+from ..base.modules import heard
 from ..contract import seeds
 from ..contract.mask import fold_in
 from ..spec import elementwise as spec
 from . import traced
 from .calls import call as call
-from .calls import heard
 from .forms import ADDERS
 from .kinds import Kind, activation_name, known
 from .originals import is_attention, is_dropout, is_softmax

@@ -139,6 +139,9 @@ class Plans:
             raise ValueError(f"the model has no module named {name!r}")
         module = self.modules[name]
         work = self.works.get(module)
+        text = vars(type(module)).get("_tridrop_text")  # of a layer of Keras
+        if text is not None:
+            return f"{text}\n"
         if work is None or not work.changes() or not (work.plans or work.lora):
             kind = self.kinds.get(module, type(module))
             why = "it became tridrop's own class" if _is_ours(module) else (
