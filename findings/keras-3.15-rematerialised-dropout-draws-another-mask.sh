@@ -43,7 +43,7 @@ for name, options in (
     plain = kind(0.5, **options)
     with keras.RematScope(mode="full"):
         recomputed = kind(0.5, **options)
-    found = [all(agrees(layer) for _ in range(3)) for layer in (plain, recomputed)]
+    found = [all([agrees(layer) for _ in range(3)]) for layer in (plain, recomputed)]
     calls = int(recomputed.seed_generator.state.value[1])
     print(f"{name} {options}: gradient fits forward {found[0]}, in a RematScope {found[1]};",
           f"3 steps are {calls} calls")

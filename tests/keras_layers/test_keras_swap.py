@@ -7,7 +7,7 @@ import pytest
 import torch
 from keras_shared import keras, masked, tridrop
 
-keras_hub = pytest.importorskip("keras_hub", reason="KerasHub 0.32 needs Python 3.11")
+keras_hub = pytest.importorskip("keras_hub", reason="run.py installs it from Python 3.11 on")
 P = 0.25
 TOKENS = {
     "token_ids": torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]]),
@@ -296,9 +296,8 @@ def test_modules_of_torch_in_keras_and_the_other_way():
     assert type(inner[2]) is torch.nn.Dropout
     mixed = torch.nn.Sequential(torch.nn.Dropout(P), cnn()[0], torch.nn.Dropout(P))
     report = tridrop.swap(mixed)
-    assert [s.module for s in report.sites if s.kind == "SpatialDropout2D"] == [
-        "1.spatial_dropout2d"
-    ]
+    (site,) = (s for s in report.sites if s.kind == "SpatialDropout2D")
+    assert site.module.startswith("1.spatial_dropout2d")
     assert report.counts() == {"fused": 0, "swapped": 6, "left": 0}
     assert len({s.stream for s in report.sites}) == 6
     seen = report.verify(

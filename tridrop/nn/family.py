@@ -12,7 +12,7 @@ from ..base.arguments import check_choice, check_tensor
 from ..contract import recomputation
 from ..contract.mask import as_seed, fold_in
 from ..spec.elementwise import check_probability
-from .modules import _Site, refuse_keras
+from .modules import _Site, refuse_keras, refuse_mode
 
 Function = Callable[..., Tensor]
 
@@ -40,8 +40,7 @@ class _Torch(_OneTensor):
         super().__init__(p, inplace)
 
     def forward(self, input: Tensor, training: None = None) -> Tensor:
-        if training is not None:
-            refuse_keras(type(self).__name__, {"training": training})
+        refuse_mode(type(self).__name__, training)
         return self._dropped(input)
 
     def _dropped(self, input: Tensor) -> Tensor:

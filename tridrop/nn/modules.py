@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional as F
 from ..base.arguments import check_flag, check_sequence, check_tensor
@@ -43,6 +44,12 @@ def refuse_keras(name: str, given: Mapping[str, object]) -> None:
         )
 
 
+def refuse_mode(name: str, training: object) -> None:
+    """Raise TypeError for Keras' ``training`` in a call; torch.fx gives every argument a value."""
+    if training is not None and not isinstance(training, Proxy):
+        refuse_keras(name, {"training": training})
+
+
 class Dropout(nn.Dropout, _Site):
     """:func:`tridrop.dropout` as a module; a drop-in for torch.nn.Dropout, and an instance of it.
 
@@ -76,8 +83,7 @@ class Dropout(nn.Dropout, _Site):
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
 
     def forward(self, input: Tensor, training: None = None) -> Tensor:
-        if training is not None:
-            refuse_keras("Dropout", {"training": training})
+        refuse_mode("Dropout", training)
         return self._dropped(input)
 
     def _dropped(self, input: Tensor) -> Tensor:
