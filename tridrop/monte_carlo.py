@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .base.arguments import check_choice, check_flags, check_module, check_whole, given
+from .base.modules import is_keras
 from .contract import seeds
 from .contract.mask import as_seed, fold_in, key_of
 from .swapping.dropping import find
@@ -43,7 +44,7 @@ def mc_dropout(model: nn.Module) -> Iterator[tuple[str, ...]]:
     turned on); and of modules compiled by TorchScript (which are not).
 
     Raises:
-        ValueError: nothing in the model drops.
+        ValueError: nothing in the model drops; it is one of Keras, which has no mode.
         TypeError: ``model`` is not a module.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
@@ -54,6 +55,11 @@ def mc_dropout(model: nn.Module) -> Iterator[tuple[str, ...]]:
     False
     """
     check_module(model)
+    if is_keras(model):
+        raise ValueError(
+            "a model of Keras drops by an argument and has no mode to turn on: call it as "
+            "model(x, training=True) inside of tridrop.rng(seed), with another seed for each member"
+        )
     found, unknown = find(model)
     if not any(d.drops for d in found):
         raise ValueError(

@@ -42,11 +42,12 @@ class Target:
 
 
 def parameters(function: Callable[..., Any], skip: int = 0) -> tuple[Parameter, ...]:
+    """What a function takes; not what it has a name for only to refuse it, which can be None."""
     found = list(inspect.signature(function).parameters.values())[skip:]
     return tuple(
         Parameter(p.name, str(p.annotation), p.kind is p.KEYWORD_ONLY, p.default is not p.empty)
         for p in found
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.annotation != "None"
     )
 
 

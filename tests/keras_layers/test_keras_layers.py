@@ -247,6 +247,7 @@ def test_errors(make, error, message):
         (lambda: tridrop.nn.Dropout(0.5)(torch.ones(2), training=True), "tridrop.keras.Dropout"),
         (lambda: tridrop.nn.AlphaDropout(rate=0.5), "tridrop.keras.AlphaDropout"),
         (lambda: tridrop.nn.AlphaDropout()(torch.ones(2), training=True), "keras.AlphaDropout"),
+        (lambda: tridrop.nn.Dropout2d(rate=0.5), "tridrop.keras.SpatialDropout2D"),
         (lambda: tridrop.nn.Dropout(q=0.5), "unexpected keyword argument 'q'"),
     ],
 )
@@ -279,6 +280,15 @@ def test_a_model_of_another_backend_is_no_module(monkeypatch):
     monkeypatch.setattr(keras, "Layer", Layer)
     with pytest.raises(TypeError, match="model is a Layer of Keras on another backend"):
         tridrop.swap(Layer())
+
+
+def test_an_ensemble_of_a_keras_model_is_made_by_rng():
+    model = mlp(layers.Dropout(0.5))
+    with (
+        pytest.raises(ValueError, match=r"model\(x, training=True\) inside of tridrop\.rng"),
+        tridrop.mc_dropout(model),
+    ):
+        pass
 
 
 def test_keras_is_imported_by_its_own_module_alone():

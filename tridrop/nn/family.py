@@ -39,11 +39,7 @@ class _Torch(_OneTensor):
         check_probability(p)
         super().__init__(p, inplace)
 
-    def forward(self, input: Tensor, training: None = None) -> Tensor:
-        refuse_mode(type(self).__name__, training)
-        return self._dropped(input)
-
-    def _dropped(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return self._call(type(self).function, input)
 
 
@@ -93,6 +89,13 @@ class AlphaDropout(_Torch, nn.AlphaDropout):
     """
 
     function = staticmethod(F.alpha_dropout)
+
+    def forward(self, input: Tensor, training: None = None) -> Tensor:
+        refuse_mode("AlphaDropout", training)
+        return self._dropped(input)
+
+    def _dropped(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class FeatureAlphaDropout(_Torch, nn.FeatureAlphaDropout):

@@ -29,6 +29,8 @@ class _Site(nn.Module):
 
 # The arguments of Keras' layers, for who writes them out of habit.
 _KERAS = ("rate", "seed", "noise_shape", "name", "dtype", "training")
+_LAYERS = {f"Dropout{n}d": f"SpatialDropout{n}D" for n in (1, 2, 3)}  # the layers' names there
+_LAYERS["FeatureAlphaDropout"] = "AlphaDropout"
 
 
 def refuse_keras(name: str, given: Mapping[str, object]) -> None:
@@ -39,8 +41,9 @@ def refuse_keras(name: str, given: Mapping[str, object]) -> None:
         raise TypeError(
             f"{name} got {key}=, an argument of Keras. tridrop.nn.{name} is torch's: "
             f"tridrop.nn.{name}(p), with train() and eval(), and tridrop.rng(seed) for its seed. "
-            f"The layer of Keras with tridrop's masks is tridrop.keras.{name}(rate, seed=...), "
-            "which is called as layer(x, training=True)"
+            "The layer of Keras with tridrop's masks is "
+            f"tridrop.keras.{_LAYERS.get(name, name)}(rate, seed=...), which is called as "
+            "layer(x, training=True)"
         )
 
 
