@@ -91,7 +91,8 @@ class AlphaDropout(_Torch, nn.AlphaDropout):
     function = staticmethod(F.alpha_dropout)
 
     def forward(self, input: Tensor, training: None = None) -> Tensor:
-        refuse_mode("AlphaDropout", training)
+        if training is not None:
+            refuse_mode("AlphaDropout", training)
         return self._dropped(input)
 
     def _dropped(self, input: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def refuse_keras(name: str, given: Mapping[str, object]) -> None:
 
 def refuse_mode(name: str, training: object) -> None:
     """Raise TypeError for Keras' ``training`` in a call; torch.fx gives every argument a value."""
-    if training is not None and not isinstance(training, Proxy):
+    if not isinstance(training, Proxy):
         refuse_keras(name, {"training": training})
 
 
@@ -86,7 +86,8 @@ class Dropout(nn.Dropout, _Site):
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
 
     def forward(self, input: Tensor, training: None = None) -> Tensor:
-        refuse_mode("Dropout", training)
+        if training is not None:
+            refuse_mode("Dropout", training)
         return self._dropped(input)
 
     def _dropped(self, input: Tensor) -> Tensor:
