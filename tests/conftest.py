@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 # What is started in the background may be told to ignore Ctrl-C; the tests raise it in themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LIBRARIES = ("torch", "triton", "transformers", "peft", "timm")
+LIBRARIES = ("torch", "triton", "transformers", "peft", "timm", "keras")
 
 
 def pytest_report_header() -> str:
