@@ -43,8 +43,9 @@ class PreparedElementwise(NamedTuple):
         x, bias, layer_scale, residual, seed, _ = operands
         if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
             nothing = elementwise.Multiplier(None, 1.0)
-            found = elementwise.compose(checked(operands), nothing, self.options, False)
-            return found.clone() if elementwise.is_view(found, x) else found
+            whole = checked(operands)
+            found = elementwise.compose(whole, nothing, self.options, False)
+            return found.clone() if elementwise.is_view(found, whole.x) else found
         columns, width, count = self.columns, self.width, self.drop.count
         x, u = place(x, count if width == columns else 2 * count, "x")
         b = g = 0
