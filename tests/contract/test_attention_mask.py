@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import numpy_mask
 import pytest
 import torch
 import triton
@@ -23,6 +22,7 @@ from tridrop.backends.triton import masks as triton_masks
 from tridrop.backends.triton.launch import Tile
 from tridrop.backends.triton.mask import keep_scores, load_key
 from tridrop.contract.mask import attention_keep_mask, threshold
+from tridrop.masks import numpy_mask
 from tridrop.spec.attention import AttentionOptions
 from tridrop.spec.elementwise import ATTENTION_LIMITS
 
@@ -64,21 +64,13 @@ def test_golden_vectors(backend, v):
     assert "".join("01"[int(k)] for k in keep.flatten()) == v["keep"]
 
 
-def test_the_listing_of_the_page_gives_the_golden_vectors():
-    (listing,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    page: dict = {}
-    exec(listing, page)
-    for v in VECTORS:
-        keep = page["attention_keep_mask"](v["seed"], v["stream"], v["shape"], v["p"], v["origin"])
-        assert "".join("01"[int(k)] for k in keep.flat) == v["keep"], v["name"]
-
-
 def test_the_pages_table_of_groups_is_what_the_calls_give():
     rows = re.findall(r"^\| (\d) \| (\d+), (\d+) \| (.*) \|$", PAGE, re.MULTILINE)
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     batch, head, query, tile = 2, 3, 5, 7
-    bits = numpy_mask.attention_bits(11, 4, (1, 1, 1, 32), (batch, head, query, 32 * tile)).ravel()
-    key = numpy_mask.key(11, 4)
+    origin = (batch, head, query, 32 * tile)
+    bits = numpy_mask.attention_bits((11, 4), (1, 1, 1, 32), shard=(LIMITS, origin)).ravel()
+    key = numpy_mask.key((11, 4))
     for group, first, second, others in rows:
         counter = (query, 4 * tile + int(group), batch, (2 << 28) | head)
         words = numpy_mask.philox(*(np.uint64(c) for c in counter), *key)
@@ -115,7 +107,7 @@ def places(draw):
 @given(places(), int64, int64, probability)
 def test_torch_triton_and_numpy_agree_bit_for_bit(place, seed, stream, p):
     shape, origin = place
-    expected = numpy_mask.attention_keep_mask(seed, stream, shape, p, origin)
+    expected = numpy_mask.attention_keep_mask((seed, stream), shape, p, shard=(LIMITS, origin))
     for backend in BACKENDS:
         keep = mask(backend, shape, p, seed, stream, origin)
         assert keep.shape == torch.Size(shape)

