@@ -1,17 +1,20 @@
 """tridrop_mask.h as C, C++ and CUDA, by the compilers that are here: every bit of every vector."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conformance import drawn, golden
+from conformance import digits, drawn, golden
 
+import tridrop
 import tridrop.masks
 
 HERE = Path(__file__).resolve().parent
 FOLDER = Path(tridrop.masks.__file__).parent
+PAGE = HERE.parents[1] / "docs" / "masks-elsewhere.md"
 STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic", "-O1")
 COMPILERS = {
     "C99": ("cc", "-x", "c", "-std=c99", *STRICT),
@@ -91,3 +94,13 @@ def test_a_device_draws_the_same(request, tmp_path):
     subprocess.run([*command, str(HERE / "header.c")], check=True)
     cases = golden()
     assert masks(path, cases, "device") == ["=" + case["keep"] for case in cases]
+
+
+def test_the_page_compiles(tmp_path):
+    (block,) = re.findall(r"^```c\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "page.c").write_text(block)
+    command = ["cc", *STRICT, f"-I{FOLDER}", "-o", str(tmp_path / "page"), str(tmp_path / "page.c")]
+    subprocess.run(command, check=True)
+    printed = subprocess.check_output([str(tmp_path / "page")], text=True)
+    assert printed == digits(tridrop.keep_mask(1, (8,), 0.5))
+    assert f"/* {printed} */" in block
