@@ -30,7 +30,7 @@ def test_every_bit_in_keras_on_torch():
 
 
 def test_the_lines_for_all_are_the_same_in_each_file():
-    assert len(FILES) == 4
+    assert len(FILES) == 5
     begin, end = "# ----- Seeds, rates and places", "\n# ----- "
     texts = [path.read_text() for path in FILES]
     shared = {text[text.index(begin) :].partition(end)[0] for text in texts}

@@ -2,6 +2,6 @@
 
 ``numpy_mask.py``, ``jax_mask.py``, ``tensorflow_mask.py``, ``keras_mask.py`` and the header
 ``tridrop_mask.h`` have ``keep_mask``, ``attention_keep_mask`` and ``fold_in`` with tridrop's own
-arguments and bits. Nothing of tridrop imports them, and they import nothing of it.
-docs/masks-elsewhere.md shows each.
+arguments and bits; ``onnx_mask.py`` puts them into a graph. Nothing of tridrop imports them, and
+they import nothing of it. docs/masks-elsewhere.md and docs/export.md show each.
 """
