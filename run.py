@@ -6,6 +6,7 @@
     python3 run.py site                             the documentation as a site, in site/
     python3 run.py build                            a wheel and an sdist, in dist/
     python3 run.py oldest [options of pytest]       those of transformers, with its oldest version
+    python3 run.py frameworks                       masks and facts of other frameworks: 2 GB, Python 3.11
     python3 run.py matrix [options, see --help]     those of versions, with many versions: gigabytes
 
 It needs Python 3.10 or newer and a clone of the repository. The environment is .venv beside
@@ -31,6 +32,7 @@ EXTRAS = {
     "demo": "demo",
     "test": "demo,test",
     "oldest": "demo,test",
+    "frameworks": "demo,test",
     "lint": "demo,test,dev",
     "site": "docs",
     "build": "demo,test,dev",
@@ -52,6 +54,9 @@ NOT_NEEDED = {"keras-hub": ("kagglehub", "kagglesdk", "sentencepiece", "tensorfl
 # The oldest transformers lives in a folder of its own, and is put before the environment's.
 OLDEST = ENVIRONMENT / "oldest"
 MATRIX = ROOT / "tests" / "matrix.py"
+# Other frameworks live in an environment on top of this one, which they leave as it is.
+FRAMEWORKS = ENVIRONMENT / "frameworks"
+PORTING = ROOT / "benchmarks" / "porting"
 OLDEST_TESTS = ("test_environment.py", "test_*transformers*.py")
 
 
@@ -61,9 +66,9 @@ def pinned(package: str) -> str:
     return next(line for line in lines if line.startswith(f"{package}=="))
 
 
-def pip(*arguments: str, attempt: bool = False) -> bool:
+def pip(*arguments: str, attempt: bool = False, python: Path = PYTHON) -> bool:
     """Install; an attempt may fail, quietly, and says whether it did."""
-    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     silenced = subprocess.DEVNULL if attempt else None
     run = subprocess.run([*command, *arguments], cwd=ROOT, check=not attempt, stderr=silenced)
     return run.returncode == 0
@@ -123,6 +128,39 @@ def run_oldest(rest: list[str]) -> int:
     ).returncode
 
 
+def run_frameworks(rest: list[str]) -> int:
+    """The masks in other frameworks, the facts about these that the docs state, the worked ports."""
+    requirements = PORTING / "requirements.txt"
+    python, stamp = FRAMEWORKS / PYTHON.relative_to(ENVIRONMENT), FRAMEWORKS / "installed"
+    if not stamp.exists() or stamp.read_text() != requirements.read_text():
+        print(f"Setting up {FRAMEWORKS} ...", flush=True)
+        shutil.rmtree(FRAMEWORKS, ignore_errors=True)
+        subprocess.run([str(PYTHON), "-m", "venv", str(FRAMEWORKS)], check=True)
+        below = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        folders = [
+            subprocess.run([str(p), "-c", below], check=True, capture_output=True, text=True)
+            for p in (PYTHON, python)
+        ]
+        base, own = (Path(run.stdout.strip()) for run in folders)
+        (own / "below.pth").write_text(f"import site; site.addsitedir({str(base)!r})\n")
+        pip("-r", str(requirements), "-c", "constraints.txt", python=python)
+        stamp.write_text(requirements.read_text())
+    quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    steps = [(["-m", "pytest", str(ROOT / "tests" / "masks" / "frameworks.py"), *rest], {})]
+    for path in sorted([*PORTING.glob("*_facts.py"), *PORTING.glob("port_*.py")]):
+        backends = ["torch", "tensorflow"] if "keras" in path.name else ["torch"]
+        backends += ["jax"] if path.name == "keras_facts.py" else []
+        steps += [([str(path)], {"KERAS_BACKEND": backend}) for backend in backends]
+    failed = []
+    for command, environment in steps:
+        name = " ".join([Path(command[0]).name, *environment.values()])
+        print(f"--- {name}", flush=True)
+        if subprocess.run([str(python), *command], cwd=ROOT, env=quiet | environment).returncode:
+            failed.append(name)
+    print(f"failed: {', '.join(failed)}" if failed else f"{len(steps)} steps passed")
+    return bool(failed)
+
+
 def main(arguments: list[str]) -> int:
     cpu = shutil.which("nvidia-smi") is None
     if arguments and arguments[0] in ("--cpu", "--cuda"):
@@ -139,6 +177,8 @@ def main(arguments: list[str]) -> int:
     set_up(extras, cpu)
     if command == "oldest":
         return run_oldest(rest)
+    if command == "frameworks":
+        return run_frameworks(rest)
     for step in COMMANDS[command]:
         status = subprocess.run([str(PYTHON), *step, *rest], cwd=ROOT).returncode
         if status:

@@ -1,0 +1,67 @@
+"""What the scripts of this folder share: facts of one framework, printed, kept, and held.
+
+python benchmarks/porting/FRAMEWORK.py            fails where a fact is another than the one kept
+python benchmarks/porting/FRAMEWORK.py --write    keeps the facts, in results/FRAMEWORK.json
+"""
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).resolve().parent / "results"
+RATES = (0.001, 0.01, 0.1)
+
+
+def drawn(dropped_ones: Callable[[int, float, str], Any], dtypes=("float32", "bfloat16")) -> dict:
+    """Rates and kept ones of ``dropped_ones(n, p, dtype)``, which gives a float array.
+
+    A rate is within four standard deviations of p ("p"), or it is the share that was seen.
+    """
+    found, n = {}, 1 << 20
+    for dtype in dtypes:
+        for p in RATES:
+            out = np.asarray(dropped_ones(n, p, dtype), np.float32).ravel()
+            rate = float((out == 0).mean())
+            right = abs(rate - p) < 4 * (p * (1 - p) / n) ** 0.5
+            kept = sorted({float(value) for value in out[out != 0]})
+            found[f"{dtype}, p = {p}"] = {
+                "rate": "p" if right else float(f"{rate:.3g}"),
+                "a kept 1": round(kept[0], 6) if len(kept) == 1 else [round(k, 6) for k in kept],
+            }
+    return found
+
+
+def said(call: Callable[[], Any]) -> Any:
+    """What a call gives, or the name of what it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return f"raises {type(error).__name__}"
+
+
+def of_nan(out: Any) -> str:
+    """What dropout made of NaN: kept ones are NaN everywhere."""
+    dropped = [value for value in np.asarray(out, np.float32).ravel() if not np.isnan(value)]
+    return "0 where dropped" if dropped else "NaN everywhere"
+
+
+def varies(mask: Any) -> list[bool]:
+    """Along which dimensions a mask differs."""
+    mask = np.asarray(mask)
+    return [bool((mask != mask.take([0], axis)).any()) for axis in range(mask.ndim)]
+
+
+def report(name: str, packages: list[str], facts: dict) -> None:
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    found = json.dumps({"versions": versions, **facts}, indent=1) + "\n"
+    print(found)
+    path = FOLDER / f"{name}.json"
+    if "--write" in sys.argv:
+        path.write_text(found)
+    elif found != path.read_text():
+        sys.exit(f"{name}: these are not the facts that {path} keeps")

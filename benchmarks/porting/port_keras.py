@@ -1,0 +1,45 @@
+"""A port from Keras, on the backend that KERAS_BACKEND names ("torch", or "tensorflow"): see port.py."""
+
+import keras
+import numpy as np
+from keras import layers, ops
+from port import P, SEED, WEIGHTS, X, hold, mask_file
+
+masks = mask_file("keras")
+
+
+class TridropDropout(layers.Layer):
+    """layers.Dropout's place, with the mask of tridrop."""
+
+    def __init__(self, rate, site):
+        super().__init__()
+        self.rate, self.site = rate, site
+
+    def call(self, x, training=False):
+        if not training:
+            return x
+        keep = masks.keep_mask(masks.fold_in(SEED, self.site), tuple(x.shape), self.rate)
+        return ops.where(keep, x, 0.0) * masks.scale(self.rate)
+
+
+def model(drops):
+    made = keras.Sequential([layers.Dense(16, "relu"), drops[0], layers.Dense(4), drops[1]])
+    made.build((5, 8))
+    made.set_weights(WEIGHTS)
+    return made
+
+
+evaluated = model([layers.Dropout(P), layers.Dropout(P)])(X, training=False)
+ours = model([TridropDropout(P, 0), TridropDropout(P, 1)])
+if keras.backend.backend() == "torch":
+    trained = ours(X, training=True)
+    trained.square().sum().backward()
+    slopes = [w.value.grad for w in ours.trainable_weights]
+else:
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        trained = ours(X, training=True)
+        loss = tf.reduce_sum(trained**2)
+    slopes = tape.gradient(loss, ours.trainable_weights)
+hold(*(ops.convert_to_numpy(v) for v in (evaluated, trained)), [np.asarray(s) for s in slopes])
