@@ -6,7 +6,7 @@
     python3 run.py site                             the documentation as a site, in site/
     python3 run.py build                            a wheel and an sdist, in dist/
     python3 run.py oldest [options of pytest]       those of transformers, with its oldest version
-    python3 run.py frameworks                       masks and facts of other frameworks: 2 GB, Python 3.11
+    python3 run.py frameworks                       what is about other frameworks; Python 3.11
     python3 run.py matrix [options, see --help]     those of versions, with many versions: gigabytes
 
 It needs Python 3.10 or newer and a clone of the repository. The environment is .venv beside
@@ -129,7 +129,7 @@ def run_oldest(rest: list[str]) -> int:
 
 
 def run_frameworks(rest: list[str]) -> int:
-    """The masks in other frameworks, the facts about these that the docs state, the worked ports."""
+    """Masks in other frameworks, the facts about these that the docs state, worked ports."""
     requirements = PORTING / "requirements.txt"
     python, stamp = FRAMEWORKS / PYTHON.relative_to(ENVIRONMENT), FRAMEWORKS / "installed"
     if not stamp.exists() or stamp.read_text() != requirements.read_text():

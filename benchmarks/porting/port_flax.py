@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from port import P, SEED, WEIGHTS, X, hold, mask_file
+from port import SEED, WEIGHTS, P, X, hold, mask_file
 
 masks = mask_file("jax")
 

@@ -1,9 +1,9 @@
-"""A port from Keras, on the backend that KERAS_BACKEND names ("torch", or "tensorflow"): see port.py."""
+"""A port from Keras on torch or TensorFlow, as KERAS_BACKEND says: see port.py."""
 
 import keras
 import numpy as np
 from keras import layers, ops
-from port import P, SEED, WEIGHTS, X, hold, mask_file
+from port import SEED, WEIGHTS, P, X, hold, mask_file
 
 masks = mask_file("keras")
 

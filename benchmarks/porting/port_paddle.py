@@ -5,7 +5,7 @@ import paddle
 import torch
 from paddle import nn
 from paddle.nn import functional as F
-from port import P, SEED, WEIGHTS, X, hold, mask_file
+from port import SEED, WEIGHTS, P, X, hold, mask_file
 
 import tridrop
 
