@@ -36,6 +36,13 @@ def drawn(dropped_ones: Callable[[int, float, str], Any], dtypes=("float32", "bf
     return found
 
 
+def gained(x: Any, out: Any, p: float) -> float:
+    """How much larger than ``x / (1 - p)`` the kept values are in sum, to four digits."""
+    given, found = (np.asarray(value, np.float64) for value in (x, out))
+    kept = found != 0
+    return round(found[kept].sum() / given[kept].sum() * (1 - p) - 1, 4)
+
+
 def said(call: Callable[[], Any]) -> Any:
     """What a call gives, or the name of what it raises."""
     try:

@@ -61,6 +61,7 @@ def with_64_bits():
     return len(seen) == 1
 
 
+x = jax.random.uniform(jax.random.PRNGKey(1), (1 << 20,)).astype("bfloat16")
 nan = jnp.full(64, jnp.nan)
 by_multiplying = lambda x, keep: x * keep  # noqa: E731
 keep = jax.random.bernoulli(KEY, 0.5, (64,))
@@ -73,6 +74,9 @@ facts.report(
         "Equinox, drawn": drawn(equinox),
         "Haiku, share dropped at a bf16 rate of 0.001": facts.said(lambda: bf16_rate(haiku)),
         "Equinox, share dropped at a bf16 rate of 0.001": facts.said(lambda: bf16_rate(equinox)),
+        "Flax, bfloat16, p = 0.01, uniform values gain": facts.gained(
+            x.astype("float32"), flax(x, 0.01).astype("float32"), 0.01
+        ),
         "Flax, p = 1": facts.said(lambda: flax(jnp.ones(2), 1.0).tolist()),
         "Haiku, p = 1": facts.said(lambda: haiku(jnp.ones(2), 1.0).tolist()),
         "Equinox, p = 1": facts.said(lambda: equinox(jnp.ones(2), 1.0).tolist()),

@@ -18,11 +18,15 @@ def infer(mode, training):
     return sorted({round(float(value), 6) for value in out.ravel()})
 
 
+x = paddle.rand([1 << 20]).astype("bfloat16")
 facts.report(
     "paddle",
     ["paddlepaddle"],
     {
         "drawn": facts.drawn(dropped_ones),
+        "bfloat16, p = 0.01, uniform values gain": facts.gained(
+            x.astype("float32").numpy(), F.dropout(x, 0.01).astype("float32").numpy(), 0.01
+        ),
         "p = 1": facts.said(lambda: F.dropout(ones([2]), 1.0).numpy().tolist()),
         "NaN": facts.of_nan(F.dropout(paddle.full([64], float("nan")), 0.5).numpy()),
         "axis=[0] of three varies along": facts.varies(

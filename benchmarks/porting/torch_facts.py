@@ -25,11 +25,15 @@ def gradient_at_1():
     return x.grad.tolist()
 
 
+x = torch.rand(1 << 20).bfloat16()
 facts.report(
     "torch",
     ["torch"],
     {
         "drawn": facts.drawn(dropped_ones, ("float32", "float16", "bfloat16")),
+        "bfloat16, p = 0.01, uniform values gain": facts.gained(
+            x.float(), F.dropout(x, 0.01).float(), 0.01
+        ),
         "p = 1": facts.said(lambda: F.dropout(torch.ones(2), 1.0).tolist()),
         "gradient at p = 1": facts.said(gradient_at_1),
         "NaN": facts.of_nan(F.dropout(torch.full((64,), torch.nan), 0.5)),
