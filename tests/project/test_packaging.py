@@ -113,7 +113,7 @@ def test_the_job_for_public_runners_runs_commands_that_there_are():
     steps = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     commands = set(re.findall(r"run\.py (?:--cpu )?(\w+)", "\n".join(steps)))
     source = (ROOT / "run.py").read_text()
-    assert commands == {"test", "matrix", "lint", "oldest", "site"}
+    assert commands == {"test", "matrix", "lint", "oldest", "site", "frameworks"}
     assert all(f'"{command}"' in source for command in commands)
     rows = [row["torch"] for row in jobs["test"]["strategy"]["matrix"]["include"]]
     matrix = (ROOT / "tests" / "matrix.py").read_text()
