@@ -153,7 +153,8 @@ def run_frameworks(rest: list[str]) -> int:
         steps += [([str(path)], {"KERAS_BACKEND": backend}) for backend in backends]
     failed = []
     for command, environment in steps:
-        name = " ".join([Path(command[0]).name, *environment.values()])
+        script = next(part for part in command if part.endswith(".py"))
+        name = " ".join([Path(script).name, *environment.values()])
         print(f"--- {name}", flush=True)
         if subprocess.run([str(python), *command], cwd=ROOT, env=quiet | environment).returncode:
             failed.append(name)
