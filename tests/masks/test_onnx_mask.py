@@ -132,9 +132,11 @@ def test_monte_carlo_by_an_input_is_what_onnxruntime_s_own_dropout_is_not():
         assert abs(found.mean(0) - 0.5).max() < 4 * (0.25 / runs) ** 0.5  # each element, both ways
         again = ours.run(None, {"x": x, "seed": seeds[3]})[0]
         assert np.array_equal(again != 0, found[3])
-    # docs/export.md says this of 1.32: optimised away between two nodes, else element 0 is fixed.
+    # docs/export.md says this of 1.32: optimised away between two nodes, else element 0 is fixed,
+    # up to the one change that comes when its draw, which moves by 2^-17 a run, passes the ratio.
     assert kept[True].all()
-    assert not kept[False][:, 0].any()
+    first = kept[False][:, 0]
+    assert (first[1:] != first[:-1]).sum() <= 1
     assert 0.3 < kept[False][:, 1:].mean() < 0.7
 
 
@@ -155,6 +157,25 @@ def test_a_dropout_that_drops_nothing_stays():
         assert [value.name for value in replaced.graph.input] == ["x"]
 
 
+def test_a_dropout_within_a_branch_is_named_and_what_branches_read_stays():
+    branch = dropout_model(False).graph
+    del branch.input[:]
+    model = dropout_model(True)
+    on = helper.make_node("If", ["t"], ["z"], then_branch=branch, else_branch=branch)
+    model.graph.node.append(on)
+    with pytest.raises(ValueError, match="within a branch, a loop or a function; inline it"):
+        onnx_mask.replace_dropout(model)
+    for attribute in on.attribute:
+        attribute.g.node[0].CopyFrom(helper.make_node("Mul", ["x", "r"], ["d"]))
+        del attribute.g.initializer[:]
+    model.graph.node[-1].CopyFrom(on)
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n"]))
+    replaced = onnx_mask.replace_dropout(model)
+    assert {"r", "t"} <= {tensor.name for tensor in replaced.graph.initializer}
+    given = {"x": np.ones(4, np.float32), "seed": np.array([1, 0], np.int64)}
+    assert session(replaced).run(["z"], given)[0].tolist() == [0.5] * 4
+
+
 def test_what_cannot_be_replaced_is_named():
     with pytest.raises(ValueError, match="export it with opset_version=18 or higher"):
         onnx_mask.replace_dropout(dropout_model(False, opset=17))
@@ -172,6 +193,8 @@ def test_what_cannot_be_replaced_is_named():
     model.graph.input[0].type.tensor_type.ClearField("shape")
     with pytest.raises(ValueError, match="the rank of x is unknown"):
         onnx_mask.replace_dropout(model)
+    with pytest.raises(ValueError, match="a value named 'x' already; give another name"):
+        onnx_mask.replace_dropout(dropout_model(False), seed="x")
     for rank, shard in ((2, ((8,), (0,))), (1, ((8, 8), (0, 0)))):
         with pytest.raises(ValueError, match="give an entry for each dimension"):
             onnx_mask.keep_mask(onnx_mask.Builder("m"), "shape", rank, 0.5, shard=shard)

@@ -1,19 +1,11 @@
 """tridrop's masks as integer operators of ONNX. Apache-2.0; contract version 1.
 
-A runtime of ONNX has no Dropout that can be trusted in inference (docs/export.md), and needs none:
-the mask is arithmetic of int64, by operators of opset 18 that every runtime has. Its seed is an
-input of the graph, so that each run draws what the caller asks for.
+Operators of int64 from opset 18; the seed is an input, so each run draws what the caller asks for.
 
->>> from onnx import TensorProto
->>> x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 8])
->>> y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 8])
->>> training = helper.make_tensor("t", TensorProto.BOOL, [], [True])
->>> ratio = helper.make_tensor("r", TensorProto.FLOAT, [], [0.5])
->>> node = helper.make_node("Dropout", ["x", "r", "t"], ["y"])
->>> graph = helper.make_graph([node], "one", [x], [y], [ratio, training])
->>> model = replace_dropout(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]))
->>> [value.name for value in model.graph.input]
-['x', 'seed']
+>>> build = Builder("mask")
+>>> keep = keep_mask(build, "shape", 2, 0.5)  # the name of its result
+>>> len(build.nodes), {node.op_type for node in build.nodes} & {"Dropout", "RandomUniform"}
+(240, set())
 """
 
 from __future__ import annotations
@@ -149,14 +141,16 @@ def _attention_place(shape: Sequence[int], shard: Any) -> tuple[tuple[int, ...],
 
 # ----- ONNX. Words are int64 numbers below 2^32; products wrap as those of uint64 do.
 
-WORD = ONE - 1
+WORD, STANDARD = ONE - 1, ("", "ai.onnx")
 
 
 class Builder:
     """Collects nodes and constants; names begin with ``prefix``."""
 
     def __init__(self, prefix: str) -> None:
-        self.prefix, self.nodes, self.constants = prefix, [], {}  # type: ignore[var-annotated]
+        self.prefix = prefix
+        self.nodes: list[Any] = []
+        self.constants: dict[str, Any] = {}
 
     def __call__(self, kind: str, *inputs: Any, **attributes: Any) -> str:
         """A node with one result; ints and lists of ints among its inputs become constants."""
@@ -177,10 +171,9 @@ class Builder:
     def shifted(self, a: str, places: int) -> str:
         """``a >> places`` of the unsigned number."""
         wide = self("Cast", a, to=onnx.TensorProto.UINT64)
-        places_name = f"{self.prefix}_u{places}"
-        tensor = helper.make_tensor(places_name, onnx.TensorProto.UINT64, [], [places])
-        self.constants.setdefault(places_name, tensor)
-        moved = self("BitShift", wide, places_name, direction="RIGHT")
+        name = f"{self.prefix}_u{places}"
+        self.constants[name] = helper.make_tensor(name, onnx.TensorProto.UINT64, [], [places])
+        moved = self("BitShift", wide, name, direction="RIGHT")
         return self("Cast", moved, to=onnx.TensorProto.INT64)
 
     def low(self, a: str) -> str:
@@ -254,7 +247,6 @@ def keep_mask(
     drawn = [build.constant(1) if n == 1 else s for n, s in zip(noise, size, strict=True)]
     row = build.constant([0])
     for k in range(rank - 1):
-        # The whole's size stays in the formula also where the dimension is shared.
         row = build("Mul", row, size[k] if whole is None else whole[k])
         if noise[k] != 1:
             along = build("Add", build("Range", 0, size[k], 1), origin[k])
@@ -275,9 +267,8 @@ def keep_mask(
     eights = build("Unsqueeze", build("Mul", groups, 8), [0])
     keep = build.decisions(words, calls, p)
     keep = build("Reshape", keep, build("Concat", *leads, eights, axis=0))
-    start = build.constant([first % 8])
-    end = build("Add", start, build("Unsqueeze", cols, [0]))
-    keep = build("Slice", keep, start, end, [-1])
+    end = build("Add", [first % 8], build("Unsqueeze", cols, [0]))
+    keep = build("Slice", keep, [first % 8], end, [-1])
     return build("Expand", build("Squeeze", keep, [0]) if rank == 0 else keep, shape)
 
 
@@ -295,8 +286,7 @@ def attention_keep_mask(
     The other arguments are those of :func:`keep_mask`.
     """
     origin = (0,) * 4 if shard is None else _attention_place((0,) * 4, shard)[1]
-    size = [build("Gather", shape, k) for k in range(4)]
-    first = origin[3]
+    size, first = [build("Gather", shape, k) for k in range(4)], origin[3]
     at = [
         build("Unsqueeze", build("Add", build("Range", 0, size[k], 1), origin[k]), axes)
         for k, axes in enumerate(([1, 2, 3], [0, 2, 3], [0, 1, 3]))
@@ -326,14 +316,20 @@ def fold_in(seed: Any, stream: int) -> tuple[int, int]:
 
 def _value(graph: Any, name: str) -> Any:
     """The constant behind a name, or None."""
-    for tensor in graph.initializer:
-        if tensor.name == name:
-            return numpy_helper.to_array(tensor)
+    found = [numpy_helper.to_array(t) for t in graph.initializer if t.name == name]
+    if found:
+        return found[0]
     for node in graph.node:
         if name in node.output and node.op_type == "Constant":
             value = helper.get_attribute_value(node.attribute[0])
             return numpy_helper.to_array(value) if node.attribute[0].name == "value" else value
     return None
+
+
+def _nodes(graph: Any) -> list[Any]:
+    """The nodes of a graph or function, and of the branches and loops in it."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return [*graph.node, *(node for branch in inner for node in _nodes(branch))]
 
 
 def replace_dropout(model: Any, seed: str = "seed") -> Any:
@@ -346,28 +342,29 @@ def replace_dropout(model: Any, seed: str = "seed") -> Any:
     Raises:
         ValueError: an opset before 18, which has no operators of bits; a ratio or training_mode
             that is not a constant; a Dropout whose rank is unknown, or whose mask is an output that
-            something reads; a Dropout within a branch, a loop or a function.
+            something reads; a Dropout within a branch, a loop or a function; a name that is taken.
     """
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = next(o.version for o in model.opset_import if o.domain in STANDARD)
     if opset < 18:
         raise ValueError(f"the model has opset {opset}; export it with opset_version=18 or higher")
     result = onnx.shape_inference.infer_shapes(model)
-    graph = result.graph
-    inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
-    if any(n.op_type == "Dropout" for g in (*inner, *model.functions) for n in g.node):
+    graph, nodes, spare, site = result.graph, [], set(), 0
+    inner = _nodes(graph)[len(graph.node) :] + [n for f in model.functions for n in _nodes(f)]
+    if any(node.op_type == "Dropout" for node in inner):
         raise ValueError("a Dropout stands within a branch, a loop or a function; inline it first")
     known = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
-    read = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
-    nodes, site = [], 0
+    read = {name for node in _nodes(graph) for name in node.input} | {v.name for v in graph.output}
+    if seed in read or seed in known:
+        raise ValueError(f"the model has a value named {seed!r} already; give another name")
     for node in list(graph.node):
         given = [*node.input, "", ""]
-        if node.op_type != "Dropout" or node.domain not in ("", "ai.onnx") or not given[2]:
+        if node.op_type != "Dropout" or node.domain not in STANDARD or not given[2]:
             nodes.append(node)
             continue
         ratio, training = (_value(graph, name) if name else 0.5 for name in given[1:3])
         if ratio is None or training is None:
             raise ValueError(f"ratio and training_mode of {node.output[0]} are no constants")
-        if not bool(training) or float(ratio) == 0:
+        if not training or not ratio:
             nodes.append(node)
             continue
         info = known.get(node.input[0])
@@ -376,33 +373,28 @@ def replace_dropout(model: Any, seed: str = "seed") -> Any:
         if len(node.output) > 1 and node.output[1] in read:
             raise ValueError(f"{node.output[1]}, the mask of a Dropout, is read by another node")
         rank, dtype = len(info.type.tensor_type.shape.dim), info.type.tensor_type.elem_type
-        p = float(ratio)
         build = Builder(f"tridrop_{site}")
         shape = build("Shape", node.input[0])
-        keep = keep_mask(build, shape, rank, p, seed=seed, site=site)
+        keep = keep_mask(build, shape, rank, float(ratio), seed=seed, site=site)
         # Computed in float32 at least, and rounded once.
         exact = dtype if dtype == onnx.TensorProto.DOUBLE else onnx.TensorProto.FLOAT
-        constants = [
-            helper.make_tensor(f"tridrop_{site}_zero", exact, [], [0.0]),
-            helper.make_tensor(f"tridrop_{site}_scale", exact, [], [scale(p)]),
-        ]
-        value = node.input[0] if exact == dtype else build("Cast", node.input[0], to=exact)
-        kept = build("Where", keep, value, constants[0].name)
-        nodes += build.nodes
-        if exact == dtype:
-            nodes.append(helper.make_node("Mul", [kept, constants[1].name], node.output[:1]))
-        else:
-            scaled = build("Mul", kept, constants[1].name)
-            nodes.append(build.nodes[-1])
-            nodes.append(helper.make_node("Cast", [scaled], node.output[:1], to=dtype))
-        graph.initializer.extend([*build.constants.values(), *constants])
+        for name, number in {"zero": 0.0, "scale": scale(float(ratio))}.items():
+            name = f"tridrop_{site}_{name}"
+            build.constants[name] = helper.make_tensor(name, exact, [], [number])
+        value = build("Cast", node.input[0], to=exact)
+        kept = build("Where", keep, value, f"tridrop_{site}_zero")
+        scaled = build("Mul", kept, f"tridrop_{site}_scale")
+        nodes += [*build.nodes, helper.make_node("Cast", [scaled], node.output[:1], to=dtype)]
+        graph.initializer.extend(build.constants.values())
+        spare |= set(given[1:3])
         site += 1
-    read = {name for node in nodes for name in node.input} | {v.name for v in graph.output}
-    kept_nodes = [n for n in nodes if n.op_type != "Constant" or n.output[0] in read]
     del graph.node[:]
-    graph.node.extend(kept_nodes)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
-        graph.initializer.remove(tensor)  # the ratios
+    graph.node.extend(nodes)
+    spare -= {name for node in _nodes(graph) for name in node.input}
+    for node in [node for node in nodes if spare & set(node.output)]:
+        graph.node.remove(node)
+    for tensor in [t for t in graph.initializer if t.name in spare]:
+        graph.initializer.remove(tensor)
     if site:
         graph.input.append(helper.make_tensor_value_info(seed, onnx.TensorProto.INT64, [2]))
     return result
