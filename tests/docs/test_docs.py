@@ -12,7 +12,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 NEEDS = {
     "keras-models.md": "keras",
     "lora.md": "peft",
-    "lora.md": "peft",
     "masks-elsewhere.md": "keras",
     "timm.md": "timm",
     "transformers.md": "transformers",
