@@ -34,6 +34,8 @@ NAMES = ("dropout", "attention", "inside", "across")
 SWITCHES = [dict(zip(NAMES, c, strict=True)) for c in itertools.product((True, False), repeat=4)]
 # All, all but one, and none.
 FEW = [s for s in SWITCHES if sum(s.values()) in (0, 3, 4)]
+for _switches in (SWITCHES, FEW):
+    _switches.insert(1, {**_switches[0], "memory": True})
 RATES = {"p", "dropout", "drop_prob", "attn_dropout", "rate"}
 torch_dropout, torch_attention = F.dropout, F.scaled_dot_product_attention
 seed_for = seeds.seed_for
@@ -308,7 +310,7 @@ def hold(
         equal(outcome(ours.eval(), inputs, **given), in_eval)
         with torch.no_grad():
             equal(ours(*inputs, **given), without_gradients)
-        if chosen in (switches[0], switches[-1]):
+        if chosen in (switches[0], switches[-1]) or "memory" in chosen:
             silent = quiet(model)
             tridrop.swap(silent, **chosen)
             equal(outcome(silent.train(), inputs, **given), at_zero)

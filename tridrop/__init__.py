@@ -14,6 +14,7 @@ from .contract.mask import Shard, fold_in, new_seed
 from .contract.seeds import rng
 from .functional import (
     activation_dropout,
+    activation_dropout_linear,
     alpha_dropout,
     attention_keep_mask,
     drop_block2d,
@@ -39,6 +40,7 @@ from .functional import (
     lora_delta,
     lora_deltas,
     lora_linear,
+    norm_linear,
     normal_noise,
     patch_dropout,
     rms_norm_dropout,
@@ -90,6 +92,7 @@ __all__ = [
     "Prediction",
     "Shard",
     "activation_dropout",
+    "activation_dropout_linear",
     "alpha_dropout",
     "attention_keep_mask",
     "backend",
@@ -122,6 +125,7 @@ __all__ = [
     "mc_predict",
     "new_seed",
     "nn",
+    "norm_linear",
     "normal_noise",
     "patch_dropout",
     "rms_norm_dropout",

@@ -15,7 +15,6 @@ import tridrop
 from tridrop.commands.check.measure import MAX_Z
 from tridrop.functional import dropconnect as functional
 from tridrop.nn.dropconnect import WeightDropped
-from tridrop.ops.redrawn import Drawn
 
 
 @pytest.fixture(params=[PLAIN, "triton"])
@@ -65,12 +64,14 @@ def dropped_weights(monkeypatch):
     """Weak references to the dropped weights that are made."""
     seen = []
 
-    class Watched(Drawn):
-        def __init__(self, weight, value, draw):
-            seen.append(weakref.ref(value))
-            super().__init__(weight, value, draw)
+    draw = functional._draw
 
-    monkeypatch.setattr(functional, "Drawn", Watched)
+    def watched(*arguments, **options):
+        found = draw(*arguments, **options)
+        seen.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(functional, "_draw", watched)
     return seen
 
 

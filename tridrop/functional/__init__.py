@@ -15,6 +15,7 @@ from .family import (
     gaussian_dropout,
     normal_noise,
 )
+from .linear import activation_dropout_linear, norm_linear
 from .lora import lora_delta, lora_deltas, lora_linear
 from .masks import attention_keep_mask, keep_mask, kept_indices
 from .norm import (
@@ -29,6 +30,7 @@ from .structured import head_dropout, patch_dropout
 
 __all__ = [
     "activation_dropout",
+    "activation_dropout_linear",
     "alpha_dropout",
     "attention_keep_mask",
     "drop_block2d",
@@ -54,6 +56,7 @@ __all__ = [
     "lora_delta",
     "lora_deltas",
     "lora_linear",
+    "norm_linear",
     "normal_noise",
     "patch_dropout",
     "rms_norm_dropout",

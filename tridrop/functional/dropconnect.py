@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..contract.seeds import seed_for
-from ..ops.redrawn import Drawn, redrawn
+from ..ops.remade import Remade, remade
 from ..spec import elementwise as spec
 from ..spec.product import check_matrix, check_same_dtype, product_dtype
 from .elementwise import dropout, in_batch
@@ -79,15 +79,16 @@ def dropconnect_linear(
         return out if bias is None else out + bias.to(out.dtype)
     if autocast:  # first, as what a linear layer keeps is the weight that autocast has made
         weight = weight.to(product_dtype(x, weight))
-    drawn = drop_weight(weight, p, seed)
-    with redrawn((drawn,)):
-        return F.linear(x, drawn.value, bias)
+    dropped, rule = drop_weight(weight, p, seed)
+    with remade([(dropped, rule)]):
+        return F.linear(x, dropped, bias)
 
 
-def drop_weight(weight: Tensor, p: float | Tensor, seed: int | Tensor) -> Drawn:
-    """A weight, dropped, with the rule that draws it again: for :func:`autograd.redrawn`."""
+def drop_weight(weight: Tensor, p: float | Tensor, seed: int | Tensor) -> tuple[Tensor, Remade]:
+    """A weight, dropped, and the rule that draws it again: for :func:`ops.remade`."""
     draw = partial(_draw, p=p, seed=seed)
-    return Drawn(weight, draw(weight), draw)
+    what = "a weight whose dropped copy backward draws again"
+    return draw(weight), Remade(draw, (weight,), ("weight",), what)
 
 
 def _draw(weight: Tensor, p: float | Tensor, seed: int | Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..base.arguments import check_tensor
+from ..functional.linear import linear
 from ..spec.elementwise import check_probability
 from .modules import _Site
 from .nested import attend
@@ -202,7 +203,7 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [N, H, length, D]; dimension ``length`` of 3 is the length."""
         self._check_inputs(query, key, value)
-        linear, dim = nn.functional.linear, self.embed_dim
+        dim = self.embed_dim
 
         def heads(x: Tensor, parts: int) -> tuple[Tensor, ...]:
             x = x if x.dim() == 3 else x[None]

@@ -16,7 +16,7 @@ from .. import functional as F
 from ..base.arguments import check_module, check_sequence
 from ..contract.seeds import seed_for
 from ..functional.dropconnect import drop_weight
-from ..ops.redrawn import redrawn
+from ..ops.remade import remade
 from ..spec.elementwise import check_probability
 from .modules import _Site
 
@@ -110,9 +110,9 @@ class _Call:
                 found = drop_weight(weight, site.p, seed_for(weight.device, seed))
                 site.reads = -1
                 drawn.append(found)
-                site.current = found.value
+                site.current = found[0]
         _show_to_rnn(module)
-        context = redrawn(drawn)
+        context = remade(drawn)
         context.__enter__()
         self.inside.append(context)
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, relu
+from torch.nn.functional import gelu, relu
 
-from .. import functional as F
-from ..base.arguments import check_tensor
-from ..spec import elementwise as spec
+from ..base.arguments import check_flag, check_tensor
 from .attention import MultiheadAttention
+from .branches import add, add_and_norm, add_norm, attend, feed_forward, is_heard, normalised
 from .modules import Dropout
 from .nested import Nested
 
@@ -56,6 +55,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         norm_first: whether the norms go before the branches or after the additions.
         bias: whether linears and norms have biases.
         device, dtype: of the parameters.
+        remake: keep no input of a linear layer that backward can make again, as in
+            :class:`TransformerBlock`.
 
     Raises:
         ValueError: dropout outside [0, 1]; d_model or nhead not positive.
@@ -68,6 +69,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     >>> encoder(torch.randn(2, 5, 16), src_key_padding_mask=padding).shape
     torch.Size([2, 5, 16])
     """
+
+    remake = False  # of one that was pickled by an older version
 
     def __init__(
         self,
@@ -82,11 +85,15 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        remake: bool = False,
     ) -> None:
         # Not torch's constructor, which would draw initial values a second time. The dropouts
         # stand where forward uses them, which is what number_sites goes by.
         super(nn.TransformerEncoderLayer, self).__init__()
         function = _activation_function(activation)
+        check_flag(remake, "remake")
+        self.remake = remake
         made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.self_attn = MultiheadAttention(
             d_model, nhead, dropout, batch_first=batch_first, **made
@@ -142,15 +149,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             x = self.norm1(x + self._sa_block(x, mask, padding, is_causal=is_causal))
             return self.norm2(x + self._ff_block(x))
 
-        normed = self.norm1(x) if self.norm_first else x
-        attended = _attend(
-            self.self_attn, normed, normed, src_mask, src_key_padding_mask, is_causal
-        )
+        normed = x
         if self.norm_first:
-            normed, x = _add_and_norm(attended, x, self.dropout1, self.norm2)
-            return _add(_feed_forward(self, normed), x, self.linear2, self.dropout2)
-        x = _add_norm(attended, x, self.dropout1, self.norm1)
-        return _add_norm(_feed_forward(self, x), x, self.dropout2, self.norm2, self.linear2)
+            normed = normalised(self.norm1, x) if self.remake else self.norm1(x)
+        attended = attend(self.self_attn, normed, normed, src_mask, src_key_padding_mask, is_causal)
+        if self.norm_first:
+            normed, x = add_and_norm(attended, x, self.dropout1, self.norm2, remake=self.remake)
+            return add(feed_forward(self, normed), x, self.linear2, self.dropout2)
+        x = add_norm(attended, x, self.dropout1, self.norm1, remake=self.remake)
+        return add_norm(
+            feed_forward(self, x), x, self.dropout2, self.norm2, self.linear2, remake=self.remake
+        )
 
     def _forward_nested(
         self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
@@ -194,6 +203,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     torch.Size([2, 5, 16])
     """
 
+    remake = False  # of one that was pickled by an older version
+
     def __init__(
         self,
         d_model: int,
@@ -207,9 +218,13 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        remake: bool = False,
     ) -> None:
         super(nn.TransformerDecoderLayer, self).__init__()  # as in the encoder's layer
         function = _activation_function(activation)
+        check_flag(remake, "remake")
+        self.remake = remake
         made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         attention: dict[str, Any] = {"dropout": dropout, "batch_first": batch_first, **made}
         self.self_attn = MultiheadAttention(d_model, nhead, **attention)
@@ -270,16 +285,20 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             return self.norm3(x + self._ff_block(x))
 
         if self.norm_first:
-            normed = self.norm1(x)
-            attended = _attend(self.self_attn, normed, normed, *own)
-            normed, x = _add_and_norm(attended, x, self.dropout1, self.norm2)
-            attended = _attend(self.multihead_attn, normed, memory, *across)
-            normed, x = _add_and_norm(attended, x, self.dropout2, self.norm3)
-            return _add(_feed_forward(self, normed), x, self.linear2, self.dropout3)
-        x = _add_norm(_attend(self.self_attn, x, x, *own), x, self.dropout1, self.norm1)
-        attended = _attend(self.multihead_attn, x, memory, *across)
-        x = _add_norm(attended, x, self.dropout2, self.norm2)
-        return _add_norm(_feed_forward(self, x), x, self.dropout3, self.norm3, self.linear2)
+            normed = normalised(self.norm1, x) if self.remake else self.norm1(x)
+            attended = attend(self.self_attn, normed, normed, *own)
+            normed, x = add_and_norm(attended, x, self.dropout1, self.norm2, remake=self.remake)
+            attended = attend(self.multihead_attn, normed, memory, *across)
+            normed, x = add_and_norm(attended, x, self.dropout2, self.norm3, remake=self.remake)
+            return add(feed_forward(self, normed), x, self.linear2, self.dropout3)
+        x = add_norm(
+            attend(self.self_attn, x, x, *own), x, self.dropout1, self.norm1, remake=self.remake
+        )
+        attended = attend(self.multihead_attn, x, memory, *across)
+        x = add_norm(attended, x, self.dropout2, self.norm2, remake=self.remake)
+        return add_norm(
+            feed_forward(self, x), x, self.dropout3, self.norm3, self.linear2, remake=self.remake
+        )
 
 
 def _activation_function(activation: _Activation) -> Callable[[Tensor], Tensor]:
@@ -290,17 +309,6 @@ def _activation_function(activation: _Activation) -> Callable[[Tensor], Tensor]:
     if not callable(activation):
         raise TypeError(f"activation = {activation!r}; give 'relu', 'gelu' or a callable")
     return activation
-
-
-def _fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """The name of the activation where :func:`tridrop.activation_dropout` has it."""
-    if activation is relu or activation is torch.relu or type(activation) is nn.ReLU:
-        return "relu"
-    if activation is gelu:
-        return "gelu"
-    if type(activation) is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return None
 
 
 def _fusable(layer: nn.Module, base: type, blocks: Sequence[str], branches: int) -> bool:
@@ -321,10 +329,7 @@ def _fusable(layer: nn.Module, base: type, blocks: Sequence[str], branches: int)
     parts += norms + drops
     if isinstance(layer.activation, nn.Module):
         parts.append(layer.activation)
-    return not any(
-        p._forward_hooks or p._forward_pre_hooks or p._backward_hooks or p._backward_pre_hooks
-        for p in parts
-    )
+    return not any(map(is_heard, parts))
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -332,69 +337,3 @@ def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
-
-
-def _attend(
-    attention: nn.Module,
-    query: Tensor,
-    memory: Tensor,
-    mask: Tensor | None,
-    padding: Tensor | None,
-    is_causal: bool,
-) -> Tensor:
-    out: Tensor = attention(
-        query, memory, memory,
-        attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=is_causal,
-    )[0]  # fmt: skip
-    return out
-
-
-def _feed_forward(layer: Any, x: Tensor) -> Tensor:
-    """linear2(dropout(activation(linear1(x)))), without the bias of linear2."""
-    drop, name = layer.dropout, _fused_name(layer.activation)
-    if name is None:
-        hidden = drop(layer.activation(layer.linear1(x)))
-    else:
-        hidden = linear(x, layer.linear1.weight)
-        hidden = F.activation_dropout(
-            hidden, drop.p, drop.training,
-            activation=name, bias=layer.linear1.bias, seed=drop._seed(hidden),
-        )  # fmt: skip
-    return linear(hidden, layer.linear2.weight)
-
-
-def _add(x: Tensor, residual: Tensor, last: nn.Linear, drop: Any) -> Tensor:
-    """The end of a pre-norm layer."""
-    return F.dropout_add(
-        x, residual, drop.p, drop.training, bias=last.bias, seed=drop._seed(x)
-    )  # fmt: skip
-
-
-def _add_norm(
-    x: Tensor, residual: Tensor, drop: Any, norm: nn.LayerNorm, last: nn.Linear | None = None
-) -> Tensor:
-    """The end of a post-norm branch, whose ``last`` linear still lacks its bias."""
-    # The op's result has the branch's dtype. Under autocast, where the branch is narrow, torch's
-    # has the stream's, and on accelerators float32.
-    dtype = residual.dtype
-    if x.device.type != "cpu" and spec.autocast_dtype(x.device) is not None:
-        dtype = torch.promote_types(dtype, torch.float32)
-    x = x.to(dtype)
-    out = F.dropout_add_layer_norm(
-        x, residual, norm.weight, norm.bias, drop.p, drop.training,
-        bias=None if last is None else last.bias, eps=norm.eps, seed=drop._seed(x),
-    )  # fmt: skip
-    assert isinstance(out, Tensor)  # no stream was asked for
-    return out
-
-
-def _add_and_norm(
-    x: Tensor, residual: Tensor, drop: Any, norm: nn.LayerNorm
-) -> tuple[Tensor, Tensor]:
-    """The end of a pre-norm branch and the norm before the next: (normed, stream)."""
-    out = F.dropout_add_layer_norm(
-        x, residual, norm.weight, norm.bias, drop.p, drop.training,
-        eps=norm.eps, prenorm=True, seed=drop._seed(x),
-    )  # fmt: skip
-    assert isinstance(out, tuple)
-    return out

@@ -11,6 +11,7 @@ from torch.fx import Proxy
 from .. import functional as F
 from ..base.arguments import check_flag, check_sequence, check_tensor
 from ..contract import seeds
+from ..functional.linear import remade_activation
 from ..spec.elementwise import check_activation, check_probability
 
 
@@ -148,21 +149,27 @@ class DropPath(_Site):
 class ActivationDropout(_Site):
     """:func:`tridrop.activation_dropout` as a module; ``bias`` is that of the linear before it.
 
+    With ``remake`` a linear layer of a :class:`TransformerBlock` that takes the result keeps none
+    of it, see :func:`tridrop.activation_dropout_linear`.
+
     >>> import torch, tridrop
     >>> layer = tridrop.nn.ActivationDropout("relu", p=0.1)
     >>> layer.eval()(torch.tensor([-1.0, 2.0]), bias=torch.tensor([0.5, 0.5]))
     tensor([0.0000, 2.5000])
     """
 
-    def __init__(self, activation: str | None, p: float = 0.5) -> None:
+    def __init__(self, activation: str | None, p: float = 0.5, *, remake: bool = False) -> None:
         super().__init__()
         check_activation(activation)
         check_probability(p)
+        check_flag(remake, "remake")
         self.activation = activation
         self.p = p
+        self.remake = remake
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.activation_dropout(
+        function = remade_activation if self.remake else F.activation_dropout
+        return function(
             x, self.p, self.training, activation=self.activation, bias=bias, seed=self._seed(x)
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..base.arguments import check_flags, check_whole
+from ..functional.linear import remade_add_norm
 from ..spec.elementwise import check_probability
 from .modules import _Site
 
@@ -33,6 +34,7 @@ class _DropoutAddNorm(_Site):
         prenorm: bool = False,
         residual_in_fp32: bool = False,
         zero_centered_weight: bool = False,
+        remake: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -42,6 +44,7 @@ class _DropoutAddNorm(_Site):
         check_flags(
             elementwise_affine=elementwise_affine, bias=bias, prenorm=prenorm,
             residual_in_fp32=residual_in_fp32, zero_centered_weight=zero_centered_weight,
+            remake=remake,
         )  # fmt: skip
         check_probability(p)
         check_probability(drop_path, "drop_path")
@@ -53,6 +56,7 @@ class _DropoutAddNorm(_Site):
         self.prenorm = prenorm
         self.residual_in_fp32 = residual_in_fp32
         self.zero_centered_weight = zero_centered_weight
+        self.remake = remake
         for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
             empty = torch.empty(self.normalized_shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty) if wanted else None)
@@ -73,22 +77,20 @@ class _DropoutAddNorm(_Site):
         layer_scale: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``bias`` is that of the linear before; the norm's own is ``self.bias``."""
-        return type(self).function(
-            x,
-            residual,
-            self.weight,
-            self.bias,
-            self.p,
-            self.training,
-            bias=bias,
-            layer_scale=layer_scale,
-            drop_path=self.drop_path,
-            eps=self.eps,
-            prenorm=self.prenorm,
-            residual_in_fp32=self.residual_in_fp32,
-            zero_centered_weight=self.zero_centered_weight,
-            seed=self._seed(x),
-        )
+        options: dict[str, Any] = {
+            "bias": bias,
+            "layer_scale": layer_scale,
+            "drop_path": self.drop_path,
+            "eps": self.eps,
+            "residual_in_fp32": self.residual_in_fp32,
+            "zero_centered_weight": self.zero_centered_weight,
+            "seed": self._seed(x),
+        }
+        operands = (x, residual, self.weight, self.bias, self.p, self.training)
+        if self.remake:
+            found = remade_add_norm(type(self).function, *operands, **options)
+            return found if self.prenorm else found[0]
+        return type(self).function(*operands, prenorm=self.prenorm, **options)
 
     def extra_repr(self) -> str:
         return (
@@ -107,6 +109,8 @@ class DropoutAddLayerNorm(_DropoutAddNorm):
         eps, elementwise_affine, bias: as in torch.nn.LayerNorm.
         prenorm: return (out, stream).
         residual_in_fp32, zero_centered_weight: as in the function.
+        remake: a linear layer of a :class:`TransformerBlock` that takes out keeps none of it, see
+            :func:`tridrop.norm_linear`.
 
     >>> import torch
     >>> layer = DropoutAddLayerNorm(4, p=0.1, elementwise_affine=False).eval()

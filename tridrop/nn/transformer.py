@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.arguments import check_flags, check_tensor, check_whole
+from ..functional.linear import linear, of_remade
 from ..spec.elementwise import ACTIVATIONS, check_activation
 from .attention import ScaledDotProductAttention
+from .branches import normalised
 from .modules import ActivationDropout, DropoutAdd
 from .norm import DropoutAddLayerNorm
 
@@ -39,6 +40,11 @@ class TransformerBlock(nn.Module):
         activation: as in :func:`tridrop.activation_dropout`, gated ones too.
         norm_first: whether the norms go before the branches or after the additions.
         is_causal: whether a token sees only those before it.
+        remake: keep no input of a linear layer that is a norm's result or a dropped activation;
+            backward makes it again, see :func:`tridrop.norm_linear` and
+            :func:`tridrop.activation_dropout_linear`. Values and gradients stay the same. (The norm
+            that begins a block of ``norm_first`` is one of them; post-norm, its input is made again
+            where the block before it has ``remake`` too.)
 
     >>> import torch
     >>> block = TransformerBlock(16, 2, p=0.1)
@@ -59,25 +65,29 @@ class TransformerBlock(nn.Module):
         activation: str = "gelu",
         norm_first: bool = True,
         is_causal: bool = True,
+        remake: bool = False,
     ) -> None:
         super().__init__()
         dim, num_heads = check_whole(dim, "dim", 1), check_whole(num_heads, "num_heads", 1)
         if dim % num_heads:
             raise ValueError(f"num_heads = {num_heads} does not divide dim = {dim}")
         hidden = 4 * dim if mlp_dim is None else check_whole(mlp_dim, "mlp_dim", 1)
-        check_flags(norm_first=norm_first, is_causal=is_causal)
+        check_flags(norm_first=norm_first, is_causal=is_causal, remake=remake)
         self.num_heads = num_heads
         self.norm_first = norm_first
+        self.remake = remake
         self.norm1: nn.LayerNorm | DropoutAddLayerNorm
         if norm_first:
             self.norm1 = nn.LayerNorm(dim)
         else:
-            self.norm1 = DropoutAddLayerNorm(dim, p, drop_path=drop_path)
+            self.norm1 = DropoutAddLayerNorm(dim, p, drop_path=drop_path, remake=remake)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         # pre-norm: the end of the first branch and the norm before the second
-        self.norm2 = DropoutAddLayerNorm(dim, p, drop_path=drop_path, prenorm=norm_first)
-        self.drop_hidden = ActivationDropout(activation, activation_p)
+        self.norm2 = DropoutAddLayerNorm(
+            dim, p, drop_path=drop_path, prenorm=norm_first, remake=remake
+        )
+        self.drop_hidden = ActivationDropout(activation, activation_p, remake=remake)
         width = (
             2 * hidden if ACTIVATIONS[check_activation(activation)][1] else hidden
         )  # a gated one halves it
@@ -92,8 +102,11 @@ class TransformerBlock(nn.Module):
         check_tensor(x, "x")
         if x.dim() != 3:
             raise ValueError(f"x has shape {tuple(x.shape)}; give [batch, tokens, dim]")
-        attended = self._attend(self.norm1(x) if self.norm_first else x)
-        attended = F.linear(attended, self.proj.weight)
+        normed = x
+        if self.norm_first:
+            normed = normalised(self.norm1, x) if self.remake else self.norm1(x)
+        attended = self._attend(normed)
+        attended = linear(attended, self.proj.weight)
         if self.drop2 is None:
             x = self.norm1(attended, x, self.proj.bias)
             return self.norm2(self._feed_forward(x), x, self.fc2.bias)
@@ -102,12 +115,14 @@ class TransformerBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        qkv = of_remade(self.qkv, x, casts=type(self.qkv) is nn.Linear).view(
+            batch, tokens, 3, self.num_heads, dim // self.num_heads
+        )
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended: Tensor = self.attention(query, key, value)
         return attended.transpose(1, 2).reshape(batch, tokens, dim)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """fc2 without its bias."""
-        hidden = self.drop_hidden(F.linear(x, self.fc1.weight), bias=self.fc1.bias)
-        return F.linear(hidden, self.fc2.weight)
+        hidden = self.drop_hidden(linear(x, self.fc1.weight), bias=self.fc1.bias)
+        return linear(hidden, self.fc2.weight)

@@ -35,6 +35,7 @@ from .recognise import (
     resolve,
     self_of,
 )
+from .remade import remake
 from .rewrite import Levels, Op, Place, Plan
 
 
@@ -232,7 +233,10 @@ def _plan_method(
 ) -> Plan:
     classify = Classifier(method, dict(recipe.labels), tails)
     work.classifiers.append(classify)
-    return rewrite.plan(method.node, method.flow, classify, recipe.levels, bare)
+    made = rewrite.plan(method.node, method.flow, classify, recipe.levels, bare)
+    if recipe.levels.memory:
+        remake(made)
+    return made
 
 
 def _plan(base: type, recipe: Recipe) -> Work:

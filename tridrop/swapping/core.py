@@ -26,6 +26,7 @@ def swap(
     attention: bool = True,
     inside: bool = True,
     across: bool = True,
+    memory: bool = False,
     dry_run: bool = False,
 ) -> Report:
     """Rewrite a model in place so that its dropouts are tridrop's, fused where that can be.
@@ -44,6 +45,9 @@ def swap(
             layer, activation, residual and norm around it.
         across: fuse over the ends of forwards, and what drop path, layer scale and sums shared by
             several users have part in.
+        memory: keep no input of a linear layer that is an activation, dropped or not, or the result
+            of a norm: backward makes it again from what these keep anyway, for an elementwise pass
+            each. Under torch.compile its partitioner decides what is kept.
         dry_run: report only, and change nothing.
 
     Returns:
@@ -58,8 +62,11 @@ def swap(
     {'fused': 4, 'swapped': 0, 'left': 0}
     """
     check_module(model)
-    check_flags(dropout=dropout, attention=attention, inside=inside, across=across, dry_run=dry_run)
-    levels = Levels(dropout, attention, inside, across)
+    check_flags(
+        dropout=dropout, attention=attention, inside=inside, across=across, memory=memory,
+        dry_run=dry_run,
+    )  # fmt: skip
+    levels = Levels(dropout, attention, inside, across, memory)
     if not dry_run:
         unswap(model)
     survey = Survey(model, levels)
@@ -75,7 +82,10 @@ def swap(
     for more in (interfaces.read(), layers.read()):
         for name, each in more.items():
             read.setdefault(name, []).extend(each)
-    return Report(sites, levels, dry_run, model, certain=found.is_certain(model), read=read)
+    return Report(
+        sites, levels, dry_run, model, certain=found.is_certain(model),
+        remade=survey.remade() if memory else {}, read=read,
+    )  # fmt: skip
 
 
 def _apply(survey: Survey, interfaces: Interfaces) -> None:

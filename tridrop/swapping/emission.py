@@ -42,6 +42,8 @@ class _Emitter(ast.NodeTransformer):
             return self.generic_visit(node)
         op = self.made.ops.get(old)
         if op is not None and op in self.made.emitted:
+            if op in self.made.apart:
+                return self.apart(op, node)
             new = self.exchange(op, node)
             waits = bool(self.made.out_of(op)) or (op.name == "norm" and not self.made.into(op))
             if op.name.startswith("call") or (op.name in COMPUTED and not waits):
@@ -62,6 +64,13 @@ class _Emitter(ast.NodeTransformer):
         takes = user is not None and user in self.made.emitted and old in user.operands
         is_copy = any(flow.definitions[i].value is old for i in self.made.waiting)
         return node if takes or is_copy else self.runtime(node, "value", node)
+
+    def apart(self, op: Op, node: Any) -> ast.expr:
+        """The call in the place of an op that is on no dropout's way."""
+        new_of = {self.old_of[n]: n for n in ast.walk(node) if n in self.old_of}
+        operands: list[Any] = [self.visit(new_of[x]) for x in op.operands]
+        called = [] if op.name == "product" else [node.func]
+        return self.runtime(node, f"remade_{op.name}", *called, *operands)
 
     def exchange(self, op: Op, node: Any) -> ast.expr:
         """The call of lazy.py in the place of an op."""
@@ -106,6 +115,7 @@ class _Emitter(ast.NodeTransformer):
             into = self.made.into(op)
             if not into:
                 return self.runtime(node, "norm_first", *arguments)
-            if not any(e.shared for e in into):
-                arguments.append(ast.Constant(True))
+            arguments.append(ast.Constant(not any(e.shared for e in into)))
+        if name in ("norm", "activation") and self.made.memory:
+            arguments.append(ast.Constant(True))
         return self.runtime(node, name, *arguments)

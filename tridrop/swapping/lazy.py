@@ -19,29 +19,22 @@ from .. import functional as F
 from ..base.modules import heard
 from ..contract import seeds
 from ..contract.mask import fold_in
+from ..functional.linear import linear as linear_of
+from ..functional.linear import of_remade, remade_add_norm
 from ..spec import elementwise as spec
 from . import traced
 from .calls import call as call
 from .forms import ADDERS
-from .kinds import Kind, activation_name, known
+from .kinds import Kind, activation_name
 from .originals import is_attention, is_dropout, is_softmax
 from .pending import Pending, addable, autocasts, drop_samples, eps_of, fits, normalises_last
 from .pending import value as value
-
-
-def free(module: Any, name: str) -> Kind | None:
-    """The kind of a module that still is what it was, and that nobody listens to.
-
-    So is its class: its forward, and the functions of torch that this calls.
-    """
-    kind = known(type(module))
-    if kind is None or kind.name != name or "forward" in module.__dict__:
-        return None
-    for flag in kind.flags:
-        if getattr(module, flag):
-            return None
-    return None if heard(module) or not kind.holds() else kind
-
+from .remaking import free as free
+from .remaking import remade_activation as remade_activation
+from .remaking import remade_linear as remade_linear
+from .remaking import remade_linear as remade_matrix  # noqa: F401  # emitted by that name
+from .remaking import remade_norm as remade_norm
+from .remaking import remade_product as remade_product
 
 # While a report is being verified: told whose place takes which seed.
 watcher: Callable[[Tensor, nn.Module, int | None], None] | None = None
@@ -179,21 +172,21 @@ def linear(module: nn.Module, x: Any) -> Any:
         return module(x)
     transposed = kind.get(module, "transposed")
     if transposed is not None:
-        branch = Pending(x @ transposed)
+        branch = Pending(of_remade(transposed.__rmatmul__, x, casts=True))
     else:
-        branch = Pending(torch.nn.functional.linear(x, kind.get(module, "weight")))
+        branch = Pending(linear_of(x, kind.get(module, "weight")))
     branch.bias = kind.get(module, "bias")
     return branch
 
 
-def activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+def activation(function: Callable[[Tensor], Tensor], x: Any, memory: bool = False) -> Any:
     """A call of an activation."""
     name = activation_name(function)
     hooked = isinstance(function, nn.Module) and heard(function)
     branch = _branch(x, "activation", "dropped", "scale", "softmax", "norm")
     if name is None or hooked or not fits(branch.x):
         return function(value(branch))
-    branch.activation, branch.function = name, function
+    branch.activation, branch.function, branch.memory = name, function, memory
     return branch
 
 
@@ -238,7 +231,7 @@ def _can_join(x: Any) -> bool:
     return isinstance(x, Pending) and x.done is None and x.residual is None and x.softmax is None
 
 
-def norm(module: nn.Module, x: Any, last: bool = False) -> Any:
+def norm(module: nn.Module, x: Any, last: bool = False, memory: bool = False) -> Any:
     """A norm of a sum that may be waiting; ``last`` says that nobody else wants the sum."""
     kind = free(module, "layer_norm") or free(module, "rms_norm")
     if kind is None or not isinstance(x, Pending) or x.done is not None or x.residual is None:
@@ -255,12 +248,18 @@ def norm(module: nn.Module, x: Any, last: bool = False) -> Any:
     if kind.name == "layer_norm" and autocasts(residual):
         out_dtype = torch.promote_types(out_dtype, torch.float32)
     options: dict[str, Any] = {
-        "bias": x.bias, "layer_scale": x.scale, "drop_path": x.path, "prenorm": not last,
+        "bias": x.bias, "layer_scale": x.scale, "drop_path": x.path,
         "eps": eps_of(kind, module, residual), "zero_centered_weight": kind.zero_centered,
         "out_dtype": out_dtype, "seed": x.seed,
     }  # fmt: skip
+    operands = (x.x, residual, weight, kind.get(module, "bias"), x.p, True)
     function = F.dropout_add_rms_norm if kind.name == "rms_norm" else F.dropout_add_layer_norm
-    out = function(x.x, residual, weight, kind.get(module, "bias"), x.p, True, **options)
+    if memory:
+        normed, stream = remade_add_norm(function, *operands, **options)
+        if not last:
+            x.finish(stream)
+        return normed
+    out = function(*operands, prenorm=not last, **options)
     if isinstance(out, tuple):
         out, stream = out
         x.finish(stream)

@@ -31,7 +31,7 @@ class SwapCallback(Callback):  # type: ignore[misc]
     it and without.
 
     Args:
-        dropout, attention, inside, across: the switches of :func:`tridrop.swap`.
+        dropout, attention, inside, across, memory: the switches of :func:`tridrop.swap`.
         restore: undo the swap when the trainer is done. (Not where it ends by an error.)
 
     Attributes:
@@ -46,9 +46,10 @@ class SwapCallback(Callback):  # type: ignore[misc]
         attention: bool = True,
         inside: bool = True,
         across: bool = True,
+        memory: bool = False,
         restore: bool = False,
     ) -> None:
-        self.levels = Levels(dropout, attention, inside, across)
+        self.levels = Levels(dropout, attention, inside, across, memory)
         self.restore = restore
         self.reports: dict[str, Report] = {}
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from numbers import Real
+from types import FrameType
 from typing import Any
 
 import torch
@@ -41,11 +42,16 @@ class Cost:
         operators: calls of operators on tensors, as torch dispatches them; without views and
             without allocations, which compute nothing.
         saved_bytes: what is kept for backward: each storage once, parameters and buffers left out.
+        layers: how many layers the model's longest list has, of one class; 0 where there is none.
+        layer_bytes: of saved_bytes, what one of these keeps, on average: what is first saved while
+            it runs.
     """
 
     dropouts: int
     operators: int
     saved_bytes: int
+    layers: int = 0
+    layer_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Measurement:
         {'dropouts': 1.0, 'operators': 0.6, 'saved_bytes': 0.5}
         """
         before, after = asdict(self.before), asdict(self.after)
-        return {name: after[name] / n if n else None for name, n in before.items()}
+        names = [n for n in _LABELS if n != "layer_bytes" or self.before.layers]
+        return {n: after[n] / before[n] if before[n] else None for n in names}
 
     def to_dict(self) -> dict[str, Any]:
         """The figures and their ratios, of plain types."""
@@ -76,10 +83,10 @@ class Measurement:
         """A line a figure, for people: what it is, before, after, and their ratio."""
         before, after, ratios = asdict(self.before), asdict(self.after), self.ratios()
         lines = []
-        for name, label in _LABELS.items():
-            text = _in_bytes if name == "saved_bytes" else str
-            ratio = ratios[name]
+        for name, ratio in ratios.items():
+            text = _in_bytes if name.endswith("bytes") else str
             shown = "" if ratio is None else f"{ratio:.2f}"
+            label = _LABELS[name].format(self.before.layers)
             lines.append((label, text(before[name]), text(after[name]), shown))
         return lines
 
@@ -94,6 +101,7 @@ _LABELS = {
     "dropouts": "dropout launches",
     "operators": "operators",
     "saved_bytes": "saved for backward",
+    "layer_bytes": "of it by a layer, of {}",
 }
 
 
@@ -121,7 +129,7 @@ def cost_of(
     training mode for the time. ``watch`` is entered around the forward, and what it gives is told
     of each operator.
     """
-    saved = _Saved()
+    saved = _Saved(layers_of(model))
     own = [*model.parameters(), *model.buffers()]
     tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
     generators = Generators(model, tensors)
@@ -141,7 +149,9 @@ def cost_of(
             mode = {"training": True} if is_keras(model) else {}  # which has no mode of its own
             outputs = model(*args, **{**mode, **kwargs})
         saved.add_attributes(outputs)
-        return Cost(counter.dropouts, counter.operators, saved.size(own))
+        count = len(saved.layers)
+        by_layer = saved.size(own, inside=True) // max(1, count)
+        return Cost(counter.dropouts, counter.operators, saved.size(own), count, by_layer)
 
 
 class _Counter(TorchDispatchMode):
@@ -208,16 +218,29 @@ def rates_of(
 class _Saved:
     """Collects what autograd keeps."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[nn.Module] = ()) -> None:
         self.held: list[Tensor] = []  # alive until counted, so that no two have the same address
+        self.layers = {id(layer) for layer in layers}
+        self.within: list[bool] = []  # of each that is held: whether a layer was running
 
     def hooks(self) -> AbstractContextManager[None]:
         def pack(tensor: Tensor) -> Tensor:
             # Not the tensor itself: a node that holds its own output would never be freed.
             self.held.append(tensor.detach())
+            self.within.append(bool(self.layers) and self.in_layer())
             return self.held[-1]
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    def in_layer(self) -> bool:
+        """Whether a method of a layer is being run. (A hook on one would keep it from fusing.)"""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+            if names and id(frame.f_locals.get(names[0])) in self.layers:
+                return True
+            frame = frame.f_back
+        return False
 
     def add_attributes(self, outputs: Any) -> None:
         """What autograd Functions keep as attributes, past save_for_backward and its hooks."""
@@ -232,16 +255,35 @@ class _Saved:
             self.held += [x.detach() for x in found if isinstance(x, Tensor)]
             todo += [parent for parent, _ in node.next_functions if parent is not None]
 
-    def size(self, without: Sequence[Tensor]) -> int:
-        """The bytes of all storages but those of ``without``."""
-        sizes = {}
-        for storage in (x.untyped_storage() for x in self.held if x.layout == torch.strided):
-            sizes[storage.device, storage.data_ptr()] = storage.nbytes()
+    def size(self, without: Sequence[Tensor], inside: bool = False) -> int:
+        """The bytes of all storages but those of ``without``; of those alone that a layer saved
+        before anybody else, with ``inside``."""
+        sizes: dict[Any, int] = {}
+        for i, x in enumerate(self.held):
+            if x.layout != torch.strided:
+                continue
+            storage = x.untyped_storage()
+            counts = not inside or (i < len(self.within) and self.within[i])
+            sizes.setdefault(
+                (storage.device, storage.data_ptr()), storage.nbytes() if counts else 0
+            )
         for tensor in without:
             if tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
                 sizes.pop((storage.device, storage.data_ptr()), None)
         return sum(sizes.values())
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model's longest list whose members are of one class, two or more."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            layers = list(module.children())
+            alike = len({type(layer) for layer in layers}) == 1
+            if alike and len(layers) > max(1, len(found)):
+                found = layers
+    return found
 
 
 def _plain(outputs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from ..contract import seeds
 from ..contract.mask import Shard, threshold
 from ..contract.mask import scale as scale_of
 from ..distributed.dtensor import is_distributed
+from ..functional.linear import remade_activation, remade_dropout, remade_value
 from ..spec.elementwise import FLOATS
-from .kinds import Kind
+from .kinds import Kind, activation_name
 
 
 class Pending:
@@ -29,6 +31,7 @@ class Pending:
         self.bias: Tensor | None = None
         self.activation: str | None = None
         self.function: Callable[[Tensor], Tensor] | None = None  # of which that is the name
+        self.memory = False  # whether the activation is to be made again in backward
         self.norm: tuple[Kind, nn.Module] | None = None
         self.softmax: torch.dtype | None = None  # the dtype of its result
         self.p: float | Tensor = 0.0
@@ -65,7 +68,7 @@ def _compute(b: Pending) -> Tensor:
     if b.softmax is not None:
         return _softmax(b)
     if b.function is not None and b.bias is None and not b.drops():
-        return _finish(b.function(b.x), b)
+        return _finish(activated(b.function, b.x) if b.memory else b.function(b.x), b)
     plain = b.bias is None and b.activation is None and b.scale is None
     if plain and not b.drops():
         return _finish(b.x, b)
@@ -76,14 +79,37 @@ def _compute(b: Pending) -> Tensor:
             seed=b.seed,
         )  # fmt: skip
     if b.bias is not None or b.activation is not None:
-        out = F.activation_dropout(
-            b.x, b.p, True, activation=b.activation, bias=b.bias, seed=b.seed
-        )
+        function = remade_activation if b.memory else F.activation_dropout
+        out = function(b.x, b.p, True, activation=b.activation, bias=b.bias, seed=b.seed)
     else:
-        out = F.dropout(b.x, b.p, True, seed=b.seed)
+        out = remade_dropout(b.x, b.p, b.seed)
     if b.scale is not None:
         out = out * b.scale
     return _finish(out, b)
+
+
+# Activations whose backward in torch keeps what they are given. (That of relu keeps its result,
+# which costs nothing beside a linear layer that keeps it too.)
+_KEEPS_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An activation without a dropout, with the rule to make it again.
+
+    One that a library writes out in Python keeps several tensors: in its place is one op.
+    """
+    name = activation_name(function)
+    again = _KEEPS_INPUT.get(name or "")
+    training = isinstance(function, nn.Module) and function.training
+    if name == "gelu_tanh" and training and again is not None:
+        function = again
+    elif name == "quick_gelu" and training:
+        return remade_activation(x, 0.0, True, activation=name)
+    return function(x) if again is None else remade_value(function, x, again=again)
 
 
 def _finish(out: Tensor, b: Pending) -> Tensor:

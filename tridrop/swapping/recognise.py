@@ -21,7 +21,7 @@ from .rewrite import CAUGHT, Op
 
 Labels = dict[str, str]  # what stands under an attribute of self: path -> kind
 
-_UNARY = {"linear", "activation", "norm", "scale", "identity", "dropout", "drop_path"}
+_UNARY = {"linear", "matrix", "activation", "norm", "scale", "identity", "dropout", "drop_path"}
 _NAMES = {"layer_norm": "norm", "rms_norm": "norm", "layer_scale": "scale", "softmax": "softmax"}
 
 
@@ -97,11 +97,14 @@ def label_of(found: Any, tails: Callable[[nn.Module], Tail | None]) -> str | Non
     if kind is not None and kind.name == "softmax" and kind.get(found, "dim") != -1:
         return None
     if kind is not None and kind.name == "linear" and kind.get(found, "bias") is None:
-        return None  # it has nothing to hand on
+        return "matrix"  # it has nothing to hand on
     if kind is not None:
         return _NAMES.get(kind.name, kind.name)
     tail = tails(found)
-    return None if tail is None else tail.label()
+    if tail is None:
+        sized = hasattr(found, "in_features") and hasattr(found, "out_features")
+        return "matrix" if sized else None
+    return tail.label()
 
 
 class Classifier:

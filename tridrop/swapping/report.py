@@ -18,7 +18,7 @@ from torch import nn
 from ..base import terminal
 from .present import Holds
 from .rewrite import Levels
-from .wording import Plans
+from .wording import Plans, remade
 
 if TYPE_CHECKING:
     from .verify import Verification
@@ -79,6 +79,9 @@ class Report:
         sites: everything that drops, in the order of ``model.modules()`` and of the code.
         levels: what the swap was allowed to do.
         dry_run: whether nothing was changed.
+        remade: with ``memory``, the calls that give a tensor which backward makes again ("norm",
+            "activation", "product" of a gate) and those that keep none of one ("linear"), by kind.
+            Layers of attention do too, and are not among them.
         certain: whether reading saw all there is: modules of torch's that do not drop, and nothing
             else. Where no site was found and this is False, only :meth:`verify` can tell.
         verification: the last result of :meth:`verify`.
@@ -95,6 +98,7 @@ class Report:
     dry_run: bool = False
     model: InitVar[nn.Module | None] = None
     certain: bool = False
+    remade: dict[str, int] = field(default_factory=dict)
     verification: Verification | None = None
     read: InitVar[Mapping[str, Sequence[Holds]]] = MappingProxyType({})
     _model: weakref.ref[nn.Module] | None = field(
@@ -262,6 +266,7 @@ class Report:
                 for site, text in zip(self.sites, words, strict=True)
             ],
             "certain": self.certain,
+            "remade": self.remade,
             "changed": self.changed(),
             "verification": None if self.verification is None else self.verification.to_dict(),
         }
@@ -299,6 +304,8 @@ class Report:
             yield ", ".join(f"{n} {status}" for status, n in counts.items())
             if counts["left"] == len(self.sites):
                 yield "Nothing matched: the model is unchanged."
+        if self.remade:
+            yield remade(self.remade)
         branches = {f"{s.kind} if {s.condition}": None for s in self.sites if s.condition}
         if branches and self.verification is None:
             yield Text(

@@ -40,6 +40,7 @@ _ABSORBS: dict[str, tuple[str, ...]] = {
     "return": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
 }
 _ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
+_FOREIGN = (*CAUGHT, "draw", "matrix")  # calls of what is not torch's own
 COMPUTED = ("norm", "attention", *CAUGHT)  # return what is computed
 # These drop as well, by other means or untouched.
 _NOTED = ("attention", "within:attention", "interface", "other")
@@ -56,6 +57,7 @@ class Levels:
     attention: bool = True
     inside: bool = True
     across: bool = True
+    memory: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,8 @@ class Plan:
     ops: dict[ast.expr, Op]
     edges: list[Edge] = field(default_factory=list)
     emitted: set[Op] = field(default_factory=set)
+    apart: set[Op] = field(default_factory=set)  # of these, what memory=True alone is about
+    memory: bool = False
     waiting: set[int] = field(default_factory=set)  # definitions of sums that several use
     places: list[Place] = field(default_factory=list)
     drawn: list[Place] = field(default_factory=list)  # random numbers that are no dropout's
@@ -187,7 +191,7 @@ def _writes(n: Any) -> bool:
     return stored or isinstance(n, ast.AugAssign)
 
 
-def _sources(made: Plan, x: ast.expr) -> list[tuple[Op, int | None]]:
+def sources(made: Plan, x: ast.expr) -> list[tuple[Op, int | None]]:
     """The ops that an operand comes from; with the definition, where that is not the op itself."""
     if x in made.ops:
         return [] if made.ops[x].name == "call:tuple" else [(made.ops[x], None)]
@@ -205,7 +209,7 @@ def _sources(made: Plan, x: ast.expr) -> list[tuple[Op, int | None]]:
 
 def _edges(made: Plan, consumer: Op, x: ast.expr) -> list[Edge]:
     found = []
-    for op, definition in _sources(made, x):
+    for op, definition in sources(made, x):
         name = "call" if op.name == "call:tuple" else op.name
         alone = definition is None or made.flow.uses(definition) == [x]
         if alone and name in _ABSORBS.get(consumer.name, ()) and _may_wait(made, op, consumer, x):
@@ -232,7 +236,9 @@ def _may_wait(made: Plan, op: Op, consumer: Op, x: ast.expr) -> bool:
     inside_op = set(ast.walk(op.node))
     for call in made.calls:
         between = first <= call.lineno <= last and call not in inside_op
-        between = between and (call not in made.ops or made.ops[call].name in (*CAUGHT, "draw"))
+        between = between and (
+            call not in made.ops or made.ops[call].name in (*CAUGHT, "draw", "matrix")
+        )
         if between and any(made.flow.reaching.get(n, set()) & held for n in _names(call)):
             return False
     return True
@@ -257,7 +263,7 @@ def _held(made: Plan, op: Op, seen: frozenset[Op] = frozenset()) -> set[int]:
             continue
         for name in (n for n in ast.walk(x) if isinstance(n, ast.Name)):
             found |= made.flow.reaching.get(name, set())
-        for inner, _ in _sources(made, x):
+        for inner, _ in sources(made, x):
             found |= _held(made, inner, seen)
     return found
 

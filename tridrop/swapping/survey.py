@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from numbers import Real
@@ -18,6 +19,7 @@ from .classes import Recipe
 from .kinds import base_of
 from .present import Holds, is_own
 from .recognise import Method, Tail, called_by, resolve, self_of
+from .remade import REMADE
 from .rewrite import ATTENTION_PARTS, Levels, Op
 
 
@@ -110,6 +112,17 @@ class Survey:
         if key not in self._works:
             self._works[key] = classes.work_of(*key)
         return self._works[key]
+
+    def remade(self) -> dict[str, int]:
+        """The calls that have to do with what backward makes again, by kind."""
+        found = Counter(
+            "linear" if op.name == "matrix" else op.name
+            for module in self.recipes
+            for made in self.work(module).plans.values()
+            for op in made.emitted
+            if op.name in REMADE
+        )
+        return {name: found[name] for name in REMADE if found[name]}
 
     def bare_children(self, module: nn.Module) -> list[nn.Module]:
         """The modules whose ends a module takes over."""

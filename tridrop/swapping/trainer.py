@@ -32,7 +32,7 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
     the swap, and load with it and without.
 
     Args:
-        dropout, attention, inside, across: the switches of :func:`tridrop.swap`.
+        dropout, attention, inside, across, memory: the switches of :func:`tridrop.swap`.
         restore: undo the swap when training ends. (Not where training ends by an error.)
 
     Attributes:
@@ -46,9 +46,10 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
         attention: bool = True,
         inside: bool = True,
         across: bool = True,
+        memory: bool = False,
         restore: bool = False,
     ) -> None:
-        self.levels = Levels(dropout, attention, inside, across)
+        self.levels = Levels(dropout, attention, inside, across, memory)
         self.restore = restore
         self.report: Report | None = None
         self._swapped: weakref.ref[nn.Module] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -171,3 +171,16 @@ def _text(made: Plan, first: int, prefix: str) -> str:
     node.decorator_list = []  # the wrappers stay, whatever their text says
     heading = "# For callers that take over what it returns, uncomputed.\n" if prefix else ""
     return heading + ast.unparse(node)
+
+
+def remade(counts: Mapping[str, int]) -> str:
+    """What memory=True is about in a model, in words."""
+    names = {"norm": "norms", "activation": "activations", "product": "gated products"}
+    given = [f"{counts[name]} {text}" for name, text in names.items() if counts.get(name)]
+    takers = counts.get("linear", 0)
+    if not given or not takers:
+        return "memory: nothing that backward could make again was found."
+    return (
+        f"memory: backward makes again the results of {', '.join(given)}; the linear layers that "
+        f"take them, among {takers}, keep none. report.verify(batch) counts the bytes."
+    )

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("op", ("all", *OPS), "all"),
         ("dtype", tuple(DTYPES), "bf16 on cuda, fp32 and bf16 on a cpu"),
         ("mode", MODES, "all"),
-        ("provider", (*PROVIDERS, steps.BOTH), "all"),
+        ("provider", (*PROVIDERS, steps.MEMORY, steps.BOTH), "all"),
     ):
         parser.add_argument(
             f"--{option}",

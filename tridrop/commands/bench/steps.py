@@ -23,7 +23,9 @@ from .records import digits
 from .timing import quantiles
 
 BOTH = f"{TRIDROP}+{COMPILED}"
-PROVIDERS = (EAGER, COMPILED, TRIDROP, BOTH)
+MEMORY = f"{TRIDROP}+memory"
+PROVIDERS = (EAGER, COMPILED, TRIDROP, MEMORY, BOTH)
+_SWAPPED = (TRIDROP, MEMORY, BOTH)
 BATCHES = 4
 WARM_UP = 3
 # Loss and gradient at p = 0, against eager's: what another order of roundings may change.
@@ -64,7 +66,8 @@ class StepOptions:
             device: "cuda" or "cpu".
             names: of gpt2, bert, vit.
             dtypes: one of bf16, by autocast over fp32 weights, and fp32.
-            providers: of eager, torch.compile, tridrop, tridrop+torch.compile.
+            providers: of eager, torch.compile, tridrop, tridrop+memory (swap with memory=True), and
+                tridrop+torch.compile.
             size: "full" (of the published models) or "tiny".
             batch: sequences or images in a step.
             p: all rates of the model, beside which 0 is timed.
@@ -139,8 +142,8 @@ class Trainee:
         self.model = architecture.build(size, p).to(options.device).train()
         self.parameters = sum(t.numel() for t in self.model.parameters())
         self.sites: dict[str, int] = {}
-        if provider in (TRIDROP, BOTH):
-            self.sites = tridrop.swap(self.model).counts()
+        if provider in _SWAPPED:
+            self.sites = tridrop.swap(self.model, memory=provider == MEMORY).counts()
         self.call: Callable[..., Any] = self.model
         if provider in (COMPILED, BOTH):
             self.call = torch.compile(self.model, dynamic=False)
@@ -271,7 +274,7 @@ class _ModelRun:
     def _check(self, trainee: Trainee) -> str:
         """ "passed" where loss and gradient at p = 0 are eager's and the swap found something."""
         assert self.expected is not None
-        if trainee.provider in (TRIDROP, BOTH) and not trainee.sites.get("fused"):
+        if trainee.provider in _SWAPPED and not trainee.sites.get("fused"):
             return "failed: tridrop.swap fused nothing"
         allowed = AGREEMENT[self.options.dtype]
         for name, found, expected in zip(

@@ -1,0 +1,87 @@
+"""What rewritten forwards call with memory=True, where no dropout is near.
+
+Norms, activations and gated products give tensors that backward can make again; linear layers,
+of any kind and with any adapter, keep how that is done and not the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..functional.linear import (
+    of_remade,
+    remade_layer_norm,
+    remade_rms_norm,
+)
+from ..functional.linear import (
+    remade_product as product_of,
+)
+from ..ops.remade import rule_of
+from .calls import heard
+from .kinds import Kind, activation_name, known
+from .pending import activated, autocasts, eps_of, fits, normalises_last, value
+
+
+def free(module: Any, name: str) -> Kind | None:
+    """The kind of a module that still is what it was, and that nobody listens to.
+
+    So is its class: its forward, and the functions of torch that this calls.
+    """
+    kind = known(type(module))
+    if kind is None or kind.name != name or "forward" in module.__dict__:
+        return None
+    for flag in kind.flags:
+        if getattr(module, flag):
+            return None
+    return None if heard(module) or not kind.holds() else kind
+
+
+def remade_linear(module: nn.Module, x: Any) -> Any:
+    """A call of a linear layer: of torch's, or of any other, with or without adapters.
+
+    It is called as it is. Of torch's it is known that the copy that autocast makes of x is all that
+    it takes x for.
+    """
+    x = value(x)
+    if rule_of(x) is None:
+        return module(x)
+    return of_remade(module, x, casts=free(module, "linear") is not None)
+
+
+def remade_norm(module: nn.Module, x: Any) -> Any:
+    """A call of a norm."""
+    x = value(x)
+    kind = free(module, "layer_norm") or free(module, "rms_norm")
+    if kind is None or is_compiling() or not module.training or not fits(x):
+        return module(x)
+    weight, bias = kind.get(module, "weight"), kind.get(module, "bias")
+    if not normalises_last(kind, module, x):
+        return module(x)
+    if kind.name == "layer_norm":
+        return remade_layer_norm(x, weight, bias, eps_of(kind, module, x))
+    if autocasts(x) and type(module) is nn.RMSNorm:
+        return module(x)
+    return remade_rms_norm(x, weight, eps_of(kind, module, x), kind.zero_centered)
+
+
+def remade_activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """A call of an activation."""
+    x = value(x)
+    hooked = isinstance(function, nn.Module) and heard(function)
+    if activation_name(function) is None or hooked or is_compiling() or not fits(x):
+        return function(x)
+    return activated(function, x)
+
+
+def remade_product(first: Any, second: Any) -> Any:
+    """A product with an activation: a gate."""
+    first, second = value(first), value(second)
+    if rule_of(first) is not None and isinstance(second, Tensor):
+        return product_of(first, second)
+    if rule_of(second) is not None and isinstance(first, Tensor):
+        return product_of(second, first)
+    return first * second
