@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..base.arguments import check_tensor
+from ..base.arguments import check_flag, check_tensor
 from ..functional.linear import linear
 from ..spec.elementwise import check_probability
 from .modules import _Site
@@ -167,6 +167,7 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
         batched = query.dim() == 3
         _check_dimensions(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
+            check_flag(is_causal, "is_causal")
             raise RuntimeError(
                 "is_causal=True says that attn_mask is the causal mask: give it as well, for "
                 "instance torch.nn.Transformer.generate_square_subsequent_mask(L)"
