@@ -202,6 +202,14 @@ def test_a_gate_is_made_again_from_both_factors():
     compare(remade, lambda: F.linear(F.silu(gate) * up, weight), (gate, up, weight))
     _, sizes = kept(remade)
     assert set(sizes) == {t.untyped_storage().data_ptr() for t in (gate, up, weight)}
+    made = []
+
+    def again(x):
+        made.append(None)
+        return F.silu(x)
+
+    linear(remade_product(remade_value(F.silu, gate, again=again), up), weight).sum().backward()
+    assert len(made) == 1  # for the product, and for its own backward
     other = up.detach()  # nobody else would keep it
     _, sizes = kept(lambda: linear(remade_product(remade_value(F.silu, gate), other), weight))
     assert sum(sizes.values()) == gate.nbytes + other.nbytes + weight.nbytes + gate.nbytes

@@ -215,10 +215,10 @@ def remade_product(first: Tensor, second: Tensor) -> Tensor:
         out = first * second
     if out.dtype != first.dtype or out.dtype != second.dtype:
         return out
-    known = rule
+    activation = rule.again
 
     def make(other: Tensor, *sources: Tensor) -> Tensor:
-        return known.again.make(*sources) * other
+        return activation.lent(*sources) * other
 
     names = ("the other factor", *rule.names)
     return attach(out, lambda: Remade(make, (second, *rule.sources), names, _WHAT))

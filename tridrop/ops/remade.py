@@ -51,6 +51,12 @@ class _Again:
         self.made = made if self.waiting > 0 else None
         return made
 
+    def lent(self, *sources: Tensor | None) -> Tensor:
+        """The tensor for a rule that takes it on its way; kept where others wait for it."""
+        made = self.make(*sources) if self.made is None else self.made
+        self.made = made if self.waiting > 0 else None
+        return made
+
 
 class Remade:
     """A rule: ``make(*sources)`` is the tensor again.
