@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional
+from ...spec.elementwise import ACTIVATIONS
 from .case import Case, Drop, Inputs
+from .cases import eager_activation
 
 
 def _lora(
@@ -109,7 +112,52 @@ def _dropconnect(shape: tuple[int, ...], out: int, *, p: float = 0.3, bias: bool
     )
 
 
+def _of_activation(
+    shape: tuple[int, ...], out: int, activation: str, *, p: float = 0.3, bias: bool = True
+) -> Case:
+    """A linear layer on a dropped activation of ``shape``, which it does not keep."""
+    width = shape[-1] * (2 if ACTIVATIONS[activation][1] else 1)
+    shapes = {"x": (*shape[:-1], width), "matrix": (out, shape[-1]), "out": (*shape[:-1], out)}
+    if bias:
+        shapes |= {"bias": (width,), "last": (out,)}
+
+    def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
+        return functional.activation_dropout_linear(
+            inputs["x"], inputs["matrix"], inputs.get("last"), p, training,
+            activation=activation, bias=inputs.get("bias"), seed=seed,
+        )  # fmt: skip
+
+    def eager(inputs: Inputs, drop: Drop) -> Tensor:
+        x = inputs["x"] + inputs["bias"] if bias else inputs["x"]
+        hidden = drop("elements", eager_activation(activation, x))
+        return F.linear(hidden, inputs["matrix"], inputs.get("last"))
+
+    def probe(inputs: Inputs, seed: Any) -> Tensor:
+        same = torch.eye(shape[-1], device=inputs["x"].device, dtype=inputs["x"].dtype)
+        return functional.activation_dropout_linear(
+            inputs["x"], same, None, p, activation=activation, bias=inputs.get("bias"), seed=seed
+        )
+
+    return Case(
+        name=f"activation_dropout_linear: {activation} {list(shape)}, {out} outputs",
+        op="activation_dropout_linear",
+        p=p,
+        shapes=shapes,
+        call=call,
+        eager=eager,
+        rates={"elements": p},
+        probe=probe,
+        mask_over=shape,
+        multiplies=True,
+        # In two bytes an element or more; torch's relu keeps its result, as the layer does.
+        saved_extra=0 if activation == "relu" else -2 * math.prod(shape),
+    )
+
+
 CASES: Sequence[Case] = (
+    _of_activation((6, 7, 40), 24, "gelu"),
+    _of_activation((30, 33), 10, "relu", p=0.5, bias=False),
+    _of_activation((5, 9, 28), 12, "swiglu"),
     _lora("lora_delta", (6, 7, 40), 8, 24),
     _lora("lora_delta", (70, 65), 5, 9, p=0.05, scaling=2.0, bias=True),
     _lora("lora_delta", (3, 250), 100, 16, p=0.9),
