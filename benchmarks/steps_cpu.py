@@ -78,10 +78,11 @@ def main() -> None:
     args = parser.parse_args()
     args.ways = list(dict.fromkeys([EAGER, *args.ways]))  # all others are beside it
     torch.set_num_threads(args.threads)
-    found = {name: ratios(name, args) for name in args.models}
-    for name, each in found.items():
-        print(name)
-        for way, ratio in each.items():
+    found = {}
+    for name in args.models:
+        print(name, flush=True)
+        found[name] = ratios(name, args)
+        for way, ratio in found[name].items():
             print(f"  {way:22} {ratio:.3f}", flush=True)
     if args.json:
         options = {n: v for n, v in vars(args).items() if n != "json"}
