@@ -99,6 +99,13 @@ def fsdp_around_swapped(rank: int, expected: dict) -> None:
     assert_near(one_step(shard(model), rank), expected)
 
 
+def fsdp_around_layers_that_keep_less(rank: int, expected: dict) -> None:
+    """A layer's input is made again after its own norm's parameters have been freed."""
+    model = make("BERT")
+    tridrop.swap(model, memory=True)
+    assert_near(one_step(shard(model), rank), expected)
+
+
 def swapped_inside_fsdp(rank: int, expected: dict) -> None:
     model = shard(make("BERT"))
     report = tridrop.swap(model)
@@ -145,6 +152,7 @@ SCENARIOS = [
     ddp_around_swapped,
     swapped_inside_ddp,
     fsdp_around_swapped,
+    fsdp_around_layers_that_keep_less,
     swapped_inside_fsdp,
     unswapped_inside_fsdp,
     sharded_rewritten_modules,
