@@ -60,6 +60,20 @@ def measured(way: str, sizes: dict[str, int], p: float) -> dict[str, float]:
     }  # fmt: skip
 
 
+def plot(found: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars of what is left without gradients and AdamW's moments."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    axes = figure.subplots()
+    names = list(found)[::-1]
+    sizes = [(found[n]["peak"] - 3 * found[n]["weights"]) / 1024 for n in names]
+    axes.bar_label(axes.barh(names, sizes), fmt="%.1f", padding=3)
+    axes.set_xlabel("GiB at the peak of a step, beyond weights, gradients and AdamW")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 def resident() -> float:
     """What the process has resident now, in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -74,11 +88,16 @@ def main() -> None:
     parser.add_argument("--p", type=float, default=P)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--plot", type=Path, help="a picture of the figures, from --from or a run")
+    parser.add_argument("--from", type=Path, dest="given", help="figures of an earlier --json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     sizes = {n: getattr(args, n) for n in ("layers", "width", "tokens", "batch", "vocabulary")}
     if args.one:
         print(json.dumps(measured(args.one, sizes, args.p)))
+        return
+    if args.given:
+        plot(json.loads(args.given.read_text())["ways"], args.plot or Path("peak-memory.png"))
         return
     found = {}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -97,6 +116,8 @@ def main() -> None:
         rest = own["peak"] - 3 * own["weights"]
         print(f"{way:22} {own['peak']:8.0f}  less gradients and AdamW {rest:8.0f}  "
               f"loss {own['loss']:.4f}  {own['seconds']:.0f} s", flush=True)  # fmt: skip
+    if args.plot:
+        plot(found, args.plot)
     if args.json:
         args.json.write_text(json.dumps({"sizes": sizes, "p": args.p, "ways": found}, indent=1))
 
