@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..base.modules import heard
 from ..functional.linear import (
     of_remade,
     remade_layer_norm,
@@ -21,7 +22,6 @@ from ..functional.linear import (
     remade_product as product_of,
 )
 from ..ops.remade import rule_of
-from .calls import heard
 from .kinds import Kind, activation_name, known
 from .pending import activated, autocasts, eps_of, fits, normalises_last, value
 
