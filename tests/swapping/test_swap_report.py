@@ -124,7 +124,7 @@ def test_masks_are_gone_from_what_is_saved():
     model = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)).train()
     x = torch.ones(4, 8, requires_grad=True)
     found = tridrop.swap(model).verify(x).cost
-    assert found.before == Cost(2, 6, 2 * x.nbytes)
+    assert found.before == Cost(2, 6, 2 * x.nbytes, layers=2, layer_bytes=x.nbytes)
     assert found.after.dropouts == 2
     assert found.after.saved_bytes == 2 * 16
 
