@@ -157,3 +157,27 @@ def test_norms(both, which, value):
 
     both(lambda: call(tridrop.dropout_add_layer_norm))
     both(lambda: call(tridrop.dropout_add_rms_norm))
+
+
+@pytest.mark.parametrize("where", ["grad", "value", "key"])
+@pytest.mark.parametrize("band", ["key_mask", "causal", "attn_mask"])
+def test_gradients_of_attention_without_dropout(both, where, band):
+    """By torch's fused kernel and by the composition: a key that is left out has one of 0."""
+    torch.manual_seed(0)
+    tensors = {n: torch.randn(1, 2, 5, 8) for n in ("query", "key", "value", "grad")}
+    tensors[where][0, 1, 2] = INF
+    there = torch.tensor([True, True, True, True, False])
+    options = {
+        "key_mask": {"key_mask": there[None]},
+        "causal": {"is_causal": True},
+        "attn_mask": {"attn_mask": there.expand(5, 5)},
+    }[band]
+
+    def call():
+        given = [tensors[n].clone().requires_grad_() for n in ("query", "key", "value")]
+        out = tridrop.scaled_dot_product_attention(*given, **options)
+        return torch.autograd.grad(out, given, tensors["grad"])
+
+    _, dkey, _ = both(call)  # that of the values is a product, and 0 * inf is NaN in it
+    if band != "causal":
+        assert not dkey[:, :, 4].any()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...base.torch_private import cpu_attention
 from ...spec.attention import AttentionInputs, AttentionOptions
 from ...spec.operands import AttentionBackward, inputs_of
-from ..reference.softmax import band
+from ..reference.softmax import are_finite, band
 
 _FORWARD, _BACKWARD = cpu_attention(backward=False), cpu_attention(backward=True)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -129,8 +129,9 @@ def backward(
     lse = lse.to(plan.wide)
     if plan.mask is not None:
         lse = lse.masked_fill(lse == -torch.inf, 0.0)  # exp(-inf) and not exp(-inf + inf)
-    return (
-        *_BACKWARD(*wide, lse, 0.0, plan.is_causal, attn_mask=plan.mask, scale=options.scale),
-        None,
-        None,
-    )
+    found = _BACKWARD(*wide, lse, 0.0, plan.is_causal, attn_mask=plan.mask, scale=options.scale)
+    if not all(map(are_finite, found)):
+        # An infinite gradient or operand makes NaN of the probability 0 of a key that is left out,
+        # whose gradient then is 0 all the same.
+        return None
+    return (*found, None, None)
