@@ -85,6 +85,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "swap of PEFT and timm": (
         "tests/integrations/test_lora_peft.py",
+        "tests/integrations/test_lora_peft_states.py",
         "tests/swapping/test_swap_timm.py",
     ),
     "Triton's interpreter": (
