@@ -11,7 +11,6 @@ import tridrop
 PACKAGE = Path(tridrop.__file__).parent
 # A layer may import itself and those below it; what stands on one line does not know of each other.
 LAYERS = [
-    ["masks"],
     ["__main__"],
     ["commands"],
     ["monte_carlo", "schedules", "shims"],
@@ -25,7 +24,7 @@ LAYERS = [
     ["backends.reference"],
     ["spec"],
     ["contract"],
-    ["base"],
+    ["base", "masks"],
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 
