@@ -1,7 +1,10 @@
 """Linear layers whose input is made again: values, gradients, bytes kept, and odd company."""
 
+import contextlib
 import gc
+import math
 import pickle
+import threading
 import weakref
 from functools import partial
 
@@ -9,10 +12,12 @@ import pytest
 import torch
 from hosts import DEVICE
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tridrop
+from tridrop import backends
 from tridrop.functional.linear import (
     linear,
     of_remade,
@@ -463,3 +468,149 @@ def test_what_is_made_again_is_the_tensor_to_the_bit(name, backend):
         again = rule.again.make(*rule.kept())
     assert torch.equal(hidden, again)
     assert again.dtype == hidden.dtype
+
+
+# ------------------------------------------------------------- what else happens around a layer
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+
+    def forward(self, h):
+        return self.fc(h)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (2, 4, 8)])
+@pytest.mark.parametrize("around", ["nothing", "a checkpoint", "save_on_cpu"])
+def test_a_checkpoint_inside_of_other_hooks_saves_what_it_recomputes(shape, around):
+    """A recomputation has the activation from the hooks around: another tensor, without a rule."""
+    torch.manual_seed(0)
+    up, inner = nn.Linear(8, 16), Inner()
+
+    def run(activation, call):
+        def forward(x):
+            return checkpoint(call, activation(up(x)), use_reentrant=False)
+
+        x = torch.linspace(-1, 1, math.prod(shape)).view(shape).requires_grad_()
+        with save_on_cpu() if around == "save_on_cpu" else contextlib.nullcontext():
+            if around == "a checkpoint":
+                out = checkpoint(forward, x, use_reentrant=False)
+            else:
+                out = forward(x)
+        return torch.autograd.grad(out.square().sum(), [x, up.weight, inner.fc.weight])
+
+    found = []
+    for activation, call in (
+        (F.gelu, inner),
+        (partial(remade_value, F.gelu), lambda h: linear(h, inner.fc.weight, inner.fc.bias)),
+    ):
+        found.append(run(activation, call))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def gradients(call, *leaves):
+    x = torch.linspace(-1, 1, 24).view(3, 8).requires_grad_()
+    return torch.autograd.grad(call(x).square().sum(), [x, *leaves])
+
+
+def test_a_layer_that_writes_to_its_input_saves_what_it_wrote():
+    weight = torch.randn(4, 8, requires_grad=True)
+
+    def layer(h):
+        h.mul_(2)
+        return h @ weight.T
+
+    expected = gradients(lambda x: layer(torch.sin(x)), weight)
+    found = gradients(lambda x: of_remade(layer, remade_value(torch.sin, x)), weight)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_data_that_is_replaced_has_no_rule():
+    h = remade_value(F.gelu, torch.randn(3, 8, requires_grad=True))
+    assert rule_of(h) is not None
+    h.data = h.data.clamp(max=0.1)
+    assert rule_of(h) is None
+
+
+def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alone():
+    weight = torch.randn(4, 64, requires_grad=True)
+
+    def weights(outside):
+        x = torch.linspace(-2, 2, 512 * 64).view(512, 64).requires_grad_()
+        out = tridrop.activation_dropout_linear(x, weight, p=0.5, activation="gelu", seed=1)
+        with tridrop.backend("reference") if outside else contextlib.nullcontext():
+            return torch.autograd.grad(out.sum(), [weight])[0]
+
+    assert torch.equal(weights(False), weights(True))
+    seen = []
+
+    def look(name):
+        with backends.in_this_thread(name):
+            ready.wait()
+            seen.append(backends.choose(torch.device("cpu")) == name)
+            ready.wait()
+
+    ready = threading.Barrier(2)
+    threads = [threading.Thread(target=look, args=(name,)) for name in ("reference", "triton")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [True, True]
+    assert backends.explicit() is None
+
+
+def test_a_write_before_the_rule_was_cast_is_seen():
+    h = torch.randn(3, 8, requires_grad=True) * 1
+    a = remade_value(torch.sin, h)
+    with torch.no_grad():
+        h.add_(1)
+    weight = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear(a, weight)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        torch.autograd.grad(out.sum(), weight)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "negative"])
+def test_a_layer_may_save_what_is_no_plain_view(kind):
+    weight = torch.randn(4, 8).to_sparse() if kind == "sparse" else torch.randn(4, 8)
+    other = torch.randn(4, 4, dtype=torch.complex64, requires_grad=True)
+
+    def layer(h):
+        if kind == "sparse":
+            return torch.sparse.mm(weight, h.T)
+        pairs = torch.view_as_complex(h.view(3, 4, 2))
+        if kind == "negative":
+            return pairs.conj().imag @ other.real
+        return torch.view_as_real(pairs @ other)
+
+    leaves = [] if kind == "sparse" else [other]
+    expected = gradients(lambda x: layer(torch.sin(x)), *leaves)
+    found = gradients(lambda x: of_remade(layer, remade_value(torch.sin, x)), *leaves)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_result_with_a_rule_is_saved_and_copied_without(tmp_path):
+    x = torch.randn(3, 8, requires_grad=True)
+    out = remade_layer_norm(x, None, None, 1e-5)
+    assert rule_of(out) is not None
+    torch.save(out, tmp_path / "out.pt")
+    assert torch.equal(torch.load(tmp_path / "out.pt"), out)
+
+
+def test_hooks_that_somebody_disabled_are_not_needed():
+    weight = torch.randn(4, 8, requires_grad=True)
+    expected = gradients(lambda x: F.linear(torch.sin(x), weight), weight)
+
+    def call(x):
+        with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+            return linear(remade_value(torch.sin, x), weight)
+
+    for a, b in zip(expected, gradients(call, weight), strict=True):
+        assert torch.equal(a, b)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -27,12 +28,16 @@ NAMES = ("triton", "cpu", "reference")
 ENVIRONMENT = "TRIDROP_BACKEND"
 
 
+class _Thread(threading.local):
+    name: str | None = None  # of in_this_thread
+
+
 class _State:
     # Process-wide, as torch's own backend flags are: backward runs in threads of its own.
     explicit: str | None = None
 
 
-_state = _State()
+_state, _thread = _State(), _Thread()
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
@@ -73,9 +78,20 @@ def _check_name(name: str, source: str) -> None:
         raise ValueError(f"{source} names the backend {name!r}; known: {', '.join(NAMES)}")
 
 
+@contextmanager
+def in_this_thread(name: str) -> Iterator[None]:
+    """Run the block's calls on the backend ``name``, in this thread alone: for what a backward, in
+    a thread of torch's, computes as its forward did."""
+    before, _thread.name = _thread.name, name
+    try:
+        yield
+    finally:
+        _thread.name = before
+
+
 def choose(device: torch.device) -> str:
     """The name of the backend for tensors on ``device``."""
-    name = _state.explicit
+    name = explicit()
     if name is None:
         name = os.environ.get(ENVIRONMENT) or None
         if name is not None:
@@ -88,8 +104,8 @@ def choose(device: torch.device) -> str:
 
 
 def explicit() -> str | None:
-    """The backend of the :func:`backend` block that is being run."""
-    return _state.explicit
+    """The backend that is named for what is being run, by :func:`backend` as a rule."""
+    return _thread.name or _state.explicit
 
 
 def load(name: str) -> Backend:

@@ -8,7 +8,7 @@ for, is never a look-alike such as ``Fraction(0)`` or an ``IntEnum``.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -108,11 +108,6 @@ def check_sequence(value: Any, name: str, wanted: str) -> None:
     """Raise unless ``value`` is a list, a tuple or another sequence, and no word."""
     if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Sequence):
         raise TypeError(f"{given(value, name)}; give {wanted}")
-
-
-def check_wholes(values: Iterable[Any], name: str) -> tuple[int, ...]:
-    """The entries of a sequence as plain ints."""
-    return tuple(check_whole(n, f"{name}[{i}]") for i, n in enumerate(values))
 
 
 def check_module(module: nn.Module, name: str = "model") -> None:

@@ -236,6 +236,10 @@ class Shard:
     global_shape: tuple[int, ...]
     origin: tuple[int, ...]
 
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        """The pair, as which functions take one that know no Shard."""
+        return iter((self.global_shape, self.origin))
+
 
 @dataclass(frozen=True)
 class Coordinates:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..ops.remade import Remade, attach, possible, remade, rule_of
+from ..base.arguments import given
+from ..ops.remade import Remade, attach, remade, rule_of, rules
 from ..spec import elementwise as spec
 from ..spec.product import check_matrix, check_same_dtype
 from .elementwise import ShardLike, activation_dropout, dropout, in_batch, seed_of
@@ -129,7 +130,8 @@ def norm_linear(
         weights: one [out, D], or a sequence of them. ``linear_biases``: of each [out], or None.
         norm: "layer_norm", torch's, or "rms_norm" in one op (:func:`tridrop.rms_norm_dropout`).
         weight, norm_bias: of the norm, [D] or None; "rms_norm" takes no norm_bias.
-        eps: added to the variance, or the mean square; None for the machine epsilon of x's dtype.
+        eps: added to the variance, or the mean square; None for the machine epsilon of x's dtype,
+            as torch's RMSNorm has by default.
         zero_centered_weight: multiply by ``1 + weight``; "rms_norm" alone.
 
     Returns:
@@ -155,6 +157,11 @@ def norm_linear(
         raise ValueError("an RMSNorm has no norm_bias: leave it out, or add it to linear_biases")
     if norm == "layer_norm" and zero_centered_weight is not False:
         raise ValueError("zero_centered_weight is for rms_norm: give weight = 1 + weight")
+    for name, listed in (("weights", weights), ("linear_biases", linear_biases)):
+        if not isinstance(listed, (Tensor, list, tuple, type(None))) or (
+            name == "weights" and listed is None
+        ):
+            raise TypeError(f"{given(listed, name)}; give a tensor, or a list or tuple of them")
     one = isinstance(weights, Tensor)
     layers: list[Any] = [weights] if one else list(weights)
     biases: list[Any] = [None] * len(layers)
@@ -221,7 +228,7 @@ def remade_product(first: Tensor, second: Tensor) -> Tensor:
         return activation.lent(*sources) * other
 
     names = ("the other factor", *rule.names)
-    return attach(out, lambda: Remade(make, (second, *rule.sources), names, _WHAT))
+    return attach(out, lambda: Remade(make, (second, *rule.sources), names, _WHAT, rule))
 
 
 def remade_dropout(
@@ -240,7 +247,7 @@ def remade_dropout(
 
     given = (drawn, p if isinstance(p, Tensor) else None, *rule.sources)
     names = ("the seed", "p", *rule.names)
-    return attach(out, lambda: Remade(make, given, names, _WHAT))
+    return attach(out, lambda: Remade(make, given, names, _WHAT, rule))
 
 
 def remade_activation(
@@ -256,7 +263,7 @@ def remade_activation(
 ) -> Tensor:
     """:func:`tridrop.activation_dropout` with its rule: made again under the same mask."""
     options: dict[str, Any] = {"activation": activation, "noise_shape": noise_shape}
-    if not possible():
+    if not rules():
         return activation_dropout(x, p, training, bias=bias, shard=shard, seed=seed, **options)
     drawn, where = None, shard
     if isinstance(x, Tensor) and not x.is_nested and spec.drops(p, training):

@@ -90,5 +90,9 @@ class Drops:
         if seeds.active():
             return seeds.seed_for(x.device, None, self.site)
         state = self.seed_state
-        assert state is not None, "a layer with a rate of 0 draws nothing"
+        if state is None:
+            raise ValueError(
+                "the layer was made with a rate of 0, and so has no seed to drop by: make it with "
+                "the rate that it is to have, or use tridrop.rng(seed)"
+            )
         return state.next(x.device)

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
 from ..base.memory import PLAIN, given, still
 from ..base.torch_private import forward_mode, saved_tensor_hooks, transformation
 
-_ATTRIBUTE = "_tridrop_remade"  # of a tensor: its rule
+_CHECKPOINTS = "torch.utils.checkpoint"  # where the hooks of those that do not re-enter come from
+
+# Of tensors, while they live. An attribute of theirs would be saved and copied with them.
+_rules: Any = WeakTensorKeyDictionary()
 
 
 class _Again:
@@ -29,9 +33,9 @@ class _Again:
 
     __slots__ = ("backend", "device", "made", "make", "waiting")
 
-    def __init__(self, make: Callable[..., Tensor], device: str) -> None:
-        self.make, self.device = make, device
-        self.backend = backends.explicit()
+    def __init__(self, make: Callable[..., Tensor], device: torch.device) -> None:
+        self.make, self.device = make, device.type
+        self.backend = backends.choose(device)
         self.waiting = 0  # views that a graph has saved and backward has not asked for
         self.made: Tensor | None = None
 
@@ -42,8 +46,7 @@ class _Again:
             # By the backend of the forward, and as outside of autocast: a rule says its dtypes.
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
-                if self.backend is not None:
-                    stack.enter_context(backends.backend(self.backend))
+                stack.enter_context(backends.in_this_thread(self.backend))
                 if self.device != "meta" and torch.is_autocast_enabled(self.device):
                     stack.enter_context(torch.autocast(self.device, enabled=False))
                 made = self.make(*sources()).contiguous()
@@ -62,10 +65,13 @@ class Remade:
     """A rule: ``make(*sources)`` is the tensor again.
 
     ``names`` are those of the sources in messages; ``what`` says there what is made of them. A
-    source that is changed in place before backward is an error, as it is of what autograd saves.
+    source that is changed in place before backward is an error, as it is of what autograd saves:
+    also one of another rule, ``of``, whose sources are the last ones here, since that was made.
     """
 
-    __slots__ = ("again", "casts", "given", "names", "sources", "version", "versions", "what")
+    __slots__ = (
+        "again", "casts", "given", "names", "place", "sources", "version", "versions", "what",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -73,27 +79,29 @@ class Remade:
         sources: Sequence[Tensor | None],
         names: Sequence[str],
         what: str = "a tensor that backward makes again",
+        of: Remade | None = None,
     ) -> None:
         # Detached, they share memory and version with the tensors, and hold no graph.
         self.sources = tuple(None if t is None else t.detach() for t in sources)
-        device = next(t.device.type for t in self.sources if t is not None)
+        device = next(t.device for t in self.sources if t is not None)
         self.again = _Again(make, device)
-        self.versions = tuple(None if t is None else t._version for t in self.sources)
+        versions = [None if t is None else t._version for t in self.sources]
+        if of is not None:
+            versions[len(versions) - len(of.versions) :] = of.versions
+        self.versions: tuple[int | None, ...] = tuple(versions)
         self.names = tuple(names)
         self.given = given(names, self.sources)
         self.what = what
         self.version = 0  # of the value that has this rule
+        self.place = 0  # in memory, of that value
         self.casts: dict[torch.dtype, Remade] = {}
-
-    def __reduce__(self) -> Any:
-        return _none, ()  # a tensor with a rule that is pickled or copied goes without
 
     def cast(self, dtype: torch.dtype) -> Remade:
         """The rule of the same tensor in another dtype, one for all who want that."""
         found = self.casts.get(dtype)
         if found is None:
             make = self.again.make
-            found = Remade(lambda *s: make(*s).to(dtype), self.sources, self.names, self.what)
+            found = Remade(lambda *s: make(*s).to(dtype), self.sources, self.names, self.what, self)
             self.casts[dtype] = found
         return found
 
@@ -118,12 +126,8 @@ def _checked(sources: Sequence[Any], then: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _none() -> None:
-    return None
-
-
 def possible() -> bool:
-    """Whether anything that is saved here can be made again.
+    """Whether hooks can be put around what is saved here.
 
     Not under torch.compile, whose partitioner chooses what a compiled graph saves, nor under
     torch.func, which takes no hooks; nor where nothing is saved.
@@ -136,6 +140,18 @@ def possible() -> bool:
     )
 
 
+def rules() -> bool:
+    """Whether tensors have rules here: not inside of a checkpoint's hooks either.
+
+    It computes a forward once more, from tensors that came through the hooks around it and so are
+    others, without a rule; and it must save what the forward saved, in the same order.
+    """
+    if not possible():
+        return False
+    around = saved_tensor_hooks(False)
+    return around is None or getattr(around[0], "__module__", None) != _CHECKPOINTS
+
+
 def attach(value: Tensor, rule: Callable[[], Remade]) -> Tensor:
     """``value``, which remembers its rule where it has a gradient, and lies in memory as made.
 
@@ -143,7 +159,7 @@ def attach(value: Tensor, rule: Callable[[], Remade]) -> Tensor:
     be kept by nobody but the layer, and what it is made of by nobody at all.
     """
     if (
-        possible()
+        rules()
         and value.requires_grad
         and type(value) is Tensor
         and value.is_contiguous()
@@ -152,17 +168,23 @@ def attach(value: Tensor, rule: Callable[[], Remade]) -> Tensor:
         and value.untyped_storage().nbytes() == value.nbytes
     ):
         made = rule()
-        made.version = value._version
-        setattr(value, _ATTRIBUTE, made)
+        made.version, made.place = value._version, value.data_ptr()
+        _rules[value] = made
     return value
 
 
 def rule_of(x: Any) -> Remade | None:
-    """The rule of a tensor that has one, and that nobody has written to; None where none serves."""
-    if not possible() or type(x) not in PLAIN:
+    """The rule of a tensor that has one; None where none serves.
+
+    None does where somebody has written to the tensor since, or replaced its ``.data``. What is
+    written into ``.data`` nobody can see.
+    """
+    if not rules() or type(x) not in PLAIN:
         return None
-    found: Remade | None = getattr(x, _ATTRIBUTE, None)
-    return found if found is not None and found.version == x._version else None
+    found: Remade | None = _rules.get(x)
+    if found is None or found.version != x._version or found.place != x.data_ptr():
+        return None
+    return found
 
 
 @contextmanager
@@ -174,11 +196,19 @@ def remade(values: Sequence[tuple[Tensor, Remade]]) -> Iterator[None]:
     if not possible():
         yield
         return
-    known = {value.untyped_storage()._cdata: rule for value, rule in values}
+    known = {v.untyped_storage()._cdata: (rule, v.dtype, v._version) for v, rule in values}
     around = saved_tensor_hooks(False)
 
+    def rule_for(t: Tensor) -> Remade | None:
+        """The rule of a view of one of the values, as that was when the call began."""
+        if type(t) not in PLAIN or t.layout is not torch.strided or not t.numel():
+            return None
+        rule, dtype, version = known.get(t.untyped_storage()._cdata, (None, None, None))
+        same = t.dtype == dtype and t._version == version
+        return rule if same and not t.is_neg() and not t.is_conj() else None
+
     def pack(t: Tensor) -> Any:
-        rule = known.get(t.untyped_storage()._cdata) if t.numel() else None
+        rule = rule_for(t)
         if rule is None:
             return None, t if around is None else around[0](t), None
         view = t.shape, t.stride(), t.storage_offset()
@@ -203,8 +233,10 @@ def remade(values: Sequence[tuple[Tensor, Remade]]) -> Iterator[None]:
         found: Tensor = what if around is None else around[1](what)
         return found
 
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        known.clear()  # what was saved holds both functions, and is not to hold the sources
+    with ExitStack() as stack:
+        stack.callback(known.clear)  # what was saved holds both functions, and is to hold no source
+        try:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+        except RuntimeError:
+            known.clear()  # somebody disabled such hooks: then torch saves the value itself
+        yield
