@@ -1,12 +1,10 @@
 """The mask contract in torch: seeds, thresholds, coordinates and the keep decision.
 
-This module is the executable form of docs/mask-contract.md. Together with its Triton twin,
-``tridrop/backends/triton/mask.py``, it is the only place where random bits are made. Everything in
-it is a pure function of its arguments except :func:`new_seed`, which draws from torch's generator.
-
-The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
-1, 2, 3", SC 2011). torch has no full set of unsigned operations, so words are held in int64
-tensors whose values lie in [0, 2^32).
+The executable form of docs/mask-contract.md, of which ``backends/triton/mask.py`` and
+``backends/cpu/loops/mask.py`` are twins. All of it is pure but :func:`new_seed`, which draws from
+torch's generator. The random bits are Philox4x32-10's (Salmon, Moraes, Dror, Shaw: "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011). torch has no full set of unsigned operations, so words are
+held in int64 tensors whose values lie in [0, 2^32).
 """
 
 from __future__ import annotations
@@ -223,9 +221,8 @@ def rate_table(p: Tensor) -> Tensor:
 class Shard:
     """Where a local tensor lies in the whole one: masks of shards are pieces of the whole mask.
 
-    Args:
-        global_shape: the shape of the whole tensor.
-        origin: the index, in the whole, of the local tensor's first element.
+    ``global_shape`` is the shape of the whole tensor, ``origin`` the index in it of the local
+    tensor's first element.
 
     >>> whole = keep_mask(as_seed(1), (4, 6), threshold(0.5))
     >>> part = keep_mask(as_seed(1), (2, 3), threshold(0.5), shard=Shard((4, 6), origin=(2, 3)))
@@ -236,8 +233,7 @@ class Shard:
     global_shape: tuple[int, ...]
     origin: tuple[int, ...]
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
-        """The pair, as which functions take one that know no Shard."""
+    def __iter__(self) -> Iterator[tuple[int, ...]]:  # for functions that take the pair
         return iter((self.global_shape, self.origin))
 
 
