@@ -6,6 +6,7 @@ what is inspected is what a launch would run, for the same sizes, strides and se
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -17,8 +18,16 @@ from tridrop.backends.triton import elementwise, norm_launch, softmax_launch
 from tridrop.backends.triton.compile import capture
 from tridrop.commands.inspection import ARCHS
 from tridrop.commands.inspection.machine_code import parse
-from tridrop.spec.attention import AttentionOptions
+from tridrop.spec.attention import SoftmaxOptions
 from tridrop.spec.elementwise import NormOptions, Options
+from tridrop.spec.operands import (
+    Elementwise,
+    ElementwiseBackward,
+    Norm,
+    NormBackward,
+    Softmax,
+    SoftmaxBackward,
+)
 
 
 def inspect(name: str, target: str, launcher: str, kernel: str, *args) -> dict:
@@ -60,12 +69,14 @@ def cases(dtype: torch.dtype) -> dict[str, tuple]:
 
     def forward(options, x=x, bias=None, gain=None, residual=None):
         needed = seed if options.p or options.drop_path else None
-        return "forward", "forward_kernel", x, bias, gain, residual, needed, None, options
+        operands = Elementwise(x, bias, gain, residual, needed)
+        return "forward", "forward_kernel", operands, options
 
     def backward(options, x=None, bias=None, gain=None, sums=(False, False), grad=x):
         needed = seed if options.p or options.drop_path else None
         dtypes = (dtype, *(dtype if s else None for s in sums))
-        return "backward", "backward_kernel", grad, x, bias, gain, needed, None, options, dtypes
+        operands = ElementwiseBackward(grad, x, bias, gain, needed)
+        return "backward", "backward_kernel", operands, options, dtypes
 
     tokens, gates = empty(8, 1024, 1024, dtype=dtype), empty(8, 1024, dtype=dtype)
     odd = {n: empty(8190, n, dtype=dtype) for n in (768, 1000, 1001)}
@@ -110,64 +121,35 @@ def norm_cases(dtype: torch.dtype) -> dict[str, tuple]:
             before, after = NormOptions(**shared), NormOptions(**shared, after=True)
             nb = vector if kind == "layer_norm" else None
             last = dtype if kind == "layer_norm" else None
-            cases[f"{kind} {size}"] = (
-                "norm_forward",
-                "norm_forward_kernel",
-                x,
-                vector,
-                vector,
-                x,
-                vector,
-                nb,
-                seed,
-                None,
-                before,
-            )
-            cases[f"{kind} backward {size}"] = (
-                "norm_backward",
-                "norm_backward_kernel",
-                x,
-                x,
-                x,
-                stats,
-                x,
-                vector,
-                vector,
-                vector,
-                seed,
-                None,
-                before,
-                (dtype, dtype, dtype, dtype, dtype, last),
-            )
-            cases[f"{kind} after {size}"] = (
-                "norm_forward",
-                "norm_forward_kernel",
-                x,
-                None,
-                None,
-                x,
-                vector,
-                nb,
-                seed,
-                None,
-                after,
-            )
-            cases[f"{kind} after backward {size}"] = (
-                "norm_backward",
-                "norm_backward_kernel",
-                x,
-                None,
-                x,
-                stats,
-                None,
-                None,
-                None,
-                vector,
-                seed,
-                None,
-                after,
-                (dtype, None, None, None, dtype, last),
-            )
+            every = (dtype, dtype, dtype, dtype, dtype, last)
+            cases |= {
+                f"{kind} {size}": (
+                    "norm_forward",
+                    "norm_forward_kernel",
+                    Norm(x, vector, vector, x, vector, nb, seed),
+                    before,
+                ),
+                f"{kind} backward {size}": (
+                    "norm_backward",
+                    "norm_backward_kernel",
+                    NormBackward(x, x, x, stats, x, vector, vector, vector, seed),
+                    before,
+                    every,
+                ),
+                f"{kind} after {size}": (
+                    "norm_forward",
+                    "norm_forward_kernel",
+                    Norm(x, None, None, x, vector, nb, seed),
+                    after,
+                ),
+                f"{kind} after backward {size}": (
+                    "norm_backward",
+                    "norm_backward_kernel",
+                    NormBackward(x, None, x, stats, weight=vector, seed=seed),
+                    after,
+                    (dtype, None, None, None, dtype, last),
+                ),
+            }
     return cases
 
 
@@ -182,30 +164,25 @@ def softmax_cases(dtype: torch.dtype) -> dict[str, tuple]:
         scores = empty(2, 4, 64, keys, dtype=dtype)
         needed = seed if options.p else None
         kernels = [f"softmax_{way}_kernel" for way in ("forward", "backward")]
-        forward = (scores, mask, needed, None, options, both)
-        backward = (
-            scores,
-            scores if both else None,
-            scores,
-            mask,
-            empty(2, 4, 64, dtype=torch.float32),
-            needed,
-        )
+        options = dataclasses.replace(options, return_softmax=both)
+        lse, second = empty(2, 4, 64, dtype=torch.float32), scores if both else None
+        forward = Softmax(scores, mask, needed)
+        backward = SoftmaxBackward(scores, second, scores, mask, lse, needed)
         dtypes = (dtype, None if mask is None else mask.dtype)
         return {
-            f"softmax {name}": ("softmax_forward", kernels[0], *forward),
+            f"softmax {name}": ("softmax_forward", kernels[0], forward, options),
             f"softmax backward {name}": (
-                "softmax_backward", kernels[1], *backward, None, options, dtypes,
+                "softmax_backward", kernels[1], backward, options, dtypes,
             ),
         }  # fmt: skip
 
-    drop = AttentionOptions(p=0.1)
-    cases = pair("1024 without dropout", 1024, AttentionOptions())
+    drop = SoftmaxOptions(p=0.1)
+    cases = pair("1024 without dropout", 1024, SoftmaxOptions())
     for keys in SOFTMAX_KEYS:
         cases |= pair(str(keys), keys, drop)
     for keys in (1000, 16384):
         mask = empty(1, 4, 64, keys, dtype=torch.float32)
-        cases |= pair(f"everything {keys}", keys, AttentionOptions(p=0.1, upper=0), mask, True)
+        cases |= pair(f"everything {keys}", keys, SoftmaxOptions(p=0.1, upper=0), mask, True)
     return cases
 
 
