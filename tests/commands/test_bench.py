@@ -645,7 +645,7 @@ def test_a_swap_that_finds_nothing_fails(monkeypatch):
         def counts(self):
             return {"fused": 0, "swapped": 0, "left": 9}
 
-    monkeypatch.setattr(steps.tridrop, "swap", lambda model: Nothing())
+    monkeypatch.setattr(steps.tridrop, "swap", lambda model, memory: Nothing())
     chosen = steps.StepOptions.of("cpu", ["vit"], rounds=1, quick=True, providers=["tridrop"])
     found = bench.run_steps(chosen)
     assert {r.check for r in found} == {"failed: tridrop.swap fused nothing"}

@@ -289,8 +289,10 @@ def test_command_prints_json(capsys):
 
 
 def test_command_fails_with_status_1(monkeypatch, capsys):
-    right = tridrop.backends.reference.forward
-    monkeypatch.setattr(tridrop.backends.reference, "forward", lambda *a: right(*a) * 1.001)
+    families = tridrop.backends.reference.FAMILIES
+    right = families["elementwise"]
+    wrong = right._replace(forward=lambda *a: right.forward(*a) * 1.001)
+    monkeypatch.setitem(families, "elementwise", wrong)
     options = ["--op", "dropout", "--dtype", "float32", "--backend", "reference", "--seeds", "16"]
     assert cli.main(["check", *options]) == 1
     assert "FAIL" in capsys.readouterr().out

@@ -261,10 +261,10 @@ def test_a_keras_that_asks_for_a_missing_backend_says_how_to_choose_torch():
 try:
     import tridrop.keras
 except ImportError as error:
-    assert "imported for want of jax: set os.environ" in str(error), error
+    assert "imported for want of tensorflow: set os.environ" in str(error), error
     print("refused")
 """
-    assert printed("-c", program, KERAS_BACKEND="jax") == "refused\n"
+    assert printed("-c", program, KERAS_BACKEND="tensorflow") == "refused\n"
 
 
 def test_another_backend_is_refused(monkeypatch):

@@ -62,6 +62,7 @@ CALLS = {
     "embedding_dropout at a rate": lambda x, s: tridrop.embedding_dropout(
         numbers([0, 2, 1], [1, 1, 0]), x[:, 0, 0], rate(0.4), seed=s
     ),
+    "norm_linear": lambda x, s: tridrop.norm_linear(x, x[0, 0]),
     "dropout at a rate": lambda x, s: tridrop.dropout(x, rate(0.4), seed=s),
     "dropconnect_linear at a rate": lambda x, s: tridrop.dropconnect_linear(
         x, x[0, 0], p=rate(0.4), seed=s

@@ -77,6 +77,7 @@ def bias_dropout_add_fused_train(
     Returns:
         A new tensor: Megatron-LM's own may write the result of an evaluation into x.
 
+    >>> import torch
     >>> x, bias, residual = torch.ones(1, 4), torch.ones(4), torch.full((1, 4), 10.0)
     >>> bias_dropout_add_fused_train((x, bias), residual, 0.5, seed=1)
     tensor([[14., 10., 14., 10.]])
@@ -93,6 +94,7 @@ def bias_dropout_add_fused_inference(
 ) -> Tensor:
     """``residual + x + bias``: :func:`bias_dropout_add_fused_train` without its dropout.
 
+    >>> import torch
     >>> bias_dropout_add_fused_inference((torch.ones(2), None), torch.full((2,), 10.0), 0.5)
     tensor([11., 11.])
     """
@@ -114,6 +116,7 @@ def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
         training: whether f drops.
         fused: of no consequence; f is fused either way.
 
+    >>> import torch
     >>> f = get_bias_dropout_add(training=True, fused=True)
     >>> f((torch.ones(1, 4), None), torch.full((1, 4), 10.0), 0.5, seed=1)
     tensor([[12., 10., 12., 10.]])

@@ -146,7 +146,11 @@ def inputs_of(operands: AttentionBackward) -> AttentionInputs:
 
 def checked(operands: _O) -> _O:
     """The operands, whose tensors have their memory: see :func:`tridrop.base.memory.whole`."""
-    found = all_whole(operands, operands._fields)  # type: ignore[attr-defined]
+    names = operands._fields  # type: ignore[attr-defined]
+    gain = getattr(operands, "layer_scale", None)
+    if gain is not None and gain.dim() > 1:  # as its argument is called
+        names = tuple("gate" if name == "layer_scale" else name for name in names)
+    found = all_whole(operands, names)
     return operands if found is operands else operands._make(found)  # type: ignore[attr-defined]
 
 
