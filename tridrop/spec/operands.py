@@ -7,7 +7,7 @@ a 0-d tensor that takes the place of ``options.p``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -193,3 +193,14 @@ class Functions(NamedTuple):
     def prepare(self, options: Any) -> Prepared:
         """The two, for calls with ``options``."""
         return WithOptions(self.forward, self.backward, options)
+
+
+def keeping_options(families: Mapping[str, Functions]) -> Callable[..., Prepared]:
+    """``prepare`` of a backend that prepares nothing more: see ``backends/protocol.py``."""
+
+    def prepare(
+        family: str, shape: tuple[int, ...], options: Any, operands: Operands, wanted: Sequence[Any]
+    ) -> Prepared:
+        return families[family].prepare(options)
+
+    return prepare

@@ -3,10 +3,7 @@
 Other backends are held to it, and hand it what they do not serve.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
-from ...spec.operands import Functions, Operands, Prepared
+from ...spec.operands import Functions, keeping_options
 from .attention import attention_backward, attention_forward
 from .elementwise import backward, forward, keep_mask, why_not
 from .masks import attention_keep_mask, decision_bits
@@ -25,10 +22,4 @@ FAMILIES = {
     "attention": Functions(attention_forward, attention_backward),
     "product": Functions(product_forward, product_backward),
 }
-
-
-def prepare(
-    family: str, shape: tuple[int, ...], options: Any, operands: Operands, wanted: Sequence[Any]
-) -> Prepared:
-    """See :meth:`tridrop.backends.protocol.Backend.prepare`: nothing but the options is kept."""
-    return FAMILIES[family].prepare(options)
+prepare = keeping_options(FAMILIES)

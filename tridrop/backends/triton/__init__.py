@@ -1,9 +1,6 @@
 """The Triton backend: importing it needs triton, running it a GPU or Triton's interpreter."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from ...spec.operands import Functions, Operands, Prepared
+from ...spec.operands import Functions, keeping_options
 from .attention_launch import attention_backward, attention_forward
 from .elementwise import backward, forward, keep_mask
 from .launch import interpreting, target, why_not
@@ -24,13 +21,5 @@ FAMILIES = {
     "attention": Functions(attention_forward, attention_backward),
     "product": Functions(product_forward, product_backward),
 }
-
-
-def prepare(
-    family: str, shape: tuple[int, ...], options: Any, operands: Operands, wanted: Sequence[Any]
-) -> Prepared:
-    """See :meth:`tridrop.backends.protocol.Backend.prepare`.
-
-    Launch plans are kept by shape and options anyway; strides and alignment are those of a call.
-    """
-    return FAMILIES[family].prepare(options)
+# Launch plans are kept by shape and options anyway; strides and alignment are those of a call.
+prepare = keeping_options(FAMILIES)
