@@ -537,10 +537,10 @@ def test_data_that_is_replaced_has_no_rule():
 
 
 def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alone():
-    weight = torch.randn(4, 64, requires_grad=True)
+    weight = draw(4, 64)
 
     def weights(outside):
-        x = torch.linspace(-2, 2, 512 * 64).view(512, 64).requires_grad_()
+        x = torch.linspace(-2, 2, 512 * 64, device=DEVICE).view(512, 64).requires_grad_()
         out = tridrop.activation_dropout_linear(x, weight, p=0.5, activation="gelu", seed=1)
         with tridrop.backend("reference") if outside else contextlib.nullcontext():
             return torch.autograd.grad(out.sum(), [weight])[0]
