@@ -87,14 +87,6 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     return found
 
 
-def call_known(
-    key: known.Key | None, seed: int | Tensor | None, *operands: Tensor | None
-) -> Tensor | None:
-    """The call of x, bias, layer_scale and residual, where one with that key has been checked."""
-    found = known.recall(key)
-    return None if found is None else known.call(_FAMILY, found, seed, *operands)
-
-
 def fused(
     x: Tensor,
     bias: Tensor | None,
@@ -173,9 +165,9 @@ def dropout(
             [0., 0., 0., 0.]])
     """
     key = known.key_of(("dropout",), p, noise_shape, shard, x) if training is True else None
-    out = call_known(key, seed, x, None, None, None)
-    if out is not None:
-        return out
+    found = known.recall(key)
+    if found is not None:
+        return known.call(_FAMILY, found, seed, x, None, None, None)
     spec.check_probability(p, tensor_allowed=True)
     drops = spec.drops(p, training)
     if not drops and isinstance(x, Tensor) and x.is_nested:
@@ -236,9 +228,9 @@ def activation_dropout(
     if type(training) is bool:
         settings = ("activation_dropout", training, activation)
         key = known.key_of(settings, p, noise_shape, shard, x, bias)
-    out = call_known(key, seed, x, bias, None, None)
-    if out is not None:
-        return out
+    found = known.recall(key)
+    if found is not None:
+        return known.call(_FAMILY, found, seed, x, bias, None, None)
     spec.check_input(x)
     spec.check_probability(p, tensor_allowed=True)
     name = spec.check_activation(activation)
@@ -319,9 +311,9 @@ def dropout_add(
         key = known.key_of(settings, p, noise_shape, shard, x, residual, bias, layer_scale, gate)
         if gate is not None and key is not None:
             gain = _by_sample(gate)
-    out = call_known(key, seed, x, bias, gain, residual)
-    if out is not None:
-        return out
+    found = known.recall(key)
+    if found is not None:
+        return known.call(_FAMILY, found, seed, x, bias, gain, residual)
     spec.check_input(x)
     spec.check_probability(p, tensor_allowed=True)
     name = spec.check_activation(activation)

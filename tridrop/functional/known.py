@@ -22,7 +22,7 @@ from ..base.arguments import check_tensor
 from ..base.memory import PLAIN
 from ..base.torch_private import watched
 from ..contract import seeds
-from ..ops import Function, apply, apply_unbound
+from ..ops import Function, apply, unbound
 from ..ops.library import Known
 
 Key = tuple[Any, ...]
@@ -32,10 +32,11 @@ _known: dict[Key, Known] = {}
 
 # The variables that choose what serves a call. Where one is not set, os.environ.get takes a
 # microsecond to raise and catch a KeyError; the dictionary behind it, where there is one, does not.
-_VARIABLES: tuple[Any, ...] = (backends.ENVIRONMENT, serving.ENVIRONMENT)
+_BACKEND: Any = backends.ENVIRONMENT
+_CPU: Any = serving.ENVIRONMENT
 _variable: Callable[[Any], Any] = os.environ.get
 if hasattr(os.environ, "_data") and hasattr(os.environ, "encodekey"):
-    _VARIABLES = tuple(map(os.environ.encodekey, _VARIABLES))
+    _BACKEND, _CPU = map(os.environ.encodekey, (_BACKEND, _CPU))
     _variable = os.environ._data.get
 
 
@@ -71,7 +72,7 @@ def key_of(
         return None
     if tensors[0] is None or tensors[0].is_meta:
         return None
-    return (*key, backends.explicit(), *map(_variable, _VARIABLES))
+    return (*key, backends.explicit(), _variable(_BACKEND), _variable(_CPU))
 
 
 def recall(key: Key | None) -> Known | None:
@@ -123,12 +124,12 @@ def call(
     function = family.function
     try:
         drawn = seeds.seed_for(operands[0].device, seed) if known.draws else None  # type: ignore[union-attr]
-        if drawn is not None and (type(drawn) is not Tensor or drawn.is_neg()):
+        if seed is not None and drawn is not None and (type(drawn) is not Tensor or drawn.is_neg()):
             return apply(function, *operands, drawn, None, known.packed)
         if torch.is_grad_enabled():
             for t in operands:
                 if t is not None and t.requires_grad:
-                    return apply_unbound(function, *operands, drawn, None, known)
+                    return unbound(function)(*operands, drawn, None, known)
         return function.forward(*operands, drawn, None, known)
     except RuntimeError:
         # A key says nothing of layouts: to ask for them would take longer than to fail.

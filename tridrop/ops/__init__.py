@@ -2,7 +2,7 @@
 
 from . import masks
 from .attention import Attention, pack_attention, torchs_attention
-from .common import Function, apply, apply_unbound
+from .common import Function, apply, unbound
 from .elementwise import Fused, pack
 from .masked import Masked
 from .norm import FusedNorm, pack_norm
@@ -20,7 +20,6 @@ __all__ = [
     "Masked",
     "SoftmaxDropout",
     "apply",
-    "apply_unbound",
     "masks",
     "pack",
     "pack_attention",
@@ -28,4 +27,5 @@ __all__ = [
     "pack_product",
     "pack_softmax",
     "torchs_attention",
+    "unbound",
 ]

@@ -18,8 +18,8 @@ from .common import (
     apply_in_backward,
     by_sample,
     differentiate,
-    packed_and_prepared,
     prepared_backward,
+    resume,
     save,
     unchanged,
     wanted,
@@ -194,8 +194,8 @@ class Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, packed = inputs
-        ctx.packed, ctx.prepared = packed_and_prepared(packed)
-        ctx.needs = _differentiable(AttentionInputs(*ctx.needs_input_grad[:-1]))
+        if not resume(ctx, packed):
+            ctx.needs = _differentiable(AttentionInputs(*ctx.needs_input_grad[:-1]))
         ctx.set_materialize_grads(False)
         save(ctx, packed, Incoming, *output, *tensors)
 

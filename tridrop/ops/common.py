@@ -20,7 +20,6 @@ from ..base.memory import PLAIN
 from ..base.strides import laid, order_of
 from ..base.torch_private import watched
 from ..distributed import dtensor
-from ..spec.operands import Prepared
 from .library import Known, plain, unobserved
 
 
@@ -37,17 +36,13 @@ class Function(torch.autograd.Function):
         return None
 
 
-def apply_unbound(function: type[Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)`` without what torch's ``apply`` does first.
-
-    It binds the arguments to the signature of ``forward``, anew in each call: a third of the host's
-    time of a call on a CPU. That is for default values, which there are none of.
-    """
-    return _bare_apply(function)(*arguments)
-
-
 @cache
-def _bare_apply(function: type[Function]) -> Callable[..., Any]:
+def unbound(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` without what torch does first.
+
+    torch binds the arguments to the signature of ``forward``, anew in each call: a third of the
+    host's time of a call on a CPU. That is for default values, which there are none of.
+    """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
@@ -67,7 +62,7 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     if torch.is_grad_enabled() and any(
         isinstance(a, Tensor) and a.requires_grad for a in arguments
     ):
-        return apply_unbound(function, *arguments)
+        return unbound(function)(*arguments)
     return function.forward(*arguments)
 
 
@@ -87,6 +82,23 @@ def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
     return apply(function, *arguments)
 
 
+def resume(ctx: Any, packed: tuple[Any, ...] | Known) -> bool:
+    """Give ``ctx`` the packed options of a call, and what :func:`save` noted of an earlier one.
+
+    Returns whether there was one: a call with the same key, of which the same gradients are asked,
+    differs from it in its tensors alone.
+    """
+    if type(packed) is not Known:
+        ctx.packed, ctx.prepared = packed, None
+        return False
+    noted = packed.noted.get(ctx.needs_input_grad)
+    if noted is None:
+        ctx.packed, ctx.prepared = packed.packed, packed.prepared
+        return False
+    ctx.__dict__.update(noted)
+    return True
+
+
 def save(
     ctx: Any,
     packed: tuple[Any, ...] | Known,
@@ -95,21 +107,20 @@ def save(
 ) -> None:
     """``ctx.save_for_backward(*tensors)``, with what these are, for :func:`unchanged` to compare.
 
-    ``packed`` is a known call, or the options of another: what one saves is always alike. ``names``
-    are those of the tensors, or a tuple of operands whose last fields they are.
+    ``packed`` is a known call, or the options of another. What has been written to the ctx of a
+    known call by now is noted for :func:`resume`. ``names`` are those of the tensors, or a tuple of
+    operands whose last fields they are.
     """
     ctx.save_for_backward(*tensors)
+    known = type(packed) is Known
+    if known and "given" in ctx.__dict__:  # resumed
+        return
     if isinstance(names, type):
         names = names._fields[-len(tensors) :]  # type: ignore[attr-defined]
-    if isinstance(packed, Known):
-        found = packed.saved.get(ctx.needs_input_grad)
-        if found is None:
-            found = packed.saved[ctx.needs_input_grad] = memory.given(names, tensors)
-        ctx.given = found
-    elif torch.compiler.is_compiling():  # what is saved is the compiler's business
-        ctx.given = ()
-    else:
-        ctx.given = memory.given(names, tensors)
+    # Under torch.compile what is saved is the compiler's business.
+    ctx.given = () if torch.compiler.is_compiling() else memory.given(names, tensors)
+    if known:
+        packed.noted[ctx.needs_input_grad] = dict(ctx.__dict__)  # type: ignore[union-attr]
 
 
 def unchanged(ctx: Any, saved: Sequence[Tensor | None]) -> list[Any]:
@@ -121,11 +132,6 @@ def unchanged(ctx: Any, saved: Sequence[Tensor | None]) -> list[Any]:
     for then in ctx.given:
         found[then.place] = memory.still(found[then.place], then)
     return found
-
-
-def packed_and_prepared(packed: Any) -> tuple[tuple[Any, ...], Prepared | None]:
-    """The packed options of a call, and its prepared backend where it is a known one."""
-    return (packed.packed, packed.prepared) if isinstance(packed, Known) else (packed, None)
 
 
 def prepared_backward(

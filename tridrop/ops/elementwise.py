@@ -20,8 +20,8 @@ from .common import (
     apply_in_backward,
     by_sample,
     differentiate,
-    packed_and_prepared,
     prepared_backward,
+    resume,
     save,
     unchanged,
     wanted,
@@ -189,20 +189,21 @@ class Fused(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, bias, layer_scale, _, seed, p, packed = inputs
-        ctx.packed, ctx.prepared = packed_and_prepared(packed)
+        needs = ctx.needs_input_grad
+        if not resume(ctx, packed):
+            ctx.dtypes = (
+                x.dtype if needs[0] else None,
+                bias.dtype if needs[1] else None,
+                layer_scale.dtype if needs[2] else None,
+            )
         # The strides that the kept mask of torch's dropout would have: of x, by which a gradient
         # that has none of its own, such as that of a sum, is laid out.
-        ctx.order = None if x.is_contiguous() else order_of(x)
-        needs = ctx.needs_input_grad
-        ctx.dtypes = (
-            x.dtype if needs[0] else None,
-            bias.dtype if needs[1] else None,
-            layer_scale.dtype if needs[2] else None,
-        )
+        order = None if x.is_contiguous() else order_of(x)
         # Without an activation, x matters only to the gradient of layer_scale.
         if ctx.packed.activation == "none" and not needs[2]:
             x = bias = None
         save(ctx, packed, ElementwiseBackward, x, bias, layer_scale, seed, p)
+        ctx.order = order  # after what save() notes: another call may have another
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ..base import memory
-from ..base.memory import PLAIN, Given
+from ..base.memory import PLAIN
 from ..base.torch_private import forward_mode, is_legacy_batched, is_wrapped, trace_state, watched
 from ..spec.elementwise import check_probability
 from ..spec.operands import Prepared
@@ -145,8 +145,8 @@ class Known(NamedTuple):
     packed: tuple[Any, ...]  # the options, as operators take them
     prepared: Prepared  # its backend
     draws: bool  # whether it takes a seed
-    # What its tensors saved for backward are, by which gradients are asked for.
-    saved: dict[tuple[bool, ...], tuple[Given, ...]]
+    # What else backward is told, by the gradients that are asked for.
+    noted: dict[tuple[bool, ...], dict[str, Any]]
 
 
 def filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

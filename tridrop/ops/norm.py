@@ -20,8 +20,8 @@ from .common import (
     apply_in_backward,
     by_sample,
     differentiate,
-    packed_and_prepared,
     prepared_backward,
+    resume,
     save,
     unchanged,
     wanted,
@@ -204,17 +204,18 @@ class FusedNorm(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, bias, layer_scale, residual, weight, norm_bias, seed, p, packed = inputs
         _, stream, statistics = output
-        ctx.packed, ctx.prepared = packed_and_prepared(packed)
+        resumed = resume(ctx, packed)
         after = ctx.packed.after
         needs = ctx.needs_input_grad
-        ctx.dtypes = (
-            x.dtype if needs[0] else None,
-            bias.dtype if needs[1] else None,
-            layer_scale.dtype if needs[2] else None,
-            residual.dtype if needs[3] and not after else None,  # else it is the incoming one
-            weight.dtype if needs[4] else None,
-            norm_bias.dtype if needs[5] else None,
-        )
+        if not resumed:
+            ctx.dtypes = (
+                x.dtype if needs[0] else None,
+                bias.dtype if needs[1] else None,
+                layer_scale.dtype if needs[2] else None,
+                residual.dtype if needs[3] and not after else None,  # else it is the incoming one
+                weight.dtype if needs[4] else None,
+                norm_bias.dtype if needs[5] else None,
+            )
         if after:
             ctx.mark_non_differentiable(statistics, *(() if stream is None else (stream,)))
             stream = x

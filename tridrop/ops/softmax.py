@@ -18,8 +18,8 @@ from .common import (
     apply_in_backward,
     by_sample,
     differentiate,
-    packed_and_prepared,
     prepared_backward,
+    resume,
     save,
     unchanged,
     wanted,
@@ -139,12 +139,12 @@ class SoftmaxDropout(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, packed = inputs
         scores, mask, seed, p = tensors
-        ctx.packed, ctx.prepared = packed_and_prepared(packed)
         out, softmax, lse = output
-        ctx.dtypes = tuple(
-            t.dtype if t is not None and needed else None
-            for t, needed in zip((scores, mask), ctx.needs_input_grad[:2], strict=True)
-        )
+        if not resume(ctx, packed):
+            ctx.dtypes = tuple(
+                t.dtype if t is not None and needed else None
+                for t, needed in zip((scores, mask), ctx.needs_input_grad[:2], strict=True)
+            )
         returned = ctx.packed.return_softmax
         unused = () if returned or softmax is None else (softmax,)
         ctx.mark_non_differentiable(lse, *unused)

@@ -81,15 +81,34 @@ def _load() -> Any:
             warnings.warn(f"the reference backend serves CPU tensors: {_broken}", stacklevel=2)
             return None
         compiling.watch(kept=mask.CACHE)
-        _loaded = SimpleNamespace(
-            keep_rows=mask.keep_rows,
-            keep_scores=mask.keep_scores,
-            softmax_forward=softmax.forward,
-            softmax_backward=softmax.backward,
-            forward=elementwise.forward,
-            backward=elementwise.backward,
-            functions=activations.NUMBERS,
-            norm_forward=norm.forward,
-            norm_backward=norm.backward,
-        )
+        loops = {
+            "keep_rows": mask.keep_rows,
+            "keep_scores": mask.keep_scores,
+            "softmax_forward": softmax.forward,
+            "softmax_backward": softmax.backward,
+            "forward": elementwise.forward,
+            "backward": elementwise.backward,
+            "norm_forward": norm.forward,
+            "norm_backward": norm.backward,
+        }
+        _loaded = SimpleNamespace(functions=activations.NUMBERS)
+        for name, loop in loops.items():
+            setattr(_loaded, name, _first_call(name, loop))
     return _loaded
+
+
+def _first_call(name: str, loop: Any) -> Any:
+    """The first call of a loop, which compiles it and puts its machine code in its place.
+
+    numba looks up the types of the arguments of each call, which is a sixth of the time of a loop
+    over [64, 64] numbers. A loop is always given the same types, so the code for these is called
+    as it is.
+    """
+
+    def first(*arguments: Any) -> None:
+        loop(*arguments)
+        (compiled,) = loop.overloads.values()
+        if getattr(_loaded, name) is first:
+            setattr(_loaded, name, compiled.entry_point)
+
+    return first

@@ -266,9 +266,9 @@ CASES: Sequence[Case] = (
         "dropout_add", (24, 4, 20), activation="swiglu", bias=True, layer_scale=True, drop_path=0.1
     ),
     _elementwise("dropout_add", (6, 21, 40), gate=True),
-    _elementwise("dropout_add", (48, 24), gate=True, p=0.5),
+    _elementwise("dropout_add", (9, 24), gate=True, p=0.5),
     _elementwise(
-        "dropout_add", (24, 2, 3, 20), activation="swiglu", bias=True, gate=True, drop_path=0.1
+        "dropout_add", (5, 2, 3, 20), activation="swiglu", bias=True, gate=True, drop_path=0.1
     ),
     _elementwise("dropout_add", (6, 11, 40), gate=True, residual_dtype=torch.float32),
     _elementwise("dropout_add", (16, 6, 24), noise_shape=(16, 1, 24), bias=True),
