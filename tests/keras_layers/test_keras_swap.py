@@ -125,7 +125,7 @@ def test_switches_do_not_change_the_numbers(name):
     for site in attention.sites:
         assert site.stream == (whole[site.module] if site.parts else None)
     none = tridrop.swap(model, dropout=False, attention=False)
-    assert {s.reason for s in none.sites} == {"its level is off"}
+    assert {s.reason for s in none.sites} == {"its switch is off"}
     assert none.counts()["left"] == sum(FOUND[name])
 
 
