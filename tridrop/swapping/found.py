@@ -127,11 +127,7 @@ def _drawing(module: nn.Module) -> str:
     """Why a module of torch that draws inside its own operators is left; empty for others."""
     if isinstance(module, nn.RNNBase):
         drops = module.dropout > 0 and module.num_layers > 1
-        return (
-            "torch computes its layers and the dropouts between them in one operator"
-            if drops
-            else ""
-        )
+        return "torch drops between its layers, all inside one operator" if drops else ""
     base = base_of(module)
     if base in (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d):
         return "it draws random numbers, and drops nothing"

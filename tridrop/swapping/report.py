@@ -335,7 +335,7 @@ class Report:
         """The text of a report in which no site was found."""
         seen = self.verification
         if seen.drops() if seen is not None else not self.certain:
-            text = "Reading the model's source found nothing that drops: the model is unchanged. "
+            text = "The source shows nothing that drops: the model is unchanged. "
             if seen is None:
                 return text + "Whether it drops is unknown: run report.verify(batch)."
             return text + "Running it drew random numbers, see below."
