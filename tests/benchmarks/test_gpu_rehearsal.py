@@ -192,7 +192,7 @@ def test_a_report_refuses_what_it_cannot_put_together(tmp_path):
         run.mkdir(parents=True)
         about = ABOUT | {"started": run.name, "device": device, "pieces": []}
         archive.write_json(about, run / archive.SUMMARY)
-    with pytest.raises(ValueError, match="runs of another and one: report each by itself"):
+    with pytest.raises(ValueError, match="runs are of another and one: report each separately"):
         report.write(tmp_path / "runs", tmp_path / "results", None, tmp_path / "more")
 
 
