@@ -25,9 +25,9 @@ from .kinds import base_of
 from .present import At, holds, is_original
 
 
-def is_lora(kind: type) -> bool:
+def is_lora(cls: type) -> bool:
     """Whether a class is a layer of PEFT that may have LoRA adapters."""
-    return any(c.__name__ == "LoraLayer" and c.__module__.startswith("peft.") for c in kind.__mro__)
+    return any(c.__name__ == "LoraLayer" and c.__module__.startswith("peft.") for c in cls.__mro__)
 
 
 class Rewritten(NamedTuple):
@@ -38,19 +38,19 @@ class Rewritten(NamedTuple):
     adds: bool
 
 
-def rewritten(kind: type) -> Rewritten | None:
+def rewritten(cls: type) -> Rewritten | None:
     """The new forward of a class; None if it has no adapters, or its source cannot be read."""
-    if not is_lora(kind):
+    if not is_lora(cls):
         return None
     variants = sys.modules.get("peft.tuners.lora.variants")
     for name, value in vars(variants).items() if variants is not None else ():
         if name.endswith("LinearVariant"):
             _read_variant(value)
-    cache = cache_of(kind)
+    cache = cache_of(cls)
     if cache.rewritten is None or not cache.rewritten[0]():
-        casts = is_original(kind, "_cast_input_dtype")
-        read = holds(At(kind, "forward"), At(kind, "_cast_input_dtype"))
-        cache.rewritten = read, _rewrite(kind.forward, casts)  # type: ignore[attr-defined]
+        casts = is_original(cls, "_cast_input_dtype")
+        read = holds(At(cls, "forward"), At(cls, "_cast_input_dtype"))
+        cache.rewritten = read, _rewrite(cls.forward, casts)  # type: ignore[attr-defined]
     return cache.rewritten[1]
 
 

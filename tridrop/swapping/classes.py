@@ -166,9 +166,9 @@ def _tables(module: nn.Module, method: Method) -> Labels:
             table = resolve(module, path) if path else None
             values = table.values() if isinstance(table, dict) else table
             if isinstance(values, (list, tuple, type({}.values()))):
-                kinds_of = {draws.within(f) for f in values} - {None}
-                if kinds_of:
-                    found[f"{path}[]"] = max(str(kind) for kind in kinds_of)
+                labels = {draws.within(f) for f in values} - {None}
+                if labels:
+                    found[f"{path}[]"] = max(map(str, labels))
     return found
 
 
@@ -340,17 +340,17 @@ def _swapped(module: nn.Module) -> Any:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    kind = _swapped(self)
-    found = super(kind, self).__reduce_ex__(protocol)
-    if found[0] is not copyreg.__newobj__ or found[1] != (kind,):  # type: ignore[attr-defined]
+    cls = _swapped(self)
+    found = super(cls, self).__reduce_ex__(protocol)
+    if found[0] is not copyreg.__newobj__ or found[1] != (cls,):  # type: ignore[attr-defined]
         return found
-    return (restore, (kind._tridrop_base, kind._tridrop_recipe), *found[2:])
+    return (restore, (cls._tridrop_base, cls._tridrop_recipe), *found[2:])
 
 
 def restore(base: type, recipe: Recipe) -> nn.Module:
     """An empty module of a swapped class; unpickling and deepcopy call this."""
-    kind: Any = swapped_class(base, recipe)
-    made: nn.Module = kind.__new__(kind)
+    cls: Any = swapped_class(base, recipe)
+    made: nn.Module = cls.__new__(cls)
     return made
 
 

@@ -188,13 +188,13 @@ def function_at(module: nn.Module, path: str) -> Any:
     owner: Any = module
     *parts, last = path.split(".")
     for part in parts:
-        own = getattr(owner, "__dict__", {})
-        owner = own.get(part, own.get("_modules", {}).get(part))
+        attributes = getattr(owner, "__dict__", {})
+        owner = attributes.get(part, attributes.get("_modules", {}).get(part))
     if owner is None or isinstance(owner, (type, ModuleType)):
         return None
-    own = getattr(owner, "__dict__", {})
-    if last in own or owner is module or isinstance(owner, nn.Module):
-        return own.get(last)
+    attributes = getattr(owner, "__dict__", {})
+    if last in attributes or owner is module or isinstance(owner, nn.Module):
+        return attributes.get(last)
     return next((c.__dict__[last] for c in type(owner).__mro__ if last in c.__dict__), None)
 
 

@@ -140,8 +140,8 @@ def _drops_unread(module: nn.Module, survey: Survey) -> bool:
         parent = survey.modules.get(survey.names[module].rpartition(".")[0])
         inner = parent is not module and isinstance(parent, torch.jit.ScriptModule)
         return not inner and draws.in_script(module)
-    own = module.__dict__.get("forward")
-    return bool(draws.found_in(own)) or _may_drop(base_of(module), "forward")
+    forward = module.__dict__.get("forward")
+    return bool(draws.found_in(forward)) or _may_drop(base_of(module), "forward")
 
 
 def _may_drop(base: type, method: str) -> bool:

@@ -27,8 +27,8 @@ class Generators:
         self.of_torch: list[Pair] = [(torch.get_rng_state, torch.set_rng_state)]
         self.of_python: list[tuple[Any, Any]] = [(random.getstate, random.setstate)]
         self.of_numpy: list[Any] = []
-        own = [*model.parameters(), *model.buffers()]
-        for device in sorted({x.device for x in (*own, *tensors)} | _in_use(), key=str):
+        of_model = [*model.parameters(), *model.buffers()]
+        for device in sorted({x.device for x in (*of_model, *tensors)} | _in_use(), key=str):
             if device.type not in ("cpu", "meta"):
                 self.of_torch.append(_of_device(device))
         numpy: Any = sys.modules.get("numpy.random")

@@ -132,7 +132,7 @@ def cost_of(
     gives is called after each operator.
     """
     saved = _Saved(layers_of(model))
-    own = [*model.parameters(), *model.buffers()]
+    of_model = [*model.parameters(), *model.buffers()]
     tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
     generators = Generators(model, tensors)
     with ExitStack() as stack:
@@ -152,8 +152,8 @@ def cost_of(
             outputs = model(*args, **{**mode, **kwargs})
         saved.add_attributes(outputs)
         count = len(saved.layers)
-        by_layer = saved.size(own, inside=True) // max(1, count)
-        return Cost(counter.dropouts, counter.operators, saved.size(own), count, by_layer)
+        by_layer = saved.size(of_model, inside=True) // max(1, count)
+        return Cost(counter.dropouts, counter.operators, saved.size(of_model), count, by_layer)
 
 
 class _Counter(TorchDispatchMode):

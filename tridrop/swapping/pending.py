@@ -205,8 +205,8 @@ def normalises_last(kind: Kind, module: nn.Module, stream: Tensor) -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast makes torch's norms and softmaxes compute and return float32."""
-    kind = x.device.type
-    return kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
+    device_type = x.device.type
+    return device_type not in ("cpu", "meta") and torch.is_autocast_enabled(device_type)
 
 
 # torch's own tensors, and those that stand for them under torch.export.

@@ -70,8 +70,8 @@ def calls(node: ast.FunctionDef, owner: str) -> list[str]:
 def resolve(module: Any, path: str) -> Any:
     """The object at a path of attributes, without running properties."""
     for part in path.split("."):
-        own = getattr(module, "__dict__", {})
-        module = own.get(part, own.get("_modules", {}).get(part))
+        attributes = getattr(module, "__dict__", {})
+        module = attributes.get(part, attributes.get("_modules", {}).get(part))
     return module
 
 

@@ -389,5 +389,5 @@ def _parts(made: Plan, op: Op) -> tuple[str, ...]:
     while out := made.out_of(at):
         at = out[0].consumer
         after.append(at.name)
-    own = _PARTS_OF_OP.get(op.name, (op.name,))
-    return tuple(p for p in (*before, *own, *after) if p not in ("cast", "identity"))
+    parts = _PARTS_OF_OP.get(op.name, (op.name,))
+    return tuple(p for p in (*before, *parts, *after) if p not in ("cast", "identity"))

@@ -176,8 +176,8 @@ class _File:
             # imported names compile differently in the two cases.
             for imports in (True, False):
                 made = self._compiled(i, code.co_flags & _FUTURES, imports)
-                own = made.get((node.name, _first_line(node)))
-                if own is not None and _content(own) == content:
+                compiled = made.get((node.name, _first_line(node)))
+                if compiled is not None and _content(compiled) == content:
                     # With the line numbers of the code, in case the source has moved in its file.
                     found: ast.FunctionDef = pickle.loads(pickle.dumps(node))  # a fast deep copy
                     return ast.increment_lineno(found, code.co_firstlineno - _first_line(node))
