@@ -1,8 +1,8 @@
 """Adds swap(memory=True) to the plan of a method.
 
 Norms, activations and gated products give tensors that backward can recompute, and linear layers
-would keep these. Calls of all of them are exchanged for the functions of remade_calls.py, wherever
-they stand: no dropout need be near.
+would keep these. Calls of all of them are exchanged for the functions of remade_calls.py, whether
+or not a dropout is near.
 """
 
 from __future__ import annotations
