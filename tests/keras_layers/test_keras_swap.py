@@ -194,7 +194,7 @@ class Drawing(keras.layers.Layer):
 LEFT = [
     (lambda: keras.layers.GaussianNoise(0.5), "it draws random numbers, and drops nothing"),
     (lambda: keras.layers.RandomFlip(), "it draws random numbers, and drops nothing"),
-    (lambda: keras.layers.LSTM(4, dropout=P), "it drops in its own code, with a rate and not a"),
+    (lambda: keras.layers.LSTM(4, dropout=P), "it drops in its own code, not by a dropout layer"),
     (lambda: Doubled(P), "it is a subclass of Dropout that may compute something else"),
     (lambda: Drawing(), "its own code draws random numbers"),
     (lambda: keras.layers.Lambda(lambda x: keras.random.dropout(x, P)), "its own code draws"),
