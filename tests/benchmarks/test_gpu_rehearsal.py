@@ -139,7 +139,8 @@ def test_two_runs_and_their_report(rehearsal, tmp_path, capsys):
     assert rehearsal(goes_on, *again, kernels="mended") == 1
     found = outcomes(summary(tmp_path / "fourth", "20261124T000000Z"))
     assert (found["device"], found["wrong"]) == ("failed", "passed")
-    assert "the run of 20261121T000000Z does not count, since these differ: kernels" in capsys.readouterr().out
+    note = "the run of 20261121T000000Z does not count, since these differ: kernels"
+    assert note in capsys.readouterr().out
 
     # What is committed: records, plots, and the table in the page, with every row filled.
     page, into = tmp_path / "page.md", tmp_path / "results"
