@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """Set up a virtual environment and run one of the project's commands in it.
 
-    python3 run.py demo [options of tridrop demo]   the main job; --model asks for transformers
-    python3 run.py test [options of pytest]         the tests
-    python3 run.py site                             the documentation as a site, in site/
-    python3 run.py build                            a wheel and an sdist, in dist/
-    python3 run.py oldest [options of pytest]       those of transformers, with its oldest version
-    python3 run.py frameworks                       what is about other frameworks; Python 3.11
-    python3 run.py matrix [options, see --help]     those of versions, with many versions: gigabytes
+    python3 run.py demo [options of tridrop demo]   run the demo (--model installs transformers)
+    python3 run.py test [options of pytest]         run the tests
+    python3 run.py lint                             run ruff and mypy
+    python3 run.py site                             build the documentation site, in site/
+    python3 run.py build                            build a wheel and an sdist, in dist/
+    python3 run.py oldest [options of pytest]       test with the oldest supported transformers
+    python3 run.py frameworks [options of pytest]   test masks in other frameworks; Python 3.11
+    python3 run.py matrix [options, see --help]     test many versions; downloads gigabytes
 
 It needs Python 3.10 or newer and a clone of the repository. The environment is .venv beside
-this file, made once. On a machine without an NVIDIA GPU it takes the CPU build of torch, which
-brings no CUDA packages; `--cuda` or `--cpu` before the command decides by hand.
+this file, and is made once. On a machine without an NVIDIA GPU it gets the CPU build of torch,
+which needs no CUDA packages; `--cuda` or `--cpu` before the command overrides this choice.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ COMMANDS = {
     "build": [["-m", "build"]],
     "lint": [["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], ["-m", "mypy"]],
 }
-# Installed without their requirements, which the test extra has: torchvision asks for one build of
-# torch, and pip would put that in the place of the CPU build.
+# These are installed without their requirements, which the test extra includes: torchvision
+# requires a certain build of torch, and pip would replace the CPU build by it.
 BARE = ("timm", "torchvision", "keras-hub")
-# What KerasHub asks for besides, and needs for downloads and tokenizers alone; its models run
-# without. tensorflow-text brings TensorFlow.
+# Other requirements of KerasHub, which only its downloads and tokenizers need, not its models.
+# tensorflow-text would install TensorFlow.
 NOT_NEEDED = {"keras-hub": ("kagglehub", "kagglesdk", "sentencepiece", "tensorflow-text")}
-# The oldest transformers lives in a folder of its own, and is put before the environment's.
+# The oldest transformers has its own folder, which comes before the environment's on the path.
 OLDEST = ENVIRONMENT / "oldest"
 MATRIX = ROOT / "tests" / "matrix.py"
-# Other frameworks live in an environment on top of this one, which they leave as it is.
+# Other frameworks have an environment on top of this one, which stays as it is.
 FRAMEWORKS = ENVIRONMENT / "frameworks"
 PORTING = ROOT / "benchmarks" / "porting"
 OLDEST_TESTS = ("test_environment.py", "test_*transformers*.py")
@@ -67,7 +68,7 @@ def pinned(package: str) -> str:
 
 
 def pip(*arguments: str, attempt: bool = False, python: Path = PYTHON) -> bool:
-    """Install; an attempt may fail, quietly, and says whether it did."""
+    """Install; returns whether it succeeded. An attempt may fail, quietly."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     silenced = subprocess.DEVNULL if attempt else None
     run = subprocess.run([*command, *arguments], cwd=ROOT, check=not attempt, stderr=silenced)
@@ -75,17 +76,17 @@ def pip(*arguments: str, attempt: bool = False, python: Path = PYTHON) -> bool:
 
 
 def install_torch(cpu: bool) -> None:
-    """torch first and by itself: what follows then finds it installed."""
+    """Install torch first and alone, so that the other packages find it installed."""
     torch = pinned("torch")
     if not cpu or sys.platform != "linux":
         pip(torch)
-    # A "+cpu" build may be at hand in the configured index or wheel folder; else it is torch's own.
+    # Try the configured index or wheel folder for a "+cpu" build first, then torch's own index.
     elif not pip(f"{torch}+cpu", attempt=True):
         pip(f"{torch}+cpu", "--index-url", CPU_INDEX)
 
 
 def set_up(extras: str, cpu: bool) -> None:
-    """Make the environment where it is missing, and install where something changed."""
+    """Make the environment if it is missing, and install if the requirements changed."""
     inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     wanted = hashlib.sha256(b"".join([*inputs, extras.encode(), bytes([cpu])])).hexdigest()
     stamp = ENVIRONMENT / "installed"
@@ -99,28 +100,28 @@ def set_up(extras: str, cpu: bool) -> None:
     if "test" in extras.split(","):
         pip("--no-deps", *map(pinned, BARE))
     elif "hf" in extras.split(","):
-        # transformers imports torchvision where it is, and that one only works within the tests.
+        # transformers imports torchvision if it is installed, and that one works only in the tests.
         remove = [str(PYTHON), "-m", "pip", "uninstall", "-q", "-y", *BARE]
         subprocess.run(remove, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
     stamp.write_text(wanted)
 
 
 def oldest_transformers() -> str:
-    """The lower bound of pyproject.toml, as pip and the package itself write a version."""
+    """The lower bound in pyproject.toml, in the form x.y.z."""
     text = (ROOT / "pyproject.toml").read_text()
     (bound,) = re.findall(r'"transformers>=([\d.]+)"', text)
     return ".".join([*bound.split("."), "0", "0"][:3])
 
 
 def run_oldest(rest: list[str]) -> int:
-    """The tests of transformers with the oldest version, in the same environment."""
+    """Run the tests of transformers with its oldest version, in the same environment."""
     version, stamp = oldest_transformers(), OLDEST / "installed"
     if not stamp.exists() or stamp.read_text() != version:
         print(f"Setting up {OLDEST} ...", flush=True)
         shutil.rmtree(OLDEST, ignore_errors=True)
         pip("--target", str(OLDEST), f"transformers=={version}")
         stamp.write_text(version)
-    # test_environment.py holds that this version is the one that is imported.
+    # test_environment.py checks that this is the version that is imported.
     environment = {**os.environ, "PYTHONPATH": str(OLDEST), "TRIDROP_TEST_TRANSFORMERS": version}
     files = [str(path) for name in OLDEST_TESTS for path in sorted((ROOT / "tests").rglob(name))]
     return subprocess.run(
@@ -129,7 +130,7 @@ def run_oldest(rest: list[str]) -> int:
 
 
 def run_frameworks(rest: list[str]) -> int:
-    """Masks in other frameworks, the facts about these that the docs state, worked ports."""
+    """Test the masks in other frameworks, facts that the docs state about these, and the ports."""
     requirements = PORTING / "requirements.txt"
     python, stamp = FRAMEWORKS / PYTHON.relative_to(ENVIRONMENT), FRAMEWORKS / "installed"
     if not stamp.exists() or stamp.read_text() != requirements.read_text():
@@ -141,8 +142,8 @@ def run_frameworks(rest: list[str]) -> int:
             subprocess.run([str(p), "-c", below], check=True, capture_output=True, text=True)
             for p in (PYTHON, python)
         ]
-        base, own = (Path(run.stdout.strip()) for run in folders)
-        (own / "below.pth").write_text(f"import site; site.addsitedir({str(base)!r})\n")
+        base, above = (Path(run.stdout.strip()) for run in folders)
+        (above / "below.pth").write_text(f"import site; site.addsitedir({str(base)!r})\n")
         pip("-r", str(requirements), "-c", "constraints.txt", python=python)
         stamp.write_text(requirements.read_text())
     quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -166,7 +167,7 @@ def main(arguments: list[str]) -> int:
     cpu = shutil.which("nvidia-smi") is None
     if arguments and arguments[0] in ("--cpu", "--cuda"):
         cpu = arguments.pop(0) == "--cpu"
-    if arguments[:1] == ["matrix"]:  # it makes environments of its own
+    if arguments[:1] == ["matrix"]:  # it makes its own environments
         return subprocess.run([sys.executable, str(MATRIX), *arguments[1:]], cwd=ROOT).returncode
     if sys.version_info < (3, 10) or not arguments or arguments[0] not in EXTRAS:
         print(__doc__, file=sys.stderr)

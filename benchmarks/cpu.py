@@ -1,4 +1,4 @@
-"""Time the ops of a transformer block on a CPU beside eager PyTorch, forward plus backward.
+"""Time the ops of a transformer block on a CPU against eager PyTorch, forward plus backward.
 
     python benchmarks/cpu.py                   [8192, 1024] and [64, 64], fp32 and bf16, in training
                                                and in evaluation (minutes)
@@ -6,10 +6,10 @@
     python benchmarks/cpu.py --compile         torch.compile of the eager op as well
     python benchmarks/cpu.py --out DIR         write cpu.csv and cpu.json there
 
-Every provider runs in turn in each round, so that a slow moment of the machine meets all of them.
-Compare the ratios: best over best, median over median, and, least moved by a clock that changes in
-between, the median of the rounds' own ratios. The gradients are taken with torch.autograd.grad, as
-of tensors inside a model: nothing is accumulated.
+All providers take turns in each round, so that a slow moment of the machine affects all of them.
+Compare the ratios: of the best times, of the medians, and the median of the ratios within each
+round, which changes of the clock rate affect least. Gradients are taken with torch.autograd.grad
+and not accumulated, like those of tensors inside a model.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def _activation(name: str, eager: Op) -> tuple[Op, Op]:
 
 
 def _scores(x: Tensor) -> Tensor:
-    """[batch, heads, queries, keys], as many queries as keys."""
+    """x as scores [batch, heads, queries, keys] with as many queries as keys."""
     return x.view(1, -1, x.shape[1], x.shape[1])
 
 
 def _heads(x: Tensor) -> Tensor:
-    """[batch, heads, length, 64], of 2048 rows at most, in sequences of 1024 or less."""
+    """At most 2048 rows of x as [batch, heads, length, 64], in sequences of at most 1024."""
     rows = x[:2048]
     return rows.view(-1, min(1024, len(rows)), x.shape[1] // 64, 64).transpose(1, 2)
 
@@ -78,7 +78,7 @@ def _attention(attend: Op) -> Op:
     return op
 
 
-# name -> (eager, tridrop), of x, a residual, a norm's weight and bias, and whether to drop
+# name -> (eager, tridrop): functions of x, a residual, a norm's weight and bias, and `training`
 OPS: dict[str, tuple[Op, Op]] = {
     "dropout_add": (
         lambda x, r, w, b, t: r + F.dropout(x, P, t),
@@ -92,7 +92,7 @@ OPS: dict[str, tuple[Op, Op]] = {
     "activation_dropout (gelu_tanh)": _activation("gelu_tanh", partial(F.gelu, approximate="tanh")),
     "activation_dropout (relu)": _activation("relu", F.relu),
     "activation_dropout (silu)": _activation("silu", F.silu),
-    "activation_dropout (swiglu)": (  # of half as many rows, twice as wide
+    "activation_dropout (swiglu)": (  # x with half as many rows, twice as wide
         lambda x, r, w, b, t: _swiglu(x.view(-1, 2 * x.shape[1]), t),
         lambda x, r, w, b, t: tridrop.activation_dropout(
             x.view(-1, 2 * x.shape[1]), P, t, activation="swiglu"
@@ -122,7 +122,7 @@ def both_ways(op: Op, leaves: list[Tensor], grad: Tensor, training: bool) -> Any
 def measure(
     calls: dict[str, Callable[[], Any]], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """Seconds, and page faults of the process, of every call in every round."""
+    """The seconds and the page faults of every call in every round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     faults: dict[str, list[int]] = {name: [] for name in calls}
     for call in calls.values():
@@ -141,7 +141,7 @@ def measure(
 def rows(
     shape: tuple[int, int], rounds: int, compiled: bool, training: bool
 ) -> list[dict[str, Any]]:
-    """A row for every op, dtype and provider."""
+    """One row per op, dtype and provider."""
     found = []
     for dtype_name, dtype in DTYPES.items():
         x, r, grad = (torch.randn(shape, dtype=dtype) for _ in range(3))
@@ -181,7 +181,7 @@ def rows(
 
 
 def circumstances() -> dict[str, Any]:
-    """What the figures are about."""
+    """The machine, versions and settings that the figures belong to."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"],
         cwd=Path(__file__).parent, capture_output=True, text=True,
@@ -207,7 +207,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the table, and write it where asked."""
+    """Print the table, and write it to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true")

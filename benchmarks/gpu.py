@@ -1,30 +1,30 @@
-"""Run what a GPU is needed for under one budget, by value: one command for whoever has one.
+"""Run everything that needs a GPU within a budget of minutes, the most valuable first.
 
-    python benchmarks/gpu.py --minutes 13             right or wrong, the headline, what is left
-    python benchmarks/gpu.py --minutes 13 --dry-run   what fits, with estimates; --json for programs
-    python benchmarks/gpu.py --resume DIR             goes on where earlier runs stopped
-    python benchmarks/gpu.py --piece tests ncu        the pieces whose names begin so
-    python benchmarks/gpu.py --list                   all pieces
+    python benchmarks/gpu.py --minutes 13             correctness, the headline, then the rest
+    python benchmarks/gpu.py --minutes 13 --dry-run   print what fits, with estimates; --json for
+    programs python benchmarks/gpu.py --resume DIR             go on where earlier runs stopped
+    python benchmarks/gpu.py --piece tests ncu        run the pieces whose names begin so python
+    benchmarks/gpu.py --list                   list all pieces
 
-Before it, on any machine that has the Python and the Triton of the one with the GPU:
+Before that, on any machine with the same versions of Python and Triton as the one with the GPU:
 
-    python benchmarks/gpu.py --precompile DIR --triton 3.6.0     fills a cache of kernels
-    python benchmarks/gpu.py --minutes 13 --cache DIR            takes it
+    python benchmarks/gpu.py --precompile DIR --triton 3.6.0     fill a cache of kernels
+    python benchmarks/gpu.py --minutes 13 --cache DIR            use it
 
-And after it:
+And after that:
 
-    python benchmarks/gpu.py --report DIR             records and plots into benchmarks/results, and
-                                                      the table in docs/performance.md
+    python benchmarks/gpu.py --report DIR             write records and plots to benchmarks/results,
+                                                      and the table in docs/performance.md
 
-Every piece is a process of its own. It starts where its estimate fits what is left, and is killed
-with all that it started at its limit; the others go on. After each, all results are packed into
-gpu-results.tar.gz in --out, with those of the runs that were resumed, so that a cut leaves what is
-done. The exit status is 0 where no piece failed, 1 where one did or was cut, 2 where nothing could
-be started.
+Each piece is a separate process. It starts if its estimate fits the time that is left; at its limit
+it is killed, with every process that it started, and the other pieces go on. After each piece, all
+results are packed into gpu-results.tar.gz in --out, with those of the resumed runs, so that an
+interrupted run keeps what it has. The exit status is 0 if no piece failed, 1 if one failed or was
+killed, and 2 if nothing could be started.
 
-The package need not be installed: the pieces find it in this clone. What a missing library leaves
-out is named in the summary, and a piece that cannot run here is skipped with its reason: neither
-counts as passed.
+The package need not be installed: the pieces find it in this clone. The summary names the tests
+that are left out because a library is missing, and the pieces that cannot run here with the reason;
+neither count as passed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ MINUTES = 13.0
 
 
 def chosen(pieces: Sequence[Piece], names: Sequence[str] | None) -> list[Piece]:
-    """The pieces whose names are, or begin with, one of these; ValueError where none does."""
+    """The pieces whose names are one of these or begin with one; ValueError if a name fits none."""
     for name in names or ():
         if not any((p.name + "-").startswith(name + "-") for p in pieces):
-            known = ", ".join(p.name for p in pieces)
-            raise ValueError(f"no piece is or begins with {name!r}; known: {known}")
+            every = ", ".join(p.name for p in pieces)
+            raise ValueError(f"no piece is called {name!r} or begins with it; there are: {every}")
     fits = [p for p in pieces if any((p.name + "-").startswith(n + "-") for n in names or ())]
     return fits if names else list(pieces)
 
@@ -58,42 +58,54 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     found.add_argument(
-        "--minutes", type=float, default=MINUTES, help="in all (default %(default)g)"
+        "--minutes", type=float, default=MINUTES, help="the budget (default %(default)g)"
     )
-    found.add_argument("--piece", nargs="+", metavar="NAME", help="these, by name or beginning")
+    found.add_argument(
+        "--piece", nargs="+", metavar="NAME", help="run these, by name or its beginning"
+    )
     found.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR")
     found.add_argument(
         "--resume", type=Path, nargs="+", default=[], metavar="DIR",
-        help="earlier runs: what passed there, with these kernels, is not run again",
+        help="earlier runs: what passed there with the same kernels is not run again",
     )  # fmt: skip
-    found.add_argument("--cache", type=Path, metavar="DIR", help="of --precompile, or its .tar.gz")
+    found.add_argument(
+        "--cache", type=Path, metavar="DIR", help="the folder of --precompile, or its .tar.gz"
+    )
     found.add_argument("--list", action="store_true", help="show the pieces and stop")
     found.add_argument("--dry-run", action="store_true", help="show what fits and stop")
-    found.add_argument("--json", action="store_true", help="of --dry-run: a list of records")
+    found.add_argument(
+        "--json", action="store_true", help="with --dry-run: print a list of records"
+    )
     found.add_argument("--precompile", type=Path, metavar="DIR", help="fill a cache and stop")
-    found.add_argument("--triton", metavar="VERSION", help="of --precompile: which it must be")
+    found.add_argument("--triton", metavar="VERSION", help="with --precompile: the version needed")
     found.add_argument(
         "--kernels", choices=cache.SETS, nargs="+", default=list(cache.SETS),
-        help="of --precompile: for which pieces (default: both)",
+        help="with --precompile: for which pieces (default: both)",
     )  # fmt: skip
-    found.add_argument("--arch", type=int, choices=cache.ARCHS, default=90, help="of --precompile")
-    found.add_argument("--workers", type=int, default=workers(), help="of --precompile: processes")
-    found.add_argument("--report", type=Path, metavar="DIR", help="make table and plots, and stop")
+    found.add_argument(
+        "--arch", type=int, choices=cache.ARCHS, default=90, help="with --precompile"
+    )
+    found.add_argument(
+        "--workers", type=int, default=workers(), help="with --precompile: processes"
+    )
+    found.add_argument(
+        "--report", type=Path, metavar="DIR", help="make the table and plots, and stop"
+    )
     found.add_argument("--into", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
     found.add_argument(
         "--docs", type=Path, default=ROOT / "docs" / "performance.md", metavar="FILE",
-        help="of --report: the page with the table",
+        help="with --report: the page with the table",
     )  # fmt: skip
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it as asked."""
-    asked = parser()
-    options = asked.parse_args(arguments)
+    """Run the command; the exit status."""
+    command_line = parser()
+    options = command_line.parse_args(arguments)
     for name in ("minutes", "workers"):
         if getattr(options, name) <= 0:
-            asked.error(f"--{name} {getattr(options, name):g}: give more than 0")
+            command_line.error(f"--{name} {getattr(options, name):g}: give more than 0")
     with tempfile.TemporaryDirectory(prefix="tridrop-gpu-") as folder:
         work = Path(folder)
         try:
@@ -105,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             pieces = chosen(all_pieces(work, work), options.piece)
         except ValueError as error:
-            asked.error(str(error))
+            command_line.error(str(error))
         if options.list or options.dry_run:
             _show(pieces, options)
             return 0
@@ -113,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(pieces: Sequence[Piece], options: argparse.Namespace) -> None:
-    """What there is, or what fits."""
+    """Print all pieces, or with --dry-run those that fit."""
     if options.dry_run:
         pieces = running.planned(pieces, 60 * options.minutes)
     if options.json:
@@ -137,13 +149,13 @@ def _show(pieces: Sequence[Piece], options: argparse.Namespace) -> None:
 
 
 def _precompile(options: argparse.Namespace, work: Path) -> int:
-    """Fill a cache, and say what it holds and how large it is."""
+    """Fill a cache, and print what it holds and its size."""
     import triton
 
     if options.triton not in (None, triton.__version__):
         print(
-            f"gpu.py: this Python has Triton {triton.__version__}, not {options.triton}: run this "
-            "with one that has it, of the Python version of the machine with the GPU",
+            f"gpu.py: this Python has Triton {triton.__version__}, not {options.triton}: use a "
+            "Python that has it, of the same version as on the machine with the GPU",
             file=sys.stderr,
         )
         return 2
@@ -160,11 +172,11 @@ def _precompile(options: argparse.Namespace, work: Path) -> int:
 
 
 def _run(options: argparse.Namespace, work: Path) -> int:
-    """Run what fits the budget."""
+    """Run the pieces that fit the budget; the exit status."""
     budget = running.Budget(60 * options.minutes)
     about = archive.circumstances()
     if about["device"] is None:
-        print("gpu.py: torch finds no CUDA device, and all of this is about one", file=sys.stderr)
+        print("gpu.py: torch finds no CUDA device, and every piece needs one", file=sys.stderr)
         return 2
     kept = work / "runs"
     earlier: dict[str, str] = {}
@@ -195,7 +207,7 @@ def _run(options: argparse.Namespace, work: Path) -> int:
 
 
 def _cache(source: Path | None, target: Path) -> str:
-    """Take a cache of kernels; what became of it."""
+    """Use a cache of kernels; returns whether it fits."""
     import torch
 
     if source is None:

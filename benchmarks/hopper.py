@@ -1,13 +1,13 @@
-"""Check and time what was changed for Hopper, each step beside the setting that it replaced.
+"""Check and time the changes made for Hopper, each against the setting that it replaced.
 
-    python benchmarks/hopper.py --out DIR          on a GPU: about two minutes
-    python benchmarks/hopper.py --list             the steps and their settings
+    python benchmarks/hopper.py --out DIR          on a GPU; takes about two minutes
+    python benchmarks/hopper.py --list             list the steps and their settings
 
-The machine code says what a step ought to gain (docs/performance.md); only a GPU says whether it
-does. For each step, rate, width and length the settings run in turn in every round, through the
-public op, after masks and values of each were held to those of the present setting. Lengths are of
-16,384 tokens in all, of 2048 features. Rows are written to hopper.json after each group, and the
-exit status is 1 where a setting fails its check.
+The machine code tells what a step should gain (docs/performance.md); only a GPU tells whether it
+does. First the masks and values of each setting are compared with those of the present one. Then,
+for each step, rate, width and length, the settings run in turn in every round, through the public
+op. The sequences have 16,384 tokens in total, with 2048 features. Rows are written to hopper.json
+after each group, and the exit status is 1 if a setting fails its check.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from tridrop.backends.triton.attention_launch import Tile
 Row = dict[str, Any]
 TOKENS, FEATURES = 16384, 2048
 LENGTHS, WIDTHS, RATES = (4096, 16384), (64, 128), (0.0, 0.1)
-# Operations of matrix products for a score and a column of the head.
+# Operations in matrix products per score and column of the head.
 PRODUCTS = {"forward": 4, "dquery": 6, "dkey": 8}
 
 
 @dataclass(frozen=True)
 class Step:
-    """Settings of one kernel by name, from the one before the step; the last is the present one."""
+    """Settings of one kernel by name, from that before the step to the present one."""
 
     name: str
     way: str
@@ -105,7 +105,7 @@ def group(step: Step, size: Size, p: float, rounds: int, device: str = "cuda") -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it as asked."""
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR")
     parser.add_argument("--rounds", type=int, default=10, help="(default %(default)s)")
@@ -116,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{step.name} ({step.way}): {'; '.join(step.settings)}")
         return 0
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        print("hopper.py: this needs a Hopper GPU: its settings are for that", file=sys.stderr)
+        print(
+            "hopper.py: this needs a Hopper GPU, since its settings are for Hopper", file=sys.stderr
+        )
         return 2
     rows: list[Row] = []
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,17 @@
-"""Time the host's part of a call: everything but the device's work.
+"""Time the host's part of a call: everything except the work on the device.
 
     python benchmarks/host.py                    CPU tensors, and Triton launches without a GPU
     python benchmarks/host.py --out DIR          write host.csv and host.json there
 
-Two tables, for tensors of [64, 64] in fp32, where the host is all that takes time:
+There are two tables, for tensors of [64, 64] in fp32, where only the host takes time:
 
-- *cpu*: calls on CPU tensors beside eager PyTorch's, their arithmetic included.
-- *launch*: calls of the Triton backend with a driver that compiles for sm_90 and launches nothing:
-  what the host does before the kernel starts, but for cuLaunchKernel itself. On a machine with a
-  GPU the real driver is used, with CUDA tensors.
+- *cpu*: calls on CPU tensors, including their arithmetic, compared with eager PyTorch's.
+- *launch*: calls of the Triton backend with a driver that compiles for sm_90 and launches nothing.
+  This is what the host does before the kernel starts, except for cuLaunchKernel itself. On a
+  machine with a GPU the real driver is used, with CUDA tensors.
 
-Providers run in turn in each round, so that a slow moment meets all of them; a figure is the median
-over the rounds of the mean time of a call, and eager's is of the same rounds.
+Providers take turns in each round, so that a slow moment affects all of them. A figure is the
+median over the rounds of the mean time per call; eager is timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _attend(attention: Op, x: Tensor, r: Tensor) -> Tensor:
     return attention(query, key, query, None, P)[0, 0]
 
 
-# name -> (eager, tridrop), of x, a residual, and a norm's weight and bias
+# name -> (eager, tridrop): functions of x, a residual, and a norm's weight and bias
 OPS: dict[str, tuple[Op, Op]] = {
     "dropout": (
         lambda x, r, w, b: F.dropout(x, P),
@@ -75,7 +75,7 @@ OPS: dict[str, tuple[Op, Op]] = {
 
 @contextmanager
 def launching() -> Iterator[str]:
-    """Calls go to Triton inside; the device of their tensors."""
+    """Make calls inside use Triton; yields the device for their tensors."""
     if torch.cuda.is_available():
         with tridrop.backend("triton"):
             yield "cuda"
@@ -85,7 +85,7 @@ def launching() -> Iterator[str]:
 
 
 def measure(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Microseconds a call: medians over the rounds."""
+    """Microseconds per call: medians over the rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(3):
@@ -102,7 +102,7 @@ def measure(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def rows(device: str, table: str) -> Iterator[dict[str, Any]]:
-    """A row an op and direction."""
+    """One row per op and direction."""
     x, r, grad = (torch.randn(64, 64, device=device) for _ in range(3))
     w, b = torch.ones(64, device=device), torch.zeros(64, device=device)
     leaves = [t.clone().requires_grad_() for t in (x, r, w, b)]
@@ -127,7 +127,7 @@ def rows(device: str, table: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print the tables, and write them where asked."""
+    """Print the tables, and write them to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", choices=("cpu", "launch"), action="append")

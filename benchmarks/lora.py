@@ -1,15 +1,15 @@
-"""Time a Llama-like layer with LoRA on all seven projections: PEFT, compiled, and after a swap.
+"""Time a Llama-like layer with LoRA on all seven projections: PEFT, compiled and swapped.
 
-    python benchmarks/lora.py                      on a GPU where there is one; else small, on a CPU
-    python benchmarks/lora.py --device cpu --out DIR
-    python benchmarks/lora.py --ranks 16 --rates 0,0.05 --providers peft,tridrop
-    python benchmarks/lora.py --adapters fp32      adapters in fp32 over a bf16 layer
+    python benchmarks/lora.py                      on a GPU if there is one, else a small layer on a
+    CPU python benchmarks/lora.py --device cpu --out DIR python benchmarks/lora.py --ranks 16
+    --rates 0,0.05 --providers peft,tridrop python benchmarks/lora.py --adapters fp32      adapters
+    in fp32 over a bf16 layer
 
-One decoder layer, forward and backward, for each rank and rate. Every provider at every rate runs
-in turn in each round, so that a slow moment of the machine meets all of them; compare the ratios,
-which are medians of the rounds' ratios. The base is frozen, and x requires a gradient, as it does
-in the middle of a model. Saved memory is what the layer keeps for backward, parameters apart; of a
-compiled layer it is not counted, since what that keeps is the compiler's choice.
+It times one decoder layer, forward and backward, for each rank and rate. All providers and rates
+take turns in each round, so that a slow moment of the machine affects all of them; compare the
+ratios, which are medians of the ratios within each round. The base is frozen, and x requires a
+gradient, as it does in the middle of a model. Saved memory is what the layer keeps for backward,
+without parameters; for a compiled layer it is not counted, since the compiler chooses what to keep.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Size:
 SIZES = {
     "cuda": Size(4096, 14336, 32, 8, 2, 4096),  # Llama 3 8B
     "cpu": Size(512, 1408, 8, 4, 2, 256),
-    "tiny": Size(32, 48, 2, 1, 1, 8),  # to see that it runs
+    "tiny": Size(32, 48, 2, 1, 1, 8),  # to test that it runs
 }
 
 
@@ -79,7 +79,7 @@ class Layer(nn.Module):
 
 
 class Subject:
-    """A provider at a rate, with its own layer."""
+    """A provider at one rate, with its own layer."""
 
     def __init__(
         self, provider: str, p: float, rank: int, size: Size, device: str, dtype: torch.dtype,
@@ -111,16 +111,16 @@ class Subject:
         return torch.autograd.grad(self.call(x), [x, *self.trained], grad)
 
     def saved(self, x: Tensor) -> int | None:
-        """Bytes kept for backward, parameters apart."""
+        """Bytes kept for backward, without parameters; None for a compiled layer."""
         if self.provider.endswith("compile"):
             return None
         _, kept = kept_by(lambda: self.model(x))
-        own = {w.untyped_storage().data_ptr() for w in self.model.parameters()}
-        return storage_bytes(t for t in kept if t.untyped_storage().data_ptr() not in own)
+        parameters = {w.untyped_storage().data_ptr() for w in self.model.parameters()}
+        return storage_bytes(t for t in kept if t.untyped_storage().data_ptr() not in parameters)
 
 
 def rows(machine: Machine, rank: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every provider and rate."""
+    """One row per provider and rate."""
     size = SIZES[options.size]
     dtype = DTYPES[options.dtype]
     adapters = DTYPES[options.adapters] if options.adapters else dtype
@@ -172,14 +172,14 @@ def nbytes(x: Tensor) -> int:
 
 
 def ratio(first: Sequence[float] | None, second: Sequence[float] | None) -> float | None:
-    """The median of the ratios of two providers, round by round."""
+    """The median of the ratio of two providers within each round."""
     if not first or not second:
         return None
     return round(statistics.median(a / b for a, b in zip(first, second, strict=True)), 4)
 
 
 def circumstances(machine: Machine, options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures are of."""
+    """The machine, versions and settings that the figures belong to."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
         cwd=Path(__file__).parent, capture_output=True, text=True,
@@ -191,26 +191,26 @@ def circumstances(machine: Machine, options: argparse.Namespace) -> dict[str, An
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; sizes and numbers of rounds are the device's."""
+    """The options, with defaults that depend on the device."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
 
-    def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-        return lambda text: [kind(part) for part in text.split(",")]
+    def several(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: [convert(part) for part in text.split(",")]
 
     def provider(text: str) -> str:
         if text not in PROVIDERS:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PROVIDERS)}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(PROVIDERS)}")
         return text
 
     parser.add_argument("--device", choices=("cuda", "cpu"))
-    parser.add_argument("--size", choices=tuple(SIZES), help="(default: that of the device)")
+    parser.add_argument("--size", choices=tuple(SIZES), help="(default: that for the device)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="(bf16 on cuda, fp32 on cpu)")
     parser.add_argument("--adapters", choices=tuple(DTYPES), help="(default: --dtype)")
     parser.add_argument("--ranks", type=several(int), default=list(RANKS), metavar="R,R")
     parser.add_argument("--rates", type=several(float), default=list(RATES), metavar="P,P")
     parser.add_argument("--providers", type=several(provider), default=list(PROVIDERS))
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--calls", type=int, help="steps a round")
+    parser.add_argument("--calls", type=int, help="steps per round")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write lora.csv and lora.json")
     options = parser.parse_args(given)
@@ -224,7 +224,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Print the table, and write it where asked."""
+    """Print the table, and write it to --out if given."""
     options = arguments(given)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -243,7 +243,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def write(out: Path, about: dict[str, Any], table: list[dict[str, Any]]) -> None:
-    """Write what there is: a cut leaves the ranks that are done."""
+    """Write the rows so far, so that an interrupted run keeps the ranks that are done."""
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"circumstances": about, "rows": table}, indent=1)
     (out / "lora.json").write_text(text + "\n")

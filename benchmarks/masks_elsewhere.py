@@ -1,10 +1,11 @@
-"""The time of 2^24 decisions in each file of tridrop.masks, side by side.
+"""Time 2^24 decisions with each file of tridrop.masks.
 
     python benchmarks/masks_elsewhere.py [--write]
 
-It runs what is installed, each in a process of its own, in turn; and the header by the compiler
-`cc`. Without a CUDA device everything runs on the CPU. A time is the fastest of seven after two
-that compile and warm up; --write puts them into benchmarks/results/masks_elsewhere.json.
+It runs the frameworks that are installed one after the other, each in its own process, and the C
+header compiled by `cc`. Without a CUDA device everything runs on the CPU. A time is the fastest of
+seven calls, after two that compile and warm up; --write puts the times into
+benchmarks/results/masks_elsewhere.json.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def fastest(call, wait) -> float:
 
 
 def measure(name: str) -> list[float]:
-    """Seconds of a mask of elements and of one of attention."""
+    """The seconds of an elementwise mask, and of an attention mask."""
     if name == "tridrop":
         import tridrop
 

@@ -1,11 +1,11 @@
-"""The peak memory of real training steps on a CPU, by resident size: GPT-2 with dropout everywhere.
+"""Measure the peak memory of training steps on a CPU: GPT-2 with dropout everywhere.
 
     python benchmarks/peak_memory.py [--layers 12] [--width 768] [--tokens 1024] [--batch 2]
 
-Each way of training runs in a process of its own: two steps of forward, backward and AdamW, and
-then the most memory that the process ever had resident, less what it had before the first step
-(weights and libraries). Freed memory goes back to the system at once (glibc's threshold for mapping
-is set low), so that the peak is that of what was needed together.
+Each way of training runs in its own process, for two steps of forward, backward and AdamW. The
+figure is the largest resident size that the process ever had, minus its size before the first step
+(weights and libraries). Freed memory goes back to the system at once, since glibc's threshold for
+mapping is set low, so the peak counts only memory that was in use at the same time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ P = 0.1
 
 
 def measured(way: str, sizes: dict[str, int], p: float) -> dict[str, float]:
-    """A model trained for two steps: MiB at the peak beyond the weights, seconds, the last loss."""
+    """Train a model for two steps: the peak beyond the weights in MiB, seconds, the last loss."""
     import torch
 
     import tridrop
@@ -61,7 +61,7 @@ def measured(way: str, sizes: dict[str, int], p: float) -> dict[str, float]:
 
 
 def plot(found: dict[str, dict[str, float]], path: Path) -> None:
-    """Bars of what is left without gradients and AdamW's moments."""
+    """Draw the peaks without gradients and AdamW's moments as bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.4), layout="constrained")
@@ -75,7 +75,7 @@ def plot(found: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def resident() -> float:
-    """What the process has resident now, in MiB."""
+    """The resident size of the process now, in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -87,9 +87,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--p", type=float, default=P)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--json", type=Path, help="a file for the figures")
-    parser.add_argument("--plot", type=Path, help="a picture of the figures, from --from or a run")
-    parser.add_argument("--from", type=Path, dest="given", help="figures of an earlier --json")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw the figures of this run, or of --from")
+    parser.add_argument(
+        "--from", type=Path, dest="given", help="take the figures of an earlier --json"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     sizes = {n: getattr(args, n) for n in ("layers", "width", "tokens", "batch", "vocabulary")}
@@ -111,11 +113,11 @@ def main() -> None:
         if ran.returncode:
             sys.exit(f"{way}: {ran.stderr[-2000:]}")
         found[way] = json.loads(ran.stdout.splitlines()[-1])
-        own = found[way]
-        # Gradients and AdamW's two moments lie beside every way's activations.
-        rest = own["peak"] - 3 * own["weights"]
-        print(f"{way:22} {own['peak']:8.0f}  less gradients and AdamW {rest:8.0f}  "
-              f"loss {own['loss']:.4f}  {own['seconds']:.0f} s", flush=True)  # fmt: skip
+        figures = found[way]
+        # Every way also needs the gradients and AdamW's two moments.
+        rest = figures["peak"] - 3 * figures["weights"]
+        print(f"{way:22} {figures['peak']:8.0f}  less gradients and AdamW {rest:8.0f}  "
+              f"loss {figures['loss']:.4f}  {figures['seconds']:.0f} s", flush=True)  # fmt: skip
     if args.plot:
         plot(found, args.plot)
     if args.json:

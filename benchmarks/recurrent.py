@@ -1,9 +1,9 @@
-"""What variational dropout costs a recurrent layer: forward and backward, side by side, on a CPU.
+"""Time what variational dropout costs a recurrent layer on a CPU, forward and backward.
 
     python benchmarks/recurrent.py
 
-Turns go round: each layer once, then each again, so that all see the same machine. One thread, and
-the time is that of the processor, so that others on the machine matter little. Printed are medians
+The layers take turns, so that a slow moment of the machine affects all of them. They use one
+thread, and processor time is measured, so that other programs matter little. It prints the medians
 as ratios to torch's layer.
 """
 
@@ -20,10 +20,10 @@ from tridrop.nn import VariationalRNN
 STEPS, BATCH, TURNS = 70, 20, 9
 
 
-def layers(kind: type[nn.RNNBase], size: int) -> dict[str, nn.Module]:
+def layers(layer_class: type[nn.RNNBase], size: int) -> dict[str, nn.Module]:
     def made() -> nn.RNNBase:
         torch.manual_seed(0)
-        return kind(size, size, 2)
+        return layer_class(size, size, 2)
 
     return {
         "torch": made(),
@@ -42,10 +42,10 @@ def turn(layer: nn.Module, x: torch.Tensor) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, T = {STEPS}, B = {BATCH}", flush=True)
-    for kind in (nn.LSTM, nn.GRU):
+    for layer_class in (nn.LSTM, nn.GRU):
         for size in (128, 512):
             x = torch.randn(STEPS, BATCH, size, requires_grad=True)
-            rows = layers(kind, size)
+            rows = layers(layer_class, size)
             times: dict[str, list[float]] = {name: [] for name in rows}
             for i in range(TURNS + 2):
                 for name, layer in rows.items():
@@ -54,9 +54,8 @@ def main() -> None:
                         times[name].append(spent)
             base = statistics.median(times["torch"])
             ratios = {name: statistics.median(t) / base for name, t in times.items()}
-            print(
-                f"{kind.__name__} {size}:", {n: round(r, 2) for n, r in ratios.items()}, flush=True
-            )
+            rounded = {name: round(ratio, 2) for name, ratio in ratios.items()}
+            print(f"{layer_class.__name__} {size}:", rounded, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/run_kernel.py attention_dkey 4,16,4096,0,128 --times 3
 
-The families and their sizes are those of benchmarks/tune.py; its --list shows them.
+The families and sizes are those of benchmarks/tune.py, whose --list shows them.
 """
 
 from __future__ import annotations

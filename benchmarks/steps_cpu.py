@@ -1,10 +1,10 @@
-"""Whole steps on a CPU: forward and backward of BERT and GPT-2, beside eager with dropout.
+"""Time whole steps on a CPU, forward and backward of BERT and GPT-2, against eager with dropout.
 
     python benchmarks/steps_cpu.py [--rounds 9] [--layers 4] [--width 768] [--tokens 256]
 
-Every way takes a turn in each round, in an order that moves on from round to round; what is
-printed is the median of the rounds' ratios to eager at p = 0.1, so that a machine that is slower
-for a while is so for all of them. Eager at p = 0 is what a step would take if dropout cost nothing.
+The ways take turns in each round, in an order that rotates from round to round, so that a slow
+moment of the machine affects all of them. It prints the median, over the rounds, of each way's
+ratio to eager at p = 0.1. Eager at p = 0 is what a step would take if dropout cost nothing.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--models", nargs="*", default=["bert", "gpt2"], choices=["bert", "gpt2"])
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    args.ways = list(dict.fromkeys([EAGER, *args.ways]))  # all others are beside it
+    args.ways = list(dict.fromkeys([EAGER, *args.ways]))  # the others are compared with it
     torch.set_num_threads(args.threads)
     found = {}
     for name in args.models:

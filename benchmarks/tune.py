@@ -1,24 +1,24 @@
-"""Try launch settings around the present ones: on a GPU by time, without one by machine code.
+"""Try launch settings near the present ones: on a GPU by time, without one by machine code.
 
     python benchmarks/tune.py                              every family and size in bf16 (an hour)
-    python benchmarks/tune.py --family norm_forward        one family: minutes
+    python benchmarks/tune.py --family norm_forward        one family (minutes)
     python benchmarks/tune.py --static --arch sm_90        compile only; needs no GPU
-    python benchmarks/tune.py --list                       the families and how many candidates
+    python benchmarks/tune.py --list                       list families and numbers of candidates
 
-Every candidate takes the place of the pure function of tridrop/backends/triton that decides it, and
-runs through the public op. On a GPU its results are first held to those of the present setting:
-masks decision by decision, values within rounding. Then the candidates run in turn in each round,
-so that a slow moment of the machine meets all of them; the figure is the median. Caches are
-overwritten before every run, and the device is kept busy meanwhile, so that host time does not
-count.
+Each candidate replaces the result of the pure function in tridrop/backends/triton that decides the
+setting, and runs through the public op. On a GPU its results are first compared with those of the
+present setting: masks decision by decision, values within rounding. Then the candidates run in turn
+in each round, so that a slow moment of the machine affects all of them; the figure is the median.
+Caches are overwritten before every run, and the device is kept busy while the host launches, so
+that host time does not count.
 
-With --static every candidate is compiled for GPUs that need not be here, as `tridrop inspect` does
-it, at that command's sizes. Those that spill, or take more shared memory than there is, are
-rejected. Which of the others is fastest only a GPU can tell.
+With --static every candidate is compiled for GPUs that need not be present, as `tridrop inspect`
+does, at that command's sizes. Those that spill, or take more shared memory than there is, are
+rejected. Only a GPU can tell which of the others is fastest.
 
-What is found is printed. With --out FOLDER rows are also written, to tune-DEVICE-FAMILY-DATE.json
-and .csv there, after each size, so that a cut leaves what is done; nothing else is written, and
-nothing is changed in the package.
+The results are printed. With --out FOLDER the rows are also written to tune-DEVICE-FAMILY-DATE.json
+and .csv there, after each size, so that an interrupted run keeps what is done. Nothing else is
+written, and nothing is changed in the package.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ Row = dict[str, Any]
 GENERATIONS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 ARCHS = {arch: gpu.Gpu(generation, SHARED[arch]) for arch, generation in GENERATIONS.items()}
 FLUSHED = 256 << 20  # bytes written before a run: more than any cache
-BUSY = 500_000  # clocks that the device waits while the host launches: a quarter of a millisecond
-WORTH = 1.02  # a gain that is more than noise
+BUSY = 500_000  # clocks that the device waits while the host launches: about 0.25 ms
+WORTH = 1.02  # the least gain that is more than noise
 
 
 def candidates(family: Family, size: Size, present: Settings) -> list[Settings]:
-    """The candidates that differ, the present setting first."""
+    """The present setting, then the candidates that differ from it and from each other."""
     found = [present]
     for settings in family.candidates(size):
-        # A number that a candidate names beside its tile is the module's own in the present one.
+        # A number that a candidate sets besides its tile has the module's value in the present one.
         full = {n: getattr(family.module, n) for n in settings if n not in present} | present
         if settings != full and settings not in found:
             found.append(settings)
@@ -72,25 +72,25 @@ def shown(settings: Settings) -> str:
 
 
 def difference(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> str | None:
-    """What is wrong with results beside those of the present setting; None where nothing is."""
+    """How results differ from those of the present setting; None if only by rounding."""
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         largest = float(b.abs().max())
-        # Sums of another order: a few roundings to the dtype, more of them in fp32.
+        # Another order of sums changes a few roundings to the dtype, more of them in fp32.
         limit = max(4 * torch.finfo(b.dtype).eps, 2**-18) * largest
         error = float((a.double() - b.double()).abs().nan_to_num(nan=torch.inf).max())
         if a.dtype != b.dtype or not error <= limit:
-            return f"result {i} differs by {error:.3g}, allowed are {limit:.3g}"
+            return f"result {i} differs by {error:.3g}, more than the {limit:.3g} allowed"
     return None
 
 
 def flips(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> int:
-    """Decisions that differ in the results of a probe."""
+    """How many decisions differ in the results of a probe."""
     pairs = zip(found, expected, strict=True)
     return sum(int((~((a.float() - b.float()).abs() < 0.5)).sum()) for a, b in pairs)
 
 
 class Problem:
-    """A family's call at one size, the probe of its masks, and what both give now."""
+    """A family's call at one size, the probe of its masks, and the present results of both."""
 
     def __init__(self, family: Family, size: Size, dtype: torch.dtype, device: str) -> None:
         self.family = family
@@ -99,7 +99,7 @@ class Problem:
         self.expected, self.expected_probe = self.call(), self.probe()
 
     def why_not(self, settings: Settings) -> str | None:
-        """Why a candidate is of no use, or None; run once, it is compiled, too."""
+        """Why a candidate cannot be used, or None. This runs it once, which also compiles it."""
         try:
             with replaced(self.family.module, settings):
                 flipped = flips(self.probe(), self.expected_probe)
@@ -132,7 +132,7 @@ def timed(problem: Problem, tried: list[Settings], rounds: int) -> list[list[flo
 
 
 def measure(family: Family, size: Size, dtype: str, rounds: int, device: str = "cuda") -> list[Row]:
-    """A row for every candidate, timed or with the reason why not; the present setting first."""
+    """One row per candidate, with its time or why it has none; the present setting first."""
     problem = Problem(family, size, DTYPES[dtype], device)
     present = family.present(size, DTYPES[dtype], gpu.of(torch.device(device)))
     tried = candidates(family, size, present)
@@ -155,7 +155,7 @@ def measure(family: Family, size: Size, dtype: str, rounds: int, device: str = "
 
 
 def compiled(name: str, row: str, arch: str, dtype: str, settings: Settings) -> Row:
-    """What a candidate comes to as machine code; for a process of its own."""
+    """Figures from a candidate's machine code; runs in a worker process."""
     from tridrop.commands.inspection.records import compile_row
 
     family = FAMILIES[name]
@@ -164,7 +164,7 @@ def compiled(name: str, row: str, arch: str, dtype: str, settings: Settings) -> 
     try:
         with replaced(family.module, settings):
             records = compile_row(row, arch, dtype, "tridrop")
-    except Exception as error:  # whatever a compiler fails with is a reason, and is written down
+    except Exception as error:  # a compiler may fail with anything; the row records it
         reason = f"{type(error).__name__}: {error}"
         return about | {"why_not": f"does not compile: {reason.splitlines()[0][:200]}"}
     (record,) = (r for r in records if r["kernel"] == family.kernel)
@@ -182,7 +182,7 @@ def static(
     names: list[str], sizes: list[Size], archs: list[str], dtype: str, jobs: int
 ) -> Iterator[list[Row]]:
     """The rows of every family, size and architecture, the present setting first."""
-    # A started process reads the environment anew: there Triton compiles, whatever it does here.
+    # New processes read the environment again: Triton compiles there, even if it interprets here.
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for name in names:
@@ -193,7 +193,7 @@ def static(
                     tried = [
                         {k: v for k, v in s.items() if k != "REDUCTION_PROGRAMS"}
                         for s in candidates(family, size, present)
-                    ]  # how many programs there are is not in the machine code
+                    ]  # the number of programs does not affect the machine code
                     tried = [s for i, s in enumerate(tried) if s not in tried[:i]]
                     futures = [
                         pool.submit(compiled, name, inspected, arch, dtype, s) for s in tried
@@ -206,7 +206,7 @@ def static(
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """A family at one size: the table, and what its function would have to say."""
+    """The table of a family at one size, and what its function would have to return."""
     first = rows[0]
     head = [str(first[k]) for k in ("family", "size", "dtype", "arch") if k in first]
     columns = ("ms", "gain") if "ms" in first else (
@@ -222,30 +222,30 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def verdict(rows: list[Row]) -> str:
-    """What the pure function would have to return, and what for."""
+    """What the pure function would have to return, and why."""
     first, usable = rows[0], [row for row in rows if row["why_not"] is None]
     if "ms" in first:
         best = min(usable, key=lambda row: row["ms"])
         if best["gain"] < WORTH:
-            return f"-> stays: nothing is {WORTH} times as fast"
+            return f"-> stays: no candidate is {WORTH} times as fast"
         return f"-> {best['gain']:.2f} times as fast: {best['settings']}"
     if first["why_not"] is None:
-        return "-> stays, as far as machine code tells: it neither spills nor asks for too much"
+        return "-> stays, by the machine code: it neither spills nor needs too much shared memory"
     least = first.get("instructions_per_element", float("inf"))
     better = [row["settings"] for row in usable if row["instructions_per_element"] <= least]
     if better:
-        return f"-> {first['why_not']}; at no more instructions do not: {'; '.join(better)}"
+        return f"-> {first['why_not']}; with no more instructions these do not: {'; '.join(better)}"
     if usable:
         best = min(usable, key=lambda row: row["instructions_per_element"])
         return (
-            f"-> {first['why_not']}; at {best['instructions_per_element']:.4g} instructions an "
-            f"element instead of {least:.4g} does not: {best['settings']}"
+            f"-> {first['why_not']}; with {best['instructions_per_element']:.4g} instructions per "
+            f"element instead of {least:.4g} this does not: {best['settings']}"
         )
-    return f"-> {first['why_not']}, and so does every candidate, or worse"
+    return f"-> {first['why_not']}, and no candidate is better"
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """JSON with what the rows are about, and the rows alone as CSV."""
+    """Write the rows as JSON and as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:
@@ -258,7 +258,7 @@ def write(rows: list[Row], path: Path) -> None:
 def report(
     groups: Iterable[list[Row]], path: Path | None, about: Row, say: Callable[[str], None] = print
 ) -> None:
-    """Print the groups as they come, and write them where there is a path."""
+    """Print the groups as they come, and write them if a path is given."""
     rows: list[Row] = []
     for group in groups:
         for line in summary(group):
@@ -275,7 +275,9 @@ def _size(text: str) -> Size:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--size", nargs="+", type=_size, default=[], help="of --list: 8192,4096")
+    parser.add_argument(
+        "--size", nargs="+", type=_size, default=[], help="sizes of --list, such as 8192,4096"
+    )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"])
     parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--static", action="store_true", help="compile only; needs no GPU")
@@ -286,14 +288,14 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds < 2 or options.jobs < 1:
         parser.error("give --rounds 2 or more, and --jobs 1 or more")
-    known = {size for f in FAMILIES.values() for size in (*f.sizes, *f.rows.values())}
-    if unknown := set(options.size) - known:
+    sizes = {size for f in FAMILIES.values() for size in (*f.sizes, *f.rows.values())}
+    if unknown := set(options.size) - sizes:
         parser.error(f"--size {unknown.pop()}: no family has it; --list shows the sizes")
     return options
 
 
 def main() -> None:
-    """Run it as asked."""
+    """Run the command."""
     options = arguments()
     if options.list:
         for family in FAMILIES.values():

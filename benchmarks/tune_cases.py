@@ -1,9 +1,9 @@
-"""What benchmarks/tune.py tries: kernel families, their sizes, candidate settings and problems.
+"""The kernel families of benchmarks/tune.py: their sizes, candidate settings and problems.
 
-A family is a kernel whose launch setting is one pure function of a launch module. A candidate is
-what that function would return, and where a sum over rows is made also how many programs share it.
-The others have no pipeline stages to choose: Triton overlaps loads with earlier turns of a loop
-by that number only where they feed a matrix product.
+A family is a kernel whose launch setting is decided by one pure function of a launch module. A
+candidate is a possible result of that function and, for a sum over rows, also the number of
+programs that share it. Only attention has pipeline stages to choose: Triton overlaps loads with
+earlier iterations of a loop only where the loads feed a matrix product.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ P, SEED = 0.1, 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Size = tuple[int, ...]
 Settings = dict[str, Any]
-"""name in the launch module -> a number, or what the function of that name is to return"""
+"""name in the launch module -> a number, or the result for the function of that name"""
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -42,30 +42,30 @@ class Family:
     kernel: str
     sizes: tuple[Size, ...]
     problem: Callable[..., Call]
-    """(size, dtype, device, probe) -> the call; of a probe, a small one whose results show its
-    masks: a decision moves them by 1 or more, and rounding by far less than a half"""
+    """(size, dtype, device, probe) -> the call. A probe is a small call whose results show its
+    masks: a decision changes them by 1 or more, and rounding by far less than a half"""
     candidates: Callable[[Size], list[Settings]]
     rows: dict[str, Size]
     """row of ``tridrop inspect`` that compiles the kernel without a GPU -> its size"""
 
-    def present(self, size: Size, dtype: torch.dtype, kind: Gpu) -> Settings:
+    def present(self, size: Size, dtype: torch.dtype, device: Gpu) -> Settings:
         """What the function returns now."""
         function = getattr(self.module, self.setting)
         if self.module is attention_launch:
             bytes_ = torch.finfo(dtype).bits // 8
-            return {self.setting: function(size[-1], bytes_, kind)}
+            return {self.setting: function(size[-1], bytes_, device)}
         return {self.setting: function(*size[-2:])}
 
 
 @contextmanager
 def replaced(module: ModuleType, settings: Settings) -> Iterator[None]:
-    """Put settings in the place of a module's own, and these back afterwards.
+    """Replace the settings of a module inside, and restore them afterwards.
 
     Raises:
-        RuntimeError: no launch inside asked for them, so that something else was measured.
+        RuntimeError: no launch inside asked for them, so something else was measured.
     """
-    own = {name: getattr(module, name) for name in settings}
-    functions = {name for name, value in own.items() if callable(value)}
+    originals = {name: getattr(module, name) for name in settings}
+    functions = {name for name, value in originals.items() if callable(value)}
     asked: set[str] = set()
 
     def answer(name: str, *_: Any) -> Any:
@@ -77,7 +77,7 @@ def replaced(module: ModuleType, settings: Settings) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in own.items():
+        for name, value in originals.items():
             setattr(module, name, value)
     if asked != functions:
         missing = ", ".join(sorted(functions - asked))
@@ -88,13 +88,13 @@ def replaced(module: ModuleType, settings: Settings) -> Iterator[None]:
 
 
 def _fill(probe: bool, device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Ones where masks are to be seen, normal numbers where time is to be measured."""
+    """A maker of tensors: of ones for a probe, so that masks show, else of normal numbers."""
     make = torch.ones if probe else torch.randn
     return partial(make, device=device, dtype=dtype)
 
 
 def _gradients(out: Any, leaves: list[Tensor], grads: Any, count: int | None = None) -> Call:
-    """The backward of a graph, which can be run again; the first ``count`` gradients of it."""
+    """A call that runs a graph's backward, repeatably, for its first ``count`` gradients."""
     return lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True)[:count]
 
 
@@ -128,7 +128,7 @@ def norm(
     rows, cols = (40, size[1]) if probe else size
     make = _fill(probe, device, dtype)
     x, weight = make(rows, cols, requires_grad=True), make(cols, requires_grad=True)
-    # Zeros, so that the stream of a probe shows its mask.
+    # The residual is zero, so that the stream of a probe shows its mask.
     residual = torch.zeros(rows, cols, device=device, dtype=dtype)
     shift = torch.zeros(cols, device=device, dtype=dtype, requires_grad=True)
     if not probe:
@@ -165,7 +165,7 @@ def softmax(size: Size, dtype: torch.dtype, device: str, probe: bool, *, way: st
 
 
 def _coded(dim: int, device: str, dtype: torch.dtype) -> Tensor:
-    """[4 * dim, dim]: a sum over rows is a number of four bits for each column."""
+    """[4 * dim, dim] with powers of two: a sum over rows shows four decisions per column."""
     blocks = [torch.eye(dim, device=device, dtype=dtype) * 2**bit for bit in range(4)]
     return torch.cat(blocks)[None, None]
 
@@ -176,8 +176,8 @@ def attention(
     batch, heads, tokens, causal, dim = size
     shape = (batch, heads, tokens, dim)
     if probe:
-        # All probabilities are 1 / keys. In forward the values are coded, so that a result holds
-        # the decisions of four keys; for dV the gradient is, for dQ the keys are.
+        # All probabilities are 1 / keys. In forward the values are coded, so that a result shows
+        # the decisions of four keys. For dV the gradient is coded, and for dQ the keys.
         shape, coded = (1, 1, 4 * dim, dim), _coded(dim, device, dtype)
         query = torch.zeros(shape, device=device, dtype=dtype)
         key = coded if way == "dquery" else query.clone()
@@ -204,29 +204,29 @@ def attention(
 # Candidates.
 
 
-def _held(tile: launch.Tile) -> float:
-    """Elements a thread."""
+def _per_thread(tile: launch.Tile) -> float:
+    """Elements per thread."""
     return tile.rows * tile.cols / (32 * tile.num_warps)
 
 
 def tiles(
     size: Size, name: str, elements: tuple[int, ...], programs: tuple[int, ...] = ()
 ) -> list[Settings]:
-    """Tiles of so many elements, 8 to 64 a thread, and the programs of a reduction."""
+    """Tiles of these sizes with 8 to 64 elements per thread, and the programs of a reduction."""
     shapes = [launch.tile(*size, n) for n in elements]
     found = [t._replace(num_warps=w) for t in shapes for w in (2, 4, 8)]
-    found = [t for t in found if 8 <= _held(t) <= 64]
+    found = [t for t in found if 8 <= _per_thread(t) <= 64]
     return _each(name, found, programs)
 
 
 def row_tiles(size: Size, name: str, programs: tuple[int, ...] = ()) -> list[Settings]:
-    """Tiles of whole rows, 8 to 32 elements a thread; of a wide row's backward, of chunks."""
+    """Tiles of whole rows, or chunks of wide rows, with 8 to 32 elements per thread."""
     width = triton.next_power_of_2(size[1])
     shapes = [(rows, width) for rows in (1, 2, 4)]
     if size[1] > launch.ROW_FORWARD or (programs and size[1] > launch.ROW_BACKWARD):
         shapes = [(rows, cols) for rows in (4, 8, 16) for cols in (256, 512, 1024)]
     found = [launch.Tile(*shape, w) for shape in shapes for w in (1, 2, 4, 8, 16)]
-    return _each(name, [t for t in found if 8 <= _held(t) <= 32], programs)
+    return _each(name, [t for t in found if 8 <= _per_thread(t) <= 32], programs)
 
 
 def _each(name: str, found: list[launch.Tile], programs: tuple[int, ...]) -> list[Settings]:
@@ -236,13 +236,13 @@ def _each(name: str, found: list[launch.Tile], programs: tuple[int, ...]) -> lis
 
 
 def softmax_tiles(size: Size) -> list[Settings]:
-    """Whole rows, or chunks of those that do not fit the registers; 16 to 64 keys a thread."""
+    """Tiles of whole rows, or chunks of rows too long for registers; 16 to 64 keys per thread."""
     width = triton.next_power_of_2(size[-1])
     shapes = [(rows, width) for rows in (1, 2, 4)]
     if size[-1] > softmax_launch.ROW_KEYS:
         shapes = [(1, n) for n in (4096, 8192, 16384)]
     found = [launch.Tile(*shape, w) for shape in shapes for w in (1, 2, 4, 8, 16)]
-    return [{"tile": t} for t in found if 16 <= _held(t) <= 64]
+    return [{"tile": t} for t in found if 16 <= _per_thread(t) <= 64]
 
 
 # Queries, keys, warps, stages.
@@ -293,7 +293,7 @@ def _families() -> Iterator[Family]:
         {"dropout_add bias backward": INSPECTED},
     )  # fmt: skip
     gated = ("gated_reduction_tile", (512, 1024, 2048), PROGRAMS)
-    yield Family(  # no row of `tridrop inspect` has a gated activation's sums
+    yield Family(  # no row of `tridrop inspect` has the sums of a gated activation
         "gated_sums", launch, "gated_reduction_tile", "backward_kernel", MATRICES,
         partial(elementwise, way="sums", gated=True), lambda size: tiles(size, *gated), {},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A GPT block written by hand with the fused ops, as a model that learns to copy.
+"""A GPT block written by hand with the fused ops, in a model that learns to copy.
 
 python examples/gpt_block.py
 """
@@ -26,11 +26,12 @@ class Block(nn.Module):
         on = self.training
         parts = self.attend(self.first(x)).chunk(3, -1)
         query, key, value = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in parts)
-        # The probabilities are dropped inside attention: torch keeps them for backward, this not.
+        # Dropout acts on the probabilities inside attention. Torch keeps these for backward, this
+        # op does not.
         seen = tridrop.scaled_dot_product_attention(
             query, key, value, dropout_p=P if on else 0.0, is_causal=True
         ).transpose(1, 2).flatten(2)  # fmt: skip
-        # x + dropout(seen @ W + b) in one kernel: the linear layer's bias goes along.
+        # x + dropout(seen @ W + b): one kernel after the product, with the linear layer's bias.
         x = tridrop.dropout_add(
             F.linear(seen, self.project.weight), x, P, on, bias=self.project.bias
         )
@@ -57,7 +58,7 @@ class Model(nn.Module):
 
 
 def batch() -> Tensor:
-    """Eight random words, and the same eight again: the second half can be known."""
+    """Eight random words, then the same eight again: the second half can be predicted."""
     half = torch.randint(WORDS, (64, LENGTH // 2))
     return torch.cat([half, half], 1)
 

@@ -13,7 +13,7 @@ from tridrop.swapping.lightning import SwapCallback
 
 
 class Order(lightning.LightningModule):
-    """Is a row of numbers rising or falling?"""
+    """Classifies rows of numbers as rising or falling."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ batch["labels"] = batch["input_ids"]
 
 report = tridrop.swap(model)
 print(report)
-cost = report.verify(**batch).cost  # runs the model as it was and as it is
+cost = report.verify(**batch).cost  # runs the model with and without the swap
 print(
     f"kept for backward: {cost.before.saved_bytes:,} bytes before, {cost.after.saved_bytes:,} after"
 )
@@ -41,7 +41,7 @@ for _ in range(40):
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 assert losses[-1] < losses[0] - 0.2
 
-# Adapters are merged as before; what is saved is PEFT's.
+# Adapters can be merged as before, and the state_dict is PEFT's.
 names = set(model.state_dict())
 tridrop.unswap(model)
 assert set(model.state_dict()) == names

@@ -19,7 +19,7 @@ model = BertForMaskedLM(
     )
 )  # fmt: skip
 
-# Sequences that count upwards from a random start: a quarter of the numbers are hidden.
+# Sequences that count upwards from a random start, with a quarter of the numbers hidden.
 numbers = (torch.randint(2, 64, (256, 1)) + torch.arange(16)) % 62 + 2
 hidden = torch.rand(numbers.shape) < 0.25
 data = [

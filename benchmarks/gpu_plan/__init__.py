@@ -1,1 +1,1 @@
-"""What benchmarks/gpu.py is made of: pieces of work, a budget, an archive, a cache of kernels."""
+"""The parts of benchmarks/gpu.py: pieces of work, a budget, an archive, a cache of kernels."""

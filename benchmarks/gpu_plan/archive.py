@@ -1,8 +1,8 @@
-"""What comes home: one archive with every run, written again after each piece.
+"""The archive of results: one file with every run, rewritten after each piece.
 
-An archive holds a folder for each run, named by when it started: summary.json and a folder for each
-piece with its log and results. A run that resumes others takes their folders along, so that nothing
-is overwritten and one archive says all.
+An archive holds one folder per run, named by the time of its start. It contains summary.json and a
+folder for each piece, with its log and results. A run that resumes others includes their folders,
+so that nothing is overwritten and one archive holds everything.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .pieces import ROOT, installed
 from .running import PASSED
 
 ARCHIVE, SUMMARY = "gpu-results.tar.gz", "summary.json"
-MOST_BYTES = 16 * 2**20 - 2**16  # of the archive
-MOST_LOG = 2**19  # of a log: its first and its last half
+MOST_BYTES = 16 * 2**20 - 2**16  # the most that the archive may have
+MOST_LOG = 2**19  # the most of a log; of a longer one, its beginning and its end
 KERNELS = ROOT / "tridrop" / "backends" / "triton"
 SHOWN = ("torch", "triton", "numpy", "transformers", "peft", "timm", "accelerate", "numba")
-# What must be the same for a passed piece to count in a later run.
+# A passed piece counts in a later run only if these are the same.
 SAME = ("kernels", "device", "torch", "triton")
 Summary = dict[str, Any]
 
 
 def kernels() -> str:
-    """A fingerprint of the kernels' text and their launchers'."""
+    """A fingerprint of the text of the kernels and their launchers."""
     digest = hashlib.sha256()
     for file in sorted(KERNELS.rglob("*.py")):
         digest.update(str(file.relative_to(KERNELS)).encode() + b"\0" + file.read_bytes())
@@ -43,7 +43,7 @@ def kernels() -> str:
 
 
 def circumstances() -> Summary:
-    """What a run is about: device, versions, commit, kernels, start."""
+    """The circumstances of a run: device, versions, commit, kernels, start."""
     import torch
 
     git = subprocess.run(
@@ -64,7 +64,7 @@ def circumstances() -> Summary:
 
 
 def write_json(what: Any, file: Path) -> None:
-    """Write it whole: a cut leaves what was there before."""
+    """Write a file at once: an interruption leaves the previous file."""
     draft = file.with_name(file.name + ".new")
     draft.write_text(json.dumps(what, indent=1) + "\n")
     draft.replace(file)
@@ -73,7 +73,8 @@ def write_json(what: Any, file: Path) -> None:
 def pack(work: Path, out: Path, most: int = MOST_BYTES) -> list[str]:
     """Pack the runs of ``work`` into one archive in ``out``.
 
-    Returns what was left out, largest first, to stay under ``most`` bytes; summaries never are.
+    Returns the files that were left out to stay under ``most`` bytes, largest first. Summaries are
+    never left out.
     """
     files = sorted((f for f in work.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     left_out: list[str] = []
@@ -95,7 +96,7 @@ def pack(work: Path, out: Path, most: int = MOST_BYTES) -> list[str]:
 
 
 def _content(file: Path) -> bytes:
-    """What a file holds; of a log that is too long its two ends."""
+    """The content of a file; of a log that is too long, its two ends."""
     data = file.read_bytes()
     if file.name != "log.txt" or len(data) <= MOST_LOG:
         return data
@@ -104,9 +105,9 @@ def _content(file: Path) -> bytes:
 
 
 def unpack(source: Path, work: Path) -> list[Path]:
-    """Put the runs of an archive, or of a folder that has archives or runs, into ``work``.
+    """Put the runs of an archive, or of a folder with archives or runs, into ``work``.
 
-    Returns the folders of the runs. Raises ValueError where there is none.
+    Returns the folders of the runs. Raises ValueError if there are none.
     """
     if source.is_file():
         archives, summaries = [source], []
@@ -131,7 +132,7 @@ def unpack(source: Path, work: Path) -> list[Path]:
         found.append(target)
     if not found:
         raise ValueError(
-            f"{source} holds no earlier run: give {ARCHIVE} of one, or a folder that has it"
+            f"{source} holds no earlier run: give its {ARCHIVE}, or a folder that contains it"
         )
     return list(dict.fromkeys(found))
 
@@ -143,7 +144,7 @@ def summaries(runs: Sequence[Path]) -> Iterator[tuple[Path, Summary]]:
 
 
 def differs(now: Summary, then: Summary) -> list[str]:
-    """What is not the same in two runs, of what must be."""
+    """Those of SAME in which two runs differ."""
 
     def of(summary: Summary) -> Mapping[str, Any]:
         return {**summary, **summary.get("versions", {})}
@@ -152,12 +153,14 @@ def differs(now: Summary, then: Summary) -> list[str]:
 
 
 def passed(now: Summary, runs: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
-    """The pieces that earlier runs had pass, each with its run; and why runs do not count."""
+    """The pieces that passed in earlier runs, each with its run; and why some runs do not count."""
     found: dict[str, str] = {}
     notes: list[str] = []
     for run, then in summaries(runs):
         if others := differs(now, then):
-            notes.append(f"the run of {run.name} does not count: other {', '.join(others)}")
+            notes.append(
+                f"the run of {run.name} does not count, since these differ: {', '.join(others)}"
+            )
             continue
         for piece in then["pieces"]:
             if piece["outcome"] == PASSED:

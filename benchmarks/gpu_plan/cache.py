@@ -1,8 +1,8 @@
-"""Kernels compiled before the clock runs: Triton's cache, filled without the GPU it is for.
+"""Kernels compiled in advance: Triton's cache, filled without the GPU that it is for.
 
-A kernel's place in the cache follows from its text, its arguments, the architecture and Triton's
-own files, but not from the folder of the clone or of the cache. Only the lists of a kernel's files
-name folders: :func:`take` writes them anew.
+A kernel's key in the cache depends on its text, its arguments, the architecture and Triton's own
+files, but not on the folder of the clone or of the cache. Only the lists of a kernel's files name
+folders; :func:`take` rewrites them.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ SETS = ("tests", "headline")
 ARCHS = (80, 90, 100)
 P = 0.1
 Job = tuple[str, int]
-"""what, and which of it"""
+"""the kind of work, and its index"""
 
 
 class Mismatch(ValueError):
-    """A cache that is of no use here; what it says is the reason."""
+    """A cache cannot be used here; the message is the reason."""
 
 
 def identity() -> dict[str, str]:
-    """Triton as its cache tells it from others: its version and the content of its files."""
+    """What identifies Triton for its cache: its version and the content of its files."""
     import hashlib
 
     import triton
@@ -54,17 +54,17 @@ def identity() -> dict[str, str]:
 
 
 def count(folder: Path) -> int:
-    """The compiled kernels of a cache."""
+    """The number of compiled kernels in a cache."""
     return sum(1 for _ in folder.glob("*/*.cubin"))
 
 
-# Taking it.
+# Using a cache.
 
 
 def take(source: Path, target: Path, arch: int) -> str:
-    """Make ``target`` Triton's cache with what ``source``, a folder or its .tar.gz, holds.
+    """Make ``target`` a cache of Triton's with the content of ``source``, a folder or its .tar.gz.
 
-    Returns what it holds. Raises Mismatch where this Triton or ``arch`` would not look at it.
+    Returns a description of it. Raises Mismatch if this Triton, for ``arch``, would not use it.
     """
     if source.is_file():
         with tarfile.open(source) as packed:
@@ -85,7 +85,7 @@ def take(source: Path, target: Path, arch: int) -> str:
 
 
 def relocate(folder: Path) -> None:
-    """Let the lists of a cache's files name the folder in which they are."""
+    """Make the lists of a cache's files name the folder that the files are in now."""
     for group in folder.glob("*/__grp__*.json"):
         names = json.loads(group.read_text())["child_paths"]
         files = {name: group.parent / name for name in names}
@@ -94,13 +94,13 @@ def relocate(folder: Path) -> None:
 
 
 def trim(folder: Path) -> None:
-    """Take away the kernels' first form, half of a cache, which no launch reads."""
+    """Remove the kernels' first intermediate form, half of a cache, which no launch reads."""
     for file in folder.glob("*/*.source"):
         file.unlink()
 
 
 def complete(folder: Path, wanted: str) -> bool:
-    """Whether a cache was filled with this set, of the kernels as they are now."""
+    """Whether a cache was filled with this set of the present kernels."""
     file = folder / MANIFEST
     if not file.exists():
         return False
@@ -108,19 +108,19 @@ def complete(folder: Path, wanted: str) -> bool:
     return wanted in about["sets"] and about["kernels"] == kernels()
 
 
-# Filling it.
+# Filling a cache.
 
 
 def precompile(
     folder: Path, sets: Sequence[str], arch: int, workers: int, tests: Sequence[Piece]
 ) -> dict[str, Any]:
-    """Compile what the sets need into ``folder``, on all ``workers``; what was done.
+    """Compile what the sets need into ``folder``; returns the manifest, with counts.
 
     Args:
-        folder: becomes, or is, a cache of Triton's.
-        sets: of "tests", the right-or-wrong pieces, and "headline", what is timed first.
-        arch: such as 90.
-        workers: processes.
+        folder: a cache of Triton's, or a folder that becomes one.
+        sets: "tests", the correctness tests, and "headline", the rows that are timed first.
+        arch: the architecture, such as 90.
+        workers: the number of processes.
         tests: the pieces of the first set.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,9 +134,9 @@ def precompile(
             _compile_tests(piece, environ, arch, workers)
         _expect(folder, "the tests")
     trim(folder)
-    # What an earlier call filled with the kernels as they are stays in the list.
-    known = [name for name in SETS if name in sets or complete(folder, name)]
-    about = {**identity(), "arch": arch, "kernels": kernels(), "sets": known}
+    # A set that an earlier call filled with the present kernels stays in the list.
+    filled = [name for name in SETS if name in sets or complete(folder, name)]
+    about = {**identity(), "arch": arch, "kernels": kernels(), "sets": filled}
     write_json(about, folder / MANIFEST)
     return about | {"count": count(folder), "compiled": count(folder) - before}
 
@@ -147,7 +147,7 @@ def _expect(folder: Path, what: str) -> None:
 
 
 def _compile_tests(piece: Piece, environ: dict[str, str], arch: int, workers: int) -> None:
-    """Run a piece's tests with a driver that launches nothing; that they fail is no matter."""
+    """Run a piece's tests with a driver that launches nothing; they may fail."""
     command = [*piece.command, "-p", "gpu_plan.stub_device", "-q", "--tb=no", "--maxfail=1000000"]
     command[command.index("-n") + 1] = str(workers)
     command = [part for part in command if not part.startswith("--junitxml")]
@@ -196,7 +196,7 @@ def _rows() -> list[Any]:
 
 
 def jobs() -> Iterator[Job]:
-    """What the headline needs, in parts that share nothing."""
+    """The parts of the headline, which are independent of each other."""
     yield ("step", 0)
     yield from itertools.product(("row", "check"), range(len(_rows())))
 
@@ -206,13 +206,13 @@ def _do(job: Job) -> None:
 
 
 def perform(kind: str, index: int) -> None:
-    """Call what a headline row calls; for a process in which no kernel runs."""
+    """Make the calls of a headline row, in a process in which no kernel runs."""
     actions: dict[str, Callable[[int], None]] = {"row": _row, "check": _check, "step": _step}
     actions[kind](index)
 
 
 def _row(index: int) -> None:
-    """Forward and backward at the size that is timed, with dropout and without."""
+    """Run forward and backward at the size that is timed, with dropout and without."""
     import torch
 
     from tridrop.commands.bench.providers import tridrop_call
@@ -226,7 +226,7 @@ def _row(index: int) -> None:
 
 
 def _check(index: int) -> None:
-    """What holds a row's kernels right before they are timed."""
+    """Make the check that a row must pass before it is timed."""
     import torch
 
     from tridrop.commands.bench.gate import SEEDS
@@ -241,7 +241,7 @@ def _check(index: int) -> None:
 
 
 def _step(index: int) -> None:
-    """A step of GPT-2 small, of which one layer and few words have all kernels."""
+    """Run a step of GPT-2 small; one layer and a small vocabulary use all of its kernels."""
     import torch
 
     import tridrop

@@ -1,7 +1,7 @@
-"""A pytest plugin for CUDA: a worker whose context is broken ends, and another takes its place.
+"""A pytest plugin for CUDA: a worker whose context is broken ends, and another replaces it.
 
-After an illegal access every further call of the process fails, whatever the kernel. pytest-xdist
-starts a new worker for one that ended, and goes on with the tests that are left.
+After an illegal access every further CUDA call of the process fails. pytest-xdist starts a new
+worker for one that ended, and goes on with the tests that are left.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BROKEN = 70  # the exit status, after sysexits.h's EX_SOFTWARE
 
 
 def broken() -> bool:
-    """Whether the process can use its CUDA device no more."""
+    """Whether the process can no longer use its CUDA device."""
     import torch
 
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
@@ -29,6 +29,6 @@ def broken() -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid: str, location: Any) -> None:
-    """After a test's reports are sent: end a worker that would fail everything from here on."""
+    """End a worker with a broken context, once the reports of its test have been sent."""
     if "PYTEST_XDIST_WORKER" in os.environ and broken():
         os._exit(BROKEN)

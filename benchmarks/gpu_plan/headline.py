@@ -1,8 +1,8 @@
-"""The rows that a GPU is asked about first, and what they are expected to take, before any run.
+"""The rows that are timed first on a GPU, and the times expected before any run.
 
-The expectations are arithmetic on what `tridrop inspect` counts in the machine code for an H100
+The expectations are computed from what `tridrop inspect` counts in the machine code for an H100
 (benchmarks/results/inspect-2026-11-27.json), with two factors that nobody has measured. They stay
-as they are once a GPU has spoken: a prediction that is mended afterwards is none.
+as they are after a measurement: a prediction that is corrected afterwards is no prediction.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Lengths of attention: the first is part of the headline, the second where time is left.
+# Lengths of attention: the first is part of the headline, the second runs if time is left.
 LENGTHS, WIDTHS = (4096, 16384), (64, 128)
-TOKENS, FEATURES = 16384, 2048  # tridrop bench's, on cuda
+TOKENS, FEATURES = 16384, 2048  # as in tridrop bench on cuda
 MEMORY_OPS = ("dropout_add", "dropout_add_layer_norm", "dropout_add_rms_norm")
 MEMORY_SIZE = "8192x4096"
 PROVIDERS: Mapping[str, Sequence[str]] = {
@@ -24,9 +24,9 @@ PROVIDERS: Mapping[str, Sequence[str]] = {
 P = 0.1
 FORWARD, BACKWARD = "forward", "backward"
 
-# Picoseconds a score on an H100 at its boost clock: what the tensor cores take, and what the
-# instructions around them do (the larger of issue slots and special functions), without dropout and
-# with. From the inspect record, bf16, sm_90.
+# Picoseconds per score on an H100 at its boost clock: the time of the tensor cores, and that of the
+# instructions around them (the larger of issue slots and special functions) without dropout and
+# with it. From the inspect record, bf16, sm_90.
 _SCORE = {
     ("forward", 64): (0.259, 0.247, 0.431),
     ("forward", 128): (0.517, 0.247, 0.471),
@@ -35,20 +35,22 @@ _SCORE = {
     ("dkey", 64): (0.517, 0.338, 0.581),
     ("dkey", 128): (1.030, 0.426, 0.704),
 }
-# The products and the rest follow each other within a warp group and overlap little between two:
-# the sum of both is taken. On top: loads that two stages do not hide (about 1.25), and a clock
-# below the boost under load (about 1.16).
+# The products and the rest follow each other within a warp group and overlap little between two, so
+# their sum is taken. The factor adds loads that two stages do not hide (about 1.25), and a clock
+# below the boost clock under load (about 1.16).
 _LOSS = 1.45
-# ptxas waits for every product of dK/dV by itself at D = 64 without causal order (C7515).
+# ptxas waits for every product of dK/dV separately at D = 64 without causal order (C7515).
 _SERIALISED = 1.3
-# Blocks on the diagonal are computed whole, and the last programs run alone.
+# The last programs of causal attention run alone.
 _TAIL = 1.1
+# Blocks on the diagonal are computed whole.
 _BLOCK = 128
 COPY_TB_S = 3.0  # a device copy's speed, 0.9 of an H100's 3.35 TB/s
 
-# Bytes an element (what the bench counts), and the share of a copy's speed at p = 0.1 and at 0.
-# Forward of dropout_add is 0.44 ps an element of issue beside 1.8 of memory: hidden. Backward with
-# sums over rows has few programs and partial sums; a norm's keeps a row in registers besides.
+# Bytes per element (as the bench counts them), and the share of a copy's speed at p = 0.1 and at 0.
+# Forward of dropout_add issues for 0.44 ps per element and moves memory for 1.8 ps, which hides it.
+# Backward with sums over rows has few programs and partial sums; a norm's also keeps a row in
+# registers.
 _MEMORY: dict[tuple[str, str], tuple[float, float, float | None]] = {
     ("dropout_add: plain", FORWARD): (6.0, 0.95, 0.96),
     ("dropout_add: plain", BACKWARD): (4.0, 0.95, None),
@@ -68,7 +70,7 @@ _MEMORY: dict[tuple[str, str], tuple[float, float, float | None]] = {
     ("dropout_add_rms_norm: weight, prenorm, float32 stream", BACKWARD): (16.06, 0.85, 0.87),
 }  # fmt: skip
 # Milliseconds of a step of GPT-2 small, 8 x 1024 tokens, bf16 by autocast, at p = 0.1 and at 0:
-# 6.6 TFLOP of products at 330 TFLOP/s are 20; some 55 passes a layer over 8192 x 768 in bf16 and
+# 6.6 TFLOP of products at 330 TFLOP/s are 20; some 55 passes per layer over 8192 x 768 in bf16 and
 # fp32, forward and backward, 13; logits in fp32, six passes over 1.65 GB, 4; AdamW and casts 4.
 # Eager dropout adds 37 masks, each written once and read twice, and attention's own.
 _STEPS = {"eager": (47.0, 42.0), "tridrop": (44.0, 42.0)}
@@ -76,7 +78,7 @@ _STEPS = {"eager": (47.0, 42.0), "tridrop": (44.0, 42.0)}
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a row is expected to take; ``rate`` in TFLOP/s, or as a share of a copy's speed."""
+    """The time expected of a row; ``rate`` is in TFLOP/s, or a share of a copy's speed."""
 
     case: str
     shape: str
@@ -85,7 +87,7 @@ class Expectation:
     ms: float
     rate: float | None
     price: float | None
-    """of dropout: the time at p over the time at 0, minus 1"""
+    """the cost of dropout: the time at p divided by the time at 0, minus 1"""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -145,19 +147,19 @@ def expectations() -> list[Expectation]:
     return [*_attention(), *_memory(), *_steps()]
 
 
-# What was measured, beside it.
+# What was measured, beside the expectations.
 
 HEADINGS = (
     "row, bf16, p = 0.1", "shape", "mode", "expected ms", "TFLOP/s, or of a copy",
-    "price of dropout", "measured ms", "TFLOP/s, or of a copy", "price of dropout",
+    "cost of dropout", "measured ms", "TFLOP/s, or of a copy", "cost of dropout",
 )  # fmt: skip
 Records = Sequence[Mapping[str, Any]]
 
 
 def measured(records: Records) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    """The records that answer an expectation, by its key; a later one takes an earlier's place.
+    """The records that belong to an expectation, by its key; a later one replaces an earlier.
 
-    One without a time answers nothing.
+    Records without a time are left out.
     """
     found: dict[tuple[str, ...], Mapping[str, Any]] = {}
     for r in records:
@@ -173,7 +175,7 @@ def measured(records: Records) -> dict[tuple[str, ...], Mapping[str, Any]]:
 
 
 def table(records: Records) -> list[str]:
-    """The expectations with what was measured of each, as lines of Markdown."""
+    """The expectations and the measurements, as lines of a Markdown table."""
     found = measured(records)
     lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
     for e in expectations():
@@ -200,9 +202,9 @@ def _price(value: float | None) -> str:
 
 
 def between(text: str, name: str, lines: Sequence[str]) -> str:
-    """``text`` with ``lines`` between the two comments that name the place.
+    """``text`` with ``lines`` between the two comments that mark the place ``name``.
 
-    Raises ValueError where the text has no such place.
+    Raises ValueError if the text has no such place.
     """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     head, found, rest = text.partition(begin)

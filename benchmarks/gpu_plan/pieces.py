@@ -1,8 +1,8 @@
-"""The pieces of work for a GPU, by value: right or wrong first, then the headline, then the rest.
+"""The pieces of work for a GPU, by value: correctness first, then the headline, then the rest.
 
 A piece is a process with an estimate, in seconds on an H100 with 16 cores, and a limit at which it
-is killed. Nothing here has run on a GPU yet: the estimates are from compile times on a CPU and from
-the rounds that a benchmark is given, and the first run says how good they are.
+is killed. Nothing here has run on a GPU yet: the estimates come from compile times on a CPU and
+from the number of rounds of a benchmark, and the first run will show how good they are.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ DEVICE, COMPILE, RIGHT, HEADLINE, MORE, ALL = (
 RIGHT_SECONDS, HEADLINE_SECONDS = 270.0, 360.0  # what these two parts may take
 MOST_WORKERS = 15
 
-# Test files, by patterns; the first that fits decides, and what fits none is in "others". None
-# stands for what needs no GPU.
+# Groups of test files, by patterns: the first pattern that fits a file decides its group.
 TESTS: Mapping[str, tuple[str, ...]] = {
     "cuda": ("test_cuda.py",),
     "check": ("test_check.py",),
@@ -45,9 +44,9 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "others": ("*",),
 }  # fmt: skip
 NEED_NO_GPU = ("compile",)
-# The table of cases where the kernels compute: of test_check.py what is run first.
+# The part of test_check.py that runs first: the table of cases, computed by the kernels.
 TABLE = "triton and (test_every_case_holds or test_every_invariant_holds)"
-# run.py sets up an environment, which these tests describe.
+# These tests are about the environment that run.py sets up.
 ENVIRONMENT = (
     "tests/project/test_environment.py",
     "tests/project/test_package.py::test_the_version_is_the_packages",
@@ -64,8 +63,7 @@ TUNE = (
     "elementwise_forward", "elementwise_backward", "elementwise_sums", "gated_sums",
     "norm_forward", "norm_backward", "softmax_forward", "softmax_backward",
 )  # fmt: skip
-# What ncu looks at: family, size and kernel, as in benchmarks/tune.py. The first are four kernels
-# that say most.
+# What ncu profiles: family, size and kernel, as in benchmarks/tune.py. The first four tell most.
 PROFILED = (
     ("attention_forward", "4,16,4096,0,128", "attention_forward_kernel"),
     ("attention_dkey", "4,16,4096,0,128", "attention_dkey_kernel"),
@@ -88,7 +86,7 @@ METRICS = (
     "smsp__warps_eligible.avg.per_cycle_active",
     "launch__registers_per_thread",
     "launch__shared_mem_per_block_dynamic",
-    "smsp__inst_executed_op_local_ld.sum",  # spilled registers that are read, and written
+    "smsp__inst_executed_op_local_ld.sum",  # spilled registers: reads here, writes below
     "smsp__inst_executed_op_local_st.sum",
 )
 REFUSALS = {
@@ -99,33 +97,34 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A command, and what is to be known of it before and after it runs."""
+    """A command, its estimate and limit, and how to judge its output."""
 
     name: str
     command: Sequence[str]
     estimate_s: float
     part: str = MORE
     why_not: str | None = None
-    """why it cannot run here"""
+    """why it cannot run here; None if it can"""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """part -> why it is not in the command"""
+    """what is left out of the command -> why"""
     refusals: Mapping[str, str] = field(default_factory=dict)
     """pattern in the output of a failure -> the reason for which it counts as skipped"""
     proof: str | None = None
-    """pattern without which the output is that of a failure, whatever the exit status"""
+    """pattern that the output must contain for a piece to pass, whatever its exit status"""
     limit: float | None = None
-    """seconds at which it is killed, where twice the estimate is not the rule"""
+    """seconds after which it is killed; None stands for twice the estimate"""
 
     @property
     def limit_s(self) -> float:
-        """Seconds at which it is killed, whatever is left of the budget."""
+        """Seconds after which it is killed, whatever is left of the budget."""
         return 2 * self.estimate_s if self.limit is None else self.limit
 
 
 def missing(file: Path) -> str | None:
-    """A library that a test file imports at its top and that is not installed.
+    """A library that a test file imports at its top and that is not installed, or None.
 
-    What it imports may lie beside it, or in the folder above, which conftest.py puts on the path.
+    Imported helpers may lie beside the file, or in the folder above, which conftest.py puts on the
+    path; their imports count as well.
     """
     for node in ast.parse(file.read_text()).body:
         names: list[str] = []
@@ -145,7 +144,7 @@ def missing(file: Path) -> str | None:
 
 
 def groups(folder: Path) -> dict[str, list[Path]]:
-    """The test files of each group; every file is in one."""
+    """The test files of each group; every file is in exactly one."""
     found: dict[str, list[Path]] = {name: [] for name in TESTS}
     for file in sorted(folder.rglob("test_*.py")):
         fits = (
@@ -166,13 +165,13 @@ def installed(name: str) -> bool:
 
 
 def workers() -> int:
-    """Processes that compile and test at a time, of which each has a context on the GPU."""
+    """How many processes compile and test at a time; each has its own context on the GPU."""
     return max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1))
 
 
 def _tests(out: Path, name: str, files: Sequence[Path], estimate_s: float, part: str,
            more: Sequence[str] = (), limit: float | None = None) -> Piece:  # fmt: skip
-    """pytest on a group of files, a line a test, so that a cut leaves what was found."""
+    """pytest on a group of files, with a line per test, so that a killed run keeps its results."""
     absent = {file: missing(file) for file in files}
     left_out = {f.name: f"needs {lib}" for f, lib in absent.items() if lib is not None}
     paths = [str(f.relative_to(ROOT)) for f in files if f.name not in left_out]
@@ -183,7 +182,7 @@ def _tests(out: Path, name: str, files: Sequence[Path], estimate_s: float, part:
     if installed("pytest-timeout"):
         command += ["--timeout", "120"]
     else:
-        left_out["--timeout"] = "needs pytest-timeout: a test that hangs is ended with its piece"
+        left_out["--timeout"] = "needs pytest-timeout: a test that hangs ends with its piece"
     if name == "others":
         paths.append("tridrop")  # the examples in its documentation
         if not installed("tridrop"):
@@ -203,7 +202,7 @@ def _bench(out: Path, name: str, estimate_s: float, part: str, *more: str) -> Pi
 
 
 def _attention(out: Path, length: int, estimate_s: float) -> Piece:
-    """Attention beside torch's, a row a width and order, forward and backward."""
+    """Attention and torch's: one row per width and order, forward and backward."""
     return _bench(
         out, f"bench-attention-{length}", estimate_s, HEADLINE,
         "--op", "scaled_dot_product_attention", "--dtype", "bf16", "--length", str(length),
@@ -229,7 +228,7 @@ def _steps(out: Path, model: str, estimate_s: float, part: str, providers: Seque
 
 
 def _profiled(out: Path, family: str, size: str, kernel: str, part: str) -> Piece:
-    """Three launches of a kernel under Nsight Compute, at the clocks that the others had."""
+    """Three launches of a kernel under Nsight Compute, at the clocks of the other pieces."""
     ncu = shutil.which("ncu")
     name = f"ncu-{family}-{size.replace(',', 'x')}"
     command = [
@@ -251,7 +250,7 @@ def _tuned(out: Path, family: str, part: str) -> Piece:
 
 
 def _hopper(out: Path) -> Piece:
-    """What the machine code says that Hopper gains, checked and timed beside what it replaced."""
+    """The changes made for Hopper, checked and timed against what they replaced."""
     name = "hopper"
     command = [sys.executable, str(BENCHMARKS / "hopper.py"), "--out", str(out / name)]
     refusals = {"this needs a Hopper GPU": "the settings are for Hopper"}
@@ -267,17 +266,17 @@ def _lora(out: Path, rank: int, part: str) -> Piece:
 
 
 def all_pieces(out: Path, cache: Path) -> list[Piece]:
-    """Every piece, in the order in which they are wanted where time is short.
+    """Every piece, in the order of its value when time is short.
 
     Args:
         out: the folder of the run; each piece writes to one of its own name there.
-        cache: Triton's, which the second piece fills where no other did.
+        cache: the folder of Triton's cache, which the piece compile-headline fills if it is empty.
     """
     return [*_first(out, cache), *_more(out), *_everything(out)]
 
 
 def _first(out: Path, cache: Path) -> Iterator[Piece]:
-    """What has to come home: the device, right or wrong, the headline."""
+    """The most important pieces: the device, correctness, the headline."""
     python = sys.executable
     smi = shutil.which("nvidia-smi")
     asked = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
@@ -288,12 +287,12 @@ def _first(out: Path, cache: Path) -> Iterator[Piece]:
     yield Piece("device-info", [python, "-m", "tridrop", "info"], 8.0, DEVICE, limit=20.0)
     files = groups(ROOT / "tests")
     yield _tests(out, "cuda", files["cuda"], 75.0, RIGHT, limit=90.0)
-    # The table of cases, every row in three dtypes, where the kernels compute.
+    # The table of cases, every row in three dtypes, computed by the kernels.
     yield _tests(
         out, "check", files["check"], 170.0, RIGHT,
         ["-k", TABLE], 180.0,
     )  # fmt: skip
-    # Nothing that is timed may wait for a compiler, and all cores are quicker than one.
+    # Compile before anything is timed, on all cores.
     yield Piece(
         "compile-headline",
         [python, str(BENCHMARKS / "gpu.py"), "--precompile", str(cache), "--kernels", "headline",
@@ -307,7 +306,7 @@ def _first(out: Path, cache: Path) -> Iterator[Piece]:
 
 
 def _more(out: Path) -> Iterator[Piece]:
-    """What is wanted next."""
+    """The next most important pieces."""
     yield _hopper(out)
     yield _memory(out, "bench-memory-compile", 110.0, MORE, ["eager", "torch.compile", "tridrop"])
     for model in ("bert", "vit"):
@@ -320,7 +319,7 @@ def _more(out: Path) -> Iterator[Piece]:
 
 
 def _everything(out: Path) -> Iterator[Piece]:
-    """The whole suite, every size of every op, all that is profiled and tuned: hours."""
+    """The whole test suite, every size of every op, and all profiling and tuning: hours."""
     for name, files in groups(ROOT / "tests").items():
         if name == "check":
             yield _tests(out, "check-others", files, 200.0, ALL, ["-k", f"not ({TABLE})"])

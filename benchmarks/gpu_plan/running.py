@@ -1,4 +1,4 @@
-"""Pieces run one after the other under one budget; what overruns is killed with all it started."""
+"""Run pieces one after the other within a budget, and kill those that exceed their limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from .pieces import BENCHMARKS, HEADLINE, HEADLINE_SECONDS, RIGHT, RIGHT_SECONDS, ROOT, Piece
 
 GRACE = 10.0  # seconds between asking a piece to end and killing it
-PACKING = 5.0  # of the budget, for what comes after the last piece
+PACKING = 5.0  # seconds of the budget, for the work after the last piece
 PASSED, FAILED, CUT, SKIPPED, NO_TIME = "passed", "failed", "time limit", "skipped", "no time left"
 RUNNING, STOPPED = "running", "interrupted"
 PART_SECONDS = {RIGHT: RIGHT_SECONDS, HEADLINE: HEADLINE_SECONDS}
@@ -26,7 +26,7 @@ Found = dict[str, Any]
 
 
 class Budget:
-    """Seconds in all, and of each part that has a share of its own."""
+    """The seconds left for the run, and for each part that has its own share."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds - PACKING
@@ -37,16 +37,16 @@ class Budget:
         return min(self._end - self._clock(), self._parts.get(part, float("inf")))
 
     def spend(self, part: str, seconds: float) -> None:
-        """Take what a piece took from its part."""
+        """Subtract the seconds of a piece from the share of its part."""
         if part in self._parts:
             self._parts[part] -= seconds
 
 
 def planned(pieces: Sequence[Piece], seconds: float) -> list[Piece]:
-    """The pieces that fit by their estimates, in order: one that does not makes room for a later.
+    """The pieces that fit by their estimates, in order; one that does not fit is left out.
 
-    That is the plan of a run in which every estimate holds. A run asks again before each piece, so
-    that what ends early makes room for more.
+    This is the plan of a run in which every estimate holds. A real run decides before each piece,
+    so pieces that end early make room for more.
     """
     now = 0.0
     budget = Budget(seconds, lambda: now)
@@ -60,7 +60,7 @@ def planned(pieces: Sequence[Piece], seconds: float) -> list[Piece]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, which share its group."""
+    """End a process and all processes that it started, which share its group."""
     for how, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, how)
@@ -74,7 +74,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """What the pieces run in: this clone, compiled kernels, and Triton's cache in one place."""
+    """The environment of the pieces: this clone, compiled kernels, and one cache of Triton's."""
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [str(ROOT), str(BENCHMARKS), *filter(None, [found.get("PYTHONPATH")])]
     return found | {
@@ -85,7 +85,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def run(piece: Piece, out: Path, cache: Path, limit: float) -> Found:
-    """Run one piece under a limit; what came of it, for the summary."""
+    """Run one piece with a limit; its entry in the summary."""
     about: Found = {"piece": piece.name, "part": piece.part, "command": shlex.join(piece.command)}
     about |= {"estimate_s": piece.estimate_s, "limit_s": round(limit, 1)}
     about |= {"left_out": dict(piece.left_out)}
@@ -107,7 +107,7 @@ def run(piece: Piece, out: Path, cache: Path, limit: float) -> Found:
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            end(process)  # also what a piece that ended by itself has left behind
+            end(process)  # this also ends processes that the piece left behind
     about |= {"exit": process.returncode, "seconds": round(time.monotonic() - start, 1)}
     about |= counted(folder)
     if interrupted:
@@ -132,7 +132,7 @@ def judged(piece: Piece, status: int, folder: Path) -> dict[str, str]:
     return {"outcome": FAILED, "why": f"exit status {status}"}
 
 
-# A line of `pytest -v`, alone or of a worker.
+# A line of `pytest -v`, without or with workers.
 _LINE = re.compile(
     r"(?:(PASSED|FAILED|ERROR|SKIPPED) (\S+\.py::.*)|"
     r"^(\S+\.py::.*?) (PASSED|FAILED|ERROR|SKIPPED))"
@@ -140,8 +140,10 @@ _LINE = re.compile(
 
 
 def counted(folder: Path) -> dict[str, Any]:
-    """How many tests ran, failed and were skipped: of the JUnit file, or of the log where a cut
-    left none; and the names of those that failed."""
+    """How many tests ran, failed and were skipped, and the names of those that failed.
+
+    The counts are those of the JUnit file, or of the log if a killed run wrote no such file.
+    """
     log = folder / "log.txt"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     found: dict[str, set[str]] = {}
@@ -168,7 +170,7 @@ def counted(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C inside: what was found is packed."""
+    """Treat SIGTERM like Ctrl-C inside, so that the results so far are packed."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -188,15 +190,15 @@ def run_all(
     earlier: Mapping[str, str],
     save: Callable[[list[Found]], None],
 ) -> int:
-    """Run what fits, in order; 1 where a piece failed, met its limit or was interrupted, else 0.
+    """Run what fits, in order; 1 if a piece failed, was killed or was interrupted, else 0.
 
     Args:
         pieces: in the order of their value.
         out: the folder of this run.
-        cache: Triton's.
+        cache: the folder of Triton's cache.
         budget: how long all may take.
         earlier: pieces that need not run again, each with the run in which it passed.
-        save: called before and after each piece with what is found until then.
+        save: called with the results so far, before and after each piece.
     """
     found: list[Found] = []
     with interruptible():
@@ -226,7 +228,7 @@ def run_all(
 
 
 def line(result: Found) -> str:
-    """What came of a piece, for the terminal."""
+    """The outcome of a piece, for the terminal."""
     parts = [
         result["outcome"], f"{result['seconds']} s" if "seconds" in result else "",
         result.get("why", ""), str(result.get("counts", "")),

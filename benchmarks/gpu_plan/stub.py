@@ -1,7 +1,7 @@
-"""A driver of Triton's for a GPU that is not there: it compiles, and launches nothing.
+"""A driver for Triton without a GPU: it compiles kernels, and launches nothing.
 
-The launchers, their arguments and Triton's own way to a kernel are those of a machine with a GPU;
-results are whatever their memory held.
+The launchers, their arguments and Triton's own steps are those of a machine with a GPU; results are
+whatever their memory held.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from triton.backends.compiler import GPUTarget
 import tridrop
 from tridrop import backends
 
-# Bytes of shared memory of a program: CUDA C++ Programming Guide, technical specifications.
+# Bytes of shared memory per program: CUDA C++ Programming Guide, technical specifications.
 SHARED = {80: 166912, 90: 232448, 100: 232448}
 
 
 class _NoLauncher:
-    """Takes what a launcher takes, and launches nothing."""
+    """Takes the arguments of a launcher, and launches nothing."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
@@ -33,7 +33,7 @@ class _NoLauncher:
 
 
 class _Utils:
-    """What Triton asks of the device."""
+    """Answers Triton's questions about the device."""
 
     def __init__(self, arch: int) -> None:
         self.properties = {
@@ -48,7 +48,7 @@ class _Utils:
 
 
 class Driver:
-    """Stands for the driver of one GPU of an architecture, such as 90."""
+    """Replaces the driver of one GPU of an architecture, such as 90."""
 
     launcher_cls = _NoLauncher
 
@@ -68,9 +68,9 @@ class Driver:
 
 @contextmanager
 def launching(arch: int = 90) -> Iterator[None]:
-    """Calls on CPU tensors go to Triton inside, and no kernel runs.
+    """Make calls on CPU tensors use Triton inside; no kernel runs.
 
-    For a process of its own: Triton's driver is another one from here on.
+    Use it in a separate process: Triton's driver stays replaced afterwards.
     """
     triton.runtime.driver.set_active(Driver(arch))
     module = backends.load("triton")
@@ -93,7 +93,7 @@ class Counts:
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count inside; Triton calls a listener for every kernel that it needs for the first time."""
+    """Count inside: Triton calls a listener for every kernel that it needs for the first time."""
     counts = Counts()
     before, knobs.compilation.listener = knobs.compilation.listener, counts
     try:

@@ -1,7 +1,7 @@
-"""A pytest plugin: tests that ask for CUDA get CPU tensors, and their kernels are compiled only.
+"""A pytest plugin: tests that ask for CUDA get CPU tensors, and their kernels are only compiled.
 
-What such a test computes is wrong, and most fail for it. They are run for the kernels that they
-launch until then, which Triton's cache keeps.
+Such a test computes wrong values, and most of them fail. They are run for the kernels that they
+launch before that, which Triton's cache keeps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STACK = ExitStack()
 
 
 def _elsewhere(value: Any) -> Any:
-    """A CPU in the place of a CUDA device."""
+    """The CPU instead of a CUDA device; any other value as it is."""
     if isinstance(value, torch.device) and value.type == "cuda":
         return torch.device("cpu")
     if isinstance(value, str) and value.partition(":")[0] == "cuda":
@@ -30,7 +30,7 @@ def _elsewhere(value: Any) -> Any:
 
 
 class _OnTheCpu(TorchFunctionMode):
-    """Tensors that are made on, or moved to, a CUDA device stay on the CPU."""
+    """Keeps tensors on the CPU that are created on, or moved to, a CUDA device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         return function(*tree_map(_elsewhere, args), **tree_map(_elsewhere, kwargs or {}))
@@ -38,7 +38,7 @@ class _OnTheCpu(TorchFunctionMode):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Before any test file is imported: there is a CUDA device, for all that it is asked for."""
+    """Before any test file is imported, pretend that there is a CUDA device."""
     os.environ["TRITON_INTERPRET"] = "0"
     os.environ["TRIDROP_BACKEND"] = "triton"
     torch.cuda.is_available = lambda: True

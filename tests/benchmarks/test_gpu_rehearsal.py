@@ -139,7 +139,8 @@ def test_two_runs_and_their_report(rehearsal, tmp_path, capsys):
     assert rehearsal(goes_on, *again, kernels="mended") == 1
     found = outcomes(summary(tmp_path / "fourth", "20261124T000000Z"))
     assert (found["device"], found["wrong"]) == ("failed", "passed")
-    assert "the run of 20261121T000000Z does not count: other kernels" in capsys.readouterr().out
+    note = "the run of 20261121T000000Z does not count, since these differ: kernels"
+    assert note in capsys.readouterr().out
 
     # What is committed: records, plots, and the table in the page, with every row filled.
     page, into = tmp_path / "page.md", tmp_path / "results"
@@ -192,7 +193,7 @@ def test_a_report_refuses_what_it_cannot_put_together(tmp_path):
         run.mkdir(parents=True)
         about = ABOUT | {"started": run.name, "device": device, "pieces": []}
         archive.write_json(about, run / archive.SUMMARY)
-    with pytest.raises(ValueError, match="runs of another and one: report each by itself"):
+    with pytest.raises(ValueError, match="runs are of another and one: report each separately"):
         report.write(tmp_path / "runs", tmp_path / "results", None, tmp_path / "more")
 
 

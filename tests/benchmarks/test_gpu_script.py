@@ -377,7 +377,7 @@ def test_pieces_are_chosen_by_beginnings_and_unknown_ones_refused(capsys):
         with pytest.raises(SystemExit) as stop:
             gpu.main(["--list", *arguments])
         assert stop.value.code == 2
-    assert "no piece is or begins with 'test'" in capsys.readouterr().err
+    assert "no piece is called 'test' or begins with it" in capsys.readouterr().err
 
 
 def test_a_dry_run_runs_nothing(tmp_path, capsys):

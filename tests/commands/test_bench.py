@@ -614,7 +614,7 @@ def test_every_architecture_is_trained_and_swapped(monkeypatch):
 def test_the_command_times_steps(tmp_path, capsys):
     arguments = [*STEPS, "--steps", "bert", "--provider", "eager,tridrop", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0
-    assert "BERT, price of dropout: eager" in capsys.readouterr().out
+    assert "BERT, cost of dropout: eager" in capsys.readouterr().out
     names = sorted(path.name for path in tmp_path.iterdir())
     assert [name[:16] + name[26:] for name in names] == [
         f"bench-steps-cpu-.{kind}" for kind in ("csv", "json", "png")
@@ -678,12 +678,12 @@ def test_without_transformers_steps_say_what_to_install(monkeypatch, capsys, tmp
     [
         (["--steps", "llama"], "model 'llama' is not known; known: gpt2, bert, vit"),
         (["--steps", "vit", "--provider", "sdpa-math"], "known: eager, torch.compile, tridrop"),
-        (["--steps", "vit", "--dtype", "bf16,fp32"], "one at a time"),
+        (["--steps", "vit", "--dtype", "bf16,fp32"], "give only one for steps"),
         (["--steps", "vit", "--model-size", "huge"], "known: full, tiny"),
         (["--steps", "vit", "--batch", "0"], "give 1 or more"),
         (["--steps", "vit", "--p", "1"], "give one between 0 and 1"),
-        (["--steps", "vit", "--op", "dropout"], "give one of the two"),
-        (["--op", "dropout", "--batch", "3"], "--batch is of --steps"),
+        (["--steps", "vit", "--op", "dropout"], "give only one of them"),
+        (["--op", "dropout", "--batch", "3"], "--batch needs --steps"),
     ],
 )
 def test_steps_that_cannot_be_are_refused(capsys, tmp_path, arguments, message):

@@ -325,7 +325,7 @@ def test_steps_are_scaled_to_their_speed() -> None:
     assert (plan.steps, plan.eval_every) == (210, 35)
     assert plan.why is not None
     for words in (
-        "a step of all runs takes 0.5 s",
+        "A step of all runs takes 0.5 s",
         "1,000 would take 8.7 minutes",
         "210 are taken",
     ):
@@ -512,7 +512,7 @@ def test_a_bad_value_is_refused_by_the_parser(
     ("arguments", "message"),
     [
         (["--heads=3"], "--heads 3 does not divide --dim 16"),
-        (["--context=200"], "--train-bytes 200 holds no window"),
+        (["--context=200"], "--train-bytes 200 must be larger than --context 200"),
         (["--train-bytes=9999999"], "lower them or give a longer text"),
         (["--text=/no/such/file"], "--text /no/such/file"),
         (["--device=nonsense"], "--device nonsense cannot be used"),

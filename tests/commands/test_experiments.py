@@ -387,7 +387,7 @@ def test_the_page_says_what_the_committed_results_say(name: str) -> None:
     for line in found["findings"]:
         assert line in page
     assert path.name in page
-    own = settings._OWN[name]
+    own = settings._DEFAULTS[name]
     defaults = settings.Settings(name, Path(), "auto", "auto", False, **own)
     for key in ("p", "steps", "train", "valid", "samples", "rotated", "seed"):
         assert found["options"][key] == getattr(defaults, key), "made by another default run"

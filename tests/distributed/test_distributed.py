@@ -358,9 +358,9 @@ def placements_that_cannot_work_say_what_to_do():
         tridrop.dropout_add(x, row, 0.1)
     with pytest.raises(ValueError, match="the mesh's 'tp', but swiglu needs both halves"):
         tridrop.activation_dropout(x, 0.1, activation="swiglu")
-    with pytest.raises(ValueError, match=rf"not linear in it: sum it up before, with x\.{again}"):
+    with pytest.raises(ValueError, match=rf"not linear in it: sum it first, with x\.{again}"):
         tridrop.activation_dropout(part, 0.1, activation="relu")
-    with pytest.raises(ValueError, match="a whole operand would be added once for each process"):
+    with pytest.raises(ValueError, match="a whole operand would be added once per process"):
         tridrop.dropout_add(part, spread(torch.randn(SHAPE), [Replicate()]), 0.1)
     with pytest.raises(ValueError, match=rf"ring over blocks of keys.*use key\.{again}"):
         tridrop.scaled_dot_product_attention(q, q, q, dropout_p=0.1)

@@ -223,7 +223,7 @@ def test_switches_and_the_written_forward():
     model = adapted(0.2)
     off = tridrop.swap(model, inside=False)
     assert off.counts() == {"fused": 0, "swapped": 3, "left": 0}
-    assert {site.reason for site in off.sites} == {"its level is off"}
+    assert {site.reason for site in off.sites} == {"its switch is off"}
     with tridrop.rng(SEED):
         apart = step(model, data())
     report = tridrop.swap(model)
@@ -247,7 +247,10 @@ def test_a_changed_forward_is_not_rewritten():
     layer = trained(Changed(nn.Linear(WIDTH, 8), "default", config(0.3), r=4, lora_alpha=10))
     model = nn.Sequential(layer)
     (site,) = tridrop.swap(model).sites
-    assert (site.parts, site.reason) == (("dropout",), "the forward of Changed is not known")
+    assert (site.parts, site.reason) == (
+        ("dropout",),
+        "the forward of Changed is not one that tridrop recognises",
+    )
 
 
 # ------------------------------------------------------------ torch's encoder, in evaluation

@@ -169,7 +169,7 @@ def test_modules_in_evaluation_drop_nothing():
 
 @pytest.mark.parametrize("name", ["cache", "indices", "block_indices"])
 def test_what_cannot_be_honoured_is_refused(name):
-    with pytest.raises(ValueError, match=f"gave {name}="):
+    with pytest.raises(ValueError, match=f"passes {name}="):
         attention_forward(caller(), *tensors(), None, **{name: torch.zeros(1)})
 
 
@@ -189,7 +189,9 @@ def test_packed_arguments():
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="give both cu_seq_lens_q and cu_seq_lens_k"):
         attention_forward(caller(), q, k, v, None, cu_seq_lens_q=offsets)
-    with pytest.raises(ValueError, match="leave it out, or output_attentions"):
+    with pytest.raises(
+        ValueError, match="leave out either cu_seq_lens_q and cu_seq_lens_k, or output_attentions"
+    ):
         attention_forward(caller(), q, k, v, None, **both, output_attentions=True)
     with pytest.raises(ValueError, match="4 packed queries and 6 keys"):
         attention_forward(caller(), q[:, :, :4], k, v, None, is_causal=True, **both)

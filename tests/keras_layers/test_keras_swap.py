@@ -125,7 +125,7 @@ def test_switches_do_not_change_the_numbers(name):
     for site in attention.sites:
         assert site.stream == (whole[site.module] if site.parts else None)
     none = tridrop.swap(model, dropout=False, attention=False)
-    assert {s.reason for s in none.sites} == {"its level is off"}
+    assert {s.reason for s in none.sites} == {"its switch is off"}
     assert none.counts()["left"] == sum(FOUND[name])
 
 
@@ -194,7 +194,7 @@ class Drawing(keras.layers.Layer):
 LEFT = [
     (lambda: keras.layers.GaussianNoise(0.5), "it draws random numbers, and drops nothing"),
     (lambda: keras.layers.RandomFlip(), "it draws random numbers, and drops nothing"),
-    (lambda: keras.layers.LSTM(4, dropout=P), "it drops in its own code, with a rate and not a"),
+    (lambda: keras.layers.LSTM(4, dropout=P), "it drops in its own code, not by a dropout layer"),
     (lambda: Doubled(P), "it is a subclass of Dropout that may compute something else"),
     (lambda: Drawing(), "its own code draws random numbers"),
     (lambda: keras.layers.Lambda(lambda x: keras.random.dropout(x, P)), "its own code draws"),

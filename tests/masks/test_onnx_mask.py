@@ -182,7 +182,7 @@ def test_what_cannot_be_replaced_is_named():
     model = dropout_model(False)
     del model.graph.initializer[0]
     model.graph.input.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, []))
-    with pytest.raises(ValueError, match="ratio and training_mode of d are no constants"):
+    with pytest.raises(ValueError, match="ratio and training_mode of d are not constants"):
         onnx_mask.replace_dropout(model)
     model = dropout_model(False)
     model.graph.node[0].output.append("mask")

@@ -95,7 +95,7 @@ class ByMask(Stack):
 def test_each_is_left_and_reported(kind, whose):
     (site,) = [s for s in tridrop.swap(kind()).sites if s.status == "left"]
     assert (site.kind, site.stream) == (kind.__name__, None)
-    assert site.reason == f"it draws from {whose} by itself"
+    assert site.reason == f"it draws random numbers from {whose}"
     assert site.code in Path(__file__).read_text().splitlines()[site.line - 1]
 
 
@@ -148,7 +148,9 @@ def test_monte_carlo_warns_where_it_cannot_be_left_off():
 def test_models_of_transformers(config, model, sizes, left):
     made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**sizes))
     report = tridrop.swap(made)
-    assert {s.kind for s in report.sites if s.reason.startswith("it draws from")} >= left
+    assert {
+        s.kind for s in report.sites if s.reason.startswith("it draws random numbers from")
+    } >= left
 
 
 def test_an_ensemble_of_wav2vec2_with_an_adapter():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import tridrop
 from tridrop.swapping import kinds
-from tridrop.swapping.memory import memory_of, recall
+from tridrop.swapping.class_cache import cache_of, cached
 
 WIDTH = 8
 
@@ -111,19 +111,19 @@ def test_a_class_remembers_for_itself_alone():
     model = kind()
     tridrop.swap(model)
     first = type(model)
-    assert recall(kind).of is kind
-    assert recall(made) is None
-    assert memory_of(made) is not recall(kind)
+    assert cached(kind).of is kind
+    assert cached(made) is None
+    assert cache_of(made) is not cached(kind)
     tridrop.unswap(model)
     tridrop.swap(model)
     assert type(model) is first  # the class is read once
-    assert kinds.known(nn.Linear).name == "linear"
+    assert kinds.cached_kind(nn.Linear).name == "linear"
 
 
 def test_a_class_that_is_pickled_by_value_goes_without():
     kind = classes()
     tridrop.swap(kind())
-    assert pickle.loads(pickle.dumps(recall(kind))) is None
+    assert pickle.loads(pickle.dumps(cached(kind))) is None
 
 
 def test_a_model_that_was_swapped_can_be_scripted():

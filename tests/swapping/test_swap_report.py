@@ -325,7 +325,7 @@ def test_the_table_has_a_line_a_kind_of_site_and_the_figures():
     text = str(report)
     (line,) = (line for line in text.splitlines() if "added by Caller" in line)
     assert line.split()[1] == "3"
-    assert "left: it draws from a generator by itself" in text
+    assert "left: it draws random numbers from a generator" in text
     assert "6 fused, 0 swapped, 1 left" in text
     assert "saved for backward" not in text
     found = report.verify(torch.ones(2, 3, 8)).cost

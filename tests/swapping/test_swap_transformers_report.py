@@ -102,7 +102,7 @@ def test_report_names_what_became_of_every_place(name):
     assert len(set(streams)) == len(streams)
     assert None not in streams
     assert {s.reason for s in report.sites if not s.parts} <= {
-        "it draws from a generator by itself"
+        "it draws random numbers from a generator"
     }
 
 

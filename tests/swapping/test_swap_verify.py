@@ -337,7 +337,7 @@ def test_a_subclass_of_attention_or_dropout_has_its_true_reason():
 
     x = torch.randn(4, 2, 8)
     report, found = verified(Attention(8, 2, dropout=0.5), x, x, x)
-    assert {s.reason for s in report.sites} == {"tridrop has no such function"}
+    assert {s.reason for s in report.sites} == {"tridrop has no counterpart of this function"}
     assert sum(c.verdict == AS_REPORTED for c in found.sites) == 1
     for kind, status in ((Plain, "swapped"), (Doubled, "swapped"), (Noise, "left")):
         report, found = verified(nn.Sequential(kind(0.5)), x)

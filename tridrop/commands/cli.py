@@ -24,52 +24,53 @@ def parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser(
         "check",
-        help="hold every op to eager PyTorch under the same mask",
-        description="For each op, dtype and backend: values and gradients against eager PyTorch "
-        "under the exported mask, expected values over many seeds, forward mask = backward mask = "
-        "exported mask, bytes saved for backward. Exit status 1 if anything fails. On a machine "
-        "without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels too.",
+        help="compare every op with eager PyTorch under the same mask",
+        description="Checks each op, dtype and backend: values and gradients against eager PyTorch "
+        "under the exported mask, expected values over many seeds, that forward and backward use "
+        "the exported mask, and the bytes saved for backward. The exit status is 1 if anything "
+        "fails. On a machine without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton "
+        "kernels too.",
     )
     report.add_arguments(check)
     check.set_defaults(run=report.main)
 
     bench = commands.add_parser(
         "bench",
-        help="time every op beside eager PyTorch and torch.compile, once its check has passed",
-        description="Times the rows of tridrop check at a transformer's sizes, in rounds in which "
-        "eager PyTorch, torch.compile, torch's attentions and tridrop take turns, beside a device "
-        "copy: time, bandwidth, memory, host time, launches, and what dropout costs. Exit status 1 "
-        "where a check fails; no speed-up is given there. docs/performance.md tells how to read "
-        "the figures.",
+        help="check every op, and time it against eager PyTorch and torch.compile",
+        description="Times the rows of tridrop check at the sizes of a transformer, in rounds in "
+        "which eager PyTorch, torch.compile, torch's attentions, tridrop and a device copy take "
+        "turns. Reports time, bandwidth, memory, host time, launches, and what dropout costs. If a "
+        "check fails, the exit status is 1 and that row shows no speed-up. docs/performance.md "
+        "explains the figures.",
     )
     timed.add_arguments(bench)
     bench.set_defaults(run=timed.main)
 
     shown = commands.add_parser(
         "demo",
-        help="train a small GPT on real text without dropout, with eager dropout, with tridrop",
+        help="train a small GPT on real text: without dropout, with eager dropout, with tridrop",
     )
     demo.add_arguments(shown)
     shown.set_defaults(run=demo.run)
 
     inspect = commands.add_parser(
         "inspect",
-        help="compile every kernel without a GPU: instructions an element, registers, limits",
-        description="Compiles the kernels, as they would be launched for a transformer's sizes, "
-        "for GPUs that need not be here, and counts in the machine code: instructions an element, "
-        "registers, spills, shared memory, widths of loads and stores, Philox rounds. Beside each "
-        "the same kernel without dropout, and for dropout_add one with a Philox call an "
-        "element. docs/performance.md tells how to read the figures.",
+        help="compile every kernel, without a GPU: instructions per element, registers, limits",
+        description="Compiles the kernels as they would be launched for the sizes of a "
+        "transformer, for GPUs that this machine need not have, and counts in the machine code: "
+        "instructions per element, registers, spills, shared memory, widths of loads and stores, "
+        "Philox rounds. Next to each kernel stands the same without dropout, and for dropout_add "
+        "one with a Philox call per element. docs/performance.md explains the figures.",
     )
     inspected.add_arguments(inspect)
     inspect.set_defaults(run=inspected.main)
 
     warm = commands.add_parser(
         "warmup",
-        help="compile the loops for CPUs ahead, so that no first call waits for them",
-        description="Compiles the loops for this CPU in several processes and keeps them on disk, "
-        "where every later process finds them. Triton's kernels are compiled for the sizes that "
-        "they meet, at their first launch, and kept by Triton.",
+        help="compile the CPU loops ahead, so that no first call waits for it",
+        description="Compiles the CPU loops for this machine in several processes, and keeps them "
+        "on disk, where every later process finds them. Triton's kernels are not compiled here: "
+        "Triton compiles and keeps them at their first launch, for the sizes of that launch.",
     )
     warmup.add_arguments(warm)
     warm.set_defaults(run=warmup.main)

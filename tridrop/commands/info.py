@@ -1,4 +1,4 @@
-"""``tridrop info``: what there is to run on, in a form to paste into a bug report."""
+"""``tridrop info``: versions, devices and backends, to paste into a bug report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..backends.cpu import serving
 
 
 class Info(dict[str, Any]):
-    """What :func:`collect` found; printed, or at the end of a notebook's cell, it is a text."""
+    """The result of :func:`collect`, which prints as text, also in a notebook."""
 
     def __str__(self) -> str:
         return render(self)
@@ -73,7 +73,7 @@ def collect() -> Info:
 def _choice(device: str) -> str:
     try:
         return backends.choose(torch.device(device))
-    except (ImportError, ValueError) as error:  # of what the environment says
+    except (ImportError, ValueError) as error:  # the environment names a backend that cannot run
         return f"none: {error}"
 
 
@@ -85,7 +85,7 @@ def _version(package: str) -> str:
 
 
 def render(found: dict[str, Any]) -> str:
-    """The findings as plain lines."""
+    """The result as lines of text."""
     lines = []
     for name, value in found.items():
         if name == "backends":
@@ -102,7 +102,7 @@ def render(found: dict[str, Any]) -> str:
 
 
 def main(as_json: bool) -> int:
-    """Print it."""
+    """Print versions, devices and backends."""
     found = collect()
     print(json.dumps(found, indent=1) if as_json else render(found))
     return 0

@@ -1,7 +1,7 @@
-"""``tridrop warmup``: compile the loops for CPUs ahead, a family of ops a process.
+"""``tridrop warmup``: compiles the CPU loops ahead, with one process per family of ops.
 
-numba compiles one function at a time in a process, so several processes share the families. What
-they compile is kept on disk, and the calls that compile it are small calls of the ops themselves.
+Within a process numba compiles one function at a time, so several processes share the families.
+Each compiles the loops by small calls of the ops, and keeps them on disk.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def _masks() -> Iterator[None]:
     yield
 
 
-# Those that take longest come first. Each yields once a loop.
+# Those that take longest come first. Each yields once per compiled loop.
 FAMILIES: dict[str, Callable[[], Iterator[None]]] = {
     "elementwise": _elementwise,
     "norms": _norms,
     "softmax": _softmax,
     "masks": _masks,
 }
-LOOPS = 2  # of each family
+LOOPS = 2  # per family
 
 
 def run(
@@ -67,9 +67,8 @@ def run(
 ) -> list[str]:
     """Compile the loops of ``families`` in ``jobs`` processes.
 
-    ``on_loop`` is called after each loop with its family, from several threads. Returns what the
-    processes that failed said, which is nothing where all is well. Stops them all where it is
-    interrupted.
+    ``on_loop`` is called after each loop with its family, from several threads. Returns the error
+    output of the processes that failed; empty if none did. An interrupt stops all of them.
     """
     started: list[subprocess.Popen[str]] = []
     stopped = False
@@ -102,20 +101,23 @@ def run(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tridrop warmup``."""
-    # argparse holds the default of "*" against the choices before Python 3.12.
+    # Before Python 3.12 argparse compares the default of "*" with the choices, so there are none.
     parser.add_argument(
-        "family", nargs="*", metavar="FAMILY", help=f"only these: {', '.join(FAMILIES)}"
+        "family",
+        nargs="*",
+        metavar="FAMILY",
+        help=f"compile only these: {', '.join(FAMILIES)} (default: all)",
     )
     parser.add_argument(
         "--jobs",
         type=int,
         default=min(len(FAMILIES), os.cpu_count() or 1),
-        help="processes at a time (default %(default)s)",
+        help="processes at a time (default: %(default)s)",
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; 0 where all loops are on disk, 1 where some are not, 2 where none can be."""
+    """Run it. Returns 0 if all loops are on disk, 1 if some failed, 2 if none can be kept."""
     for name in args.family:
         if name not in FAMILIES:
             known = ", ".join(FAMILIES)
@@ -125,10 +127,10 @@ def main(args: argparse.Namespace) -> int:
         print(f"tridrop warmup: --jobs must be at least 1, not {args.jobs}", file=sys.stderr)
         return 2
     if not serving.serves():
-        print("tridrop warmup: there is nothing to compile: the reference serves CPU tensors")
+        print("tridrop warmup: nothing to compile: the reference backend runs CPU tensors here")
         return 0
     if os.environ.get(serving.CACHE_ENVIRONMENT) == "0":
-        text = f"{serving.CACHE_ENVIRONMENT}=0, so nothing that is compiled would be kept"
+        text = f"{serving.CACHE_ENVIRONMENT}=0 is set, so that compiled loops would not be kept"
         print(f"tridrop warmup: {text}", file=sys.stderr)
         return 2
     names = [name for name in FAMILIES if name in args.family or not args.family]
@@ -146,8 +148,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _worker(name: str) -> None:
-    """Compile one family; a line of output a loop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this, and ends it
+    """Compile one family, and print a line per loop."""
+    # the parent process handles Ctrl-C, and stops this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in FAMILIES[name]():
         print(name, flush=True)
 

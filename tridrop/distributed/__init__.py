@@ -1,8 +1,8 @@
 """More than one device: masks that do not depend on how the work is split.
 
-Ops on DTensors need nothing of this: each process computes its piece with the masks of the whole.
-What is here is for seeds, for batches that are split outside of DTensors, and for pipelines. See
-docs/distributed.md.
+Ops on DTensors need nothing from here: each process computes its piece with the mask of the whole
+tensor. This package is for seeds, for batches that are split without DTensors, and for pipelines.
+See docs/distributed.md.
 """
 
 from ..contract.seeds import batch_slice

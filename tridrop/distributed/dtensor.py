@@ -1,8 +1,8 @@
-"""Ops on DTensors: each process computes its piece, with the masks of the whole.
+"""Ops on DTensors: each process computes its piece, with its part of the whole mask.
 
-The options of an op say where a tensor lies in a larger one, and the kernels take that from there.
-So a call on DTensors is one on local tensors with other options, between DTensor.to_local and
-DTensor.from_local, which are differentiable; no operator needs a rule of its own in torch.
+The options of an op include the position of a tensor in a larger one, which the kernels use. So a
+call on DTensors is a call on local tensors with other options, between DTensor.to_local and
+DTensor.from_local, which are differentiable. Operators need no sharding rules in torch.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from ..base.strides import order_of
 from .agreement import check_where_asked
 from .layouts import SHARED, Layout, Operand, Piece
 
-_PARTIAL = "partial sum"  # a dimension of the mesh along which the result is still to be summed
+_PARTIAL = "partial sum"  # marks a mesh dimension along which the result must still be summed
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether ``x`` is a DTensor, whose module is not imported for that."""
+    """Whether ``x`` is a DTensor. This does not import the module of DTensor."""
     return type(x).__name__ == "DTensor" and isinstance(x, Tensor)
 
 
 def is_distributed(x: Any) -> bool:
-    """Whether ``x`` is a DTensor, or the result of a collective that may be still under way."""
+    """Whether ``x`` is a DTensor, or the result of a collective that may still be running."""
     return is_dtensor(x) or type(x).__name__ == "AsyncCollectiveTensor"
 
 
 def call(function: Any, arguments: Sequence[Any], run: Callable[..., Any]) -> Any:
-    """``run(function, *arguments)``, where some of the arguments are DTensors."""
-    # Dynamo cannot ask whether a function has an attribute.
+    """``run(function, *arguments)`` for arguments of which some are DTensors."""
+    # Dynamo cannot trace whether a function has an attribute.
     if not torch.compiler.is_compiling() and not hasattr(function, "sharding"):
         raise TypeError(
             f"{function.__name__} takes no DTensors: give it t.full_tensor(), or t.to_local() with "
-            "a seed for each process"
+            "a different seed in each process"
         )
     layout: Layout = function.sharding(*arguments)
     given = {
@@ -72,11 +72,13 @@ def _names(layout: Layout, results: Any) -> list[Any]:
 
 
 def _mesh(given: Sequence[tuple[Operand, Any]]) -> Any:
-    """The one mesh of the operands."""
+    """The mesh of the operands, which must be the same for all."""
     spread = {o.label: t for o, t in given if is_dtensor(t)}
     first, one = next(iter(spread.items()), (None, None))
     if one is None:
-        raise TypeError("a seed or a rate is a DTensor; give a plain tensor, equal everywhere")
+        raise TypeError(
+            "a seed or a rate is a DTensor: give a plain tensor, the same in every process"
+        )
     mesh = one.device_mesh
     for o, t in given:
         if not is_dtensor(t):
@@ -84,8 +86,8 @@ def _mesh(given: Sequence[tuple[Operand, Any]]) -> Any:
                 continue
             raise TypeError(
                 f"{o.label} is a plain tensor and {first} is a DTensor: make both DTensors, with "
-                f"distribute_tensor({o.label}, mesh, placements) for a whole tensor, or "
-                f"DTensor.from_local({o.label}, mesh, placements) for a process's piece"
+                f"distribute_tensor({o.label}, mesh, placements) from a whole tensor, or "
+                f"DTensor.from_local({o.label}, mesh, placements) from the pieces"
             )
         if t.device_mesh != mesh:
             raise ValueError(
@@ -109,9 +111,9 @@ def _advice(o: Operand, t: Any, dim: int, placement: Any) -> str:
 
 
 def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) -> str | None:
-    """The name that a dimension of the mesh cuts; None, or "partial sum", where it cuts none.
+    """The named dimension that a mesh dimension cuts; None, or "partial sum", if it cuts none.
 
-    Raises ValueError where the operands' placements do not go together.
+    Raises ValueError if the placements of the operands do not fit each other.
     """
     from torch.distributed.tensor import Replicate
 
@@ -125,20 +127,20 @@ def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) 
         if placement.is_partial():
             if not linear or placement.reduce_op != "sum":
                 raise ValueError(
-                    f"{where}, and the result is not linear in it: sum it up before, with "
+                    f"{where}, and the result is not linear in it: sum it first, with "
                     f"{_advice(o, t, dim, Replicate())} or a Shard(...) there"
                 )
             name = _PARTIAL
-        elif not placement.is_shard():  # Dynamo of torch 2.11 knows no types of placements
+        elif not placement.is_shard():  # Dynamo in torch 2.11 cannot trace types of placements
             raise ValueError(
-                f"{where}; known are Replicate, Shard and Partial: use "
+                f"{where}; only Replicate, Shard and Partial are supported: use "
                 f"{_advice(o, t, dim, Replicate())}"
             )
         else:
             name = o.names[placement.dim]
             name = layout.even.get(name, name)
         if name == SHARED or name in layout.whole:
-            why = layout.whole.get(name, "it has size 1 there, shared by all")
+            why = layout.whole.get(name, "it has size 1 there, which all share")
             raise ValueError(f"{where}, but {why}: use {_advice(o, t, dim, Replicate())}")
         if chosen not in (None, name):
             assert first is not None
@@ -150,13 +152,13 @@ def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) 
             )
         chosen, first = name, (o, t)
     if chosen == _PARTIAL:
-        kinds = {t.placements[dim] for _, t, linear in spread if linear}
-        if len(kinds) > 1:
+        placements = {t.placements[dim] for _, t, linear in spread if linear}
+        if len(placements) > 1:
             o, t, _ = next(s for s in spread if s[2] and s[1].placements[dim].is_partial())
             raise ValueError(
                 f"{o.label} has placement {t.placements[dim]} on {_name_of(t.device_mesh, dim)}, "
-                f"and other operands {sorted(map(str, kinds))}: a whole operand would be added "
-                f"once for each process. Sum it up before, with {_advice(o, t, dim, Replicate())}"
+                f"and the operands have {sorted(map(str, placements))}: a whole operand would be "
+                f"added once per process. Sum first, with {_advice(o, t, dim, Replicate())}"
             )
     return chosen
 
@@ -164,14 +166,14 @@ def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) 
 def _check_even(
     mesh: Any, cuts: Sequence[str | None], sizes: dict[str, int], name: str, like: str
 ) -> None:
-    """Raise unless groups of heads, each with one key head, stay together."""
+    """Raise ValueError unless each group of heads that shares a key head stays together."""
     count = 1
     for dim, cut in enumerate(cuts):
         count *= mesh.size(dim) if cut == like else 1
     if name in sizes and sizes[name] % count:
         raise ValueError(
-            f"{sizes[name]} {name} for {sizes[like]} {like} cannot be cut into {count} parts with "
-            "whole groups: repeat the key heads before, or redistribute query, key and value to "
+            f"{sizes[name]} {name} for {sizes[like]} {like} cannot be cut into {count} parts of "
+            "whole groups: repeat the key heads first, or redistribute query, key and value to "
             "Replicate() there"
         )
 
@@ -179,7 +181,7 @@ def _check_even(
 def _pieces(
     mesh: Any, cuts: Sequence[str | None], sizes: Mapping[str, int], layout: Layout
 ) -> dict[str, Piece]:
-    """The part of every name that this process has, cut as torch.chunk cuts."""
+    """The piece of every named dimension in this process, cut as torch.chunk cuts."""
     coordinate = mesh.get_coordinate()
     pieces = {}
     for name, whole in sizes.items():
@@ -206,7 +208,7 @@ def _local(
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     keys = [layout.even.get(name, name) for name in o.names]
-    if not is_dtensor(t):  # whole in every process
+    if not is_dtensor(t):  # it is whole in every process
         for dim, name in enumerate(o.names):
             if name in pieces and pieces[name].size != t.shape[dim] and name != SHARED:
                 t = t.narrow(dim, pieces[name].start, pieces[name].size)
@@ -222,7 +224,8 @@ def _local(
         else:
             wanted.append(Replicate())
             gradient.append(Replicate() if cut is None else Partial())
-    if tuple(wanted) != tuple(t.placements):  # of whole ones: nothing is sent
+    # only whole operands are cut here, which sends nothing
+    if tuple(wanted) != tuple(t.placements):
         t = t.redistribute(placements=wanted)
     local = t.to_local(grad_placements=gradient)
     if not local.requires_grad:
@@ -232,12 +235,13 @@ def _local(
 
 
 class _Ordered(torch.autograd.Function):
-    """The tensor as it is, with a gradient whose dimensions lie in memory in this order.
+    """Returns the tensor unchanged; its gradient gets a memory layout with this order of
+    dimensions.
 
-    A dimension of one index may have any stride, and uneven shards leave one index to some
-    processes alone. torch computes the strides of a gradient's DTensor from those of its piece, and
-    copies a gradient whose strides are not its leaf's: with torch 2.11 by collectives, which would
-    wait for processes that found no difference.
+    A dimension of size 1 may have any stride, and with uneven shards only some processes have size
+    1. torch computes the strides of a gradient's DTensor from those of its piece, and copies a
+    gradient whose strides differ from its leaf's. In torch 2.11 the copy uses collectives, which
+    would wait for the processes that see no difference.
     """
 
     @staticmethod
@@ -254,7 +258,7 @@ class _Ordered(torch.autograd.Function):
 
 
 def _strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Of a tensor without gaps whose dimensions lie in memory in ``order``, outermost first."""
+    """The strides of a dense tensor with its dimensions in ``order`` in memory, outermost first."""
     strides = [0] * len(shape)
     step = 1
     for dim in reversed(order):
@@ -266,7 +270,7 @@ def _strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
 def _whole(
     t: Tensor, names: Sequence[str], mesh: Any, cuts: Sequence[str | None], sizes: Mapping[str, int]
 ) -> Tensor:
-    """The DTensor of which this process has computed ``t``."""
+    """The DTensor whose local piece in this process is ``t``."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     placements = [

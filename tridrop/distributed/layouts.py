@@ -1,7 +1,7 @@
-"""How the operands of an op may lie on a mesh of processes, and which piece each process computes.
+"""How the operands of an op may be distributed on a mesh, and which piece each process computes.
 
-An op names the dimensions of its operands and results, as einsum does. A dimension of a mesh cuts
-one name, or none. Then every operand with that name is cut along it, every operand without it is
+An op names the dimensions of its operands and results, as einsum does. A mesh dimension cuts one
+named dimension, or none. Every operand with that name is cut along it; every operand without it is
 whole in each process, and its gradient is a sum over the processes.
 """
 
@@ -18,7 +18,7 @@ from ..spec.elementwise import ACTIVATIONS
 from ..spec.operands import Elementwise, Norm, Product, Softmax
 
 Names = tuple[str, ...]
-SHARED = ""  # a dimension of size 1 that is broadcast: nobody has a part of it
+SHARED = ""  # the name of a dimension of size 1 that is broadcast, and is never cut
 
 
 class Piece(NamedTuple):
@@ -30,21 +30,23 @@ class Piece(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """A tensor operand: what it is called, and the name of each of its dimensions."""
+    """A tensor operand: its name in error messages, and the name of each of its dimensions."""
 
     label: str
     names: Names
-    plain: bool = False  # it may also be a plain tensor, the whole one in every process: a mask
+    # whether it may be a plain tensor that is whole in every process, as a mask
+    plain: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What an op says of its arguments.
+    """The layout of an op's arguments.
 
-    ``tensors`` is the tuple of its operands, ``seed`` the one of them that is a seed, and
-    ``operands`` describes those that lie on a mesh, by their fields. ``whole`` are the names that
-    cannot be cut, and why. ``linear`` are the operands that may, all together, be Partial: the
-    result is then a sum over processes as well. ``settle`` gives the packed options of a process.
+    ``tensors`` is the tuple of operands, and ``seed`` the operand that is a seed. ``operands``
+    describes those that can be distributed, by field name. ``whole`` has the names of dimensions
+    that cannot be cut, with the reason. ``linear`` names the operands that may be Partial, if all
+    of them are; the result is then Partial too. ``settle`` gives the packed options of this
+    process.
     """
 
     tensors: Any
@@ -54,11 +56,12 @@ class Layout:
     whole: Mapping[str, str]
     settle: Callable[[Mapping[str, Piece]], Any]
     linear: tuple[str, ...] = ()
-    even: Mapping[str, str] = field(default_factory=dict)  # cut as another name is, evenly
+    # name -> another name with which it is cut evenly
+    even: Mapping[str, str] = field(default_factory=dict)
 
 
 def aligned(shape: Sequence[int], names: Names, sizes: Sequence[int]) -> Names:
-    """The names of an operand that broadcasts, from the last dimension, to ``names``."""
+    """The names of an operand that broadcasts to ``names``, aligned at the last dimension."""
     last = list(zip(reversed(shape), reversed(names), reversed(sizes), strict=False))
     return tuple(SHARED if n == 1 and size != 1 else name for n, name, size in reversed(last))
 
@@ -92,7 +95,7 @@ def _rows(
     def settle(pieces: Mapping[str, Piece]) -> Any:
         return _settle_rows(packed, shape, [pieces[name].start for name in names])
 
-    # What is added besides the parts would be added in each of them.
+    # With a bias or an alpha mask the op is not linear: each part of a sum would add them again.
     linear = packed.activation == "none" and packed.noise != "alpha" and tensors.bias is None
     return Layout(
         tensors=tensors,
@@ -106,20 +109,20 @@ def _rows(
 
 
 def _settle_rows(packed: Any, shape: list[int], starts: Sequence[int]) -> Any:
-    """Packed options for the piece that begins at ``starts`` of a tensor of ``shape``."""
+    """The packed options for the piece that begins at ``starts`` in a tensor of ``shape``."""
     given = packed.origin or [0] * len(shape)
     origin = [a + b for a, b in zip(given, starts, strict=True)]
     return packed._replace(global_shape=packed.global_shape or shape, origin=origin)
 
 
 def elementwise(*arguments: Any) -> Layout:
-    """Of ``Fused``: any dimension may be cut; both halves of a gated activation belong together."""
+    """The layout of ``Fused``: any dimension can be cut, except halves of a gated activation."""
     *tensors, packed = arguments
     return _rows(Elementwise(*tensors), packed, ("bias", "layer_scale"), 1, {})
 
 
 def norm(*arguments: Any) -> Layout:
-    """Of ``FusedNorm``: any dimension but the last may be cut."""
+    """The layout of ``FusedNorm``: any dimension except the last can be cut."""
     *tensors, packed = arguments
     vectors = ("bias", "layer_scale", "weight", "norm_bias")
     whole = {"columns": "a norm needs the last dimension whole"}
@@ -127,7 +130,7 @@ def norm(*arguments: Any) -> Layout:
 
 
 def product(*arguments: Any) -> Layout:
-    """Of ``DroppedProduct``: any dimension of x may be cut; of the last, results are partial."""
+    """The layout of ``DroppedProduct``: any dimension of x; if the last, results are partial."""
     *given, packed = arguments
     tensors = Product(*given)
     x = tensors.x
@@ -155,9 +158,9 @@ def product(*arguments: Any) -> Layout:
 
 
 def _settle_scores(packed: Any, batch: Piece, head: int, query: Piece, key: Piece) -> Any:
-    """Packed options of attention for a piece of the scores."""
+    """The packed options of attention for a piece of the scores."""
     starts = (batch.start, head, query.start, key.start)
-    # The band is one of local indices, which differ from those of the whole.
+    # The limits of the band refer to local indices, which are shifted against the global ones.
     shift = query.start - key.start
     return packed._replace(
         origin=[a + b for a, b in zip(packed.origin, starts, strict=True)],
@@ -168,7 +171,7 @@ def _settle_scores(packed: Any, batch: Piece, head: int, query: Piece, key: Piec
 
 
 def softmax(*arguments: Any) -> Layout:
-    """Of ``SoftmaxDropout``: any dimension but the keys may be cut."""
+    """The layout of ``SoftmaxDropout``: any dimension except the keys can be cut."""
     *given, packed = arguments
     tensors = Softmax(*given)
     scores, mask = tensors.scores, tensors.mask
@@ -180,7 +183,7 @@ def softmax(*arguments: Any) -> Layout:
     if mask is not None:
         operands["mask"] = Operand("mask", aligned(mask.shape, names, scores.shape), plain=True)
     whole = {"keys": "a softmax needs all keys of a query"}
-    # Batch dimensions count as one: a part of an inner one has no single origin.
+    # Batch dimensions count as one, in which a piece of an inner one would have no single origin.
     whole |= dict.fromkeys(outer[1:], "only the first of several batch dimensions can be cut")
     inner_batch = 1
     for n in scores.shape[1 : len(outer)]:
@@ -196,7 +199,7 @@ def softmax(*arguments: Any) -> Layout:
 
 
 def attention(*arguments: Any) -> Layout:
-    """Of ``Attention``: the batch, heads and queries may be cut."""
+    """The layout of ``Attention``: batch, heads and queries can be cut."""
     *given, packed = arguments
     tensors = AttentionInputs(*given)
     query, key, cu_query = tensors.query, tensors.key, tensors.cu_query
@@ -216,8 +219,8 @@ def attention(*arguments: Any) -> Layout:
     packed_names = ("sequences", "heads", "longest queries", "longest keys")
     if cu_query is None:
         sizes = (query.shape[0], heads, query.shape[2], key.shape[2])
-    else:  # dimensions of masks count sequences, which lie anywhere in the tokens
-        why = "packed sequences lie anywhere in the tokens: only heads can be cut"
+    else:  # masks have a dimension of sequences, which begin anywhere among the tokens
+        why = "packed sequences may begin at any token: only heads can be cut"
         whole |= {n: why for n in ("batch", "queries", *packed_names) if n != "heads"}
         sizes = (cu_query.shape[0] - 1, heads, packed.max_query, packed.max_key)
     names: Names = ("batch", "heads", "queries", "keys") if cu_query is None else packed_names

@@ -1,4 +1,4 @@
-"""Pipelines: every microbatch knows which samples of the global batch it holds."""
+"""Pipelines: numbers the samples of every microbatch within the global batch."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from typing import Any
 
 from ..contract.seeds import batch_slice
 
-# What a schedule of torch.distributed.pipelining calls, with the number of a microbatch first.
+# The methods that schedules of torch.distributed.pipelining call; the first argument is the number
+# of the microbatch.
 _CALLS = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
 
 
 def number_microbatches(stage: Any, size: int, origin: int = 0) -> None:
-    """Give the microbatches of a pipeline stage their places in the global batch.
+    """Give the microbatches of a pipeline stage their positions in the global batch.
 
-    Forward and backward of microbatch i then run under ``batch_slice(origin + i * size, size)``.
-    With the sites' numbers, which :func:`tridrop.swap` or :func:`tridrop.nn.number_sites` fixed in
-    the whole model before it was split, and one seed in :func:`tridrop.rng`, the masks are those of
-    one process that sees the whole batch: whatever the schedule and its order.
+    The forward and backward of microbatch i then run in ``batch_slice(origin + i * size, size)``.
+    If :func:`tridrop.swap` or :func:`tridrop.nn.number_sites` numbered the sites in the whole model
+    before it was split, and :func:`tridrop.rng` has one seed, then the masks are those of a single
+    process with the whole batch, for any schedule.
 
     Args:
         stage: a PipelineStage of torch.distributed.pipelining.
         size: the number of samples in a microbatch.
-        origin: the first sample of this process's batch in the global one: with data parallelism
-            around the pipeline, its rank times its batch.
+        origin: the index in the global batch of this process's first sample; with data parallelism
+            around the pipeline, rank times batch size.
 
     >>> number_microbatches(stage, size=4)  # doctest: +SKIP
     """
-    with batch_slice(origin, size):  # raises for what is no slice
+    with batch_slice(origin, size):  # raises if this is no valid slice
         pass
 
     def placed(function: Callable[..., Any]) -> Callable[..., Any]:

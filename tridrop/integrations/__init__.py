@@ -1,7 +1,7 @@
-"""Other libraries' own plugs, filled with tridrop's functions.
+"""tridrop's functions for the extension points of other libraries.
 
-Nothing here imports the other library: what is to be registered with it is registered when it is
-imported, or at once where it is imported already.
+Nothing here imports another library. What has to be registered with a library is registered when
+that library is imported, or at once if it is imported already.
 """
 
 from .imports import when_imported

@@ -1,6 +1,6 @@
-"""Flash-attention's functions of flash_attn/ops/triton/layer_norm.py, as of August 2026.
+"""The functions of flash-attention's flash_attn/ops/triton/layer_norm.py, as of August 2026.
 
-Flash-attention is not needed, and not changed; masks and ``seed`` are as in ``megatron.py``.
+Flash-attention is neither needed nor changed. Masks and ``seed`` are as in ``megatron.py``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..spec import elementwise as spec
 
 
 def _copied(target: Tensor | None, name: str, value: Tensor) -> Tensor:
-    """``value``, or the given tensor with it written in."""
+    """``value``; or, if a target is given, the target after copying ``value`` into it."""
     if target is None:
         return value
     if target.shape != value.shape:
         raise ValueError(
-            f"{name} has shape {tuple(target.shape)}; it must be {tuple(value.shape)}, x's"
+            f"{name} has shape {tuple(target.shape)}; it must have x's shape, {tuple(value.shape)}"
         )
     return target.copy_(value)
 
@@ -62,43 +62,43 @@ def layer_norm_fn(
 
         stream = residual + dropout(rowscale * x) + dropout(x1)
         out  = norm(stream) * weight + bias
-        out1 = norm(stream) * weight1 + bias1        with weight1 alone
+        out1 = norm(stream) * weight1 + bias1        only if weight1 is given
 
-    It is :func:`tridrop.dropout_add_layer_norm` (or ``dropout_add_rms_norm``), one kernel, unless
-    rowscale, x1 or weight1 is given: each of these is one operation more.
+    It calls :func:`tridrop.dropout_add_layer_norm` (or ``dropout_add_rms_norm``), which is one
+    kernel. Each of rowscale, x1 and weight1 costs one more operation.
 
-    There is no ``training`` here: pass ``dropout_p=0.0`` in evaluation. Other than in
-    flash-attention, the stream is rounded to its dtype before it is normalised, rowscale * x to
-    x's, and residual + dropout(x1) to the stream's; rowscale has a gradient; a given residual_out
-    is written.
+    There is no ``training``: pass ``dropout_p=0.0`` in evaluation. Unlike in flash-attention, the
+    stream is rounded to its dtype before it is normalised, rowscale * x is rounded to x's dtype,
+    and residual + dropout(x1) to the stream's; rowscale has a gradient; a given residual_out is
+    always written.
 
     Args:
         x: the branch, ``[..., D]``.
         weight, bias, weight1, bias1: vectors of size D, or None.
-        residual, x1: of x's shape, or None.
-        eps: added to the variance.
+        residual, x1: tensors of x's shape, or None.
+        eps: is added to the variance.
         dropout_p: the probability of dropping an element of x, and of x1.
-        rowscale: one factor per row, of ``x.shape[:-1]``; not with x1. Stochastic depth by rowscale
-            is ``drop_path`` in :func:`tridrop.dropout_add_layer_norm`, without a tensor.
-        prenorm: also return the stream. It has the residual's dtype, or without one float32 with
-            ``residual_in_fp32``, else x's.
+        rowscale: one factor per row, of shape ``x.shape[:-1]``; not with x1. For stochastic depth,
+            ``drop_path`` in :func:`tridrop.dropout_add_layer_norm` needs no such tensor.
+        prenorm: also return the stream. It has the residual's dtype. Without a residual it has
+            float32 if ``residual_in_fp32``, else x's dtype.
         zero_centered_weight: multiply by ``1 + weight``, ``1 + weight1``.
         is_rms_norm: RMSNorm instead of LayerNorm.
-        return_dropout_mask: also return the masks of x and of x1, bool, of x's shape: None for
-            dropout_p = 0, or without x1.
+        return_dropout_mask: also return the masks of x and of x1, as bool tensors of x's shape. A
+            mask is None if dropout_p = 0, and that of x1 without x1.
         out_dtype: the dtype of out and out1; x's by default.
-        out, residual_out: tensors to copy out and the stream into; they are then what is returned,
-            in their own dtypes.
+        out, residual_out: tensors into which out and the stream are copied. These are then
+            returned, in their own dtypes.
         seed: as in :func:`tridrop.dropout`. x's mask is ``tridrop.keep_mask(seed, x.shape,
             dropout_p)``, x1's that of ``tridrop.fold_in(seed, 1)``.
 
     Returns:
-        out alone, or the tuple (out, out1, stream, mask, mask1) without what was not asked for:
-        out1 with weight1, stream with prenorm, both masks with return_dropout_mask.
+        out, or a tuple of out and, in this order, out1 if weight1 is given, the stream if prenorm,
+        and both masks if return_dropout_mask.
 
     Raises:
-        ValueError, TypeError: as :func:`tridrop.dropout_add_layer_norm`; rowscale with x1, bias1
-            without weight1, a tensor of another shape.
+        ValueError, TypeError: as :func:`tridrop.dropout_add_layer_norm`; also for rowscale with x1,
+            bias1 without weight1, and a tensor with a wrong shape.
 
     >>> x, residual = torch.tensor([[1.0, 2.0, 3.0, 6.0]]), torch.zeros(1, 4)
     >>> layer_norm_fn(x, torch.ones(4), None, residual)
@@ -121,14 +121,18 @@ def layer_norm_fn(
             spec_values.check_tensor(t, name)
             spec.check_device(t, name, x)
     if bias1 is not None and weight1 is None:
-        raise ValueError("bias1 is given without weight1: give weight1, torch.ones(D) for none")
+        raise ValueError(
+            "bias1 is given without weight1: give weight1 too, torch.ones(D) if there is none"
+        )
     if rowscale is not None:
         if x1 is not None:
-            raise ValueError("rowscale is given with x1: multiply x and x1 by their factors before")
+            raise ValueError(
+                "rowscale is given with x1: multiply x and x1 by their factors before the call"
+            )
         if rowscale.numel() != x.shape[:-1].numel():
             raise ValueError(
-                f"rowscale has shape {tuple(rowscale.shape)}; it must be {tuple(x.shape[:-1])}, a "
-                "factor for each row of x"
+                f"rowscale has shape {tuple(rowscale.shape)}; it must be {tuple(x.shape[:-1])}, "
+                "one factor per row of x"
             )
         x = (x * rowscale.reshape(*x.shape[:-1], 1)).to(x.dtype)
     drops = isinstance(dropout_p, Tensor) or dropout_p > 0
@@ -161,7 +165,7 @@ def layer_norm_fn(
                 zero_centered_weight=zero_centered_weight,
             )
         )  # fmt: skip
-    # The given tensors last: they may be x or residual, which have been read by now.
+    # Copied last, since the given tensors may be x or residual, which must have been read before.
     results[0] = _copied(out, "out", first)
     if keeps:
         given = _copied(residual_out, "residual_out", kept[0])

@@ -1,4 +1,4 @@
-"""Running a function once a module of another package has been imported."""
+"""Runs a function once a module of another package has been imported."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Run ``action`` after the module ``name`` has been imported: now, if it is already there.
+    """Run ``action`` after the module ``name`` has been imported; now, if it already is.
 
-    Importing tridrop must not import heavy packages that the program may never use, and has to work
-    in either order. So the import system is asked to tell: a finder stands first in sys.meta_path,
-    lets the others find the module, and runs ``action`` after the module's own code. It then takes
-    itself away; a program that never imports ``name`` pays a string comparison an import.
+    Importing tridrop must not import heavy packages that the program may never use, and the two
+    must work in either order of imports. So a finder is put first into sys.meta_path. It lets the
+    other finders find the module, runs ``action`` after the module's own code, and removes itself.
+    A program that never imports ``name`` pays one string comparison per import.
 
-    An ImportError of ``action``, which says that the other package lacks what is needed, becomes a
+    If ``action`` raises an ImportError, because the other package lacks something, this becomes a
     warning: the user imported that package, and may not need tridrop in it.
 
     >>> when_imported("math", lambda: print("math is there"))
@@ -56,19 +56,19 @@ class _Finder(importlib.abc.MetaPathFinder):
         return None
 
     def finish(self) -> None:
-        if self in sys.meta_path:  # not so where two threads raced, or the module is reloaded
+        if self in sys.meta_path:  # it is gone if two threads raced, or the module is reloaded
             sys.meta_path.remove(self)
             _run(self.action)
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads with another loader, then tells ``finder``. The module keeps no trace of it."""
+    """Loads a module with its own loader, then notifies ``finder``; the module keeps its loader."""
 
     def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
         self.loader = loader
         self.finder = finder
 
-    def __getattr__(self, name: str) -> object:  # get_source, get_data and others, for whoever asks
+    def __getattr__(self, name: str) -> object:  # get_source, get_data and others
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -1,9 +1,9 @@
-"""Megatron-LM's functions of megatron/core/fusions/fused_bias_dropout.py, as of August 2026.
+"""The functions of Megatron-LM's megatron/core/fusions/fused_bias_dropout.py, as of August 2026.
 
-Megatron-LM is not needed, and not changed: put a function where the library's own was imported.
-Masks are tridrop's, so every call takes ``seed`` as well, by name, and :func:`tridrop.keep_mask`
-gives the mask that it draws. Without a seed one is drawn from torch's generator, or taken from an
-active :func:`tridrop.rng`.
+Megatron-LM is neither needed nor changed: import a function from here instead of the library's own.
+Masks are tridrop's, so that every call also takes ``seed`` by name, and :func:`tridrop.keep_mask`
+gives its mask. Without a seed, one is drawn from torch's generator, or taken from an active
+:func:`tridrop.rng`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..spec import elementwise as spec
 
 
 class BiasDropoutAdd(Protocol):
-    """What :func:`get_bias_dropout_add` returns."""
+    """The type of the function that :func:`get_bias_dropout_add` returns."""
 
     def __call__(
         self,
@@ -48,7 +48,7 @@ def _bias_dropout_add(
     if bias is not None and bias.dim() != 1:
         rows = range(bias.dim() - 1)
         if all(bias.shape[i] == 1 or bias.stride(i) == 0 for i in rows):
-            bias = bias[(0,) * len(rows)]  # a vector, expanded: as older callers pass it
+            bias = bias[(0,) * len(rows)]  # older callers pass an expanded vector
         else:
             x, bias = x.to(residual.dtype) + bias.to(residual.dtype), None
     return dropout_add(x, residual, prob, training, bias=bias, seed=seed)
@@ -64,18 +64,18 @@ def bias_dropout_add_fused_train(
     """``residual + dropout(x + bias)``: the end of a branch in Megatron-LM's transformer layer.
 
     It is :func:`tridrop.dropout_add`. The result has the residual's dtype, so that a float32
-    residual stream (``fp32_residual_connection``) stays float32 beside a bfloat16 branch.
+    residual stream (``fp32_residual_connection``) stays float32 with a bfloat16 branch.
 
     Args:
-        x_with_bias: the pair (x, bias): x of any shape ``[..., H]``; bias None or a vector ``[H]``,
-            which is added in the same kernel. A bias that is no vector, and not one expanded, is
-            added before, by torch.
-        residual: of x's shape.
+        x_with_bias: the pair (x, bias), with x of any shape ``[..., H]``. The same kernel adds the
+            bias if it is a vector ``[H]``, or an expanded one. torch adds any other bias before;
+            None means no bias.
+        residual: a tensor of x's shape.
         prob: the probability of dropping.
         seed: as in :func:`tridrop.dropout`. The mask is ``tridrop.keep_mask(seed, x.shape, prob)``.
 
     Returns:
-        A new tensor: Megatron-LM's own may write the result of an evaluation into x.
+        A new tensor. (Megatron-LM's own function may write the result into x in evaluation.)
 
     >>> import torch
     >>> x, bias, residual = torch.ones(1, 4), torch.ones(4), torch.full((1, 4), 10.0)
@@ -102,19 +102,19 @@ def bias_dropout_add_fused_inference(
 
 
 def bias_dropout_add_unfused(training: bool) -> BiasDropoutAdd:
-    """The same two functions by ``training``; here "unfused" is fused as well."""
+    """One of the two functions above, by ``training``. In tridrop this one is fused as well."""
     return bias_dropout_add_fused_train if training else bias_dropout_add_fused_inference
 
 
 def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
     """The function ``f((x, bias), residual, prob)`` of Megatron-LM's transformer layer.
 
-    A layer's specification takes it in place of Megatron-LM's, as ``self_attn_bda`` and ``mlp_bda``
-    of ``TransformerLayerSubmodules``.
+    Use it in the specification of a layer, as ``self_attn_bda`` and ``mlp_bda`` of
+    ``TransformerLayerSubmodules``.
 
     Args:
         training: whether f drops.
-        fused: of no consequence; f is fused either way.
+        fused: is ignored; f is always fused.
 
     >>> import torch
     >>> f = get_bias_dropout_add(training=True, fused=True)

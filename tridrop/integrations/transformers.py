@@ -3,9 +3,9 @@
     import tridrop
     model.set_attn_implementation("tridrop")
 
-or ``attn_implementation="tridrop"`` where a model is made. It reaches every model that calls its
-attention through transformers' AttentionInterface. The name is registered when both packages have
-been imported, in either order.
+or pass ``attn_implementation="tridrop"`` when a model is made. This works for every model that
+calls its attention through transformers' AttentionInterface. The name is registered when both
+packages have been imported, in either order.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from . import transformers_masks
 from .transformers_config import allow_output_attentions
 from .transformers_masks import NAME, attention_mask, pattern_of
 
-# Set by register(): what newer releases of transformers collect outputs with.
+# Set by register(): the object with which newer releases of transformers collect outputs.
 _collector: Any = None
 
-# Modules that have no attribute is_causal and are not causal. transformers' own sdpa takes a module
-# without it for causal; these run eager there.
+# Modules that are not causal although they lack the attribute is_causal. transformers' own sdpa
+# takes a module without it for causal, and so these run eager there.
 _NOT_CAUSAL = {
     "AlignTextSelfAttention",
     "ChineseCLIPTextSelfAttention",
@@ -43,15 +43,16 @@ _NOT_CAUSAL = {
 
 
 def register() -> None:
-    """Make the name "tridrop" known to transformers: the attention and its masks.
+    """Register the attention and its masks with transformers, under the name "tridrop".
 
-    With it a configuration may have output_attentions, as with "eager".
+    A configuration with this attention may set output_attentions, as with "eager".
 
-    ``import tridrop`` does so by itself. Without masks of its own an implementation is given none
-    at all, and padding would be ignored: the two are always registered together.
+    ``import tridrop`` calls this automatically. The attention and its masks must be registered
+    together, since transformers gives an attention without its own masks none, which would ignore
+    padding.
 
     Raises:
-        ImportError: transformers is not installed, or older than 5.0.
+        ImportError: transformers is not installed, or is older than 5.0.
     """
     global _collector
     try:
@@ -68,7 +69,7 @@ def register() -> None:
     try:
         from transformers.utils import output_capturing
     except ImportError:
-        _collector = None  # the first releases of 5 pass output_attentions on instead
+        _collector = None  # the first releases of 5 pass output_attentions to the attention instead
     else:
         _collector = getattr(output_capturing, "_active_collector", None)
     allow_output_attentions(PreTrainedConfig)
@@ -91,57 +92,58 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers' modules call it: what their eager attention computes.
+    """The attention function that transformers' modules call. It computes what eager computes.
 
-    Valid rows are those of eager. A query with nothing to attend to, such as left padding, gives
-    zeros, as with torch's sdpa; eager gives the mean of the values. A dropped probability is the
-    one that :func:`tridrop.attention_keep_mask` names at (batch, head, query, key).
+    Only a query with nothing to attend to, such as left padding, differs: it gives zeros, as with
+    torch's sdpa, while eager gives the mean of the values. The mask of the probabilities is
+    :func:`tridrop.attention_keep_mask` at (batch, head, query, key).
 
-    The seed is drawn, or under :func:`tridrop.rng` that of the module's number, its attribute
-    ``_tridrop_attention_site``, and without one the next of the block. Modules in eval mode drop
-    nothing.
+    The seed is drawn from torch's generator. Under :func:`tridrop.rng` it is the seed of the
+    module's number, its attribute ``_tridrop_attention_site``; without a number, the next seed of
+    the rng block. Modules in eval mode drop nothing.
 
     Args:
-        module: the attention module; of it ``training`` and ``is_causal`` are read.
+        module: the attention module, whose ``training`` and ``is_causal`` are read.
         query: [B, H, L, D].
         key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], with heads that are not repeated.
-        attention_mask: bool (True takes part) or float (added), broadcastable to [B, H, L, S].
+        attention_mask: bool (True: the key takes part) or float (added to the scores),
+            broadcastable to [B, H, L, S].
         dropout: the probability of dropping.
         scaling: by default 1 / sqrt(D).
-        is_causal: by default the module's. Holds without a mask and for more than one query;
-            query i then sees the keys j <= i, also where S > L, as in a static cache that is being
-            filled.
-        position_bias: float, added to the scores beside any mask (T5). Has a gradient.
+        is_causal: by default the module's. It applies only without a mask and with more than one
+            query. Query i then sees the keys j <= i, even if S > L, as in a static cache that is
+            being filled.
+        position_bias: float, added to the scores in addition to any mask (T5). It has a gradient.
         softcap: as in :func:`tridrop.scaled_dot_product_attention` (Gemma 2).
-        sliding_window: not read, for the mask contains it and is only left out where it hides
-            nothing; eager does not read it either.
+        sliding_window: ignored, as in eager: the mask contains the window, and is omitted only if
+            the window hides nothing.
         s_aux: [H], sinks (GPT-OSS).
-        kwargs: what else modules pass.
+        kwargs: other arguments that modules pass:
 
             ==================================  ====================================================
-            cu_seq_lens_q, cu_seq_lens_k        int offsets of packed sequences, B = 1: each token
-            (max_length_q, max_length_k)        sees its own alone, in memory linear in the tokens
+            cu_seq_lens_q, cu_seq_lens_k        int offsets of packed sequences, B = 1: a token sees
+            (max_length_q, max_length_k)        its sequence only; memory is linear in the tokens
             sinks                               [B, H, L, 1], one sink per query (Inkling 2)
             output_attentions                   returns the weights
             cache, indices, block_indices       ValueError: paged caches, keys chosen by an indexer
-            position_ids, deterministic, other  not read: eager does not, either
+            position_ids, deterministic, other  ignored, as in eager
             ==================================  ====================================================
 
     Returns:
-        ``(out, weights)``: out [B, L, H, Dv], contiguous; weights [B, H, L, S] after dropout where
-        attentions are asked for, in memory of their size, else None. They are asked for by an
-        ``output_attentions`` of the call, of the configuration, or of the caller's own arguments,
-        and by transformers' collector of outputs. Inside torch.compile the caller's arguments
-        cannot be seen.
+        ``(out, weights)``. out is [B, L, H, Dv], contiguous. weights are the probabilities after
+        dropout, [B, H, L, S], in memory of their size, if attentions are requested, else None.
+        They are requested by ``output_attentions`` in the call, in the configuration or in the
+        arguments of a calling function, and by transformers' collector of outputs. The arguments
+        of calling functions cannot be seen inside torch.compile.
 
     Raises:
-        ValueError, TypeError: as scaled_dot_product_attention, and for the above.
+        ValueError, TypeError: as scaled_dot_product_attention, and as stated above.
     """
     for name in ("cache", "indices", "block_indices"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} gave {name}=, which attn_implementation={NAME!r} cannot "
-                'honour: use model.set_attn_implementation("eager")'
+                f"{type(module).__name__} passes {name}=, which attn_implementation={NAME!r} does "
+                'not support: use model.set_attn_implementation("eager")'
             )
     want_weights = _are_weights_wanted(module, kwargs)
     if not getattr(module, "training", True):
@@ -157,21 +159,21 @@ def attention_forward(
     if cu_q is not None and cu_k is not None:
         if want_weights:
             raise ValueError(
-                "sequences packed by cu_seq_lens_q have no weights of one shape: leave it out, or "
-                "output_attentions"
+                "attention weights of sequences packed by cu_seq_lens_q have no single shape: "
+                "leave out either cu_seq_lens_q and cu_seq_lens_k, or output_attentions"
             )
         if pattern is not None and pattern.key_mask is None:
-            mask, causal = None, True  # it says of position_ids what the offsets say
+            mask, causal = None, True  # this mask follows from position_ids, like the offsets
         if causal and query.shape[2] != key.shape[2]:
             raise ValueError(
-                f"{query.shape[2]} packed queries and {key.shape[2]} keys: causal attention is "
-                "aligned to the sequences' starts, so give each query its key"
+                f"{query.shape[2]} packed queries and {key.shape[2]} keys: causal attention aligns "
+                "the starts of the sequences, so give as many keys as queries"
             )
         if mask is None and position_bias is None:
             packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
             packed["max_seqlen_q"] = _as_int(kwargs.get("max_length_q"))
             packed["max_seqlen_k"] = _as_int(kwargs.get("max_length_k"))
-        else:  # those have the coordinates of the tokens, not of the sequences
+        else:  # a mask or a bias has the coordinates of tokens, not of positions in sequences
             mask = merge_masks(_same_sequence(query, key, cu_q, cu_k), mask)
     elif pattern is not None and pattern.key_mask is not None:
         mask, key_mask, causal = None, pattern.key_mask, True
@@ -197,7 +199,8 @@ def attention_forward(
         dropout,
         causal,
         scaling,
-        enable_gqa=bool(query.shape[1] != key.shape[1]),  # torch.jit.trace gives a tensor
+        # in torch.jit.trace the shapes are tensors
+        enable_gqa=bool(query.shape[1] != key.shape[1]),
         key_mask=key_mask,
         sinks=s_aux,
         softcap=softcap,
@@ -207,7 +210,7 @@ def attention_forward(
     )
     if isinstance(result, tuple):
         assert sinks is not None
-        # A sink takes its part of the probability from all keys of a row alike.
+        # A sink reduces the probabilities of all keys in a row by the same factor.
         out, lse = result
         out = out * torch.sigmoid(lse[..., None] - sinks).to(out.dtype)
     else:
@@ -241,10 +244,10 @@ def _are_weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def _do_callers_want_weights() -> bool:
-    """Whether a function that is being run was given output_attentions.
+    """Whether a calling function was given output_attentions.
 
-    The first releases of 5 have no collector, models whose layers take the argument and do not
-    pass it on to the attention, and others whose wrapper (check_model_inputs) keeps it.
+    The first releases of 5 have no collector. Some of their models have layers that take the
+    argument and do not pass it to the attention; in others a wrapper (check_model_inputs) keeps it.
     """
     frame = sys._getframe(3)
     while frame is not None:
@@ -260,7 +263,7 @@ def _do_callers_want_weights() -> bool:
 
 
 def _split_padding(mask: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """(mask, None), or (None, key_mask) of a bool mask that is the same for all queries."""
+    """(mask, None), or (None, key_mask) if a bool mask is the same for all queries."""
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return mask, None
     if mask.shape[0] not in (1, batch) or (mask.shape[2] != 1 and mask.stride(2) != 0):
@@ -269,7 +272,7 @@ def _split_padding(mask: Tensor, batch: int) -> tuple[Tensor | None, Tensor | No
 
 
 def _same_sequence(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
-    """Bool [L, S]: whether query and key are of one packed sequence."""
+    """Bool [L, S]: whether a query and a key are in the same packed sequence."""
     ids = []
     for x, offsets in ((query, cu_q), (key, cu_k)):
         tokens = torch.arange(x.shape[2], device=x.device, dtype=offsets.dtype)
@@ -282,7 +285,7 @@ def _as_int(length: Any) -> int | None:
 
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:
-    """Keys or values [B, Hkv, S, D] with the query's heads."""
+    """Keys or values [B, Hkv, S, D], repeated to the number of the query's heads."""
     groups = query.shape[1] // x.shape[1]
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
@@ -300,13 +303,13 @@ def _weights(
 ) -> Tensor:
     """The probabilities [B, H, L, S] after dropout; ``sinks`` broadcasts to [B, H, L, 1]."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    # Scaled before the product, which keeps within float16.
+    # Scaled before the product, so that scores stay in the range of float16.
     scores = (query * scale) @ _repeated(key, query).transpose(-2, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if sinks is None:
         return softmax_dropout(scores, p, mask=mask, is_causal=causal, seed=seed)
-    # The sink is one more key, the last, that everybody sees: the others keep their coordinates.
+    # The sink is one more key that every query sees: the last, so that others keep their place.
     visible = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
     mask = merge_masks(visible.tril() if causal else visible, mask)
     assert mask is not None

@@ -1,10 +1,10 @@
-"""Configurations of transformers models whose attention is tridrop's and that ask for attentions.
+"""Lets a configuration of transformers combine tridrop's attention with output_attentions.
 
-transformers lets ``output_attentions`` stand in a configuration where the attention is eager, since
-of its own functions only that one returns the weights. tridrop's returns them too. But there is a
-list of the names that may, and nothing to be registered with: a configuration that was right in
-eager could be neither saved nor set. So the two functions that look at the list are wrapped, and
-for tridrop's name they do not look; for every other they are what they were.
+transformers allows ``output_attentions`` in a configuration only for eager attention, since no
+other function of its own returns the weights. tridrop's attention returns them too, but
+transformers has a fixed list of names and no way to register another: a configuration that is valid
+with eager could be neither set nor saved. So the two functions that check the list are wrapped, and
+skip the check for tridrop's name only.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ _CHECK = "validate_output_attentions"
 
 
 def allow_output_attentions(config: Any) -> None:
-    """Let ``output_attentions`` stand beside tridrop's attention.
+    """Allow ``output_attentions`` together with tridrop's attention.
 
     Args:
         config: transformers' PreTrainedConfig.
     """
     setting = config.__dict__["output_attentions"]
     if hasattr(setting.fset, "__wrapped__"):
-        return  # a second call
+        return  # this was done before
     config.output_attentions = setting.setter(_setter(setting.fset))
     check = config.__dict__.get(_CHECK)
     if check is None:
-        return  # before 5.4 nothing is checked when a configuration is saved
+        return  # before 5.4 there is no check when a configuration is saved
     allowed = _unless_ours(check)
     setattr(config, _CHECK, allowed)
-    kinds = [config]
-    for kind in kinds:  # each keeps a list of the checks that it had when it was made
-        kinds += kind.__subclasses__()
-        checks = kind.__dict__.get("__class_validators__", [])
+    classes = [config]
+    for cls in classes:  # each has its own list of checks, from when the class was defined
+        classes += cls.__subclasses__()
+        checks = cls.__dict__.get("__class_validators__", [])
         checks[:] = [allowed if one is check else one for one in checks]
 
 

@@ -1,4 +1,4 @@
-"""The masks of attention_forward, made where transformers makes those of its own."""
+"""Makes the masks of attention_forward through transformers' own mask interface."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ NAME = "tridrop"
 # transformers.masking_utils, once transformers has been imported.
 masking: Any = None
 
-# Models that need their causal masks made: Gemma 4 cuts queries off afterwards, and Pegasus-X's
-# decoder does not say of itself that it is causal.
+# Models for which causal masks must not be omitted: Gemma 4 removes queries later, and Pegasus-X's
+# decoder has no is_causal.
 _CAUSAL_MASKS = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "pegasus_x"}
-# Models whose own code takes an absent causal mask for none, or a bool mask for numbers.
+# Models whose code takes a missing causal mask for "not causal", or computes with mask values.
 _EAGER_MASKS = {"doge", "deepseek_v4"}
 
 
 def use(masking_utils: Any) -> None:
-    """Make masks with this module of transformers."""
+    """Use this module of transformers to make masks."""
     global masking
     masking = masking_utils
-    # Dynamo asks then once, and does not look at how the answer is found. Marking imports much of
-    # torch, which this module of transformers has done by now.
+    # So Dynamo calls it once and does not trace it. Marking imports much of torch, which this
+    # module of transformers has already imported.
     torch.compiler.assume_constant_result(needs_float_masks)
 
 
 class Pattern(NamedTuple):
-    """What is known of a mask that attention_mask made: causal, with padding or packing.
+    """The structure of a mask that attention_mask made: causal, with padding or packing.
 
-    It stands in an attribute of the tensor and only saves work: the kernel then skips what lies
-    above the diagonal. A mask that was cut, copied or written to has lost it, and is read instead.
+    It is kept in an attribute of the mask, and only saves work: the kernel can then skip the scores
+    above the diagonal. A mask that was sliced, copied or written to loses it, and is read as usual.
     """
 
     key_mask: Tensor | None
@@ -43,11 +43,11 @@ class Pattern(NamedTuple):
 
 
 def attention_mask(**arguments: Any) -> Tensor | None:
-    """The mask of one forward pass, as transformers asks for it through its mask interface.
+    """The mask of a forward pass, which transformers requests through its mask interface.
 
-    Bool [B, 1, L, S], True where a key takes part, or None where nothing is masked, or where only
-    causality is and ``is_causal`` says so. Padding alone is a view of [B, 1, 1, S], in memory
-    linear in the length. Models that compute with their masks get transformers' float masks.
+    It is bool [B, 1, L, S], True where a key takes part. It is None if nothing is masked, or if
+    ``is_causal`` expresses the whole mask. Padding alone is an expanded view of [B, 1, 1, S], in
+    memory linear in the length. Models that compute with mask values get transformers' float masks.
     """
     config = arguments.get("config")
     if config is not None and needs_float_masks(config.__class__):
@@ -55,7 +55,7 @@ def attention_mask(**arguments: Any) -> Tensor | None:
         return mask
     if getattr(config, "model_type", None) in _CAUSAL_MASKS:
         arguments["allow_is_causal_skip"] = False
-    # Its keyword for the queries is q_length, and in older releases cache_position.
+    # The keyword for the number of queries is q_length; in older releases, cache_position.
     positions = arguments.get("cache_position")
     length = arguments["q_length"] if positions is None else positions.shape[0]
     function = arguments.get("mask_function", masking.causal_mask_function)
@@ -65,26 +65,26 @@ def attention_mask(**arguments: Any) -> Tensor | None:
         mask = masking.sdpa_mask(**arguments)
         return None if mask is None else mask.expand(-1, -1, length, -1)
     mask = masking.sdpa_mask(**arguments)
-    # A compiled graph has no use for attributes; inference tensors do not count their versions.
+    # In compiled graphs the attribute is of no use, and inference tensors have no version counter.
     if mask is None or torch.compiler.is_compiling() or mask.is_inference():
         return mask
     padding = arguments.get("attention_mask")
     square = arguments["kv_length"] == length and arguments.get("kv_offset", 0) == 0
     if padding is None:
-        known = square and _is_packed_causal(function)
+        causal = square and _is_packed_causal(function)
     else:
-        known = square and function is masking.causal_mask_function
-        known = known and tuple(padding.shape) == (mask.shape[0], mask.shape[3])
-    if known:
+        causal = square and function is masking.causal_mask_function
+        causal = causal and tuple(padding.shape) == (mask.shape[0], mask.shape[3])
+    if causal:
         key_mask = None if padding is None else padding.bool()
         setattr(mask, "_tridrop_pattern", Pattern(key_mask, mask._version))  # noqa: B010
     return mask
 
 
 def _is_packed_causal(function: Any) -> bool:
-    """Whether a mask function is transformers' one for packed sequences, each of them causal.
+    """Whether a mask function is that of transformers for packed causal sequences.
 
-    It is a closure over others, which say no more than their names.
+    It is a closure over other functions, which can only be recognised by their names.
     """
 
     def parts(f: Any) -> list[Any]:
@@ -92,20 +92,20 @@ def _is_packed_causal(function: Any) -> bool:
         return [g for c in cells for g in (c if isinstance(c, tuple) else (c,)) if callable(g)]
 
     causal = masking.causal_mask_function
-    kinds = set()
+    names = set()
     for part in parts(function):
         name = getattr(part, "__qualname__", "").split(".")[0]
         if part is causal or (name.startswith("remap_positions") and parts(part) == [causal]):
-            kinds.add("causal")
+            names.add("causal")
         else:
-            kinds.add(name)
-    return kinds == {"causal", "packed_sequence_mask_function"}
+            names.add(name)
+    return names == {"causal", "packed_sequence_mask_function"}
 
 
 def needs_float_masks(config: Any) -> bool:
-    """Whether models of this configuration compute with masks themselves, in eager's terms.
+    """Whether models of this configuration compute with the values of eager's float masks.
 
-    So do those whose attention never calls the interface, and those that support nothing but eager.
+    These are models whose attention never calls the interface, and models that support only eager.
     """
     return _look_for_float_masks(config)
 
@@ -120,14 +120,14 @@ def _look_for_float_masks(config: Any) -> bool:
     while models:
         model = models.pop()
         if getattr(model, "config_class", None) is config:
-            found.append(model)  # those derived from it share its attention
+            found.append(model)  # classes derived from it share its attention
         else:
             models += model.__subclasses__()
     bypassing = [model.__name__ for model in found if _bypasses(sys.modules.get(model.__module__))]
     if bypassing:
         warnings.warn(
-            f"{', '.join(bypassing)}: this model does not call transformers' AttentionInterface; "
-            f'attn_implementation="{NAME}" does nothing for it, its attention stays eager',
+            f"{', '.join(bypassing)}: this model does not call transformers' AttentionInterface, "
+            f'so that attn_implementation="{NAME}" has no effect: its attention stays eager',
             stacklevel=3,
         )
     fused = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
@@ -137,7 +137,7 @@ def _look_for_float_masks(config: Any) -> bool:
 
 
 def _bypasses(module: Any) -> bool:
-    """Whether a modeling file has attention of its own and does not know the interface."""
+    """Whether a modeling file defines attention that does not use the interface."""
     if module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         return False
     return any(

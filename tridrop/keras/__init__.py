@@ -1,11 +1,11 @@
-"""Keras 3 layers, on its torch backend, that draw tridrop's masks.
+"""Keras 3 layers that draw tridrop's masks, on Keras' torch backend.
 
     import os
     os.environ["KERAS_BACKEND"] = "torch"     # before keras is imported
     import tridrop.keras
 
-They are Keras' own layers, with its arguments, by its names and instances of its classes; what they
-drop is docs/mask-contract.md's. Nothing else of tridrop imports keras, and ``import tridrop`` does
+They have the names and arguments of Keras' own layers, and are instances of their classes; their
+masks are those of docs/mask-contract.md. Only this package imports keras; ``import tridrop`` does
 not.
 """
 

@@ -15,20 +15,20 @@ _registered = keras.saving.register_keras_serializable(package="tridrop")
 
 
 def _full(noise_shape: Sequence[int | None] | None, x: Tensor) -> tuple[int | None, ...] | None:
-    """Keras' noise_shape as tridrop's: one with fewer dimensions is of the last ones."""
+    """Keras' noise_shape as tridrop's: a shorter one belongs to the last dimensions."""
     if noise_shape is None or len(noise_shape) >= x.dim():
         return None if noise_shape is None else tuple(noise_shape)
-    known = [x.shape[i] if size is None else size for i, size in enumerate(noise_shape)]
-    return (*(1,) * (x.dim() - len(known)), *known)
+    sizes = [x.shape[i] if size is None else size for i, size in enumerate(noise_shape)]
+    return (*(1,) * (x.dim() - len(sizes)), *sizes)
 
 
 class _Dropping(Drops):
-    """The call of the layers below: ``inputs`` itself where nothing is to be dropped."""
+    """The call of the layers below: it returns ``inputs`` itself if nothing is to be dropped."""
 
     rate: float
 
     def call(self, inputs: Tensor, training: bool | None = False) -> Tensor:
-        # Keras finds out shapes and dtypes by tensors without values.
+        # Keras determines shapes and dtypes with tensors on the meta device, which have no values.
         if not training or not self.rate > 0 or inputs.device.type == "meta":
             return inputs
         return self._drop(inputs, self.next_seed(inputs))
@@ -39,28 +39,28 @@ class _Dropping(Drops):
 
 @_registered
 class Dropout(_Dropping, keras.layers.Dropout):  # type: ignore[misc]
-    """:func:`tridrop.dropout` as a Keras layer; a ``keras.layers.Dropout`` in all else.
+    """:func:`tridrop.dropout` as a Keras layer; in all else like ``keras.layers.Dropout``.
 
         out = where(keep, inputs / (1 - rate), 0)    in training, else inputs
 
     Args:
         rate: the probability of dropping an element, in [0, 1].
-        noise_shape: as in Keras: 1 where a dimension shares its decisions, None or its size where
-            it does not.
-        seed: an int in [-2^31, 2^31); by default one that Keras draws from Python's ``random``, as
-            ``keras.utils.set_random_seed`` governs it. Call n that drops (from 0) has the mask of
-            ``tridrop.keep_mask(tridrop.fold_in(seed, n), shape, rate)``. The number of calls is
-            saved with the weights, and a model that is loaded goes on with the next.
-        **kwargs: name, dtype and what else keras.layers.Layer takes.
+        noise_shape: as in Keras: 1 for a dimension along which the mask is shared, None or the size
+            for any other.
+        seed: an int in [-2^31, 2^31); by default one that Keras draws from Python's ``random``,
+            which ``keras.utils.set_random_seed`` seeds. The n-th call that drops, counted from 0,
+            has the mask of ``tridrop.keep_mask(tridrop.fold_in(seed, n), shape, rate)``. The number
+            of calls is saved with the weights, and a loaded model continues with the next one.
+        **kwargs: name, dtype and the other arguments of keras.layers.Layer.
 
     Call arguments:
-        inputs: floating-point, of any rank. Masks of Keras pass through.
-        training: as in Keras, where ``fit`` sets it. Inside of :func:`tridrop.rng` that seed goes
-            before the layer's own, which then stands still.
+        inputs: floating-point, of any rank. Keras' masks pass through.
+        training: as in Keras, where ``fit`` sets it. Inside :func:`tridrop.rng` the seed given
+            there is used instead of the layer's own, and the layer's calls are not counted.
 
     Raises:
         ValueError: a rate, noise_shape or seed out of range.
-        TypeError: inputs that are not floating-point, where something is to be dropped.
+        TypeError: inputs that are not floating-point, if something is to be dropped.
 
     >>> import torch, tridrop, tridrop.keras
     >>> layer = tridrop.keras.Dropout(0.5, seed=7)
@@ -102,7 +102,7 @@ class SpatialDropout1D(_Spatial, keras.layers.SpatialDropout1D):  # type: ignore
     """Drops whole feature maps of ``[batch, steps, channels]``.
 
     The mask is that of ``tridrop.dropout(..., noise_shape=(None, 1, None))``; seed, training and
-    all else as in :class:`Dropout`.
+    everything else are as in :class:`Dropout`.
 
     >>> import torch, tridrop.keras
     >>> out = tridrop.keras.SpatialDropout1D(0.5, seed=1)(torch.ones(4, 3, 8), training=True)
@@ -124,7 +124,7 @@ class SpatialDropout2D(_Spatial, keras.layers.SpatialDropout2D):  # type: ignore
     Args:
         rate, seed, name, dtype: as in :class:`SpatialDropout1D`.
         data_format: "channels_last", ``[batch, rows, columns, channels]``, or "channels_first",
-            ``[batch, channels, rows, columns]``; by default what Keras is set to.
+            ``[batch, channels, rows, columns]``; by default Keras' setting.
 
     >>> import torch, tridrop.keras
     >>> out = tridrop.keras.SpatialDropout2D(0.5, seed=1)(torch.ones(1, 2, 2, 8), training=True)
@@ -169,14 +169,14 @@ class SpatialDropout3D(_Spatial, keras.layers.SpatialDropout3D):  # type: ignore
 
 @_registered
 class GaussianDropout(_Dropping, keras.layers.GaussianDropout):  # type: ignore[misc]
-    """:func:`tridrop.gaussian_dropout` as a Keras layer: noise of mean 1 by which it multiplies.
+    """:func:`tridrop.gaussian_dropout` as a Keras layer: it multiplies by noise of mean 1.
 
     Args:
         rate: in [0, 1); the noise has the standard deviation ``sqrt(rate / (1 - rate))``.
         seed, **kwargs: as in :class:`Dropout`.
 
     Raises:
-        ValueError: a rate of 1, where the noise is infinite, or outside of [0, 1].
+        ValueError: a rate of 1, whose noise would be infinite, or a rate outside [0, 1].
 
     >>> import torch, tridrop, tridrop.keras
     >>> layer = tridrop.keras.GaussianDropout(0.5, seed=7)
@@ -188,7 +188,9 @@ class GaussianDropout(_Dropping, keras.layers.GaussianDropout):  # type: ignore[
         check_seed(seed)
         super().__init__(rate, seed=seed, **kwargs)
         if rate == 1:
-            raise ValueError("rate = 1 has infinite noise in GaussianDropout: give one in [0, 1)")
+            raise ValueError(
+                "rate = 1 means infinite noise in GaussianDropout: give a rate in [0, 1)"
+            )
 
     def _drop(self, x: Tensor, seed: Tensor) -> Tensor:
         return F.gaussian_dropout(x, self.rate, seed=seed)
@@ -196,7 +198,8 @@ class GaussianDropout(_Dropping, keras.layers.GaussianDropout):  # type: ignore[
 
 @_registered
 class AlphaDropout(_Dropping, keras.layers.AlphaDropout):  # type: ignore[misc]
-    """:func:`tridrop.alpha_dropout` as a Keras layer: keeps mean and variance, for SELU networks.
+    """:func:`tridrop.alpha_dropout` as a Keras layer: it keeps mean and variance, for SELU
+    networks.
 
     Args:
         rate, noise_shape, seed, **kwargs: as in :class:`Dropout`.

@@ -1,13 +1,13 @@
-"""Whether Keras is here, and computes by torch."""
+"""Check that Keras is installed and uses its torch backend."""
 
 from __future__ import annotations
 
 
 def check_backend() -> None:
-    """Raise ImportError where there is no Keras, or one that does not compute by torch.
+    """Raise ImportError if Keras is not installed, or does not use its torch backend.
 
-    Keras takes its backend from KERAS_BACKEND, or its settings in keras.json, as it is imported;
-    without either it imports tensorflow.
+    Keras takes its backend from KERAS_BACKEND, or from keras.json, when it is imported; without
+    either it imports tensorflow.
     """
     set_it = 'set os.environ["KERAS_BACKEND"] = "torch" before keras is imported for the first time'
     try:

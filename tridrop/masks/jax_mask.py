@@ -1,7 +1,7 @@
 """tridrop's masks in JAX, in one file that needs nothing else. Apache-2.0; contract version 1.
 
-It works under jit, and without jax_enable_x64: all of it is 32-bit arithmetic. The shape and p are
-static; the seed may be an array, so that a step compiled once has a new mask in every call.
+It works under jit and without jax_enable_x64, since all arithmetic is 32-bit. The shape and p are
+static. The seed may be an array, so that a step that is compiled once gets a new mask in each call.
 
 >>> keep_mask(1, (8,), 0.5).tolist()
 [True, False, True, False, True, False, True, True]
@@ -26,16 +26,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# ----- Seeds, rates and places, in Python alone: the same lines in the file of every framework.
+# ----- Seeds, rates and coordinates in plain Python: the same lines in the file of each framework.
 
 ONE, TWO63, TWO64 = 1 << 32, 1 << 63, 1 << 64
 STREAM, FOLD = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
 DOMAINS = {"elements": 0, "drop_path": 1}
-LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # of attention: batch, heads, queries, keys
+LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # for attention: batch, heads, queries, keys
 
 
 def threshold(p: float) -> int:
-    """``T = round(p * 2^32)``, ties to even: an element is dropped where its bits are below T."""
+    """``T = round(p * 2^32)``, ties to even: an element is dropped if its bits are below T."""
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"p is a {type(p).__name__}; give the probability of dropping, a number")
     if not 0 <= p <= 1:
@@ -44,7 +44,7 @@ def threshold(p: float) -> int:
 
 
 def scale(p: float) -> float:
-    """What a kept element is multiplied with: one over the exact keep rate; 0 where p is 1."""
+    """The factor of kept elements: one over the exact probability of keeping; 0 if p is 1."""
     return ONE / (ONE - threshold(p)) if threshold(p) < ONE else 0.0
 
 
@@ -59,12 +59,12 @@ def _whole(value: Any, name: str, low: int = 0, high: int = TWO63) -> int:
 
 def _sizes(values: Any, name: str) -> tuple[int, ...]:
     if not isinstance(values, Sequence):
-        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple, an int a dimension")
+        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple of ints")
     return tuple(_whole(n, name) for n in values)
 
 
 def _pair(seed: Any) -> tuple[int, int]:
-    """(seed, stream) of an int or of such a pair."""
+    """The pair (seed, stream) for an int or such a pair."""
     entries = seed if isinstance(seed, (tuple, list)) else (seed, 0)
     if len(entries) != 2:
         raise ValueError(f"seed = {seed!r}; give an int or a pair (seed, stream)")
@@ -79,14 +79,14 @@ def _fold(seed: Any, stream: int) -> tuple[int, int]:
 
 
 def _key(seed: Any) -> tuple[int, int]:
-    """The two words of Philox' key."""
+    """The two words of Philox's key."""
     first, stream = _pair(seed)
     key = (first + stream * STREAM) % TWO64
     return key % ONE, key // ONE
 
 
 def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(global_shape, origin), checked."""
+    """The pair (global_shape, origin), after checks."""
     if shard is None:
         return shape, (0,) * len(shape)
     whole, origin = (_sizes(part, "shard") for part in shard)
@@ -95,8 +95,8 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
     )
     if not fits:
         raise ValueError(
-            f"shard = {(whole, origin)} of shape {shape}; give (global_shape, origin), with an "
-            "entry for each dimension and origin + shape within global_shape"
+            f"shard = {(whole, origin)} for shape {shape}; give (global_shape, origin), each with "
+            "an entry per dimension, and origin + shape within global_shape"
         )
     return whole, origin
 
@@ -104,7 +104,7 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
 def _place(
     shape: Sequence[int], noise_shape: Sequence[int | None] | None, shard: Any, domain: str
 ) -> tuple[tuple[int, ...], list[int], list[int], int, int]:
-    """The shape; sizes of what is drawn; strides of the leading ones in row; first row and col."""
+    """The shape, the sizes to draw, leading strides in rows, and the first row and column."""
     shape = _sizes(shape, "shape")
     if domain not in DOMAINS:
         raise ValueError(f"domain = {domain!r}; give one of {', '.join(DOMAINS)}")
@@ -121,12 +121,12 @@ def _place(
         for n, size in zip(noise, shape, strict=True)
     ):
         raise ValueError(
-            f"noise_shape = {noise} of shape {shape}; give for each dimension 1, where the mask "
-            "is shared along it, or its size or None"
+            f"noise_shape = {noise} for shape {shape}; give for each dimension 1, if the mask is "
+            "shared along it, or else its size or None"
         )
     whole, origin = _shard(shard, shape)
     if math.prod(whole) >= TWO63:
-        raise ValueError(f"the whole has the shape {whole}, which is 2^63 elements or more")
+        raise ValueError(f"the global shape is {whole}, which is 2^63 elements or more")
     sizes = [min(1, m) if n == 1 else m for n, m in zip(noise, shape, strict=True)]
     start = [0 if n == 1 else o for n, o in zip(noise, origin, strict=True)]
     strides = [math.prod(whole[k + 1 : -1]) for k in range(len(shape) - 1)]
@@ -135,13 +135,13 @@ def _place(
 
 
 def _attention_place(shape: Sequence[int], shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape and the first coordinates of a mask of attention."""
+    """The shape and the first coordinates of an attention mask."""
     shape = _sizes(shape, "shape")
     whole, origin = _shard(shard, shape)
     if len(whole) != 4 or any(n > limit for n, limit in zip(whole, LIMITS, strict=True)):
         raise ValueError(
-            f"the whole has the shape {whole}; a mask of attention has (batch, heads, queries, "
-            f"keys), of which there are at most {LIMITS}"
+            f"the global shape is {whole}; an attention mask has (batch, heads, queries, keys), "
+            f"at most {LIMITS} of each"
         )
     return shape, origin
 
@@ -154,7 +154,7 @@ def _u32(value: int) -> Any:
 
 
 def _product(a: Any, b: int) -> tuple[Any, Any]:
-    """(high, low) of a uint32 array times a number below 2^32, by halves of 16 bits."""
+    """(high, low) of a uint32 array times a number below 2^32, computed by 16-bit halves."""
     low, high = jnp.uint32(b & 0xFFFF), jnp.uint32(b >> 16)
     a_low, a_high = a & jnp.uint32(0xFFFF), a >> 16
     middle = a_high * low + (a_low * low >> 16)
@@ -174,7 +174,7 @@ def _times(a: tuple[Any, Any], b: int) -> tuple[Any, Any]:
 
 
 def _words_of(value: Any, name: str) -> tuple[Any, Any]:
-    """The pair of an int or of an integer scalar, which may be traced."""
+    """The pair (high, low) for an int or an integer scalar, which may be traced."""
     if not isinstance(value, jax.Array):
         value = _whole(value, name, -TWO63)
         return _u32(value >> 32), _u32(value)
@@ -200,8 +200,8 @@ def _seed_words(seed: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 def fold_in(seed: Any, stream: Any) -> Any:
     """The seed for call site ``stream`` under ``seed``; can be nested.
 
-    Of ints it is a pair (seed, stream). Where the seed or ``stream`` is an array, which may be
-    traced, it is an array of four uint32 words that keep_mask takes.
+    For ints it is a pair (seed, stream). If the seed or ``stream`` is an array, which may be
+    traced, it is an array of four uint32 words, which keep_mask takes.
     """
     if not isinstance(seed, jax.Array) and not isinstance(stream, jax.Array):
         return _fold(seed, stream)
@@ -218,9 +218,9 @@ def _key_words(seed: Any) -> tuple[Any, Any]:
     return k0, k1
 
 
-@jax.jit  # of use where the caller is not compiled
+@jax.jit  # for callers that are not compiled
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32-10 of uint32 words, in arrays that broadcast together."""
+    """Philox4x32-10 on uint32 words, in arrays that broadcast together."""
     for _ in range(10):
         (a_high, a_low), (b_high, b_low) = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = b_high ^ c1 ^ k0, b_low, a_high ^ c3 ^ k1, a_low
@@ -229,7 +229,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, A
 
 
 def _decisions(words: tuple[Any, Any, Any, Any], p: float) -> Any:
-    """[..., 4, 2]: what each word and the word with its halves exchanged decide."""
+    """[..., 4, 2]: the decisions of each word, and of the word with its halves swapped."""
     word = jnp.stack(words, axis=-1)
     drawn = jnp.stack((word, word << 16 | word >> 16), axis=-1)
     t = threshold(p)
@@ -252,13 +252,13 @@ def keep_mask(
             dimensions; or what fold_in returns. Arrays may be traced.
         shape: the shape of the mask, static.
         p: the probability of dropping, in [0, 1], static.
-        noise_shape: for each dimension 1, where the mask is shared along it, or its size or None.
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of.
+        noise_shape: for each dimension 1, if the mask is shared along it, or its size or None.
+        shard: (global_shape, origin) of the larger mask of which this is a piece.
         domain: "elements", or "drop_path" for a mask of whole samples.
 
     Raises:
-        ValueError: p or a seed outside its range; noise_shape or shard that do not fit shape.
-        TypeError: an argument of another type.
+        ValueError: p or the seed is out of range, or noise_shape or shard do not fit shape.
+        TypeError: an argument has a wrong type.
     """
     shape, sizes, strides, first_row, first = _place(shape, noise_shape, shard, domain)
     row: Any = (_u32(first_row >> 32)[None], _u32(first_row)[None])
@@ -267,7 +267,7 @@ def keep_mask(
         step = _times((jnp.zeros_like(along), along), stride)
         row = _sum((row[0][..., None], row[1][..., None]), step)
     high, low = (word.reshape(*sizes[:-1], 1) for word in row)
-    groups = (first + sizes[-1] + 7) // 8 - first // 8  # of eight columns
+    groups = (first + sizes[-1] + 7) // 8 - first // 8  # groups of eight columns
     start = (_u32(first // 8 >> 32), _u32(first // 8))
     along = jnp.arange(groups, dtype=jnp.uint32)
     group = _sum(start, (jnp.zeros_like(along), along))
@@ -285,12 +285,12 @@ def attention_keep_mask(seed: Any, shape: Sequence[int], p: float, *, shard: Any
     Args:
         seed, p: as in :func:`keep_mask`.
         shape: (batch, heads, queries, keys), static.
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of.
+        shard: (global_shape, origin) of the larger mask of which this is a piece.
 
     Raises:
-        ValueError: p or a seed outside its range; a shape of other than four dimensions or past
-            the contract's limits; a shard that does not fit it.
-        TypeError: an argument of another type.
+        ValueError: p or the seed is out of range, the shape does not have four dimensions or
+            exceeds the contract's limits, or shard does not fit shape.
+        TypeError: an argument has a wrong type.
     """
     shape, origin = _attention_place(shape, shard)
     first, tiles = origin[3], (origin[3] + shape[3] + 31) // 32 - origin[3] // 32
@@ -300,6 +300,6 @@ def attention_keep_mask(seed: Any, shape: Sequence[int], p: float, *, shard: Any
     )
     group = jnp.arange(4 * tiles, dtype=jnp.uint32) + _u32(first // 32 * 4)
     words = philox(query, group, batch, head | jnp.uint32(2 << 28), *_key_words(seed))
-    # [..., tiles, pairs, octets, 2]: a call has one pair of each octet
+    # [..., tiles, pairs, octets, 2]: one Philox call decides one pair of each octet
     keep = _decisions(words, p).reshape(*shape[:3], tiles, 4, 4, 2).swapaxes(-3, -2)
     return keep.reshape(*shape[:3], tiles * 32)[..., first % 32 : first % 32 + shape[3]]

@@ -1,8 +1,9 @@
-"""tridrop's masks by keras.ops, in one file with no other need. Apache-2.0; contract version 1.
+"""tridrop's masks in keras.ops, in one file that needs nothing else. Apache-2.0; contract version
+1.
 
-It works on every backend of Keras 3, eagerly and compiled: all of it is arithmetic of int32, which
-every backend has. The shape and p are Python's; the seed may be a tensor, so that a step compiled
-once has a new mask in every call.
+It works on every backend of Keras 3, eager and compiled, since all arithmetic is int32, which every
+backend has. The shape and p are Python values. The seed may be a tensor, so that a step that is
+compiled once gets a new mask in each call.
 
 >>> ops.convert_to_numpy(keep_mask(1, (8,), 0.5)).tolist()
 [True, False, True, False, True, False, True, True]
@@ -22,16 +23,16 @@ from typing import Any
 import keras
 from keras import ops
 
-# ----- Seeds, rates and places, in Python alone: the same lines in the file of every framework.
+# ----- Seeds, rates and coordinates in plain Python: the same lines in the file of each framework.
 
 ONE, TWO63, TWO64 = 1 << 32, 1 << 63, 1 << 64
 STREAM, FOLD = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
 DOMAINS = {"elements": 0, "drop_path": 1}
-LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # of attention: batch, heads, queries, keys
+LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # for attention: batch, heads, queries, keys
 
 
 def threshold(p: float) -> int:
-    """``T = round(p * 2^32)``, ties to even: an element is dropped where its bits are below T."""
+    """``T = round(p * 2^32)``, ties to even: an element is dropped if its bits are below T."""
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"p is a {type(p).__name__}; give the probability of dropping, a number")
     if not 0 <= p <= 1:
@@ -40,7 +41,7 @@ def threshold(p: float) -> int:
 
 
 def scale(p: float) -> float:
-    """What a kept element is multiplied with: one over the exact keep rate; 0 where p is 1."""
+    """The factor of kept elements: one over the exact probability of keeping; 0 if p is 1."""
     return ONE / (ONE - threshold(p)) if threshold(p) < ONE else 0.0
 
 
@@ -55,12 +56,12 @@ def _whole(value: Any, name: str, low: int = 0, high: int = TWO63) -> int:
 
 def _sizes(values: Any, name: str) -> tuple[int, ...]:
     if not isinstance(values, Sequence):
-        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple, an int a dimension")
+        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple of ints")
     return tuple(_whole(n, name) for n in values)
 
 
 def _pair(seed: Any) -> tuple[int, int]:
-    """(seed, stream) of an int or of such a pair."""
+    """The pair (seed, stream) for an int or such a pair."""
     entries = seed if isinstance(seed, (tuple, list)) else (seed, 0)
     if len(entries) != 2:
         raise ValueError(f"seed = {seed!r}; give an int or a pair (seed, stream)")
@@ -75,14 +76,14 @@ def _fold(seed: Any, stream: int) -> tuple[int, int]:
 
 
 def _key(seed: Any) -> tuple[int, int]:
-    """The two words of Philox' key."""
+    """The two words of Philox's key."""
     first, stream = _pair(seed)
     key = (first + stream * STREAM) % TWO64
     return key % ONE, key // ONE
 
 
 def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(global_shape, origin), checked."""
+    """The pair (global_shape, origin), after checks."""
     if shard is None:
         return shape, (0,) * len(shape)
     whole, origin = (_sizes(part, "shard") for part in shard)
@@ -91,8 +92,8 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
     )
     if not fits:
         raise ValueError(
-            f"shard = {(whole, origin)} of shape {shape}; give (global_shape, origin), with an "
-            "entry for each dimension and origin + shape within global_shape"
+            f"shard = {(whole, origin)} for shape {shape}; give (global_shape, origin), each with "
+            "an entry per dimension, and origin + shape within global_shape"
         )
     return whole, origin
 
@@ -100,7 +101,7 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
 def _place(
     shape: Sequence[int], noise_shape: Sequence[int | None] | None, shard: Any, domain: str
 ) -> tuple[tuple[int, ...], list[int], list[int], int, int]:
-    """The shape; sizes of what is drawn; strides of the leading ones in row; first row and col."""
+    """The shape, the sizes to draw, leading strides in rows, and the first row and column."""
     shape = _sizes(shape, "shape")
     if domain not in DOMAINS:
         raise ValueError(f"domain = {domain!r}; give one of {', '.join(DOMAINS)}")
@@ -117,12 +118,12 @@ def _place(
         for n, size in zip(noise, shape, strict=True)
     ):
         raise ValueError(
-            f"noise_shape = {noise} of shape {shape}; give for each dimension 1, where the mask "
-            "is shared along it, or its size or None"
+            f"noise_shape = {noise} for shape {shape}; give for each dimension 1, if the mask is "
+            "shared along it, or else its size or None"
         )
     whole, origin = _shard(shard, shape)
     if math.prod(whole) >= TWO63:
-        raise ValueError(f"the whole has the shape {whole}, which is 2^63 elements or more")
+        raise ValueError(f"the global shape is {whole}, which is 2^63 elements or more")
     sizes = [min(1, m) if n == 1 else m for n, m in zip(noise, shape, strict=True)]
     start = [0 if n == 1 else o for n, o in zip(noise, origin, strict=True)]
     strides = [math.prod(whole[k + 1 : -1]) for k in range(len(shape) - 1)]
@@ -131,19 +132,19 @@ def _place(
 
 
 def _attention_place(shape: Sequence[int], shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape and the first coordinates of a mask of attention."""
+    """The shape and the first coordinates of an attention mask."""
     shape = _sizes(shape, "shape")
     whole, origin = _shard(shard, shape)
     if len(whole) != 4 or any(n > limit for n, limit in zip(whole, LIMITS, strict=True)):
         raise ValueError(
-            f"the whole has the shape {whole}; a mask of attention has (batch, heads, queries, "
-            f"keys), of which there are at most {LIMITS}"
+            f"the global shape is {whole}; an attention mask has (batch, heads, queries, keys), "
+            f"at most {LIMITS} of each"
         )
     return shape, origin
 
 
-# ----- keras.ops. Words are int32 with the bits of uint32: sums and products wrap, and a shift's
-# copies of the sign are cut off. A 64-bit number is a pair (high, low) of words.
+# ----- keras.ops. Words are int32 with the bits of uint32: sums and products wrap, and the copies
+# of the sign that a shift makes are masked out. A 64-bit number is a pair (high, low) of words.
 
 
 def _i32(value: int) -> Any:
@@ -151,17 +152,17 @@ def _i32(value: int) -> Any:
 
 
 def _shifted(a: Any, places: int) -> Any:
-    """``a >> places`` of the unsigned word."""
+    """``a >> places`` for an unsigned word."""
     return ops.bitwise_and(ops.right_shift(a, _i32(places)), _i32((ONE >> places) - 1))
 
 
 def _below(a: Any, b: Any) -> Any:
-    """``a < b`` of unsigned words: with the upper bit turned, their order is that of int32."""
+    """``a < b`` for unsigned words: with the top bit flipped, they are ordered as int32."""
     return ops.less(ops.bitwise_xor(a, _i32(1 << 31)), ops.bitwise_xor(b, _i32(1 << 31)))
 
 
 def _product(a: Any, b: int) -> tuple[Any, Any]:
-    """(high, low) of a word times a number below 2^32, by halves of 16 bits."""
+    """(high, low) of a word times a number below 2^32, computed by 16-bit halves."""
     low, high, half = _i32(b & 0xFFFF), _i32(b >> 16), _i32(0xFFFF)
     a_low, a_high = ops.bitwise_and(a, half), _shifted(a, 16)
     middle = a_high * low + _shifted(a_low * low, 16)
@@ -185,7 +186,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _words_of(value: Any, name: str) -> tuple[Any, Any]:
-    """The pair of an int or of an integer scalar."""
+    """The pair (high, low) for an int or an integer scalar."""
     if not _is_tensor(value):
         value = _whole(value, name, -TWO63)
         return _i32(value >> 32), _i32(value)
@@ -195,7 +196,7 @@ def _words_of(value: Any, name: str) -> tuple[Any, Any]:
         raise TypeError(f"{name} is {found}; give an int64 or smaller integer without dimensions")
     if dtype == "int64":
         word = ops.bitwise_and(value, ops.convert_to_tensor(ONE - 1, "int64"))
-        word = ops.where(word < ONE >> 1, word, word - ONE)  # what an int32 can hold
+        word = ops.where(word < ONE >> 1, word, word - ONE)  # the same bits as an int32
         high = ops.right_shift(value, ops.convert_to_tensor(32, "int64"))
         return ops.cast(high, "int32"), ops.cast(word, "int32")
     word = ops.cast(value, "int32")
@@ -217,8 +218,8 @@ def _seed_words(seed: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 def fold_in(seed: Any, stream: Any) -> Any:
     """The seed for call site ``stream`` under ``seed``; can be nested.
 
-    Of ints it is a pair (seed, stream). Where the seed or ``stream`` is a tensor, it is one of
-    four int32 words that keep_mask takes.
+    For ints it is a pair (seed, stream). If the seed or ``stream`` is a tensor, it is a tensor of
+    four int32 words, which keep_mask takes.
     """
     if not _is_tensor(seed) and not _is_tensor(stream):
         return _fold(seed, stream)
@@ -236,7 +237,7 @@ def _key_words(seed: Any) -> tuple[Any, Any]:
 
 
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32-10 of int32 words, in tensors that broadcast together."""
+    """Philox4x32-10 on int32 words, in tensors that broadcast together."""
     for _ in range(10):
         (a_high, a_low), (b_high, b_low) = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
         c0, c1 = ops.bitwise_xor(b_high, ops.bitwise_xor(c1, k0)), b_low
@@ -246,7 +247,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, A
 
 
 def _decisions(words: tuple[Any, Any, Any, Any], shape: tuple[int, ...], p: float) -> Any:
-    """[*shape, 4, 2]: what each word and the word with its halves exchanged decide."""
+    """[*shape, 4, 2]: the decisions of each word, and of the word with its halves swapped."""
     word = ops.stack([ops.broadcast_to(w, shape) for w in words], axis=-1)
     turned = ops.bitwise_or(ops.left_shift(word, _i32(16)), _shifted(word, 16))
     drawn = ops.stack((word, turned), axis=-1)
@@ -272,13 +273,13 @@ def keep_mask(
             dimensions; or what fold_in returns.
         shape: the shape of the mask.
         p: the probability of dropping, in [0, 1].
-        noise_shape: for each dimension 1, where the mask is shared along it, or its size or None.
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of.
+        noise_shape: for each dimension 1, if the mask is shared along it, or its size or None.
+        shard: (global_shape, origin) of the larger mask of which this is a piece.
         domain: "elements", or "drop_path" for a mask of whole samples.
 
     Raises:
-        ValueError: p or a seed outside its range; noise_shape or shard that do not fit shape.
-        TypeError: an argument of another type.
+        ValueError: p or the seed is out of range, or noise_shape or shard do not fit shape.
+        TypeError: an argument has a wrong type.
     """
     shape, sizes, strides, first_row, first = _place(shape, noise_shape, shard, domain)
     row: Any = (_i32(first_row >> 32)[None], _i32(first_row)[None])
@@ -287,7 +288,7 @@ def keep_mask(
         step = _times((ops.zeros_like(along), along), stride)
         row = _sum((row[0][..., None], row[1][..., None]), step)
     high, low = (ops.reshape(word, (*sizes[:-1], 1)) for word in row)
-    groups = (first + sizes[-1] + 7) // 8 - first // 8  # of eight columns
+    groups = (first + sizes[-1] + 7) // 8 - first // 8  # groups of eight columns
     along = ops.arange(groups, dtype="int32")
     start = (_i32(first // 8 >> 32), _i32(first // 8))
     group = _sum(start, (ops.zeros_like(along), along))
@@ -304,12 +305,12 @@ def attention_keep_mask(seed: Any, shape: Sequence[int], p: float, *, shard: Any
     Args:
         seed, p: as in :func:`keep_mask`.
         shape: (batch, heads, queries, keys).
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of.
+        shard: (global_shape, origin) of the larger mask of which this is a piece.
 
     Raises:
-        ValueError: p or a seed outside its range; a shape of other than four dimensions or past
-            the contract's limits; a shard that does not fit it.
-        TypeError: an argument of another type.
+        ValueError: p or the seed is out of range, the shape does not have four dimensions or
+            exceeds the contract's limits, or shard does not fit shape.
+        TypeError: an argument has a wrong type.
     """
     shape, origin = _attention_place(shape, shard)
     first, tiles = origin[3], (origin[3] + shape[3] + 31) // 32 - origin[3] // 32
@@ -321,7 +322,7 @@ def attention_keep_mask(seed: Any, shape: Sequence[int], p: float, *, shard: Any
     head = ops.bitwise_or(head, _i32(2 << 28))
     words = philox(query, group, batch, head, *_key_words(seed))
     keep = _decisions(words, (*shape[:3], 4 * tiles), p)
-    # [..., tiles, pairs, octets, 2]: a call has one pair of each octet
+    # [..., tiles, pairs, octets, 2]: one Philox call decides one pair of each octet
     keep = ops.transpose(ops.reshape(keep, (*shape[:3], tiles, 4, 4, 2)), (0, 1, 2, 3, 5, 4, 6))
     keep = ops.reshape(keep, (*shape[:3], tiles * 32))
     return keep[..., first % 32 : first % 32 + shape[3]]

@@ -1,7 +1,7 @@
 """tridrop's masks in NumPy, in one file that needs nothing else. Apache-2.0; contract version 1.
 
-The bits are those that docs/mask-contract.md of tridrop defines, and so are those of every file
-beside this one.
+The bits are defined by tridrop's docs/mask-contract.md, and are the same as those of the other
+files in this folder.
 
 >>> keep_mask(1, (8,), 0.5)
 array([ True, False,  True, False,  True, False,  True,  True])
@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-# ----- Seeds, rates and places, in Python alone: the same lines in the file of every framework.
+# ----- Seeds, rates and coordinates in plain Python: the same lines in the file of each framework.
 
 ONE, TWO63, TWO64 = 1 << 32, 1 << 63, 1 << 64
 STREAM, FOLD = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
 DOMAINS = {"elements": 0, "drop_path": 1}
-LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # of attention: batch, heads, queries, keys
+LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # for attention: batch, heads, queries, keys
 
 
 def threshold(p: float) -> int:
-    """``T = round(p * 2^32)``, ties to even: an element is dropped where its bits are below T."""
+    """``T = round(p * 2^32)``, ties to even: an element is dropped if its bits are below T."""
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"p is a {type(p).__name__}; give the probability of dropping, a number")
     if not 0 <= p <= 1:
@@ -39,7 +39,7 @@ def threshold(p: float) -> int:
 
 
 def scale(p: float) -> float:
-    """What a kept element is multiplied with: one over the exact keep rate; 0 where p is 1."""
+    """The factor of kept elements: one over the exact probability of keeping; 0 if p is 1."""
     return ONE / (ONE - threshold(p)) if threshold(p) < ONE else 0.0
 
 
@@ -54,12 +54,12 @@ def _whole(value: Any, name: str, low: int = 0, high: int = TWO63) -> int:
 
 def _sizes(values: Any, name: str) -> tuple[int, ...]:
     if not isinstance(values, Sequence):
-        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple, an int a dimension")
+        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple of ints")
     return tuple(_whole(n, name) for n in values)
 
 
 def _pair(seed: Any) -> tuple[int, int]:
-    """(seed, stream) of an int or of such a pair."""
+    """The pair (seed, stream) for an int or such a pair."""
     entries = seed if isinstance(seed, (tuple, list)) else (seed, 0)
     if len(entries) != 2:
         raise ValueError(f"seed = {seed!r}; give an int or a pair (seed, stream)")
@@ -74,14 +74,14 @@ def _fold(seed: Any, stream: int) -> tuple[int, int]:
 
 
 def _key(seed: Any) -> tuple[int, int]:
-    """The two words of Philox' key."""
+    """The two words of Philox's key."""
     first, stream = _pair(seed)
     key = (first + stream * STREAM) % TWO64
     return key % ONE, key // ONE
 
 
 def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(global_shape, origin), checked."""
+    """The pair (global_shape, origin), after checks."""
     if shard is None:
         return shape, (0,) * len(shape)
     whole, origin = (_sizes(part, "shard") for part in shard)
@@ -90,8 +90,8 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
     )
     if not fits:
         raise ValueError(
-            f"shard = {(whole, origin)} of shape {shape}; give (global_shape, origin), with an "
-            "entry for each dimension and origin + shape within global_shape"
+            f"shard = {(whole, origin)} for shape {shape}; give (global_shape, origin), each with "
+            "an entry per dimension, and origin + shape within global_shape"
         )
     return whole, origin
 
@@ -99,7 +99,7 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
 def _place(
     shape: Sequence[int], noise_shape: Sequence[int | None] | None, shard: Any, domain: str
 ) -> tuple[tuple[int, ...], list[int], list[int], int, int]:
-    """The shape; sizes of what is drawn; strides of the leading ones in row; first row and col."""
+    """The shape, the sizes to draw, leading strides in rows, and the first row and column."""
     shape = _sizes(shape, "shape")
     if domain not in DOMAINS:
         raise ValueError(f"domain = {domain!r}; give one of {', '.join(DOMAINS)}")
@@ -116,12 +116,12 @@ def _place(
         for n, size in zip(noise, shape, strict=True)
     ):
         raise ValueError(
-            f"noise_shape = {noise} of shape {shape}; give for each dimension 1, where the mask "
-            "is shared along it, or its size or None"
+            f"noise_shape = {noise} for shape {shape}; give for each dimension 1, if the mask is "
+            "shared along it, or else its size or None"
         )
     whole, origin = _shard(shard, shape)
     if math.prod(whole) >= TWO63:
-        raise ValueError(f"the whole has the shape {whole}, which is 2^63 elements or more")
+        raise ValueError(f"the global shape is {whole}, which is 2^63 elements or more")
     sizes = [min(1, m) if n == 1 else m for n, m in zip(noise, shape, strict=True)]
     start = [0 if n == 1 else o for n, o in zip(noise, origin, strict=True)]
     strides = [math.prod(whole[k + 1 : -1]) for k in range(len(shape) - 1)]
@@ -130,13 +130,13 @@ def _place(
 
 
 def _attention_place(shape: Sequence[int], shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape and the first coordinates of a mask of attention."""
+    """The shape and the first coordinates of an attention mask."""
     shape = _sizes(shape, "shape")
     whole, origin = _shard(shard, shape)
     if len(whole) != 4 or any(n > limit for n, limit in zip(whole, LIMITS, strict=True)):
         raise ValueError(
-            f"the whole has the shape {whole}; a mask of attention has (batch, heads, queries, "
-            f"keys), of which there are at most {LIMITS}"
+            f"the global shape is {whole}; an attention mask has (batch, heads, queries, keys), "
+            f"at most {LIMITS} of each"
         )
     return shape, origin
 
@@ -147,7 +147,7 @@ LOW, HALF, SIXTEEN = np.uint64(ONE - 1), np.uint64(32), np.uint64(16)
 
 
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32-10: all words are uint64 values below 2^32, in arrays or scalars."""
+    """Philox4x32-10. All words are uint64 values below 2^32, in arrays or scalars."""
     for _ in range(10):
         a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1, c2, c3 = (b >> HALF) ^ c1 ^ k0, b & LOW, (a >> HALF) ^ c3 ^ k1, a & LOW
@@ -156,7 +156,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, A
 
 
 def key(seed: Any) -> tuple[Any, Any]:
-    """The two words of Philox' key, of an int or a pair (seed, stream)."""
+    """The two words of Philox's key, for an int or a pair (seed, stream)."""
     k0, k1 = _key(seed)
     return np.uint64(k0), np.uint64(k1)
 
@@ -167,7 +167,7 @@ def fold_in(seed: Any, stream: int) -> tuple[int, int]:
 
 
 def _lanes(words: tuple[Any, Any, Any, Any]) -> Any:
-    """[..., 4, 2]: each word and the word with its halves exchanged."""
+    """[..., 4, 2]: each word, and the word with its halves swapped."""
     word = np.stack(words, axis=-1)
     return np.stack((word, (word << SIXTEEN) & LOW | word >> SIXTEEN), axis=-1)
 
@@ -186,7 +186,7 @@ def bits(
     for size, stride in zip(sizes, strides, strict=False):
         row = row[..., None] + np.arange(size, dtype=np.uint64) * np.uint64(stride)
     row = row.reshape(*sizes[:-1], 1)
-    groups = (first + sizes[-1] + 7) // 8 - first // 8  # of eight columns
+    groups = (first + sizes[-1] + 7) // 8 - first // 8  # groups of eight columns
     group = np.arange(groups, dtype=np.uint64) + np.uint64(first // 8)
     last = group >> HALF | np.uint64(DOMAINS[domain] << 28)
     words = philox(group & LOW, row & LOW, row >> HALF, last, *key(seed))
@@ -207,16 +207,16 @@ def keep_mask(
     """The mask of ``tridrop.keep_mask``: a bool array, True where an element is kept.
 
     Args:
-        seed: an int or a pair (seed, stream) of ints in [-2^63, 2^63), as fold_in makes it.
+        seed: an int or a pair (seed, stream) of ints in [-2^63, 2^63), as fold_in returns it.
         shape: the shape of the mask.
         p: the probability of dropping, in [0, 1].
-        noise_shape: for each dimension 1, where the mask is shared along it, or its size or None.
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of.
+        noise_shape: for each dimension 1, if the mask is shared along it, or its size or None.
+        shard: (global_shape, origin) of the larger mask of which this is a piece.
         domain: "elements", or "drop_path" for a mask of whole samples.
 
     Raises:
-        ValueError: p or a seed outside its range; noise_shape or shard that do not fit shape.
-        TypeError: an argument of another type.
+        ValueError: p or the seed is out of range, or noise_shape or shard do not fit shape.
+        TypeError: an argument has a wrong type.
     """
     drawn = bits(seed, shape, noise_shape=noise_shape, shard=shard, domain=domain)
     return drawn >= np.uint64(threshold(p))
@@ -230,7 +230,7 @@ def attention_bits(seed: Any, shape: Sequence[int], *, shard: Any = None) -> Any
     batch, head, query = ((i + np.uint64(o))[..., None] for i, o in zip(at, origin, strict=False))
     group = np.arange(4 * tiles, dtype=np.uint64) + np.uint64(first // 32 * 4)
     words = philox(query, group, batch, head | np.uint64(2 << 28), *key(seed))
-    # [..., tiles, pairs, octets, 2]: a call has one pair of each octet
+    # [..., tiles, pairs, octets, 2]: one Philox call decides one pair of each octet
     drawn = _lanes(words).reshape(*shape[:3], tiles, 4, 4, 2).swapaxes(-3, -2)
     return drawn.reshape(*shape[:3], tiles * 32)[..., first % 32 : first % 32 + shape[3]]
 
@@ -239,14 +239,14 @@ def attention_keep_mask(seed: Any, shape: Sequence[int], p: float, *, shard: Any
     """The mask of ``tridrop.attention_keep_mask``: True where a probability is kept.
 
     Args:
-        seed: an int or a pair (seed, stream) of ints in [-2^63, 2^63), as fold_in makes it.
+        seed: an int or a pair (seed, stream) of ints in [-2^63, 2^63), as fold_in returns it.
         shape: (batch, heads, queries, keys).
         p: the probability of dropping, in [0, 1].
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of.
+        shard: (global_shape, origin) of the larger mask of which this is a piece.
 
     Raises:
-        ValueError: p or a seed outside its range; a shape of other than four dimensions or past
-            the contract's limits; a shard that does not fit it.
-        TypeError: an argument of another type.
+        ValueError: p or the seed is out of range, the shape does not have four dimensions or
+            exceeds the contract's limits, or shard does not fit shape.
+        TypeError: an argument has a wrong type.
     """
     return attention_bits(seed, shape, shard=shard) >= np.uint64(threshold(p))

@@ -1,9 +1,9 @@
 """tridrop's masks as integer operators of ONNX. Apache-2.0; contract version 1.
 
-Operators of int64 from opset 18; the seed is an input, so each run draws what the caller asks for.
+They use int64, from opset 18 on. The seed is an input, so that the caller chooses each mask.
 
 >>> build = Builder("mask")
->>> keep = keep_mask(build, "shape", 2, 0.5)  # the name of its result
+>>> keep = keep_mask(build, "shape", 2, 0.5)  # the name of the result
 >>> len(build.nodes), {node.op_type for node in build.nodes} & {"Dropout", "RandomUniform"}
 (240, set())
 """
@@ -19,16 +19,16 @@ from typing import Any
 import onnx
 from onnx import helper, numpy_helper
 
-# ----- Seeds, rates and places, in Python alone: the same lines in the file of every framework.
+# ----- Seeds, rates and coordinates in plain Python: the same lines in the file of each framework.
 
 ONE, TWO63, TWO64 = 1 << 32, 1 << 63, 1 << 64
 STREAM, FOLD = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
 DOMAINS = {"elements": 0, "drop_path": 1}
-LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # of attention: batch, heads, queries, keys
+LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # for attention: batch, heads, queries, keys
 
 
 def threshold(p: float) -> int:
-    """``T = round(p * 2^32)``, ties to even: an element is dropped where its bits are below T."""
+    """``T = round(p * 2^32)``, ties to even: an element is dropped if its bits are below T."""
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"p is a {type(p).__name__}; give the probability of dropping, a number")
     if not 0 <= p <= 1:
@@ -37,7 +37,7 @@ def threshold(p: float) -> int:
 
 
 def scale(p: float) -> float:
-    """What a kept element is multiplied with: one over the exact keep rate; 0 where p is 1."""
+    """The factor of kept elements: one over the exact probability of keeping; 0 if p is 1."""
     return ONE / (ONE - threshold(p)) if threshold(p) < ONE else 0.0
 
 
@@ -52,12 +52,12 @@ def _whole(value: Any, name: str, low: int = 0, high: int = TWO63) -> int:
 
 def _sizes(values: Any, name: str) -> tuple[int, ...]:
     if not isinstance(values, Sequence):
-        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple, an int a dimension")
+        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple of ints")
     return tuple(_whole(n, name) for n in values)
 
 
 def _pair(seed: Any) -> tuple[int, int]:
-    """(seed, stream) of an int or of such a pair."""
+    """The pair (seed, stream) for an int or such a pair."""
     entries = seed if isinstance(seed, (tuple, list)) else (seed, 0)
     if len(entries) != 2:
         raise ValueError(f"seed = {seed!r}; give an int or a pair (seed, stream)")
@@ -72,14 +72,14 @@ def _fold(seed: Any, stream: int) -> tuple[int, int]:
 
 
 def _key(seed: Any) -> tuple[int, int]:
-    """The two words of Philox' key."""
+    """The two words of Philox's key."""
     first, stream = _pair(seed)
     key = (first + stream * STREAM) % TWO64
     return key % ONE, key // ONE
 
 
 def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(global_shape, origin), checked."""
+    """The pair (global_shape, origin), after checks."""
     if shard is None:
         return shape, (0,) * len(shape)
     whole, origin = (_sizes(part, "shard") for part in shard)
@@ -88,8 +88,8 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
     )
     if not fits:
         raise ValueError(
-            f"shard = {(whole, origin)} of shape {shape}; give (global_shape, origin), with an "
-            "entry for each dimension and origin + shape within global_shape"
+            f"shard = {(whole, origin)} for shape {shape}; give (global_shape, origin), each with "
+            "an entry per dimension, and origin + shape within global_shape"
         )
     return whole, origin
 
@@ -97,7 +97,7 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
 def _place(
     shape: Sequence[int], noise_shape: Sequence[int | None] | None, shard: Any, domain: str
 ) -> tuple[tuple[int, ...], list[int], list[int], int, int]:
-    """The shape; sizes of what is drawn; strides of the leading ones in row; first row and col."""
+    """The shape, the sizes to draw, leading strides in rows, and the first row and column."""
     shape = _sizes(shape, "shape")
     if domain not in DOMAINS:
         raise ValueError(f"domain = {domain!r}; give one of {', '.join(DOMAINS)}")
@@ -114,12 +114,12 @@ def _place(
         for n, size in zip(noise, shape, strict=True)
     ):
         raise ValueError(
-            f"noise_shape = {noise} of shape {shape}; give for each dimension 1, where the mask "
-            "is shared along it, or its size or None"
+            f"noise_shape = {noise} for shape {shape}; give for each dimension 1, if the mask is "
+            "shared along it, or else its size or None"
         )
     whole, origin = _shard(shard, shape)
     if math.prod(whole) >= TWO63:
-        raise ValueError(f"the whole has the shape {whole}, which is 2^63 elements or more")
+        raise ValueError(f"the global shape is {whole}, which is 2^63 elements or more")
     sizes = [min(1, m) if n == 1 else m for n, m in zip(noise, shape, strict=True)]
     start = [0 if n == 1 else o for n, o in zip(noise, origin, strict=True)]
     strides = [math.prod(whole[k + 1 : -1]) for k in range(len(shape) - 1)]
@@ -128,24 +128,24 @@ def _place(
 
 
 def _attention_place(shape: Sequence[int], shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape and the first coordinates of a mask of attention."""
+    """The shape and the first coordinates of an attention mask."""
     shape = _sizes(shape, "shape")
     whole, origin = _shard(shard, shape)
     if len(whole) != 4 or any(n > limit for n, limit in zip(whole, LIMITS, strict=True)):
         raise ValueError(
-            f"the whole has the shape {whole}; a mask of attention has (batch, heads, queries, "
-            f"keys), of which there are at most {LIMITS}"
+            f"the global shape is {whole}; an attention mask has (batch, heads, queries, keys), "
+            f"at most {LIMITS} of each"
         )
     return shape, origin
 
 
-# ----- ONNX. Words are int64 numbers below 2^32; products wrap as those of uint64 do.
+# ----- ONNX. Words are int64 numbers below 2^32; products wrap as in uint64.
 
 WORD, STANDARD = ONE - 1, ("", "ai.onnx")
 
 
 class Builder:
-    """Collects nodes and constants; names begin with ``prefix``."""
+    """Collects nodes and constants, whose names begin with ``prefix``."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -153,7 +153,7 @@ class Builder:
         self.constants: dict[str, Any] = {}
 
     def __call__(self, kind: str, *inputs: Any, **attributes: Any) -> str:
-        """A node with one result; ints and lists of ints among its inputs become constants."""
+        """Add a node with one result. Inputs that are ints or lists of ints become constants."""
         given = [value if isinstance(value, str) else self.constant(value) for value in inputs]
         name = f"{self.prefix}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, given, [name], **attributes))
@@ -169,7 +169,7 @@ class Builder:
         return str(self.constants[key].name)
 
     def shifted(self, a: str, places: int) -> str:
-        """``a >> places`` of the unsigned number."""
+        """``a >> places`` for an unsigned number."""
         wide = self("Cast", a, to=onnx.TensorProto.UINT64)
         name = f"{self.prefix}_u{places}"
         self.constants[name] = helper.make_tensor(name, onnx.TensorProto.UINT64, [], [places])
@@ -199,7 +199,7 @@ class Builder:
         return [c0, c1, c2, c3]
 
     def decisions(self, words: list[str], calls: str, p: float) -> str:
-        """[*calls, 4, 2]: what each word and the word with its halves exchanged decide."""
+        """[*calls, 4, 2]: the decisions of each word, and of the word with its halves swapped."""
         wide = [self("Unsqueeze", self("Expand", word, calls), [-1]) for word in words]
         word = self("Concat", *wide, axis=-1)
         turned = self("BitwiseOr", self.low(self("Mul", word, 1 << 16)), self.shifted(word, 16))
@@ -219,30 +219,30 @@ def keep_mask(
     shard: Any = None,
     domain: str = "elements",
 ) -> str:
-    """Add the mask of ``tridrop.keep_mask`` to ``build``; returns the name of a bool tensor.
+    """Add the mask of ``tridrop.keep_mask`` to ``build``; return the name of a bool tensor.
 
     Args:
-        build: what nodes and constants are added to.
+        build: collects the nodes and constants.
         shape: the name of an int64 tensor, the shape of the mask, which may be dynamic.
-        rank: how many entries that has.
+        rank: the number of dimensions.
         p: the probability of dropping, in [0, 1].
         seed: the name of an int64 tensor of shape [2], (seed, stream).
-        site: folded into the seed, as ``tridrop.fold_in(seed, site)`` does.
-        noise_shape: for each dimension 1, where the mask is shared along it, or None.
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of, ints.
+        site: a number to fold into the seed, as ``tridrop.fold_in(seed, site)`` does.
+        noise_shape: for each dimension 1, if the mask is shared along it, or None.
+        shard: (global_shape, origin) of the larger mask of which this is a piece, as ints.
         domain: "elements", or "drop_path" for a mask of whole samples.
 
     Raises:
-        ValueError: p outside [0, 1]; noise_shape or shard of another length than ``rank``.
-        TypeError: an argument of another type.
+        ValueError: p is outside [0, 1], or noise_shape or shard do not have ``rank`` entries.
+        TypeError: an argument has a wrong type.
     """
-    _place((1,) * rank, noise_shape, None, domain)  # which checks them
+    _place((1,) * rank, noise_shape, None, domain)  # for its checks
     noise = (None,) * rank if noise_shape is None else tuple(noise_shape)
     if domain == "drop_path":
         noise = (None,) + (1,) * (rank - 1)
     whole, origin = (None, (0,) * rank) if shard is None else (_sizes(s, "shard") for s in shard)
     if len(origin) != rank or (whole is not None and len(whole) != rank):
-        raise ValueError(f"shard = {shard} of rank {rank}; give an entry for each dimension")
+        raise ValueError(f"shard = {shard} for rank {rank}; give an entry for each dimension")
     size = [build("Gather", shape, k) for k in range(rank)]
     drawn = [build.constant(1) if n == 1 else s for n, s in zip(noise, size, strict=True)]
     row = build.constant([0])
@@ -281,7 +281,7 @@ def attention_keep_mask(
     site: int | None = None,
     shard: Any = None,
 ) -> str:
-    """Add the mask of ``tridrop.attention_keep_mask``; ``shape`` has (batch, heads, queries, keys).
+    """Add the mask of ``tridrop.attention_keep_mask``; ``shape`` is (batch, heads, queries, keys).
 
     The other arguments are those of :func:`keep_mask`.
     """
@@ -299,7 +299,7 @@ def attention_keep_mask(
     leads = [build("Unsqueeze", name, [0]) for name in size[:3]]
     calls = build("Concat", *leads, build("Unsqueeze", build("Mul", tiles, 4), [0]), axis=0)
     keep = build.decisions(words, calls, p)
-    # [..., tiles, pairs, octets, 2]: a call has one pair of each octet
+    # [..., tiles, pairs, octets, 2]: one Philox call decides one pair of each octet
     tile = build("Unsqueeze", tiles, [0])
     keep = build("Reshape", keep, build("Concat", *leads, tile, [4, 4, 2], axis=0))
     keep = build("Transpose", keep, perm=[0, 1, 2, 3, 5, 4, 6])
@@ -315,7 +315,7 @@ def fold_in(seed: Any, stream: int) -> tuple[int, int]:
 
 
 def _value(graph: Any, name: str) -> Any:
-    """The constant behind a name, or None."""
+    """The constant with a name, or None."""
     found = [numpy_helper.to_array(t) for t in graph.initializer if t.name == name]
     if found:
         return found[0]
@@ -327,22 +327,22 @@ def _value(graph: Any, name: str) -> Any:
 
 
 def _nodes(graph: Any) -> list[Any]:
-    """The nodes of a graph or function, and of the branches and loops in it."""
+    """The nodes of a graph or function, including those in branches and loops."""
     inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
     return [*graph.node, *(node for branch in inner for node in _nodes(branch))]
 
 
 def replace_dropout(model: Any, seed: str = "seed") -> Any:
-    """A copy of a model in which each Dropout that would drop draws tridrop's mask instead.
+    """A copy of a model in which each Dropout that would drop is replaced by tridrop's mask.
 
-    The n-th of them, from 0, has the mask of ``tridrop.fold_in(seed, n)``. The copy has one more
+    The n-th of these, from 0, has the mask of ``tridrop.fold_in(seed, n)``. The copy has one more
     input, ``seed``: int64 of shape [2], (seed, stream). A Dropout that does not drop, because its
-    training_mode is false or absent or its ratio 0, stays.
+    training_mode is false or absent or its ratio is 0, stays.
 
     Raises:
-        ValueError: an opset before 18, which has no operators of bits; a ratio or training_mode
-            that is not a constant; a Dropout whose rank is unknown, or whose mask is an output that
-            something reads; a Dropout within a branch, a loop or a function; a name that is taken.
+        ValueError: the opset is before 18, which added bitwise operators; a ratio or training_mode
+            is not a constant; the rank of a Dropout's input is unknown; its mask output is used; a
+            Dropout is within a branch, a loop or a function; or the name ``seed`` is taken.
     """
     opset = next(o.version for o in model.opset_import if o.domain in STANDARD)
     if opset < 18:
@@ -351,10 +351,10 @@ def replace_dropout(model: Any, seed: str = "seed") -> Any:
     graph, nodes, spare, site = result.graph, [], set(), 0
     inner = _nodes(graph)[len(graph.node) :] + [n for f in model.functions for n in _nodes(f)]
     if any(node.op_type == "Dropout" for node in inner):
-        raise ValueError("a Dropout stands within a branch, a loop or a function; inline it first")
-    known = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
+        raise ValueError("a Dropout is within a branch, a loop or a function; inline it first")
+    values = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
     read = {name for node in _nodes(graph) for name in node.input} | {v.name for v in graph.output}
-    if seed in read or seed in known:
+    if seed in read or seed in values:
         raise ValueError(f"the model has a value named {seed!r} already; give another name")
     for node in list(graph.node):
         given = [*node.input, "", ""]
@@ -363,11 +363,11 @@ def replace_dropout(model: Any, seed: str = "seed") -> Any:
             continue
         ratio, training = (_value(graph, name) if name else 0.5 for name in given[1:3])
         if ratio is None or training is None:
-            raise ValueError(f"ratio and training_mode of {node.output[0]} are no constants")
+            raise ValueError(f"ratio and training_mode of {node.output[0]} are not constants")
         if not training or not ratio:
             nodes.append(node)
             continue
-        info = known.get(node.input[0])
+        info = values.get(node.input[0])
         if info is None or not info.type.tensor_type.HasField("shape"):
             raise ValueError(f"the rank of {node.input[0]} is unknown; export it with its shape")
         if len(node.output) > 1 and node.output[1] in read:
@@ -376,7 +376,7 @@ def replace_dropout(model: Any, seed: str = "seed") -> Any:
         build = Builder(f"tridrop_{site}")
         shape = build("Shape", node.input[0])
         keep = keep_mask(build, shape, rank, float(ratio), seed=seed, site=site)
-        # Computed in float32 at least, and rounded once.
+        # Computed in at least float32, and rounded once.
         exact = dtype if dtype == onnx.TensorProto.DOUBLE else onnx.TensorProto.FLOAT
         for name, number in {"zero": 0.0, "scale": scale(float(ratio))}.items():
             name = f"tridrop_{site}_{name}"

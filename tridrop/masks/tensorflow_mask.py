@@ -1,7 +1,7 @@
-"""tridrop's masks in TensorFlow, in one file with no other need. Apache-2.0; contract version 1.
+"""tridrop's masks in TensorFlow, in one file that needs nothing else. Apache-2.0; contract 1.
 
-It works eagerly, in tf.function and under XLA. The shape and p are Python's; the seed may be a
-tensor, so that a step traced once has a new mask in every call.
+It works in eager mode, in tf.function and under XLA. The shape and p are Python values. The seed
+may be a tensor, so that a step that is traced once gets a new mask in each call.
 
 >>> keep_mask(1, (8,), 0.5).numpy().tolist()
 [True, False, True, False, True, False, True, True]
@@ -25,16 +25,16 @@ from typing import Any
 
 import tensorflow as tf
 
-# ----- Seeds, rates and places, in Python alone: the same lines in the file of every framework.
+# ----- Seeds, rates and coordinates in plain Python: the same lines in the file of each framework.
 
 ONE, TWO63, TWO64 = 1 << 32, 1 << 63, 1 << 64
 STREAM, FOLD = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
 DOMAINS = {"elements": 0, "drop_path": 1}
-LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # of attention: batch, heads, queries, keys
+LIMITS = (1 << 32, 1 << 28, 1 << 32, 1 << 35)  # for attention: batch, heads, queries, keys
 
 
 def threshold(p: float) -> int:
-    """``T = round(p * 2^32)``, ties to even: an element is dropped where its bits are below T."""
+    """``T = round(p * 2^32)``, ties to even: an element is dropped if its bits are below T."""
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"p is a {type(p).__name__}; give the probability of dropping, a number")
     if not 0 <= p <= 1:
@@ -43,7 +43,7 @@ def threshold(p: float) -> int:
 
 
 def scale(p: float) -> float:
-    """What a kept element is multiplied with: one over the exact keep rate; 0 where p is 1."""
+    """The factor of kept elements: one over the exact probability of keeping; 0 if p is 1."""
     return ONE / (ONE - threshold(p)) if threshold(p) < ONE else 0.0
 
 
@@ -58,12 +58,12 @@ def _whole(value: Any, name: str, low: int = 0, high: int = TWO63) -> int:
 
 def _sizes(values: Any, name: str) -> tuple[int, ...]:
     if not isinstance(values, Sequence):
-        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple, an int a dimension")
+        raise TypeError(f"{name} is a {type(values).__name__}; give a tuple of ints")
     return tuple(_whole(n, name) for n in values)
 
 
 def _pair(seed: Any) -> tuple[int, int]:
-    """(seed, stream) of an int or of such a pair."""
+    """The pair (seed, stream) for an int or such a pair."""
     entries = seed if isinstance(seed, (tuple, list)) else (seed, 0)
     if len(entries) != 2:
         raise ValueError(f"seed = {seed!r}; give an int or a pair (seed, stream)")
@@ -78,14 +78,14 @@ def _fold(seed: Any, stream: int) -> tuple[int, int]:
 
 
 def _key(seed: Any) -> tuple[int, int]:
-    """The two words of Philox' key."""
+    """The two words of Philox's key."""
     first, stream = _pair(seed)
     key = (first + stream * STREAM) % TWO64
     return key % ONE, key // ONE
 
 
 def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(global_shape, origin), checked."""
+    """The pair (global_shape, origin), after checks."""
     if shard is None:
         return shape, (0,) * len(shape)
     whole, origin = (_sizes(part, "shard") for part in shard)
@@ -94,8 +94,8 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
     )
     if not fits:
         raise ValueError(
-            f"shard = {(whole, origin)} of shape {shape}; give (global_shape, origin), with an "
-            "entry for each dimension and origin + shape within global_shape"
+            f"shard = {(whole, origin)} for shape {shape}; give (global_shape, origin), each with "
+            "an entry per dimension, and origin + shape within global_shape"
         )
     return whole, origin
 
@@ -103,7 +103,7 @@ def _shard(shard: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
 def _place(
     shape: Sequence[int], noise_shape: Sequence[int | None] | None, shard: Any, domain: str
 ) -> tuple[tuple[int, ...], list[int], list[int], int, int]:
-    """The shape; sizes of what is drawn; strides of the leading ones in row; first row and col."""
+    """The shape, the sizes to draw, leading strides in rows, and the first row and column."""
     shape = _sizes(shape, "shape")
     if domain not in DOMAINS:
         raise ValueError(f"domain = {domain!r}; give one of {', '.join(DOMAINS)}")
@@ -120,12 +120,12 @@ def _place(
         for n, size in zip(noise, shape, strict=True)
     ):
         raise ValueError(
-            f"noise_shape = {noise} of shape {shape}; give for each dimension 1, where the mask "
-            "is shared along it, or its size or None"
+            f"noise_shape = {noise} for shape {shape}; give for each dimension 1, if the mask is "
+            "shared along it, or else its size or None"
         )
     whole, origin = _shard(shard, shape)
     if math.prod(whole) >= TWO63:
-        raise ValueError(f"the whole has the shape {whole}, which is 2^63 elements or more")
+        raise ValueError(f"the global shape is {whole}, which is 2^63 elements or more")
     sizes = [min(1, m) if n == 1 else m for n, m in zip(noise, shape, strict=True)]
     start = [0 if n == 1 else o for n, o in zip(noise, origin, strict=True)]
     strides = [math.prod(whole[k + 1 : -1]) for k in range(len(shape) - 1)]
@@ -134,13 +134,13 @@ def _place(
 
 
 def _attention_place(shape: Sequence[int], shard: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape and the first coordinates of a mask of attention."""
+    """The shape and the first coordinates of an attention mask."""
     shape = _sizes(shape, "shape")
     whole, origin = _shard(shard, shape)
     if len(whole) != 4 or any(n > limit for n, limit in zip(whole, LIMITS, strict=True)):
         raise ValueError(
-            f"the whole has the shape {whole}; a mask of attention has (batch, heads, queries, "
-            f"keys), of which there are at most {LIMITS}"
+            f"the global shape is {whole}; an attention mask has (batch, heads, queries, keys), "
+            f"at most {LIMITS} of each"
         )
     return shape, origin
 
@@ -167,7 +167,7 @@ def _xor(a: Any, b: Any, c: Any) -> Any:
 
 
 def _high(a: Any) -> Any:
-    """The upper word: the shift's copies of the sign are cut off."""
+    """The upper word; the copies of the sign that a shift makes are masked out."""
     return _and(tf.bitwise.right_shift(a, _i64(32)), WORD)
 
 
@@ -182,7 +182,7 @@ def _seed_tensor(seed: Any) -> Any:
     if not seed.dtype.is_integer or tuple(seed.shape) not in ((), (2,)):
         raise TypeError(
             f"seed is {seed.dtype.name}{tuple(seed.shape)}; give integers of shape [2], which are "
-            "(seed, stream), or one without dimensions"
+            "(seed, stream), or an integer without dimensions"
         )
     seed = tf.cast(seed, tf.int64)
     return seed if seed.shape.rank else tf.stack([seed, tf.zeros_like(seed)])
@@ -191,8 +191,8 @@ def _seed_tensor(seed: Any) -> Any:
 def fold_in(seed: Any, stream: Any) -> Any:
     """The seed for call site ``stream`` under ``seed``; can be nested.
 
-    Of ints it is a pair (seed, stream). Where the seed or ``stream`` is a tensor, it is one of
-    int64, (seed, stream), that keep_mask takes.
+    For ints it is a pair (seed, stream). If the seed or ``stream`` is a tensor, it is an int64
+    tensor (seed, stream), which keep_mask takes.
     """
     if not _is_tensor(seed) and not _is_tensor(stream):
         return _fold(seed, stream)
@@ -215,7 +215,7 @@ def _key_words(seed: Any) -> tuple[Any, Any]:
 
 
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32-10 of int64 values below 2^32, in tensors that broadcast together."""
+    """Philox4x32-10 on int64 values below 2^32, in tensors that broadcast together."""
     for _ in range(10):
         a, b = c0 * _i64(0xD2511F53), c2 * _i64(0xCD9E8D57)
         c0, c1 = _xor(_high(b), c1, k0), _and(b, WORD)
@@ -225,7 +225,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, A
 
 
 def _decisions(words: tuple[Any, Any, Any, Any], p: float) -> Any:
-    """[..., 4, 2]: what each word and the word with its halves exchanged decide."""
+    """[..., 4, 2]: the decisions of each word, and of the word with its halves swapped."""
     word = tf.stack(words, axis=-1)
     sixteen = _i64(16)
     up = _and(tf.bitwise.left_shift(word, sixteen), WORD)
@@ -246,23 +246,23 @@ def keep_mask(
 
     Args:
         seed: an int or a pair (seed, stream) of ints in [-2^63, 2^63); or integer tensors: (seed,
-            stream) of shape [2], as fold_in makes it, or the seed without dimensions.
+            stream) of shape [2], as fold_in returns it, or a seed without dimensions.
         shape: the shape of the mask.
         p: the probability of dropping, in [0, 1].
-        noise_shape: for each dimension 1, where the mask is shared along it, or its size or None.
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of.
+        noise_shape: for each dimension 1, if the mask is shared along it, or its size or None.
+        shard: (global_shape, origin) of the larger mask of which this is a piece.
         domain: "elements", or "drop_path" for a mask of whole samples.
 
     Raises:
-        ValueError: p or a seed outside its range; noise_shape or shard that do not fit shape.
-        TypeError: an argument of another type.
+        ValueError: p or the seed is out of range, or noise_shape or shard do not fit shape.
+        TypeError: an argument has a wrong type.
     """
     shape, sizes, strides, first_row, first = _place(shape, noise_shape, shard, domain)
     row: Any = _i64(first_row)[None]
     for size, stride in zip(sizes, strides, strict=False):
         row = row[..., None] + tf.range(size, dtype=tf.int64) * _i64(stride)
     row = tf.reshape(row, (*sizes[:-1], 1))
-    groups = (first + sizes[-1] + 7) // 8 - first // 8  # of eight columns
+    groups = (first + sizes[-1] + 7) // 8 - first // 8  # groups of eight columns
     group = tf.range(groups, dtype=tf.int64) + _i64(first // 8)
     last = _or(_high(group), _i64(DOMAINS[domain] << 28))
     words = philox(_and(group, WORD), _and(row, WORD), _high(row), last, *_key_words(seed))
@@ -277,12 +277,12 @@ def attention_keep_mask(seed: Any, shape: Sequence[int], p: float, *, shard: Any
     Args:
         seed, p: as in :func:`keep_mask`.
         shape: (batch, heads, queries, keys).
-        shard: (global_shape, origin) of the whole that ``shape`` is a piece of.
+        shard: (global_shape, origin) of the larger mask of which this is a piece.
 
     Raises:
-        ValueError: p or a seed outside its range; a shape of other than four dimensions or past
-            the contract's limits; a shard that does not fit it.
-        TypeError: an argument of another type.
+        ValueError: p or the seed is out of range, the shape does not have four dimensions or
+            exceeds the contract's limits, or shard does not fit shape.
+        TypeError: an argument has a wrong type.
     """
     shape, origin = _attention_place(shape, shard)
     first, tiles = origin[3], (origin[3] + shape[3] + 31) // 32 - origin[3] // 32
@@ -292,7 +292,7 @@ def attention_keep_mask(seed: Any, shape: Sequence[int], p: float, *, shard: Any
     )
     group = tf.range(4 * tiles, dtype=tf.int64) + first // 32 * 4
     words = philox(query, group, batch, _or(head, _i64(2 << 28)), *_key_words(seed))
-    # [..., tiles, pairs, octets, 2]: a call has one pair of each octet
+    # [..., tiles, pairs, octets, 2]: one Philox call decides one pair of each octet
     keep = tf.reshape(_decisions(words, p), (*shape[:3], tiles, 4, 4, 2))
     keep = tf.reshape(tf.transpose(keep, (0, 1, 2, 3, 5, 4, 6)), (*shape[:3], tiles * 32))
     return keep[..., first % 32 : first % 32 + shape[3]]

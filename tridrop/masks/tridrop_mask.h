@@ -1,14 +1,14 @@
-/* tridrop's masks in C, C++, CUDA and HIP: one header, host and device, no dependency. Apache-2.0;
- * contract version 1.
+/* tridrop's masks in C, C++, CUDA and HIP: one header for host and device, without dependencies.
+ * Apache-2.0; contract version 1.
  *
- * The bits are those that docs/mask-contract.md of tridrop defines. In a kernel: make the key and
- * the threshold on the host, then take eight decisions with one call,
+ * The bits are defined by tridrop's docs/mask-contract.md. For a kernel, compute the key and the
+ * threshold on the host; in the kernel, one call makes eight decisions:
  *
  *     tridrop_key key = tridrop_key_of(seed, stream);
  *     uint64_t t = tridrop_threshold(p);                       // TRIDROP_REFUSED unless 0 <= p <= 1
  *     float scale = (float)tridrop_scale(t);
  *     uint32_t bits[8];
- *     tridrop_bits8(key, TRIDROP_ELEMENTS, row, col / 8, bits);  // columns 8 * (col / 8) and on
+ *     tridrop_bits8(key, TRIDROP_ELEMENTS, row, col / 8, bits);  // columns from 8 * (col / 8)
  *     y[col] = bits[col % 8] >= t ? x[col] * scale : 0;
  *
  * On the host, tridrop_keep_mask and tridrop_attention_keep_mask fill whole masks.
@@ -34,7 +34,7 @@ typedef struct {
   uint32_t k0, k1;
 } tridrop_key;
 
-/* The key of a seed. The pair counts modulo 2^64. */
+/* The key of a pair (seed, stream), by arithmetic modulo 2^64. */
 TRIDROP_FN tridrop_key tridrop_key_of(int64_t seed, int64_t stream) {
   uint64_t k = (uint64_t)seed + (uint64_t)stream * UINT64_C(0x9E3779B97F4A7C15);
   tridrop_key key;
@@ -43,13 +43,13 @@ TRIDROP_FN tridrop_key tridrop_key_of(int64_t seed, int64_t stream) {
   return key;
 }
 
-/* fold_in((seed, old_stream), stream) is (seed, this number); of an int, old_stream is 0. */
+/* fold_in((seed, old_stream), stream) is (seed, this number); for an int seed, old_stream is 0. */
 TRIDROP_FN int64_t tridrop_fold_in(int64_t old_stream, int64_t stream) {
   uint64_t folded = (uint64_t)old_stream * UINT64_C(0xD1342543DE82EF95) + (uint64_t)stream;
   return folded >> 63 ? -(int64_t)~folded - 1 : (int64_t)folded;
 }
 
-/* T = round(p * 2^32), ties to even; TRIDROP_REFUSED where p is not in [0, 1]. */
+/* T = round(p * 2^32), ties to even; TRIDROP_REFUSED if p is not in [0, 1]. */
 TRIDROP_FN uint64_t tridrop_threshold(double p) {
   double exact = p * 4294967296.0, rest;
   uint64_t t;
@@ -59,12 +59,12 @@ TRIDROP_FN uint64_t tridrop_threshold(double p) {
   return t + (rest > 0.5 || (rest == 0.5 && (t & 1)));
 }
 
-/* What a kept element is multiplied with: 2^32 / (2^32 - T), and 0 where everything is dropped. */
+/* The factor of kept elements: 2^32 / (2^32 - T), or 0 if everything is dropped. */
 TRIDROP_FN double tridrop_scale(uint64_t t) {
   return t < UINT64_C(4294967296) ? 4294967296.0 / (double)(UINT64_C(4294967296) - t) : 0.0;
 }
 
-/* Philox4x32-10: four words of a counter to four words. */
+/* Philox4x32-10: maps a counter of four words to four words. */
 TRIDROP_FN void tridrop_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
                                tridrop_key key, uint32_t words[4]) {
   int round;
@@ -83,7 +83,7 @@ TRIDROP_FN void tridrop_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
   words[3] = c3;
 }
 
-/* The bits of lane 0 to 7: a word, or the word with its halves exchanged. */
+/* The bits of a lane, 0 to 7: a word, or the word with its halves swapped. */
 TRIDROP_FN uint32_t tridrop_lane(const uint32_t words[4], unsigned lane) {
   uint32_t word = words[lane / 2];
   return lane % 2 ? word << 16 | word >> 16 : word;
@@ -99,7 +99,7 @@ TRIDROP_FN void tridrop_bits8(tridrop_key key, uint32_t domain, uint64_t row, ui
   for (lane = 0; lane < 8; ++lane) bits[lane] = tridrop_lane(words, lane);
 }
 
-/* The bits of one element. It is kept where they are >= T. */
+/* The bits of one element, which is kept if they are >= T. */
 TRIDROP_FN uint32_t tridrop_bits(tridrop_key key, uint32_t domain, uint64_t row, uint64_t col) {
   uint64_t group = col / 8;
   uint32_t words[4];
@@ -109,7 +109,7 @@ TRIDROP_FN uint32_t tridrop_bits(tridrop_key key, uint32_t domain, uint64_t row,
 }
 
 /* Attention: the bits of keys 32 * (group / 4) + 2 * (group % 4) + 8 * (i / 2) + i % 2, i = 0 .. 7:
- * a pair of each of the four octets of 32 keys, as a tensor core's accumulator has them. */
+ * a pair from each of the four octets of 32 keys, as in the accumulator of a tensor core. */
 TRIDROP_FN void tridrop_attention_bits8(tridrop_key key, uint32_t batch, uint32_t head,
                                         uint32_t query, uint32_t group, uint32_t bits[8]) {
   uint32_t words[4];
@@ -118,7 +118,7 @@ TRIDROP_FN void tridrop_attention_bits8(tridrop_key key, uint32_t batch, uint32_
   for (lane = 0; lane < 8; ++lane) bits[lane] = tridrop_lane(words, lane);
 }
 
-/* Attention: the bits of one probability; `at` is the index of its key. */
+/* Attention: the bits of one probability; `at` is the index of the key. */
 TRIDROP_FN uint32_t tridrop_attention_bits(tridrop_key key, uint32_t batch, uint32_t head,
                                            uint32_t query, uint64_t at) {
   uint32_t words[4];
@@ -134,10 +134,11 @@ TRIDROP_FN int tridrop_fits(int64_t local, int64_t origin, int64_t whole) {
 
 /* The mask of tridrop.keep_mask in row-major order: 1 where an element is kept, else 0.
  *
- * noise_shape has an entry for each dimension: 1 where the mask is shared along it, else the size or
- * 0, which stands for it; NULL shares none. global_shape and origin say of which whole `shape` is a piece; NULL, NULL: it
- * is the whole. TRIDROP_DROP_PATH shares all dimensions but the first, and takes no noise_shape.
- * Returns 0, or -1 and leaves `keep` alone where an argument is outside what the contract allows. */
+ * noise_shape has an entry per dimension: 1 if the mask is shared along it, else its size, or 0 for
+ * its size; NULL shares none. global_shape and origin give the shape of a larger mask and the place
+ * of this one in it; NULL and NULL if this is the whole. TRIDROP_DROP_PATH shares all dimensions but
+ * the first, and takes no noise_shape. Returns 0; or -1, without writing to `keep`, if the contract
+ * does not allow an argument. */
 TRIDROP_FN int tridrop_keep_mask(int64_t seed, int64_t stream, int dims, const int64_t *shape,
                                  double p, const int64_t *noise_shape, const int64_t *global_shape,
                                  const int64_t *origin, uint32_t domain, unsigned char *keep) {
@@ -186,8 +187,8 @@ TRIDROP_FN int tridrop_keep_mask(int64_t seed, int64_t stream, int dims, const i
 
 /* The mask of tridrop.attention_keep_mask in row-major order: 1 where a probability is kept.
  *
- * shape is (batch, heads, queries, keys), and origin the first coordinate of each; NULL: zeros.
- * Returns 0, or -1 and leaves `keep` alone where an argument is outside what the contract allows. */
+ * shape is (batch, heads, queries, keys), and origin has the first coordinate of each; NULL means
+ * zeros. Returns 0; or -1, without writing to `keep`, if the contract does not allow an argument. */
 TRIDROP_FN int tridrop_attention_keep_mask(int64_t seed, int64_t stream, const int64_t shape[4],
                                            double p, const int64_t *origin, unsigned char *keep) {
   const int64_t limits[4] = {INT64_C(1) << 32, INT64_C(1) << 28, INT64_C(1) << 32,

@@ -1,4 +1,4 @@
-"""Real models become fused in one line, and back."""
+"""Fuses the dropouts of an existing model in one line, and undoes it."""
 
 from .core import swap, unswap
 from .report import Report, Site

@@ -1,14 +1,14 @@
-"""LoRA layers of PEFT: the branch of an adapter as one op, and the rest of their forward as it is.
+"""LoRA layers of PEFT: makes the branch of each adapter one op, and keeps the rest of the forward.
 
-Whatever a layer's base is quantised with, its forward in PEFT has the same few lines for an
-adapter: its parts are taken by name,
+However the base of a layer is quantised, its forward in PEFT has the same few lines for an adapter.
+It looks the adapter's parts up by name,
 
     lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
 
-the input is cast, and ``lora_B(lora_A(dropout(x)))`` is added with a factor. Exactly these
-expressions are exchanged here, in the text of the forward, for calls of branches.py. So everything
-else stays PEFT's: disabled, merged and mixed adapters, the casts and copies of results. A class of
-any library version in whose text they are not found is not touched.
+casts the input, and adds ``lora_B(lora_A(dropout(x)))`` times a factor. Exactly these expressions
+in the source of the forward are replaced here by calls of branches.py. Everything else stays
+PEFT's: disabled, merged and mixed adapters, and the casts and copies of results. A class whose
+forward does not contain these expressions, in any version of PEFT, is left as it is.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from . import branches, source
+from .class_cache import cache_of
 from .kinds import base_of
-from .memory import memory_of
-from .present import At, holds, is_own
+from .present import At, holds, is_original
 
 
-def is_lora(kind: type) -> bool:
-    """Whether a class is a layer of PEFT's that may have LoRA adapters."""
-    return any(c.__name__ == "LoraLayer" and c.__module__.startswith("peft.") for c in kind.__mro__)
+def is_lora(cls: type) -> bool:
+    """Whether a class is a layer of PEFT that may have LoRA adapters."""
+    return any(c.__name__ == "LoraLayer" and c.__module__.startswith("peft.") for c in cls.__mro__)
 
 
 class Rewritten(NamedTuple):
-    """A forward with its adapters' branches exchanged, its text, and whether it adds them."""
+    """A rewritten forward, its source, and whether one op also adds the branch to the result."""
 
     forward: FunctionType
     text: ast.FunctionDef
     adds: bool
 
 
-def rewritten(kind: type) -> Rewritten | None:
-    """The new forward of a class; None where it has no adapters, or its text cannot be read."""
-    if not is_lora(kind):
+def rewritten(cls: type) -> Rewritten | None:
+    """The new forward of a class; None if it has no adapters, or its source cannot be read."""
+    if not is_lora(cls):
         return None
     variants = sys.modules.get("peft.tuners.lora.variants")
     for name, value in vars(variants).items() if variants is not None else ():
         if name.endswith("LinearVariant"):
-            _learn(value)
-    memory = memory_of(kind)
-    if memory.rewritten is None or not memory.rewritten[0]():
-        casts = is_own(kind, "_cast_input_dtype")
-        read = holds(At(kind, "forward"), At(kind, "_cast_input_dtype"))
-        memory.rewritten = read, _rewrite(kind.forward, casts)  # type: ignore[attr-defined]
-    return memory.rewritten[1]
+            _read_variant(value)
+    cache = cache_of(cls)
+    if cache.rewritten is None or not cache.rewritten[0]():
+        casts = is_original(cls, "_cast_input_dtype")
+        read = holds(At(cls, "forward"), At(cls, "_cast_input_dtype"))
+        cache.rewritten = read, _rewrite(cls.forward, casts)  # type: ignore[attr-defined]
+    return cache.rewritten[1]
 
 
-def _learn(variant: Any) -> None:
-    """Read the forward of a variant, unless it is known. DoRA is known by its class's name."""
-    known = branches.VARIANTS.get(variant)
-    if known is not None and known.holds():
+def _read_variant(variant: Any) -> None:
+    """Read the forward of a variant, unless that was done. DoRA is recognised by its class name."""
+    found = branches.VARIANTS.get(variant)
+    if found is not None and found.holds():
         return
     new, read = _rewrite(variant.forward), holds(At(variant, "forward"))
     if new is not None:
         branches.VARIANTS[variant] = branches.Variant(new.forward, read)
-    elif variant.__name__ == branches.DORA and is_own(variant, "forward"):
+    elif variant.__name__ == branches.DORA and is_original(variant, "forward"):
         branches.VARIANTS[variant] = branches.Variant(None, read)
 
 
@@ -82,17 +82,18 @@ def _rewrite(forward: Any, casts: bool = True) -> Rewritten | None:
 
 
 class _Exchange(ast.NodeTransformer):
-    """Puts the functions of branches.py in the place of a forward's expressions.
+    """Replaces the expressions of a forward by calls of the functions of branches.py.
 
-    ``casts`` says whether nothing but branches and variants uses the input after its cast: so it is
-    in PEFT's own files, and not to be told of others.
+    ``casts`` says that only branches and variants use the input after its cast, so that the cast
+    may be left to the op. This holds in PEFT's own files; in others it cannot be known.
     """
 
     def __init__(self, node: ast.FunctionDef, casts: bool) -> None:
         self.casts = casts
-        self.made: set[str] = set()  # the functions that are called
+        self.made: set[str] = set()  # the names of the functions of branches.py that are called
         self.owner = node.args.args[0].arg if node.args.args else ""
-        # Local names of an adapter's parts: which part, and the expression of the adapter's name.
+        # Local variables that hold a part of an adapter -> the part, and the source of the
+        # adapter's name.
         self.parts: dict[str, tuple[str, str]] = {}
         assigned: dict[str, int] = {}
         for n in ast.walk(node):
@@ -108,20 +109,20 @@ class _Exchange(ast.NodeTransformer):
         """("lora_A", "name") of self.lora_A[name]."""
         if not isinstance(e, ast.Subscript) or not isinstance(e.value, ast.Attribute):
             return None
-        held, owner = e.value.attr, e.value.value
-        known = held in ("lora_A", "lora_B", "lora_dropout", "scaling")
-        mine = isinstance(owner, ast.Name) and owner.id == self.owner
-        return (held, ast.unparse(e.slice)) if known and mine else None
+        part, owner = e.value.attr, e.value.value
+        is_part = part in ("lora_A", "lora_B", "lora_dropout", "scaling")
+        of_self = isinstance(owner, ast.Name) and owner.id == self.owner
+        return (part, ast.unparse(e.slice)) if is_part and of_self else None
 
     def called(self, e: ast.expr, part: str, adapter: str | None = None) -> ast.expr | None:
-        """The argument of a call of such a part."""
+        """The argument, if an expression is a call of this part, of ``adapter`` or of any."""
         if not isinstance(e, ast.Call) or len(e.args) != 1 or e.keywords:
             return None
-        held, of = self.parts.get(ast.unparse(e.func), ("", ""))
-        return e.args[0] if held == part and adapter in (None, of) else None
+        found, of = self.parts.get(ast.unparse(e.func), ("", ""))
+        return e.args[0] if found == part and adapter in (None, of) else None
 
     def branch(self, e: ast.expr) -> tuple[ast.expr, str, bool] | None:
-        """Of lora_B(lora_A(dropout(x))): x, the adapter's name, and whether it is scaled."""
+        """For lora_B(lora_A(dropout(x))): x, the adapter's name, and whether it is scaled."""
         scaled = None
         if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Mult):
             scaled = self.parts.get(ast.unparse(e.right), ("", ""))
@@ -158,8 +159,8 @@ class _Exchange(ast.NodeTransformer):
         casts = self.casts and ast.unparse(node.func) == f"{self.owner}._cast_input_dtype"
         if casts and len(node.args) == 2:
             wanted = ast.unparse(node.args[1]).partition(".")[0]  # lora_A of lora_A.weight.dtype
-            held, adapter = self.parts.get(wanted, ("", ""))
-            if held == "lora_A" and not node.keywords:
+            part, adapter = self.parts.get(wanted, ("", ""))
+            if part == "lora_A" and not node.keywords:
                 x, dtype = map(ast.unparse, node.args)
                 return self.call("cast", f"{adapter}, {x}, {dtype}")
         if ast.unparse(node.func).startswith(f"{self.owner}.lora_variant[") and node.args:
@@ -177,7 +178,7 @@ class _Exchange(ast.NodeTransformer):
 
 
 def parts(module: Any, name: str) -> tuple[str, ...]:
-    """The ops of an adapter's branch that are one, for the report."""
+    """The ops of an adapter's branch that become one op, for the report."""
     found = rewritten(base_of(module))
     adds = found is not None and found.adds and name not in module.lora_variant
     return ("dropout", "lora_A", "lora_B", *(["add"] if adds else []))

@@ -1,8 +1,8 @@
-"""What the rewritten forwards of LoRA layers call; see adapters.py.
+"""The functions that rewritten forwards of LoRA layers call; see adapters.py.
 
-Each function takes the layer and the name of an adapter, and looks at both anew in each call:
-rates, modes, dtypes, hooks, what an adapter is made of. Where the op would not do what PEFT's
-modules do, these are called.
+Each takes the layer and the name of an adapter, and inspects both in each call: rates, modes,
+dtypes, hooks, and the adapter's modules. Where the op would compute something else than PEFT's
+modules, these are called.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from ..contract import seeds
 from ..spec import elementwise as spec
 from ..spec.product import MAX_RANK
 from . import lazy
-from .lazy import free
+from .lazy import unhooked_kind
 from .pending import fits
 from .present import Holds
 
 
 class Variant(NamedTuple):
-    """A variant of LoRA: its new forward, if any, and whether it has the forward that was read."""
+    """A variant of LoRA: its new forward, if any, and a check that its old one is unchanged."""
 
     forward: Callable[..., Tensor] | None
     holds: Holds
 
 
-# Compiled code can look them up, but cannot read source.
+# Filled when a model is swapped: compiled code can look variants up, but cannot read source.
 VARIANTS: dict[type, Variant] = {}
 
 DORA = "DoraLinearVariant"
 
 
 def why_not(module: Any, name: str) -> str:
-    """Why the branch of an adapter is PEFT's own; empty where it is not."""
+    """Why PEFT's own modules compute the branch of an adapter; empty if tridrop does."""
     kind = type(module.lora_variant.get(name))
     if name in module.lora_variant and (kind not in VARIANTS or not VARIANTS[kind].holds()):
         return f"its adapter is a {kind.__name__}"
     if name not in module.lora_A or name not in module.lora_B:
-        return "its adapter is not of linear layers"
+        return "its adapter does not consist of linear layers"
     A, B, drop = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     if not _plain(A) or not _plain(B) or A.bias is not None:
-        return "its adapter is not of plain linear layers"
+        return "its adapter does not consist of plain linear layers"
     if A.out_features > MAX_RANK:
         return f"its rank is above {MAX_RANK}"
-    if free(drop, "dropout") is None and free(drop, "identity") is None:
+    if unhooked_kind(drop, "dropout") is None and unhooked_kind(drop, "identity") is None:
         return "its dropout is not torch's, works in place or has hooks"
     if getattr(drop, "noise_shape", None) is not None:
         return "its dropout has a noise_shape"
@@ -56,9 +56,9 @@ def why_not(module: Any, name: str) -> str:
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether a module is torch's linear layer, with its own forward, and nobody listens."""
-    own = type(module) is nn.Linear and free(module, "linear") is not None
-    return own and fits(module.weight)
+    """Whether a module is torch's linear layer, with its own forward and without hooks."""
+    plain = type(module) is nn.Linear and unhooked_kind(module, "linear") is not None
+    return plain and fits(module.weight)
 
 
 def _drops(drop: Any) -> bool:
@@ -68,8 +68,8 @@ def _drops(drop: Any) -> bool:
 def _fuses(module: Any, name: str, x: Tensor) -> bool:
     """Whether tridrop computes the branch of an adapter.
 
-    It does where something drops, or where x would be copied in another dtype. In every other case
-    PEFT's own calls keep nothing more, and stay what they are bit for bit.
+    It does if something drops, or if x would have to be copied to another dtype. In other cases
+    PEFT's own calls keep no more for backward, and give the same bits as before.
     """
     if name not in module.lora_A:
         return False
@@ -90,7 +90,7 @@ def _autocast(x: Tensor) -> bool:
 
 
 def _arguments(module: Any, name: str, x: Tensor, scaled: bool) -> dict[str, Any]:
-    """What the op takes for an adapter."""
+    """The arguments of the op for an adapter."""
     return {
         "A": module.lora_A[name].weight,
         "B": module.lora_B[name].weight,
@@ -106,28 +106,28 @@ def _rate(drop: Any) -> Any:
 
 
 def _seed(drop: Any, x: Tensor) -> Tensor | None:
-    """The seed of an adapter's dropout under tridrop.rng; None leaves it to the op."""
+    """The seed of an adapter's dropout under tridrop.rng; None lets the op draw one."""
     if not _drops(drop) or (not seeds.active() and lazy.watcher is None):
         return None
     return lazy.watched(seeds.seed_for(x.device, None, getattr(drop, "site", None)), drop)
 
 
 def cast(module: Any, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``module._cast_input_dtype(x, dtype)``, which the op does while it loads x."""
+    """``module._cast_input_dtype(x, dtype)``; not needed where the op casts x as it loads it."""
     if x.dtype == dtype:
         return x
-    of_op = name not in module.lora_variant or (_is_dora(module, name) and not _autocast(x))
-    if of_op and type(module)._tridrop_casts() and _fuses(module, name, x):
+    op_casts = name not in module.lora_variant or (_is_dora(module, name) and not _autocast(x))
+    if op_casts and type(module)._tridrop_casts() and _fuses(module, name, x):
         return x
     out: Tensor = module._cast_input_dtype(x, dtype)
     return out
 
 
 def delta(module: Any, name: str, deltas: dict[str, Tensor], x: Tensor, scaled: bool) -> Tensor:
-    """``lora_B(lora_A(dropout(x)))`` of an adapter, times its scaling where that is asked for.
+    """``lora_B(lora_A(dropout(x)))`` of an adapter, times its scaling if ``scaled``.
 
-    The first of several active adapters reads x for all that can go with it, and leaves theirs in
-    ``deltas``.
+    If several adapters are active, the call for the first computes all that can share its pass over
+    x, and leaves the results of the others in ``deltas``.
     """
     if name in deltas:
         return deltas.pop(name)
@@ -152,7 +152,7 @@ def delta(module: Any, name: str, deltas: dict[str, Tensor], x: Tensor, scaled: 
 
 
 def _companions(module: Any, name: str, x: Tensor) -> list[str]:
-    """The later active adapters that can be computed together with one."""
+    """The later active adapters that can be computed together with this one."""
     if name in module.lora_variant:
         return []
     later = module.active_adapters[module.active_adapters.index(name) + 1 :]
@@ -171,11 +171,11 @@ def _joins(module: Any, name: str, first: str, x: Tensor) -> bool:
 def add(module: Any, name: str, deltas: dict[str, Tensor], x: Tensor, result: Tensor) -> Tensor:
     """``result + lora_B(lora_A(dropout(x))) * scaling``.
 
-    Of several adapters the sum is kept in the wider dtype until all are added, as PEFT does it.
+    With several adapters, the sum stays in the wider dtype until all are added, as in PEFT.
     """
-    own = module.lora_A[name].weight.dtype
-    own = torch.get_autocast_dtype(x.device.type) if _autocast(x) else own
-    wide = torch.promote_types(result.dtype, own) == result.dtype
+    dtype = module.lora_A[name].weight.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if _autocast(x) else dtype
+    wide = torch.promote_types(result.dtype, dtype) == result.dtype
     last = len(module.active_adapters) == 1 and not _autocast(x)
     alone = name not in deltas and (wide or last) and fits(result) and _fuses(module, name, x)
     if alone and not _companions(module, name, x):
@@ -184,17 +184,17 @@ def add(module: Any, name: str, deltas: dict[str, Tensor], x: Tensor, result: Te
 
 
 def variant(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-    """``module.lora_variant[name].forward(module, ...)``, without a stored dropout(x) where it can.
+    """``module.lora_variant[name].forward(module, ...)``, without storing dropout(x) if possible.
 
-    A variant with the same lines as plain LoRA has them exchanged. DoRA (Liu et al. 2024, arXiv
-    2402.09353) needs base(dropout(x)) as well, which does not follow from base(x) where something
-    drops: it stays a product by itself. That product keeps no input, for its weight is frozen, and
-    lora_A was all that kept one.
+    In a variant with the same lines as plain LoRA, these are replaced. DoRA (Liu et al. 2024, arXiv
+    2402.09353) also needs base(dropout(x)), which does not follow from base(x) if something drops,
+    and so stays a separate product. That product keeps no input, since its weight is frozen; only
+    lora_A kept one.
     """
     if not _is_dora(module, active_adapter) or not _fuses(module, active_adapter, x):
         found = module.lora_variant[active_adapter]
-        known = VARIANTS.get(type(found))
-        forward = known.forward if known is not None and known.holds() else None
+        read = VARIANTS.get(type(found))
+        forward = read.forward if read is not None and read.holds() else None
         given = {"active_adapter": active_adapter, "x": x, "result": result, **kwargs}
         return found.forward(module, **given) if forward is None else forward(module, **given)
     branch = _Branch(module, active_adapter, x)
@@ -212,14 +212,14 @@ def variant(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwarg
 
 
 def _is_dora(module: Any, name: str) -> bool:
-    """Whether an adapter is of DoRA, and drops."""
+    """Whether an adapter is a DoRA that drops."""
     kind = type(module.lora_variant.get(name))
-    known = kind.__name__ == DORA and kind in VARIANTS and VARIANTS[kind].holds()
-    return known and module.training and _drops(module.lora_dropout[name])
+    dora = kind.__name__ == DORA and kind in VARIANTS and VARIANTS[kind].holds()
+    return dora and module.training and _drops(module.lora_dropout[name])
 
 
 class _Branch:
-    """Stands in for DoRA's lora_A: given dropout(x), it leaves the work to the op, which has x."""
+    """Stands in for DoRA's lora_A: passes dropout(x) on, since the op starts from x."""
 
     def __init__(self, module: Any, name: str, x: Tensor) -> None:
         self.A, self.B, self.x = module.lora_A[name], module.lora_B[name], x
@@ -235,7 +235,7 @@ class _Branch:
         return out
 
     def end(self, x: Tensor) -> Tensor:
-        """lora_B."""
+        """Stands in for lora_B: if called with what passed through, it runs the op on x."""
         if x is self.dropped:
             return F.lora_delta(self.x, **self.arguments)
         out: Tensor = self.B(x)

@@ -1,4 +1,4 @@
-"""Calls of a module, or of a method, whose end the caller takes over."""
+"""Calls of a module or method whose end the caller takes over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..base.torch_private import has_global_hook
 
 
 def call(owner: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """A call of a method whose end the caller takes over: ``name`` of ``owner``, or a module."""
+    """Call ``name`` of ``owner`` ("forward": ``owner`` itself), whose end the caller takes over."""
     bare = getattr(type(owner), f"_tridrop_{name}", None)
     if bare is None or name in owner.__dict__:
         return (owner if name == "forward" else getattr(owner, name))(*args, **kwargs)
@@ -27,9 +27,10 @@ def call(owner: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _bare(module: nn.Module) -> bool:
-    """Whether a module's forward can be called past its ``__call__``.
+    """Whether a module's forward can be called directly, without its ``__call__``.
 
-    transformers listens to attention for the weights it returns; such a recorder gets them.
+    The only hooks that allow this are those by which transformers records attention weights; the
+    caller runs them.
     """
     return not (
         module._forward_pre_hooks
@@ -44,7 +45,7 @@ def _bare(module: nn.Module) -> bool:
 
 
 def _records_weights(module: nn.Module, hook: Any) -> bool:
-    """Whether a hook is transformers' recorder of a later output than the first."""
+    """Whether a hook is one by which transformers records an output other than the first."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and bool(
         getattr(type(module), "_tridrop_tuple", False)
     )

@@ -1,8 +1,8 @@
-"""Classes whose methods are rewritten: subclasses that take the place of a module's own class.
+"""Makes subclasses with rewritten methods, which take the place of a module's own class.
 
 Setting ``module.__class__`` keeps the object: its parameters, hooks, state_dict, place in the model
-and isinstance checks. Names stay as well, since libraries look classes up by them. A swapped module
-pickles as its own class and the recipe by which the swap is done again.
+and isinstance checks. The subclass has the same name, since libraries look classes up by name. A
+swapped module pickles as its original class and the recipe for swapping it again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from torch import nn
 
 from . import adapters, draws, emission, kinds, lazy, rewrite, source
+from .class_cache import cache_of
 from .draws import mentions_dropout
 from .encoders import closing
 from .flow import Unfollowed, analyse
-from .memory import memory_of
 from .modules import drop_path_forward
-from .present import At, Holds, guarded, holds, is_function, is_own
+from .present import At, Holds, guarded, holds, is_function, is_original
 from .recognise import (
     Classifier,
     Labels,
@@ -35,55 +35,54 @@ from .recognise import (
     resolve,
     self_of,
 )
-from .remade import remake
+from .remade_plan import remake
 from .rewrite import Levels, Op, Place, Plan
 
 
 @dataclass
 class Text:
-    """The methods of a class that belong to its forward, and those that could not be read."""
+    """The source of a class: the methods that its forward uses, and the unreadable ones."""
 
     methods: dict[str, Method] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)  # method -> reason
-    holds: Holds = lambda: True  # whether it is the text that runs
-    # What was made of it.
+    holds: Holds = lambda: True  # whether these are still the methods that run
+    # What was made from it.
     works: dict[Recipe, Work] = field(default_factory=dict)
     classes: dict[Recipe, type] = field(default_factory=dict)
 
-    def caught(self, kind: type, name: str) -> bool:
-        """Whether a method that was not read drops, and is caught while it runs."""
-        reason = self.unread.get(name, "overridden")  # what was overridden is left alone
-        return not reason.startswith("overridden") and mentions_dropout(getattr(kind, name, None))
+    def caught(self, cls: type, name: str) -> bool:
+        """Whether an unread method drops, so that its calls are intercepted."""
+        reason = self.unread.get(name, "overridden")  # overridden methods are left alone
+        return not reason.startswith("overridden") and mentions_dropout(getattr(cls, name, None))
 
 
-Children = tuple[str, ...]  # the names in a torch.nn.Sequential, whose text they make
+Children = tuple[str, ...]  # the names in a torch.nn.Sequential, whose forward they determine
 
 
-def text_of(kind: type, children: Children = ()) -> Text:
-    """The readable methods of a class: forward, and what it calls of the same class's methods."""
-    texts = memory_of(kind).texts
+def text_of(cls: type, children: Children = ()) -> Text:
+    """The readable methods of a class: forward, and the methods of the class that it calls."""
+    texts = cache_of(cls).texts
     found = texts.get(children)
     if found is None or not found.holds():
-        found = texts[children] = _unrolled(kind, children) if children else _read(kind)
+        found = texts[children] = _unrolled(cls, children) if children else _read(cls)
     return found
 
 
 def children_of(module: nn.Module, base: type) -> Children:
-    """The names in a torch.nn.Sequential; empty for others."""
+    """The names of the children of a torch.nn.Sequential; empty for other modules."""
     return tuple(module._modules) if is_sequence(base) else ()
 
 
 def is_sequence(base: Any) -> bool:
     """Whether a class's forward is that of torch.nn.Sequential."""
-    return bool(base.forward is _SEQUENTIAL) and is_own(nn.Sequential, "forward")
+    return bool(base.forward is _SEQUENTIAL) and is_original(nn.Sequential, "forward")
 
 
 _SEQUENTIAL = nn.Sequential.forward
 
 
-def _unrolled(kind: type, children: Children) -> Text:
-    """What a torch.nn.Sequential does, as a method that calls one child after the other."""
-
+def _unrolled(cls: type, children: Children) -> Text:
+    """The forward of a torch.nn.Sequential, written out: it calls one child after the other."""
     lines = ["def forward(self, input):"]
     lines.append(f"  if tuple(self._modules) != {children!r}: return _forward(self, input)")
     lines += ["  input = self._(input)"] * len(children)
@@ -92,26 +91,26 @@ def _unrolled(kind: type, children: Children) -> Text:
         statement.value.func.attr = name
     function: Any = nn.Sequential.forward
     method = Method("forward", function, lambda f: f, node, analyse(node), decorated=False)
-    return Text({"forward": method}, holds=holds(At(kind, "forward")))
+    return Text({"forward": method}, holds=holds(At(cls, "forward")))
 
 
-def _owner(kind: type, name: str) -> type | None:
-    return next((c for c in kind.__mro__ if name in c.__dict__), None)
+def _owner(cls: type, name: str) -> type | None:
+    return next((c for c in cls.__mro__ if name in c.__dict__), None)
 
 
-def _read(kind: type) -> Text:
+def _read(cls: type) -> Text:
     text = Text()
-    home = _owner(kind, "forward")
+    home = _owner(cls, "forward")
     todo = ["forward"]
     named = {"forward"}
     while todo:
         name = todo.pop(0)
-        owner = _owner(kind, name)
+        owner = _owner(cls, name)
         assert owner is not None
         assert home is not None
-        overrides = kind.__mro__.index(owner) < kind.__mro__.index(home)
+        overrides = cls.__mro__.index(owner) < cls.__mro__.index(home)
         if overrides and home.__module__.startswith("torch."):
-            # A block of one of torch's layers, replaced by somebody who does it in his own way.
+            # A user's subclass of one of torch's layers replaces a part of its forward.
             text.unread[name] = f"overridden in {owner.__name__}"
             continue
         try:
@@ -122,34 +121,34 @@ def _read(kind: type) -> Text:
             text.unread[name] = str(error)
             continue
         except Unfollowed:
-            text.unread[name] = "it has a statement that is not followed"
+            text.unread[name] = "it has a statement that the analysis does not support"
             continue
         arguments = node.args.posonlyargs + node.args.args
         owners = [d for d in flow.definitions if arguments and d.name == arguments[0].arg]
         if len(owners) != 1:
-            text.unread[name] = "it has no self"
+            text.unread[name] = "it has no self, or assigns to it"
             continue
         decorated = not source.hands_on(owner.__dict__[name])
         text.methods[name] = Method(name, function, rewrap, node, flow, decorated)
         for called in calls(node, arguments[0].arg):
             if "." not in called:
                 named.add(called)
-            plain = "." not in called and is_function(getattr(kind, called, None))
+            plain = "." not in called and is_function(getattr(cls, called, None))
             if plain and called not in text.methods and called not in (*todo, *text.unread):
                 todo.append(called)
-    places = [At(kind, name) for name in sorted(named)]
+    places = [At(cls, name) for name in sorted(named)]
     text.holds = holds(*(at for at in places if at.is_missing() or is_function(at.now())))
     return text
 
 
 def labels_of(module: nn.Module, base: type, tails: Callable[[nn.Module], Tail | None]) -> Labels:
-    """What stands under each attribute that the methods of ``base`` call, on this instance."""
+    """What each attribute is that the methods of ``base`` call, on this instance."""
     labels: Labels = {}
     text = text_of(base, children_of(module, base))
     for method in text.methods.values():
         for path in calls(method.node, self_of(method.node)):
             found = resolve(module, path)
-            label = label_of(draws.held(module, path) if found is None else found, tails)
+            label = label_of(draws.function_at(module, path) if found is None else found, tails)
             if text.caught(base, path):
                 label = "within"
             if label is not None:
@@ -159,7 +158,7 @@ def labels_of(module: nn.Module, base: type, tails: Callable[[nn.Module], Tail |
 
 
 def _tables(module: nn.Module, method: Method) -> Labels:
-    """What the functions draw by that a method takes from a list or dict of its module."""
+    """How the functions draw that a method takes from a list or dict of its module."""
     found: Labels = {}
     for n in ast.walk(method.node):
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript):
@@ -167,15 +166,15 @@ def _tables(module: nn.Module, method: Method) -> Labels:
             table = resolve(module, path) if path else None
             values = table.values() if isinstance(table, dict) else table
             if isinstance(values, (list, tuple, type({}.values()))):
-                kinds_of = {draws.within(f) for f in values} - {None}
-                if kinds_of:
-                    found[f"{path}[]"] = max(str(kind) for kind in kinds_of)
+                labels = {draws.within(f) for f in values} - {None}
+                if labels:
+                    found[f"{path}[]"] = max(map(str, labels))
     return found
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a swapped class is made from, beside the class itself."""
+    """All that a swapped class is made from, besides the original class."""
 
     levels: Levels
     labels: tuple[tuple[str, str], ...]
@@ -185,17 +184,17 @@ class Recipe:
 
 @dataclass
 class Work:
-    """A class's plans: of its methods, and of those forms whose callers take over the end."""
+    """The plans for a class's methods, and for the forms whose callers take over the end."""
 
     plans: dict[str, Plan] = field(default_factory=dict)
     bare: dict[str, Plan] = field(default_factory=dict)
     places: list[tuple[str, Place]] = field(default_factory=list)
-    drawn: list[tuple[str, Place]] = field(default_factory=list)  # by nobody's number
+    drawn: list[tuple[str, Place]] = field(default_factory=list)  # draws without a number
     lora: adapters.Rewritten | None = None  # the forward of a layer with adapters
     classifiers: list[Classifier] = field(default_factory=list)
 
     def holds(self) -> bool:
-        """Whether the names in the text stand for what they stood for."""
+        """Whether the names in the source still refer to the same objects."""
         return all(classifier.holds() for classifier in self.classifiers)
 
     def changes(self) -> bool:
@@ -205,7 +204,7 @@ class Work:
 
 
 def work_of(base: type, recipe: Recipe) -> Work:
-    """The plans for a class by a recipe."""
+    """The plans for a class with a recipe."""
     text = text_of(base, recipe.children)
     found = text.works.get(recipe)
     if found is None or not found.holds():
@@ -215,7 +214,7 @@ def work_of(base: type, recipe: Recipe) -> Work:
 
 
 def tail_of(base: type, recipe: Recipe, name: str = "forward") -> Tail | None:
-    """What a method would hand on, with the level for it on."""
+    """What a method would hand on to a caller that takes over its end, if the levels allow it."""
     method = text_of(base, recipe.children).methods.get(name)
     if method is None or method.decorated or not recipe.levels.across:
         return None
@@ -270,7 +269,7 @@ def _plan(base: type, recipe: Recipe) -> Work:
 
 def swapped_class(base: type, recipe: Recipe) -> type:
     """The class that takes the place of ``base``."""
-    work_of(base, recipe)  # which looks whether what was made is out of date
+    work_of(base, recipe)  # discards what was made from it if the source has changed
     made = text_of(base, recipe.children).classes
     if recipe not in made:
         made[recipe] = _make(base, recipe)
@@ -336,30 +335,30 @@ def _build(method: Method, made: Plan, first: int) -> FunctionType:
 
 
 def _swapped(module: nn.Module) -> Any:
-    """The swapped class of a module, which may itself be of a subclass of it."""
+    """The swapped class of a module, which is its class or a base of its class."""
     return next(c for c in type(module).__mro__ if "_tridrop_base" in c.__dict__)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    kind = _swapped(self)
-    found = super(kind, self).__reduce_ex__(protocol)
-    if found[0] is not copyreg.__newobj__ or found[1] != (kind,):  # type: ignore[attr-defined]
+    cls = _swapped(self)
+    found = super(cls, self).__reduce_ex__(protocol)
+    if found[0] is not copyreg.__newobj__ or found[1] != (cls,):  # type: ignore[attr-defined]
         return found
-    return (restore, (kind._tridrop_base, kind._tridrop_recipe), *found[2:])
+    return (restore, (cls._tridrop_base, cls._tridrop_recipe), *found[2:])
 
 
 def restore(base: type, recipe: Recipe) -> nn.Module:
-    """An empty module of a swapped class; what unpickling and deepcopy call."""
-    kind: Any = swapped_class(base, recipe)
-    made: nn.Module = kind.__new__(kind)
+    """An empty module of a swapped class; unpickling and deepcopy call this."""
+    cls: Any = swapped_class(base, recipe)
+    made: nn.Module = cls.__new__(cls)
     return made
 
 
 def _setstate(self: nn.Module, state: Any) -> None:
     super(_swapped(self), self).__setstate__(state)
-    kinds.learn(self.modules())  # compiled code looks kinds up and cannot read source
+    kinds.read_kinds(self.modules())  # compiled code looks kinds up and cannot read source
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether a module's own class is one of those made here."""
+    """Whether a module's class is one that was made here."""
     return "_tridrop_base" in type(module).__dict__

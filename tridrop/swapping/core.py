@@ -1,4 +1,4 @@
-"""tridrop.swap: finds what drops in a model, exchanges it in place, and reports."""
+"""tridrop.swap: finds what drops in a model, replaces it in place, and reports on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..base.modules import all_modules
 from ..contract.seeds import number_sites
 from . import classes, found, kinds
 from .encoders import has_path
-from .interfaces import Interfaces, give_back
+from .interfaces import Interfaces, restore_attention
 from .keras_calls import MARK
 from .keras_models import Layers
 from .kinds import base_of
@@ -29,33 +29,33 @@ def swap(
     memory: bool = False,
     dry_run: bool = False,
 ) -> Report:
-    """Rewrite a model in place so that its dropouts are tridrop's, fused where that can be.
+    """Rewrite a model in place so that its dropouts are tridrop's, and fused where possible.
 
-    Parameters, state_dict keys, hooks, names of classes, isinstance, pickling and gradient
-    checkpointing stay what they were, and so does the result in eval mode. Masks are tridrop's,
-    numbered for :func:`tridrop.rng`, and do not depend on the switches; a fused op rounds once.
-    What is not known for sure is left as it is, and the report says why. Swap before fully_shard
-    and the wrappers of trainers. A second call replaces the first.
+    Parameters, state_dict keys, hooks, names of classes, isinstance checks, pickling, gradient
+    checkpointing and the results in eval mode stay what they were. Masks are tridrop's. They are
+    numbered for :func:`tridrop.rng`, and do not depend on the switches below; a fused op rounds
+    once. Whatever is not certain is left as it is, and the report says why. Swap before
+    fully_shard, and before a trainer wraps the model. A second call replaces the first.
 
     Args:
-        model: any module, of torch.nn, transformers, timm, peft or one's own.
-        dropout: exchange dropouts and drop paths, also those with nothing to be fused with.
-        attention: run attention that drops its probabilities in memory linear in the lengths.
+        model: any module: of torch.nn, transformers, timm, peft, or your own.
+        dropout: replace dropouts and drop paths, including those that cannot be fused.
+        attention: run attention with dropout in memory linear in the sequence lengths.
         inside: fuse a dropout with its neighbours in the same forward: the bias of the linear
-            layer, activation, residual and norm around it.
-        across: fuse over the ends of forwards, and what drop path, layer scale and sums shared by
-            several users have part in.
-        memory: keep no input of a linear layer that is an activation, dropped or not, or the result
-            of a norm: backward makes it again from what these keep anyway, for an elementwise pass
-            each. Under torch.compile its partitioner decides what is kept.
-        dry_run: report only, and change nothing.
+            layer, the activation, the residual and the norm around it.
+        across: fuse across the ends of forwards, and with drop paths, layer scales, and sums that
+            have several users.
+        memory: let linear layers not keep an input that is an activation, dropped or not, or the
+            result of a norm. Backward recomputes it from tensors that are kept anyway, in one
+            elementwise pass each. Under torch.compile, its partitioner decides what is kept.
+        dry_run: only report, and change nothing.
 
     Returns:
-        A :class:`Report`: print it, and see its ``verify``, ``source`` and ``to_dict``.
+        A :class:`Report`. Print it, or use its ``verify``, ``source`` and ``to_dict``.
 
     Raises:
         TypeError: ``model`` is not a module.
-        RuntimeError: as :func:`unswap`.
+        RuntimeError: for the same reason as :func:`unswap`.
 
     >>> model = nn.TransformerEncoderLayer(8, 2, 16)
     >>> swap(model).counts()
@@ -103,7 +103,7 @@ def _apply(survey: Survey, interfaces: Interfaces) -> None:
 
 
 def _number(model: nn.Module, survey: Survey) -> None:
-    """Number every place, whatever became of it, so that numbers do not depend on the levels."""
+    """Number every site, whatever became of it, so that numbers do not depend on the switches."""
     for module in survey.names:
         places = survey.work(module).places if module in survey.recipes else []
         count = len(places)
@@ -116,8 +116,8 @@ def _number(model: nn.Module, survey: Survey) -> None:
                 module.__dict__["_tridrop_attention_site"] = i
     number_sites(model)
     for module, users in survey.places.items():
-        # A dropout module that attention takes its rate from may still be called, by an attention
-        # function that is not tridrop's. It then draws what the report says of its place.
+        # A dropout module whose rate is passed to an attention function may still be called, by an
+        # attention function that is not tridrop's. It then draws with the number of that place.
         given = [u for u in users if survey.work(u[0]).places[u[1]][1].op.name == "interface"]
         name = "site" if "site" in module.__dict__ else "_tridrop_site"  # a library's drop path
         if name in module.__dict__ and (given or len(users) == 1):
@@ -125,7 +125,7 @@ def _number(model: nn.Module, survey: Survey) -> None:
             module.__dict__[name] = owner.__dict__["_tridrop_site"] + i
 
 
-# What a swap, and the classes of Keras layers, leave in the __dict__ of a module.
+# What a swap, and tridrop's classes for Keras layers, put into the __dict__ of a module.
 _LEFT_IN = (
     "_tridrop_site",
     "_tridrop_count",
@@ -136,18 +136,18 @@ _LEFT_IN = (
 
 
 def unswap(model: nn.Module) -> None:
-    """Undo :func:`swap`: every module gets its own class and attention function back.
+    """Undo :func:`swap`: every module gets its original class and attention function back.
 
-    Where nothing was swapped it does nothing. Raises RuntimeError where a module was given another
+    A model that is not swapped stays as it is. Raises RuntimeError if a module was given another
     class after the swap.
     """
     check_module(model)
-    for module in all_modules(model):  # all of them, before anything is changed
+    for module in all_modules(model):  # check all of them before changing anything
         inherited = any("_tridrop_base" in c.__dict__ for c in type(module).__mro__)
         if inherited and not classes.is_swapped(module):
             raise RuntimeError(
-                f"a {type(module).__name__} was given another class after the swap, by fully_shard "
-                "for instance: unswap before that"
+                f"a {type(module).__name__} was given another class after the swap, for instance "
+                "by fully_shard: call tridrop.unswap before that"
             )
     for module in all_modules(model):
         if classes.is_swapped(module):
@@ -156,4 +156,4 @@ def unswap(model: nn.Module) -> None:
             module.__dict__.pop(name, None)
         if not hasattr(type(module), "site"):
             module.__dict__.pop("site", None)
-        give_back(module)
+        restore_attention(module)

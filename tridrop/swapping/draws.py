@@ -1,4 +1,4 @@
-"""What functions draw random numbers, as far as their names and code tell."""
+"""Which functions draw random numbers, as far as their names and their code tell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..base.torch_private import OpOverloadPacket
 from .originals import is_attention, is_dropout
 
-# Functions of torch that drop: "rate" and "attention" have a counterpart in tridrop.
+# Functions of torch that drop. Those called "rate" and "attention" have a counterpart in tridrop.
 DROPPING: dict[Any, str] = {
     F.dropout: "rate",
     torch.dropout: "rate",
@@ -32,7 +32,7 @@ for _name in ("dropout_", "native_dropout", "feature_dropout", "feature_dropout_
               "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"):  # fmt: skip
     DROPPING[getattr(torch, _name)] = "other"
 
-# What draws and is no dropout by itself, by the names of torch's functions and methods of tensors.
+# Names of torch's functions and of tensors' methods that draw without being a dropout.
 _FUNCTIONS = ("bernoulli", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like",
               "randperm", "multinomial", "normal", "poisson", "rrelu", "rrelu_")  # fmt: skip
 METHODS = ("bernoulli", "bernoulli_", "uniform_", "normal_", "random_", "exponential_",
@@ -41,14 +41,18 @@ _DRAWING: dict[Any, str] = {getattr(torch, name): "draw" for name in _FUNCTIONS}
 _DRAWING.update(dict.fromkeys((F.rrelu, F.rrelu_, F.gumbel_softmax), "draw"))
 _NAMES = {f.__name__: name for f, name in (*DROPPING.items(), *_DRAWING.items())}
 _NAMES |= dict.fromkeys(METHODS, "draw")
-for _name in ("normal", "poisson", "gumbel_softmax"):  # names of other things as well
+for _name in ("normal", "poisson", "gumbel_softmax"):  # other things have these names as well
     del _NAMES[_name]
 _GRAPH = re.compile(r"aten::(\w*dropout\w*|\w*scaled_dot_product\w*|" + "|".join(
     {*_FUNCTIONS, *METHODS}) + r")\(")  # fmt: skip
 
 
-def known(function: Any) -> str | None:
-    """What a function of torch, NumPy or Python's random is: its kind, or None."""
+def kind_of_draw(function: Any) -> str | None:
+    """How a function of torch, NumPy or Python's random draws: "rate", "attention", "other" or
+    "draw".
+
+    None if it does not.
+    """
     packet = getattr(function, "overloadpacket", function)
     if isinstance(packet, OpOverloadPacket):  # torch.ops.aten.native_dropout
         kind = _NAMES.get(packet.__name__)
@@ -60,12 +64,12 @@ def known(function: Any) -> str | None:
     if (found == "rate" and not is_dropout(function)) or (
         found == "attention" and not is_attention(function)
     ):
-        return "other"  # somebody gave it another code
+        return "other"  # its code was replaced
     return found or ("draw" if generator_of(function) else None)
 
 
 def generator_of(function: Any) -> str:
-    """ "Python's random" or "NumPy's generator", of a method of one; else empty."""
+    """ "Python's random" or "NumPy's generator" if a function is a method of one; else empty."""
     owner = getattr(function, "__self__", None)
     if isinstance(owner, random.Random) and not isinstance(owner, random.SystemRandom):
         return "Python's random" if not function.__name__.startswith(("get", "set", "seed")) else ""
@@ -77,10 +81,10 @@ def generator_of(function: Any) -> str:
 
 
 def found_in(function: Any, depth: int = 2) -> frozenset[str]:
-    """The kinds of what a function draws by: of itself, or of what the names in its code stand for.
+    """How a function draws: by itself, or by calling what the names in its code stand for.
 
-    Functions of torch (but for forwards) and of tridrop are not looked into, and those that a
-    function calls only to ``depth``.
+    The code of functions of torch (except forwards of modules) and of tridrop is not looked into;
+    functions that are called are, ``depth`` calls deep.
     """
     return frozenset(_kinds(function, depth))
 
@@ -90,7 +94,7 @@ def _kinds(function: Any, depth: int) -> Iterator[str]:
         if isinstance(function, MethodType) and generator_of(function):
             break
         function = function.func if isinstance(function, functools.partial) else function.__func__
-    kind = known(function)
+    kind = kind_of_draw(function)
     if kind is not None:
         yield kind
         return
@@ -117,11 +121,11 @@ def _kinds(function: Any, depth: int) -> Iterator[str]:
             value, name, rest = getattr(value, rest[0], None), rest[0], rest[1:]
         last = rest[-1] if rest else name
         if value is not None and not rest:
-            if known(value):
-                yield known(value) or ""
+            if kind_of_draw(value):
+                yield kind_of_draw(value) or ""
             elif depth and not isinstance(value, type):
                 yield from _kinds(value, depth - 1)
-        elif called and last in _NAMES:  # of what a variable holds
+        elif called and last in _NAMES:  # a method of an object that a variable holds
             yield _NAMES[last]
 
 
@@ -138,9 +142,10 @@ def _chains(code: CodeType) -> tuple[tuple[str, list[str], bool], ...]:
 
 
 def _chains_of(code: CodeType) -> Iterator[tuple[str, list[str], bool]]:
-    """The names a.b.c in a function's code: where a is from, the names, and whether it is called.
+    """The dotted names a.b.c in a function's code: where a is from, the names, and whether the last
+    is called.
 
-    Where a is no name, but a result, the names are those that follow.
+    If a is not a name but the result of an expression, the names are those after it.
     """
     chain: tuple[str, list[str]] | None = None
     called = False
@@ -164,12 +169,12 @@ def _chains_of(code: CodeType) -> Iterator[tuple[str, list[str], bool]]:
 
 
 def mentions_dropout(function: Any) -> bool:
-    """Whether a function calls torch's dropout or attention, so that it can be caught at that."""
+    """Whether a function calls torch's dropout or attention, which can be intercepted."""
     return bool(found_in(function) & {"rate", "attention"})
 
 
 def within(function: Any) -> str | None:
-    """What a call of a function is: "within", "within:attention", "other", "draw" or nothing."""
+    """A call of a function in a plan: "within", "within:attention", "other", "draw" or None."""
     found = found_in(function)
     if "rate" in found:
         return "within"
@@ -178,23 +183,23 @@ def within(function: Any) -> str | None:
     return next((kind for kind in ("other", "draw") if kind in found), None)
 
 
-def held(module: nn.Module, path: str) -> Any:
-    """The function under a path of attributes of a module, also a method of a plain object."""
+def function_at(module: nn.Module, path: str) -> Any:
+    """The function at a path of attributes of a module, or a method of a plain object."""
     owner: Any = module
     *parts, last = path.split(".")
     for part in parts:
-        own = getattr(owner, "__dict__", {})
-        owner = own.get(part, own.get("_modules", {}).get(part))
+        attributes = getattr(owner, "__dict__", {})
+        owner = attributes.get(part, attributes.get("_modules", {}).get(part))
     if owner is None or isinstance(owner, (type, ModuleType)):
         return None
-    own = getattr(owner, "__dict__", {})
-    if last in own or owner is module or isinstance(owner, nn.Module):
-        return own.get(last)
+    attributes = getattr(owner, "__dict__", {})
+    if last in attributes or owner is module or isinstance(owner, nn.Module):
+        return attributes.get(last)
     return next((c.__dict__[last] for c in type(owner).__mro__ if last in c.__dict__), None)
 
 
 def in_script(module: Any) -> bool:
-    """Whether a module that TorchScript compiled draws."""
+    """Whether a module that was compiled by TorchScript draws random numbers."""
     try:
         return bool(_GRAPH.search(str(module.inlined_graph)))
     except (AttributeError, RuntimeError):  # it has no forward
@@ -202,6 +207,6 @@ def in_script(module: Any) -> bool:
 
 
 def hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """The forward hooks of a module that draw."""
+    """Those forward hooks of a module that draw random numbers."""
     every = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return [hook for hook in every if found_in(hook)]

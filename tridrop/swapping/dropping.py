@@ -1,8 +1,8 @@
-"""What drops in a model: which modules drop while they are in training mode, and how it is known.
+"""Finds the modules of a model that drop while they are in training mode.
 
-torch's and tridrop's own are known by their types, a library's drop path by the form of its
-forward. Any other module is known by its text: where a method reads ``self.training`` for a
-dropout, the module itself has to be in training mode for it.
+Dropouts of torch and tridrop are recognised by their type, a library's drop path by the form of its
+forward, and any other module by its source: if a method reads ``self.training`` for a dropout, the
+module itself has to be in training mode for that dropout.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Dropping:
     Attributes:
         name: its name in the model.
         module: the module.
-        drops: False where training mode only keeps torch from an inference path that leaves the
-            dropouts of its children out.
-        reads: True where this was read in the text of its forward.
-        others: the places where the same text reads ``self.training`` for something else.
+        drops: False if it drops nothing itself, and needs training mode only so that torch does not
+            take an inference path that omits the dropouts of its children.
+        reads: True if the source of its methods showed that it drops.
+        others: the places where that source reads ``self.training`` for something else.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Dropping:
 
 
 def find(model: nn.Module) -> tuple[list[Dropping], list[str]]:
-    """The modules of ``model`` that drop, and in words what could not be looked into."""
+    """The modules of ``model`` that drop; and, in words, those whose source could not be read."""
     found, unknown = [], []
     for name, module in model.named_modules():
         base = base_of(module)
@@ -64,7 +64,7 @@ def find(model: nn.Module) -> tuple[list[Dropping], list[str]]:
 
 
 def drops_by_type(module: nn.Module) -> bool:
-    """Whether a module is a dropout, or one of torch's that drops in its own forward."""
+    """Whether a module is a dropout, or a module of torch that drops in its own forward."""
     if isinstance(module, (AnyDropout, Site)):
         return True
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
@@ -78,7 +78,8 @@ def _title(name: str, module: nn.Module) -> str:
 
 
 def _read(module: nn.Module, base: type) -> tuple[bool, list[str], list[tuple[str, str]]]:
-    """Whether its methods drop by ``self.training``, what else they read it for, and the unread."""
+    """Whether a module's methods drop where ``self.training`` is set, where they read it for
+    something else, and the methods that could not be read."""
     text = classes.text_of(base, classes.children_of(module, base))
     unread = [
         (name, why) for name, why in text.unread.items() if _names_both(getattr(base, name, None))
@@ -88,7 +89,7 @@ def _read(module: nn.Module, base: type) -> tuple[bool, list[str], list[tuple[st
     drops, others = False, []
     for name, method in text.methods.items():
         skips = list(layer_drop.find(method))
-        # What is named after LayerDrop is not a dropout, though its names say "drop".
+        # The names that belong to LayerDrop contain "drop", but mean no dropout.
         besides = frozenset().union(*(skip.names for skip in skips))
         idle = bool(skips) and all(skip.rate_of(module) == 0 for skip in skips)
         for names, node in _uses(method.node, self_of(method.node)):
@@ -96,14 +97,16 @@ def _read(module: nn.Module, base: type) -> tuple[bool, list[str], list[tuple[st
             drops |= drop
             if not drop and not (names and idle):
                 others.append(f"{base.__name__}.{name}, line {node.lineno}")
-    # What cannot be read but names both is taken for a dropout, and reported.
+    # An unreadable method that names both is taken for a dropout, and reported.
     return drops or bool(unread), others, unread
 
 
 def _uses(method: ast.FunctionDef, owner: str) -> Iterator[tuple[frozenset[str], ast.Attribute]]:
-    """Every use of ``self.training`` in a method, with the names of what drops by it.
+    """Every use of ``self.training`` in a method, with the names that show that it is for a
+    dropout.
 
-    They are those with "drop" in the innermost call, argument or statement around it that has any:
+    These are the names that contain "drop" in the innermost call, argument or statement around it
+    that has any:
     ``F.dropout(x, self.p, self.training)``,
     ``attention(q, k, v, dropout_p=0.1 if self.training else 0.0)``,
     ``p = self.dropout if self.training else 0.0``.
@@ -126,7 +129,7 @@ def _drop_names(node: ast.AST) -> frozenset[str]:
 
 
 def _names_both(function: Any) -> bool:
-    """Whether a function's code names a dropout and training mode, by its names alone."""
+    """Whether the names in a function's code include ``training`` and one with "drop"."""
     code = getattr(inspect.unwrap(function) if function is not None else None, "__code__", None)
     names = getattr(code, "co_names", ())
     return "training" in names and any("drop" in name.lower() for name in names)

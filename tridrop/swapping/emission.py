@@ -1,4 +1,4 @@
-"""A planned method's new tree: its calls exchanged for those of lazy.py."""
+"""Writes the new tree of a planned method, with calls of lazy.py in place of the planned ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .rewrite import COMPUTED, DROPS, Op, Plan
 
 
 def emit(made: Plan, first: int) -> ast.FunctionDef:
-    """The method's new tree; its places are numbered from ``first``."""
+    """The new tree of a method; its places are numbered from ``first``."""
     node = copy.deepcopy(made.node)
     pairs = zip(ast.walk(made.node), ast.walk(node), strict=True)
     emitter = _Emitter(made, first, {new: old for old, new in pairs})
@@ -22,7 +22,7 @@ def emit(made: Plan, first: int) -> ast.FunctionDef:
 
 
 class _Emitter(ast.NodeTransformer):
-    """Works on the copy of a tree, and asks the plan about the nodes that it was copied from."""
+    """Changes a copy of the tree, and looks up the original nodes in the plan."""
 
     def __init__(self, made: Plan, first: int, old_of: Mapping[ast.AST, ast.AST]) -> None:
         self.made, self.old_of = made, old_of
@@ -42,8 +42,8 @@ class _Emitter(ast.NodeTransformer):
             return self.generic_visit(node)
         op = self.made.ops.get(old)
         if op is not None and op in self.made.emitted:
-            if op in self.made.apart:
-                return self.apart(op, node)
+            if op in self.made.memory_only:
+                return self.remade(op, node)
             new = self.exchange(op, node)
             waits = bool(self.made.out_of(op)) or (op.name == "norm" and not self.made.into(op))
             if op.name.startswith("call") or (op.name in COMPUTED and not waits):
@@ -54,7 +54,7 @@ class _Emitter(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def use(self, old: ast.expr, node: ast.Name) -> ast.expr:
-        """A variable's use: where it may wait, its value, or itself for who takes it as it is."""
+        """A use of a variable that may hold a pending value: computed, unless the user waits."""
         assert isinstance(old, ast.Name)
         flow = self.made.flow
         if not flow.reaching.get(old, set()) & self.made.waiting:
@@ -65,18 +65,18 @@ class _Emitter(ast.NodeTransformer):
         is_copy = any(flow.definitions[i].value is old for i in self.made.waiting)
         return node if takes or is_copy else self.runtime(node, "value", node)
 
-    def apart(self, op: Op, node: Any) -> ast.expr:
-        """The call in the place of an op that is on no dropout's way."""
+    def remade(self, op: Op, node: Any) -> ast.expr:
+        """The call that replaces an op which is planned only for memory=True."""
         new_of = {self.old_of[n]: n for n in ast.walk(node) if n in self.old_of}
         operands: list[Any] = [self.visit(new_of[x]) for x in op.operands]
         called = [] if op.name == "product" else [node.func]
         return self.runtime(node, f"remade_{op.name}", *called, *operands)
 
     def exchange(self, op: Op, node: Any) -> ast.expr:
-        """The call of lazy.py in the place of an op."""
+        """The call of lazy.py that replaces an op."""
         new_of = {self.old_of[n]: n for n in ast.walk(node) if n in self.old_of}
         operands: list[Any] = [self.visit(new_of[x]) for x in op.operands]
-        # What was left out of a call stands for itself.
+        # Arguments that the call omits are in op.rest as new nodes, and used as they are.
         rest: list[Any] = [self.visit(new_of[x]) if x in new_of else x for x in op.rest]
         name = op.name.partition(":")[0]
         if name == "add":
@@ -96,7 +96,7 @@ class _Emitter(ast.NodeTransformer):
             new = self.runtime(node, name, *place, node.func, *node.args)
             new.keywords = node.keywords
             return new
-        # The function as the text has it, which may stand for another one when it is called.
+        # The function is passed by its name in the source: it may be replaced by the time it runs.
         if name in ("rate", "dropout_add"):
             return self.runtime(node, name, *place, node.func, *operands, *rest)
         if name == "softmax":

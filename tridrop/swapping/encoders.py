@@ -1,9 +1,10 @@
-"""Torch's inference path of encoder layers, which reads weights past the modules that hold them.
+"""Keeps torch's inference path of encoder layers from bypassing adapters.
 
-In evaluation ``nn.TransformerEncoderLayer`` gives the weights of its linear layers and attention to
-one operator. What sits in their place, such as an adapter, is not called then: its result is lost.
-torch reads an attribute before it takes the path, and one before a stack of layers packs tensors
-for it. Of swapped ones they say no while there is an adapter, whenever it was put there.
+In eval mode ``nn.TransformerEncoderLayer`` passes the weights of its linear layers and attention to
+one operator, without calling these modules. If an adapter replaces one of them, its result is lost.
+torch reads an attribute of the layer before it takes this path, and one of a stack of layers before
+it packs tensors for it. In swapped modules these attributes say no as long as there is an adapter,
+whenever that was added.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from .kinds import base_of
 
 
 def has_path(base: type) -> bool:
-    """Whether modules of a class take that path, or pack tensors for it."""
+    """Whether modules of a class take this path, or pack tensors for it."""
     return issubclass(base, (nn.TransformerEncoderLayer, nn.TransformerEncoder))
 
 
 def closing(base: type) -> dict[str, Any]:
-    """What a swapped class needs so that the path is closed to adapters."""
+    """The attributes of a swapped class that close this path while there is an adapter."""
     if issubclass(base, nn.TransformerEncoderLayer):
         return _closing(base, "activation_relu_or_gelu", 0, _adapted)
     if issubclass(base, nn.TransformerEncoder):
@@ -47,7 +48,7 @@ def _closing(
 
 
 def _any_adapted(stack: nn.Module) -> bool:
-    """Whether a layer of a stack has such a part; of a first layer in training nothing is asked."""
+    """Whether a layer of a stack has an adapter; not checked in training, which never packs."""
     layers: Any = stack._modules["layers"]
     every = layers._modules.values()
     first = next(iter(every), None)
@@ -55,7 +56,7 @@ def _any_adapted(stack: nn.Module) -> bool:
 
 
 def _adapted(layer: nn.Module) -> bool:
-    """Whether a part whose weights the path reads does more with them than torch's module."""
+    """Whether a module whose weights this path reads computes more than torch's module would."""
     modules: Any = layer._modules
     for name in ("linear1", "linear2"):
         part = modules.get(name)
@@ -70,7 +71,7 @@ def _adapted(layer: nn.Module) -> bool:
 
 
 def _is_other(part: nn.Module | None, torchs: type[nn.Module]) -> bool:
-    """Whether a module's forward is not that of torch's class."""
+    """Whether a module has another forward than torch's class."""
     if part is None or type(part).forward is torchs.forward:  # the quick answer
         return False
     base: Any = base_of(part)

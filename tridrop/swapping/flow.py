@@ -1,8 +1,8 @@
 """Which assignments reach which uses of a function's variables.
 
-The classical analysis of reaching definitions, over Python's structured statements. What it cannot
-follow (names that inner functions read, ``del``, ``global``) it names in ``escaped``, and its
-callers keep their hands off.
+This is the classical analysis of reaching definitions, on Python's structured statements. Variables
+that it cannot follow (read by inner functions, deleted, global) are listed in ``escaped``, and its
+callers do nothing with these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 
 
 class Unfollowed(Exception):
-    """The function has a statement that the analysis does not know."""
+    """The function has a statement that the analysis does not support."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Definition:
     """One assignment to one variable."""
 
     name: str
-    value: ast.expr | None  # None: a parameter, a loop's variable and the like
-    index: int | None = None  # of the tuple that is assigned
+    value: ast.expr | None  # None for a parameter, the variable of a loop and the like
+    index: int | None = None  # the position, where a tuple is unpacked
     statement: ast.stmt | None = None
 
 
@@ -34,7 +34,8 @@ class Flow:
     """What :func:`analyse` found."""
 
     definitions: list[Definition] = field(default_factory=list)
-    reaching: dict[ast.Name, set[int]] = field(default_factory=dict)  # of each use
+    # for each use, its definitions
+    reaching: dict[ast.Name, set[int]] = field(default_factory=dict)
     escaped: set[str] = field(default_factory=set)
     parents: dict[ast.AST, ast.AST] = field(default_factory=dict)
     locals: set[str] = field(default_factory=set)
@@ -58,7 +59,7 @@ class Flow:
 
 
 def _stated(test: ast.expr, holds: bool) -> str:
-    """A test that holds, or its opposite, as a part of a conjunction."""
+    """A test, or its negation where it does not hold, as a term of a conjunction."""
     if holds:
         return f"({ast.unparse(test)})" if isinstance(test, ast.BoolOp) else ast.unparse(test)
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
@@ -95,7 +96,10 @@ def _join(*envs: _Env | None) -> _Env | None:
 
 
 class _Walker:
-    """Carries the environment along; None is a place that is not reached."""
+    """Walks the statements with an environment: the definitions of each variable that reach here.
+
+    None instead of an environment means that a place is never reached.
+    """
 
     def __init__(self) -> None:
         self.flow = Flow()
@@ -138,7 +142,7 @@ class _Walker:
                         self.read(inner, env)
 
     def escape(self, node: ast.AST) -> None:
-        """The names that an inner scope takes from this one."""
+        """Note the variables of this scope that an inner scope uses."""
         bound = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
         if not isinstance(node, ast.Delete):
             bound |= _assigned([node])
@@ -153,8 +157,8 @@ class _Walker:
             for i, element in enumerate(target.elts):
                 inner = element.value if isinstance(element, ast.Starred) else element
                 if isinstance(inner, ast.Name):
-                    known = None if starred else value
-                    self.define(env, Definition(inner.id, known, i, at), inner)
+                    source = None if starred else value
+                    self.define(env, Definition(inner.id, source, i, at), inner)
                 else:
                     self.store(inner, env, None, at)
         else:
@@ -243,7 +247,7 @@ class _Walker:
             head = after
 
     def attempt(self, s: ast.Try, env: _Env) -> _Env | None:
-        """Anything that the body assigns may or may not have happened in a handler."""
+        """In a handler, each assignment of the body may or may not have happened."""
         start = len(self.flow.definitions)
         end = self.block(s.body, env)
         assigned = _assigned(s.body)

@@ -1,9 +1,9 @@
-"""What a library's module is, by the form of its forward.
+"""Recognises the modules of libraries by the form of their forward.
 
-The normal form is the syntax tree without names of variables, annotations and docstring. The
-attributes that such a form reads are found on the way, whatever they are called. A class whose
-forward is another one, in a new version for instance, or is decorated, is not known, and nothing is
-done about it.
+The normal form of a function is its syntax tree without the names of variables, annotations and the
+docstring. Comparing forms also finds the attributes that a forward reads, whatever their names are.
+A class whose forward is decorated or has another form, for instance in a new version of its
+library, is not recognised, and is left as it is.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .present import At, Holds
 
 @dataclass(frozen=True)
 class Kind:
-    """What a class of modules is, and under which names it keeps what is asked of it."""
+    """What the modules of a class are, and the names of their attributes."""
 
     name: str
     names: dict[str, str] = field(default_factory=dict)  # role -> attribute
     zero_centered: bool = False
-    eps: float | None = None  # where it is no attribute
-    typed_by_weight: bool = False  # a half-precision result has the weight's dtype
-    # Of the kind of one class: whether that has the forward, and torch the functions, as read.
+    eps: float | None = None  # its value, if it is a constant and no attribute
+    typed_by_weight: bool = False  # whether a half-precision result has the weight's dtype
+    # Whether the class still has the forward that was read, and torch the functions it calls.
     holds: Holds = field(default=lambda: False, compare=False)
-    # The attributes that say that a module computes otherwise.
+    # The attributes that, when set, make a module compute in another way.
     flags: tuple[str, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -41,15 +41,15 @@ class Kind:
         object.__setattr__(self, "flags", flags)
 
     def get(self, module: nn.Module, role: str) -> Any:
-        """The value of a role on a module; None where this kind has no such thing."""
+        """The value of a role's attribute of a module; None if this kind has no such role."""
         name = self.names.get(role)
         return None if name is None else getattr(module, name)
 
 
 LAYER_NORM = Kind("layer_norm", {"weight": "weight", "bias": "bias", "eps": "eps"})
 
-# Forwards in normal form. A name of "roles" stands for the attribute, whatever it is called, and a
-# name of "functions" for a helper of the class or its file which must have that form in its turn.
+# The forwards that are recognised. Here self.eps, for instance, is a role: it matches an attribute
+# of any name. A helper function must in turn have one of the forms in _HELPERS.
 _FORMS: list[tuple[Kind, str]] = [
     (
         Kind("rms_norm"),
@@ -205,11 +205,11 @@ _HELPERS: dict[str, list[str]] = {
 }
 
 
-def by_form(kind: type) -> tuple[Kind | None, tuple[At, ...]]:
-    """What the modules of a class are, or None, and where the functions stand that were read."""
-    read = [At(kind, "forward")]
+def by_form(cls: type) -> tuple[Kind | None, tuple[At, ...]]:
+    """The kind of the modules of a class, or None; and where the functions are that were read."""
+    read = [At(cls, "forward")]
     try:
-        function: Any = kind.forward  # type: ignore[attr-defined]
+        function: Any = cls.forward  # type: ignore[attr-defined]
         form, attributes, called = _normal(source.parse(function))
     except source.Unreadable:
         return None, tuple(read)
@@ -217,7 +217,7 @@ def by_form(kind: type) -> tuple[Kind | None, tuple[At, ...]]:
         if form != wanted:
             continue
         names = dict(zip(roles, attributes, strict=True))
-        helpers = {role: At(kind, names[role]) for role in roles if role in _HELPERS}
+        helpers = {role: At(cls, names[role]) for role in roles if role in _HELPERS}
         helpers |= {n: At(function.__globals__, n) for n in called if n in _HELPERS}
         read += helpers.values()
         inner = [_match_helper(name, at.now()) for name, at in helpers.items()]
@@ -230,7 +230,7 @@ def by_form(kind: type) -> tuple[Kind | None, tuple[At, ...]]:
 
 
 def _match_helper(name: str, helper: Any) -> dict[str, str] | None:
-    """The roles of a helper's attributes where it has one of the known forms."""
+    """The roles of a helper's attributes; None if it has none of the forms above."""
     try:
         form, attributes, _ = _normal(source.parse(helper))
     except source.Unreadable:
@@ -257,7 +257,7 @@ _SPELLINGS = {"nn.functional": "F", "torch.nn.functional": "F"}
 
 
 def _normal(node: ast.FunctionDef) -> tuple[str, list[str], set[str]]:
-    """The normal form of a function, the attributes of self that it reads, what it calls."""
+    """The normal form of a function, the attributes of self that it reads, and what it calls."""
     body = node.body
     first = body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
@@ -270,7 +270,7 @@ def _normal(node: ast.FunctionDef) -> tuple[str, list[str], set[str]]:
 
 
 class _Normaliser(ast.NodeTransformer):
-    """Numbers variables and the attributes of self in the order of their appearance."""
+    """Renames variables and attributes of self to numbers, in the order in which they appear."""
 
     def __init__(self, arguments: list[str], body: list[ast.stmt]) -> None:
         self.owner = arguments[0] if arguments and arguments[0] == "self" else None
@@ -318,7 +318,7 @@ _DROPOUT_ADD = """
 """
 
 
-# The functions that are such a helper, and by which code: compiled code cannot read source.
+# The functions found to be such a helper, with their code: compiled code cannot read source.
 ADDERS: dict[FunctionType, CodeType] = {}
 
 
@@ -327,9 +327,9 @@ def is_dropout_add(function: Any) -> bool:
     if not isinstance(function, FunctionType):
         return False
     try:
-        known = _normal(source.parse(function)) == _normal(_template(_DROPOUT_ADD))
+        same = _normal(source.parse(function)) == _normal(_template(_DROPOUT_ADD))
     except source.Unreadable:
         return False
-    if known:
+    if same:
         ADDERS[function] = function.__code__
-    return known
+    return same

@@ -1,4 +1,4 @@
-"""The sites of a report: everything in a model that drops, or draws, as far as reading tells."""
+"""Finds the sites of a report: everything in a model that its source shows to drop or draw."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .kinds import base_of
 from .recognise import self_of
 from .report import Site
 from .rewrite import ATTENTION_PARTS
-from .survey import Survey, has_own_forward, is_torchs
+from .survey import NO_SUCH_MODULE, Survey, has_own_forward, is_torchs
 
 _HIDDEN = "it is kept in a plain list or dict, where torch's train() and to() do not reach it"
 
 
 def sites_of(model: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Site]:
-    """All that is to be reported of a model, in the order of its modules and their code."""
+    """All sites of a model, in the order of its modules and of their code."""
     sites = [site for module in survey.names for site in _sites(module, survey, interfaces)]
     for name, module in hidden_roots(model).items():
         inner = Survey(module, survey.levels)
@@ -36,23 +36,23 @@ def sites_of(model: nn.Module, survey: Survey, interfaces: Interfaces) -> list[S
 
 
 def is_certain(model: nn.Module) -> bool:
-    """Whether a model without sites cannot drop: it is made of torch's modules alone, unhooked."""
+    """Whether a model without sites cannot drop: it has only torch's modules, and no hooks."""
     for module in all_modules(model):
         if is_keras(module):
             if not keras_models.is_certain(module):
                 return False
             continue
         base = base_of(module)
-        known = base.__module__.startswith("torch.nn.modules.") and has_own_forward(base)
-        known = known and (base not in kinds.TYPES or kinds.kind_of_type(base) is not None)
+        original = base.__module__.startswith("torch.nn.modules.") and has_own_forward(base)
+        original = original and (base not in kinds.TYPES or kinds.kind_of_type(base) is not None)
         changed = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-        if not known or changed or isinstance(module, torch.jit.ScriptModule):
+        if not original or changed or isinstance(module, torch.jit.ScriptModule):
             return False
     return not hidden_roots(model)
 
 
 def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Site]:
-    """What is to be reported of one module."""
+    """The sites of one module."""
     name, kind = survey.names[module], base_of(module).__name__
     first = module.__dict__.get("_tridrop_site")
     found = []
@@ -69,19 +69,20 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
             elif place.op.name == "other":
                 reason = place.op.reason
             elif not parts:
-                reason = "its level is off"
+                reason = "its switch is off"
             stream = None if first is None or not parts else first + i
             p = survey.rate(module, place.op)
             read = text.methods.get(method)
             when = "" if read is None else read.flow.condition(place.op.node, self_of(read.node))
             found.append(Site(name, kind, place.text, place.line, p, parts, reason, stream, when))
         uncalled = survey.why_uncalled(module) if _looks_like_dropout(module) else ""
-        for _, place in () if survey.drops(module) else work.drawn:  # a drop path's are known
+        # The draws inside a drop path are not reported: the module itself is the site.
+        for _, place in () if survey.drops(module) else work.drawn:
             reason = uncalled or place.op.reason
             found.append(Site(name, kind, place.text, place.line, None, (), reason, None))
         for method, reason in text.unread.items():
             if text.caught(base_of(module), method) and survey.levels.dropout:
-                continue  # one of the places above
+                continue  # it is one of the places above
             if _may_drop(base_of(module), method):
                 found.append(Site(name, kind, method, None, None, (), reason, None))
     elif module in survey.left and _drops_unread(module, survey):
@@ -90,21 +91,23 @@ def _sites(module: nn.Module, survey: Survey, interfaces: Interfaces) -> list[Si
     for hook in draws.hooks(module):
         code = str(getattr(hook, "__qualname__", repr(hook)))
         found.append(Site(name, kind, code, None, None, (), "it is a hook that draws", None))
-    found += _own(module, survey, interfaces, bool(found))
+    found += _site_of_module(module, survey, interfaces, bool(found))
     return found
 
 
-def _own(module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool) -> Iterator[Site]:
-    """The site that a module is itself; ``inside`` says that there are some in its text."""
+def _site_of_module(
+    module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool
+) -> Iterator[Site]:
+    """The site that a module is itself; ``inside``: whether its source contains sites already."""
     name, kind = survey.names[module], base_of(module).__name__
-    # A module whose rate is handed to attention may be called by that attention, where it is not
-    # tridrop's.
-    held = any(
+    # A dropout whose rate is passed to an attention function may also be called by that function,
+    # unless it is tridrop's.
+    may_be_called = any(
         interfaces.reason(owner)
         for owner, i in survey.places.get(module, ())
         if survey.work(owner).places[i][1].op.name == "interface"
     )
-    if module in survey.places and not held:
+    if module in survey.places and not may_be_called:
         return
     p = survey.rate_of_module(module)
     drawing = _drawing(module)
@@ -113,7 +116,7 @@ def _own(module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool
     elif survey.drops(module) or (not inside and _may_be_dropout(module, survey)):
         reason = survey.why_left(module) or survey.why_not_fused(module)
         parts = () if survey.why_left(module) else survey.parts(module)
-        if not held and reason in ("", "tridrop has no such module"):
+        if not may_be_called and reason in ("", NO_SUCH_MODULE):
             reason = survey.why_uncalled(module) or reason
         first = module.__dict__.get("_tridrop_site")
         stream = None if not parts else getattr(module, "site", first)
@@ -121,10 +124,10 @@ def _own(module: nn.Module, survey: Survey, interfaces: Interfaces, inside: bool
 
 
 def _drawing(module: nn.Module) -> str:
-    """Why one of torch's modules that draws in its own operators is left; empty of others."""
+    """Why a module of torch that draws inside its own operators is left; empty for others."""
     if isinstance(module, nn.RNNBase):
         drops = module.dropout > 0 and module.num_layers > 1
-        return "torch drops between its layers, in one operator with them" if drops else ""
+        return "torch drops between its layers, all inside one operator" if drops else ""
     base = base_of(module)
     if base in (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d):
         return "it draws random numbers, and drops nothing"
@@ -132,17 +135,17 @@ def _drawing(module: nn.Module) -> str:
 
 
 def _drops_unread(module: nn.Module, survey: Survey) -> bool:
-    """Whether a module that is not read drops in its own forward, as far as names tell."""
+    """Whether a module whose source is not read seems to drop, by the names in its forward."""
     if isinstance(module, torch.jit.ScriptModule):
         parent = survey.modules.get(survey.names[module].rpartition(".")[0])
         inner = parent is not module and isinstance(parent, torch.jit.ScriptModule)
         return not inner and draws.in_script(module)
-    own = module.__dict__.get("forward")
-    return bool(draws.found_in(own)) or _may_drop(base_of(module), "forward")
+    forward = module.__dict__.get("forward")
+    return bool(draws.found_in(forward)) or _may_drop(base_of(module), "forward")
 
 
 def _may_drop(base: type, method: str) -> bool:
-    """Whether a method's code draws, or names a dropout."""
+    """Whether a method's code draws, or contains a name with "drop"."""
     function: Any = getattr(base, method, None)
     if is_torchs(base) or function is None:
         return False

@@ -1,4 +1,4 @@
-"""The random generators that a forward may draw from: kept as they were, and seen to move."""
+"""The random generators that a forward may draw from: saves, restores and compares their states."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from ..base.modules import all_modules
 
 
 class Generators:
-    """Every generator within a model's reach.
+    """Every generator that a model can draw from.
 
-    These are torch's own of the CPU and of each accelerator that tensors are on, NumPy's and
-    Python's global ones, and those that the modules hold as attributes.
+    These are torch's generators of the CPU and of each accelerator that tensors are on, the global
+    ones of NumPy and Python, and those that modules have as attributes.
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[Tensor] = ()) -> None:
-        # Each as a way to read its state and a way to set it.
+        # A function that reads the state of a generator, and one that sets it.
         Pair = tuple[Callable[[], Any], Callable[[Any], Any]]
         self.of_torch: list[Pair] = [(torch.get_rng_state, torch.set_rng_state)]
         self.of_python: list[tuple[Any, Any]] = [(random.getstate, random.setstate)]
         self.of_numpy: list[Any] = []
-        own = [*model.parameters(), *model.buffers()]
-        for device in sorted({x.device for x in (*own, *tensors)} | _in_use(), key=str):
+        of_model = [*model.parameters(), *model.buffers()]
+        for device in sorted({x.device for x in (*of_model, *tensors)} | _in_use(), key=str):
             if device.type not in ("cpu", "meta"):
                 self.of_torch.append(_of_device(device))
         numpy: Any = sys.modules.get("numpy.random")
         if numpy is not None:
             self.of_numpy.append(numpy.get_state.__self__)
-        for held in _held(model):
-            if isinstance(held, torch.Generator):
-                self.of_torch.append((held.get_state, held.set_state))
-            elif isinstance(held, random.Random) and not isinstance(held, random.SystemRandom):
-                self.of_python.append((held.getstate, held.setstate))
-            elif numpy is not None and isinstance(held, (numpy.Generator, numpy.RandomState)):
-                self.of_numpy.append(held)
+        for value in _attribute_values(model):
+            if isinstance(value, torch.Generator):
+                self.of_torch.append((value.get_state, value.set_state))
+            elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+                self.of_python.append((value.getstate, value.setstate))
+            elif numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState)):
+                self.of_numpy.append(value)
 
     def torch_state(self) -> list[Tensor]:
         """The states of torch's generators."""
@@ -48,7 +48,7 @@ class Generators:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Put all of them back as they were."""
+        """Restore the states of all generators at the end."""
         pairs = [*self.of_torch, *self.of_python, *map(_of_numpy, self.of_numpy)]
         states = [read() for read, _ in pairs]
         try:
@@ -64,7 +64,7 @@ def moved(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
 
 
 def _in_use() -> set[torch.device]:
-    """The devices of CUDA, once a program uses it: a forward may draw on any of them."""
+    """All CUDA devices, if the program uses CUDA: a forward may draw on any of them."""
     if not torch.cuda.is_initialized():
         return set()
     return {torch.device("cuda", i) for i in range(torch.cuda.device_count())}
@@ -81,14 +81,15 @@ def _of_device(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any],
 
 
 def _of_numpy(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    if hasattr(generator, "get_state"):  # a RandomState also keeps a second normal number
+    # the state of a RandomState includes a second normal number
+    if hasattr(generator, "get_state"):
         return generator.get_state, generator.set_state
     bits = generator.bit_generator
     return lambda: bits.state, lambda state: setattr(bits, "state", state)
 
 
-def _held(model: nn.Module) -> Iterator[Any]:
-    """What the modules of a model have as attributes, and in lists and dicts there."""
+def _attribute_values(model: nn.Module) -> Iterator[Any]:
+    """The values of the attributes of a model's modules, and those in lists and dicts there."""
     seen: set[int] = set()
     for module in all_modules(model):
         todo = [v for n, v in module.__dict__.items() if n not in _TORCHS]
@@ -105,4 +106,4 @@ def _held(model: nn.Module) -> Iterator[Any]:
                 yield value
 
 
-_TORCHS = frozenset(nn.Module().__dict__)  # torch's own tables in a module
+_TORCHS = frozenset(nn.Module().__dict__)  # the attributes that every module of torch has

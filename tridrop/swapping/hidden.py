@@ -1,8 +1,8 @@
-"""Modules that a model keeps where torch does not look: in plain lists, tuples and dicts.
+"""Finds modules that torch does not see, because they are in plain lists, tuples and dicts.
 
-torch knows the modules that are attributes, or in its own ModuleList and ModuleDict. The others are
-in no ``model.modules()``: ``train()``, ``eval()`` and ``to()`` do not reach them, but a forward
-calls them, and they may drop.
+torch registers modules that are attributes, or in its own ModuleList and ModuleDict. Others are
+missing from ``model.modules()``: ``train()``, ``eval()`` and ``to()`` do not reach them, but a
+forward may call them, and they may drop.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import nn
 
 from ..base.modules import all_modules, is_keras, named_parts
 
-_TORCHS = frozenset(nn.Module().__dict__)  # torch's own tables in a module
+_TORCHS = frozenset(nn.Module().__dict__)  # the attributes that every module of torch has
 
 
 def hidden_roots(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules in containers of Python's, by the names that lead to them; without their parts.
+    """The modules in plain Python containers, by the path to them; without their submodules.
 
-    Those that have a place in the model as well are none.
+    Modules that are also registered in the model are not among them.
     """
-    known = {id(module) for module in all_modules(model)}
+    seen = {id(module) for module in all_modules(model)}
     found: dict[str, nn.Module] = {}
     # Keras tracks the lists and dicts of its layers, so nothing is hidden in them.
     todo = [(name, part) for name, part in named_parts(model) if not is_keras(part)]
@@ -32,16 +32,16 @@ def hidden_roots(model: nn.Module) -> dict[str, nn.Module]:
             if key in _TORCHS or not isinstance(value, (list, tuple, set, dict)):
                 continue
             for where, module in _within(value, f"{name}.{key}" if name else key, depth=3):
-                if id(module) not in known:
+                if id(module) not in seen:
                     found[where] = module
                     parts = list(named_parts(module, where))
-                    known |= {id(part) for _, part in parts}
+                    seen |= {id(part) for _, part in parts}
                     todo += [(n, part) for n, part in parts if not is_keras(part)]
     return found
 
 
 def with_hidden(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a model by name, with those that are hidden."""
+    """All modules of a model by name, including the hidden ones."""
     found = dict(named_parts(model, remove_duplicate=False))
     for name, module in hidden_roots(model).items():
         found |= dict(named_parts(module, name))
@@ -49,7 +49,7 @@ def with_hidden(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _within(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a container, and in containers in it."""
+    """The modules in a container, and in containers inside it."""
     if isinstance(value, nn.Module):
         yield path, value
     elif isinstance(value, dict) and depth:

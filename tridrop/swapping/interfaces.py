@@ -1,4 +1,4 @@
-"""Attention that a model of transformers looks up by name, and the choice of tridrop's for it."""
+"""Sets tridrop's attention in models of transformers, which look their attention up by name."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from .present import At, Holds, holds
 from .survey import Survey
 
 ATTENTION = "tridrop"  # the name of the attention function in transformers
-_TABLE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in its models' files
-_BEFORE = "_tridrop_attention"  # what a model had before, in its __dict__
+# the names in the model files of transformers
+_TABLE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+_BEFORE = "_tridrop_attention"  # the key in a model's __dict__ for the function it had before
 
 
 class Interfaces:
-    """Attention that a transformers model looks up by name."""
+    """The attention modules of a survey whose model looks their function up by name."""
 
     def __init__(self, survey: Survey) -> None:
         self.owners: dict[nn.Module, nn.Module] = {}  # attention module -> its model
-        self.reasons: dict[nn.Module, str] = {}  # why a model keeps its function
-        self.looked_up: dict[nn.Module, dict[str, list[At]]] = {}  # functions, by names of classes
+        # why a model keeps its function; empty if it does not
+        self.reasons: dict[nn.Module, str] = {}
+        # model -> class name -> functions that tridrop's attention replaces
+        self.looked_up: dict[nn.Module, dict[str, list[At]]] = {}
         modules = {name: module for module, name in survey.names.items()}
         rates: dict[nn.Module, list[float | None]] = {}
         for module in survey.recipes:
@@ -46,7 +49,7 @@ class Interfaces:
 
     @staticmethod
     def _owner(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
-        """The innermost model of transformers around a module."""
+        """The innermost transformers model that contains a module."""
         while True:
             name = name.rpartition(".")[0]
             if hasattr(modules.get(name), "set_attn_implementation"):
@@ -57,13 +60,13 @@ class Interfaces:
     def _why_not(self, owner: Any, rates: list[float | None], survey: Survey) -> str:
         now = _chosen(owner)
         if not survey.levels.attention:
-            return "its level is off"
+            return "its switch is off"
         if now == ATTENTION:
             return ""
         if all(p == 0 for p in rates):
             return "its dropout is 0"
         if not owner._can_set_attn_implementation():
-            return "its class lets no attention function be set"
+            return "its class does not support another attention function"
         if now not in ("eager", "sdpa", None):
             return f"{now} was chosen for it"
         if now != "eager" and not is_attention(F.scaled_dot_product_attention):
@@ -75,12 +78,16 @@ class Interfaces:
         return f"its attention function was replaced: {replaced[0]}" if replaced else ""
 
     def reason(self, module: nn.Module) -> str:
-        """Why an attention module keeps its function; empty where it does not."""
+        """Why an attention module keeps its attention function; empty if it does not."""
         owner = self.owners.get(module)
-        return "its function is passed in" if owner is None else self.reasons[owner]
+        return (
+            "no transformers model around it sets its attention function"
+            if owner is None
+            else self.reasons[owner]
+        )
 
     def apply(self) -> None:
-        """Choose tridrop's attention."""
+        """Set tridrop's attention where there is no reason against it."""
         for owner, reason in self.reasons.items():
             now = _chosen(owner)
             if not reason and now != ATTENTION:
@@ -89,7 +96,7 @@ class Interfaces:
                 owner.__dict__[_BEFORE] = now
 
     def read(self) -> dict[str, list[Holds]]:
-        """By the names of classes: whether tridrop's attention still stands for what they had."""
+        """For each class name, checks that the functions it replaces are the same."""
         found: dict[str, list[Holds]] = {}
         for owner, places in self.looked_up.items():
             if not self.reasons[owner]:
@@ -101,8 +108,8 @@ class Interfaces:
         return found
 
 
-def give_back(model: Any) -> None:
-    """The attention function that a model had, unless it was given another since."""
+def restore_attention(model: Any) -> None:
+    """Set the attention function that a model had, unless it was given another one since."""
     before = model.__dict__.pop(_BEFORE, None)
     if before is not None and _chosen(model) == ATTENTION:
         model.set_attn_implementation(before)
@@ -114,7 +121,7 @@ def _chosen(model: Any) -> str | None:
 
 
 def _stays(model: weakref.ref[Any]) -> Holds:
-    """Whether a swapped model has tridrop's attention still."""
+    """A check that a swapped model still has tridrop's attention."""
 
     def stays() -> bool:
         now = model()
@@ -124,7 +131,7 @@ def _stays(model: weakref.ref[Any]) -> Holds:
 
 
 def _looked_up(function: FunctionType, chosen: str | None) -> list[At]:
-    """Where the function stands that a method finds by a name of transformers."""
+    """Where the attention function is that a method finds by a name of transformers."""
     table = function.__globals__.get(_TABLE)
     if table is not None and chosen in table:
         return [At(table, str(chosen))]
@@ -133,7 +140,7 @@ def _looked_up(function: FunctionType, chosen: str | None) -> list[At]:
 
 
 def _is_replaced(at: At) -> bool:
-    """Whether it is neither one of transformers nor, of the eager ones, of the model's own file."""
+    """Whether a function is neither transformers' nor, if eager, of the model's own file."""
     function = at.now()
     if not isinstance(function, FunctionType) or function.__name__ != function.__qualname__:
         return True

@@ -1,12 +1,12 @@
-"""Sums behind dropout layers in the ``call`` of Keras layers, read from its text and made one op.
+"""Fuses sums that follow a dropout layer in the ``call`` of Keras layers, by reading its source.
 
-In the layers of KerasHub, and in many of one's own, two statements follow each other::
+Layers of KerasHub, and many that users write, contain these two statements in a row::
 
     x = self._feedforward_dropout(x, training=training)
     x = x + residual
 
-Their dropped value has no other user, so both become one call of :func:`dropout_add`, which looks
-again, each time, whether it may compute both at once. Everything else in the method stays.
+The dropped value has no other user, so both become one call of :func:`dropout_add`, which checks in
+each call whether it may compute both at once. The rest of the method stays as it is.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .. import functional as F
 from ..base.modules import heard
 from . import source
 
-MARK = "_tridrop_sum"  # in the __dict__ of a dropout layer whose sum is taken over
+MARK = "_tridrop_sum"  # the key in the __dict__ of a dropout layer whose sum is fused
 
 
 class Sums(NamedTuple):
-    """What was read of a ``call``: the attributes of its dropout layers, and its new form."""
+    """The sums in a ``call``: their dropout layers' attributes, and the new function."""
 
     attributes: tuple[str, ...]
     call: FunctionType
@@ -38,7 +38,7 @@ _read: dict[tuple[FunctionType, Any], Sums | None] = {}
 
 
 def sums_of(base: type) -> Sums | None:
-    """The sums in the call of a class; None where there are none, or its text cannot be had."""
+    """The sums in the ``call`` of a class; None if there are none, or it has no readable source."""
     function = getattr(base, "call", None)
     if not isinstance(function, FunctionType) or function.__module__.startswith("keras.src."):
         return None
@@ -72,7 +72,7 @@ def _sums(function: FunctionType) -> Sums | None:
 
 
 def _blocks(node: ast.AST) -> Iterator[list[Any]]:
-    """The lists of statements of a function, without those of functions inside of it."""
+    """The lists of statements in a function, without those in functions inside it."""
     for name in ("body", "orelse", "finalbody"):
         statements = getattr(node, name, None)
         if isinstance(statements, list):
@@ -87,7 +87,7 @@ def _is(node: ast.AST, name: str) -> bool:
 
 
 def _match(owner: str, first: Any, second: Any) -> tuple[str, ast.Assign] | None:
-    """The dropout layer's attribute and the new statement, of two that are a dropout and a sum."""
+    """For two statements that are a dropout and a sum: the layer's attribute, the new statement."""
     if not all(
         isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name)
         for s in (first, second)
@@ -111,7 +111,7 @@ def _match(owner: str, first: Any, second: Any) -> tuple[str, ast.Assign] | None
         sides[1], name
     ):
         return None
-    behind = _is(add.left, name)  # the residual is the second of the sum
+    behind = _is(add.left, name)  # whether the residual is the second operand of the sum
     arguments = [called.func, called.args[0], sides[behind], ast.Constant(behind)]
     function = ast.Attribute(ast.Name("_tridrop", ast.Load()), "dropout_add", ast.Load())
     new = ast.Assign([first.targets[0]], ast.Call(function, arguments, called.keywords))
@@ -121,7 +121,10 @@ def _match(owner: str, first: Any, second: Any) -> tuple[str, ast.Assign] | None
 
 
 def dropout_add(layer: Any, x: Any, residual: Any, behind: bool, training: Any) -> Any:
-    """``layer(x, training=training) + residual``, or the residual first; as one op where it may."""
+    """``layer(x, training=training) + residual``, as one op where possible.
+
+    Without ``behind`` it is ``residual + layer(...)``.
+    """
     if training is True and _fits(layer, x, residual):
         return F.dropout_add(x, residual, layer.rate, seed=layer.next_seed(x))
     dropped = layer(x, training=training)
@@ -133,11 +136,11 @@ class _Runtime:
 
 
 def _fits(layer: Any, x: Any, residual: Any) -> bool:
-    """Whether a layer's call is its dropout and no more, and the sum one of equal tensors."""
-    own = getattr(layer, "__dict__", {})
+    """Whether the layer only drops, and both operands have one shape, dtype and device."""
+    attributes = getattr(layer, "__dict__", {})
     return (
-        MARK in own
-        and "call" not in own
+        MARK in attributes
+        and "call" not in attributes
         and type(layer)._tridrop_holds()
         and layer.rate > 0
         and layer.noise_shape is None

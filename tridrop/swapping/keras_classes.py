@@ -1,6 +1,6 @@
-"""The classes that Keras layers get: of their name, which Keras saves, and tridrop's masks.
+"""The classes that Keras layers get: with their own name, which Keras saves, and tridrop's masks.
 
-It imports keras, and is imported where a model has layers of Keras.
+This module imports keras, and is imported only for models that have layers of Keras.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from keras.src.saving import object_registration
 from .. import keras as tridrop_keras
 from ..keras.attention import Attends
 from .keras_calls import sums_of
-from .present import At, Holds, guarded, holds, is_own
+from .present import At, Holds, guarded, holds, is_original
 
-# What layers that drop become, and the word for it. Exact types, for a subclass may do anything.
+# What layers that drop become, and the word for that in a report. Exact types only, since a
+# subclass may do something else.
 KINDS: dict[type, tuple[type, str]] = {
     keras.layers.Dropout: (tridrop_keras.Dropout, "dropout"),
     keras.layers.SpatialDropout1D: (tridrop_keras.SpatialDropout1D, "feature dropout"),
@@ -26,16 +27,16 @@ KINDS: dict[type, tuple[type, str]] = {
     keras.layers.AlphaDropout: (tridrop_keras.AlphaDropout, "alpha dropout"),
 }
 MultiHeadAttention: Any = keras.layers.MultiHeadAttention
-# What a subclass of it must not have changed; the rest of its call is its own.
+# The methods that a subclass must not have changed; the rest of its call may be its own.
 _ATTENTION = ("_compute_attention", "_masked_softmax", "_build_attention")
 _made: dict[type, type] = {}
 
 
 def computes_attention(base: type) -> bool:
-    """Whether a class attends as Keras' MultiHeadAttention does."""
+    """Whether a class computes attention as Keras' MultiHeadAttention does."""
     return issubclass(base, MultiHeadAttention) and all(
         getattr(base, name) is getattr(MultiHeadAttention, name)
-        and is_own(MultiHeadAttention, name)
+        and is_original(MultiHeadAttention, name)
         for name in _ATTENTION
     )
 
@@ -46,12 +47,12 @@ def _places(base: type) -> tuple[At, ...]:
 
 
 def holds_of(base: type) -> Holds:
-    """Whether a class is what it was when it was read."""
+    """A check that a class is still what it was when it was read."""
     return holds(*_places(base))
 
 
 def stand_in(base: type) -> type:
-    """The class that the layers of a class get. What it does not know runs as it is now."""
+    """The class that the layers of a class get; if that class is changed later, the change runs."""
     if base not in _made:
         first, *others = _places(base)
         bases: tuple[type, ...] = (base,)
@@ -74,7 +75,7 @@ def stand_in(base: type) -> type:
             first.name: guarded(first, new, tuple(others)),
         }
         made = type(base.__name__, bases, body | more)
-        # A layer is saved by the name of its class, and is loaded as what it was.
+        # Keras saves a layer by the name of its class: it loads as a layer of the original class.
         for names in (api_export.REGISTERED_OBJS_TO_NAMES, object_registration.GLOBAL_CUSTOM_NAMES):
             if base in names:
                 names[made] = names[base]

@@ -1,9 +1,9 @@
-"""Layers of Keras, on its torch backend: which drop, what they become, and what is left of them.
+"""Swaps layers of Keras on its torch backend: which drop, what they become, and which are left.
 
-Keras calls layers one by one, each with its own masks, dtypes and losses around the call: a layer
-gets another class, of its own name, and of a ``call`` only sums behind dropout layers are rewritten
-(keras_calls.py). Models of Keras, Sequential, functional or one's own, keep their graphs, weights
-and configurations.
+Keras wraps each call of a layer in its own handling of masks, dtypes and losses. So a layer gets
+another class with the same name, and in a ``call`` only sums that follow a dropout layer are
+rewritten (keras_calls.py). Models of Keras, whether Sequential, functional or subclassed, keep
+their graphs, weights and configurations.
 """
 
 from __future__ import annotations
@@ -18,67 +18,67 @@ from ..base.modules import is_keras, named_parts
 from . import draws
 from .keras_calls import MARK, sums_of
 from .kinds import base_of
-from .present import Holds, is_own
+from .present import Holds, is_original
 from .report import Site
 from .rewrite import ATTENTION_PARTS, Levels
 
 _UNBUILT = (
-    "it is not built yet, and what it makes then is not known: call it on a batch, or its build(), "
-    "and swap again"
+    "it is not built yet, and the layers it will create are unknown: call it on a batch, or call "
+    "its build(), and swap again"
 )
 
 
 class Layers:
-    """The Keras layers of a model, by name. Without any it imports nothing and does nothing."""
+    """The Keras layers of a model. Without any, it imports nothing and does nothing."""
 
     def __init__(self, model: nn.Module, levels: Levels) -> None:
         self.levels = levels
         named: list[tuple[str, Any]] = [(n, m) for n, m in named_parts(model) if is_keras(m)]
         self.names = {layer: name for name, layer in named}
-        # The dropout layers within attention, which is what calls them.
+        # The dropout layers inside attention layers, which call them -> the attention layer.
         self.inner = {
             layer.__dict__["_modules"]["_dropout_layer"]: layer
             for layer in self.names
             if layer.__dict__["_modules"].get("_dropout_layer") is not None
             and (self.attends(layer) or _is_tridrops(layer))
         }
-        # Dropout layers whose sum the layer around them takes over, and that layer.
+        # Dropout layers that are fused with a sum -> the layer whose call contains the sum.
         self.added = dict(self._sums()) if levels.inside and levels.dropout else {}
 
-    # -------------------------------------------------------------------------------- what they are
+    # ----------------------------------------------------------------------- what the layers are
 
     @staticmethod
     def attends(layer: nn.Module) -> bool:
-        """Whether it is an attention of Keras, or a subclass that attends as it does."""
+        """Whether a layer is Keras' attention, or a subclass that computes attention as it does."""
         from .keras_classes import computes_attention
 
         return computes_attention(base_of(layer))
 
     def part(self, layer: nn.Module) -> str:
-        """The word for a layer that drops, and that tridrop has; else empty."""
+        """The word for a layer that drops, if tridrop has a counterpart; else empty."""
         from .keras_classes import KINDS
 
         return KINDS[base_of(layer)][1] if base_of(layer) in KINDS else ""
 
     def why_left(self, layer: Any) -> str:
-        """Why a layer that tridrop has stays what it is; empty where it does not."""
+        """Why a layer with a counterpart in tridrop is left as it is; empty if it is not."""
         from .keras_classes import KINDS
 
         base = base_of(layer)
         if "call" in layer.__dict__:
             return "its call was replaced on the instance"
         if base in KINDS:
-            if not is_own(base, "call"):
+            if not is_original(base, "call"):
                 return f"{base.__name__}.call was replaced"
-            return "" if self.levels.dropout or self._serves(layer) else "its level is off"
+            return "" if self.levels.dropout or self._serves(layer) else "its switch is off"
         if "_compute_attention" in layer.__dict__:
             return "its _compute_attention was replaced on the instance"
         if not layer.dropout:
             return "its dropout is 0"
-        return "" if self.levels.attention else "its level is off"
+        return "" if self.levels.attention else "its switch is off"
 
     def _serves(self, layer: nn.Module) -> bool:
-        """Whether it is the dropout layer of an attention that takes its seeds from it."""
+        """Whether a layer is the dropout layer that a swapped attention takes its seeds from."""
         owner = self.inner.get(layer)
         return owner is not None and not _is_tridrops(owner) and not self.why_left(owner)
 
@@ -88,8 +88,12 @@ class Layers:
             for part in layer.__dict__["_modules"].values():
                 users[part] = users.get(part, 0) + 1
         for layer in self.names:
-            own = "call" in layer.__dict__
-            sums = None if own or not is_own(base_of(layer), "call") else sums_of(base_of(layer))
+            replaced = "call" in layer.__dict__
+            sums = (
+                None
+                if replaced or not is_original(base_of(layer), "call")
+                else sums_of(base_of(layer))
+            )
             for name in () if sums is None else sums.attributes:
                 child: Any = layer.__dict__["_modules"].get(name)
                 if (
@@ -101,10 +105,10 @@ class Layers:
                 ):
                     yield child, layer
 
-    # --------------------------------------------------------------------------------- what is done
+    # ---------------------------------------------------------------------------- what is changed
 
     def apply(self) -> None:
-        """Give the layers their classes."""
+        """Give the layers their new classes."""
         if not self.names:
             return
         from .keras_classes import stand_in
@@ -117,13 +121,13 @@ class Layers:
             owner.__class__ = stand_in(base_of(owner))
 
     def number(self) -> None:
-        """Keep a number for each layer that could drop, so that numbers do not depend on levels."""
+        """Reserve a number for each layer that could drop, whatever the switches."""
         for layer in self.names:
             if self.part(layer) and not hasattr(layer, "site"):
                 layer.__dict__["_tridrop_count"] = 1
 
     def read(self) -> dict[str, list[Holds]]:
-        """By the names of classes: whether each is what was read."""
+        """For each class name, checks that the class still is what was read."""
         found: dict[str, dict[type, Holds]] = {}
         owners = set(self.added.values())
         for layer in self.names:
@@ -137,7 +141,7 @@ class Layers:
     # ---------------------------------------------------------------------------- what is reported
 
     def sites(self) -> Iterator[Site]:
-        """All that is to be reported of them, in the order of the model's layers."""
+        """The sites of the layers, in the order of the model's layers."""
         unbuilt: list[str] = []
         for layer, name in self.names.items():
             parts: tuple[str, ...]
@@ -178,7 +182,7 @@ class Layers:
 
 
 def is_certain(layer: Any) -> bool:
-    """Whether a Keras layer is one of Keras' own that cannot drop."""
+    """Whether a layer is one of Keras' own that certainly does not drop."""
     base = base_of(layer)
     own = base.__module__.startswith("keras.src.") and "call" not in layer.__dict__
     hooked = layer._forward_hooks or layer._forward_pre_hooks
@@ -190,7 +194,7 @@ def _is_tridrops(layer: nn.Module) -> bool:
 
 
 def _makes_later(layer: Any) -> bool:
-    """Whether a layer makes layers when it is built, which may drop."""
+    """Whether a layer creates layers when it is built, which may drop."""
     base = base_of(layer)
     if not base.__module__.startswith("keras.src."):
         return not getattr(layer.build, "_is_default", False)
@@ -198,7 +202,7 @@ def _makes_later(layer: Any) -> bool:
 
 
 def _reason(layer: Any) -> str:
-    """Why a layer that draws random numbers, as far as reading tells, is left; else empty."""
+    """Why a layer is left that seems to draw random numbers by its source; empty for others."""
     from .keras_classes import KINDS
 
     base: Any = base_of(layer)
@@ -211,7 +215,7 @@ def _reason(layer: Any) -> str:
     if layer._seed_generators:
         drops = any(getattr(layer, name, 0) for name in ("dropout", "recurrent_dropout"))
         if drops:
-            return "it drops in its own code, with a rate and not a layer"
+            return "it drops in its own code, not by a dropout layer"
         return "it draws random numbers" + (", and drops nothing" if own else " in its own code")
     function = layer.function if base.__name__ == "Lambda" and own else base.call
     if (not own or function is not base.call) and draws.found_in(function, depth=3):

@@ -1,15 +1,15 @@
-"""LayerDrop in the forwards of libraries: whole layers that the host skips by a random number.
+"""Finds LayerDrop in forwards of libraries: a random number on the host skips whole layers.
 
 Fan, Grave, Joulin, "Reducing transformer depth on demand with structured dropout", ICLR 2020.
-Models of transformers take the number from torch, NumPy or Python's random, and compare it with a
+Models of transformers draw the number from torch, NumPy or Python's random, and compare it with a
 rate::
 
     dropout_probability = torch.rand([])
     if dropout_probability < self.layerdrop:
         continue
 
-A report lists it with the other draws. Its names say "drop", and yet training mode is not on for a
-dropout there: that is what is told apart here.
+A report lists it among the other draws. Although its names contain "drop", it is no dropout, so
+that training mode is not needed for one; this module tells the two apart.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class LayerDrop:
 
     Attributes:
         rate: what the number is compared with, as a path below self.
-        names: all names in the method that belong to it: of the number and of the rate.
+        names: all names in the method that belong to it, of the number and of the rate.
     """
 
     rate: str
     names: frozenset[str]
 
     def rate_of(self, module: nn.Module) -> float | None:
-        """The rate that a module has, where that can be told."""
+        """The rate of a module, if it is a number that can be read."""
         found: Any = resolve(module, self.rate)
-        if found is None:  # a configuration's may be a property
+        if found is None:  # it may be a property, of a configuration for instance
             found = module
             for part in self.rate.split("."):
                 found = getattr(found, part, None)
@@ -70,7 +70,7 @@ def find(method: Method) -> Iterator[LayerDrop]:
 
 
 def _is_drawn(method: Method, e: ast.expr) -> bool:
-    """Whether an expression draws one random number, for the host."""
+    """Whether an expression draws one random number for use on the host."""
     if not isinstance(e, ast.Call):
         return False
     path: list[str] = []

@@ -1,9 +1,9 @@
-"""What rewritten forwards call: values that wait until it is known what they can be fused with.
+"""The functions that rewritten forwards call, which delay ops until they can be fused.
 
-A dropout returns a :class:`Pending`, which the addition or the norm that follows takes up; whoever
-needs the tensor asks :func:`value`. Each function falls back to the module itself where that is not
-what it was when the forward was rewritten: where it has hooks, was replaced by another or works in
-place. So a rewritten forward is right whatever has become of the model.
+A dropout returns a :class:`Pending`, which the following addition or norm takes up; code that needs
+the tensor calls :func:`value`. Each function calls the module itself if that is no longer what it
+was when the forward was rewritten: if it has hooks, was replaced, or works in place. So a rewritten
+forward stays right whatever is done to the model.
 """
 
 from __future__ import annotations
@@ -29,39 +29,41 @@ from .kinds import Kind, activation_name
 from .originals import is_attention, is_dropout, is_softmax
 from .pending import Pending, addable, autocasts, drop_samples, eps_of, fits, normalises_last
 from .pending import value as value
-from .remaking import free as free
-from .remaking import remade_activation as remade_activation
-from .remaking import remade_linear as remade_linear
-from .remaking import remade_linear as remade_matrix  # noqa: F401  # emitted by that name
-from .remaking import remade_norm as remade_norm
-from .remaking import remade_product as remade_product
+from .remade_calls import remade_activation as remade_activation
+from .remade_calls import remade_linear as remade_linear
 
-# While a report is being verified: told whose place takes which seed.
+# rewritten forwards use this name
+from .remade_calls import remade_linear as remade_matrix  # noqa: F401
+from .remade_calls import remade_norm as remade_norm
+from .remade_calls import remade_product as remade_product
+from .remade_calls import unhooked_kind as unhooked_kind
+
+# While a report is verified, this is called with each seed and the place that takes it.
 watcher: Callable[[Tensor, nn.Module, int | None], None] | None = None
 
 
 def _seed(owner: nn.Module, place: int, x: Tensor) -> Tensor | None:
-    """The seed of a place under tridrop.rng; None leaves it to the op."""
+    """The seed of a place under tridrop.rng; None lets the op draw one."""
     if not seeds.active() and watcher is None:
         return None
     return watched(seeds.seed_for(x.device, None, _number(owner, place)), owner, place)
 
 
 def watched(seed: Tensor, owner: nn.Module, place: int | None = None) -> Tensor:
-    """A seed that somebody may want to know the place of: of ``owner`` itself by default."""
+    """Pass a seed through, and tell the watcher its place; None stands for ``owner`` itself."""
     if watcher is not None:
         watcher(seed, owner, place)
     return seed
 
 
 def _number(owner: nn.Module, place: int) -> int | None:
-    """The number of a place in a method of ``owner``; None where nobody numbered it."""
+    """The number of a place in a method of ``owner``; None if it was not numbered."""
     first = owner.__dict__.get("_tridrop_site")
     return None if first is None else first + place
 
 
 def _branch(x: Any, *taken: str) -> Pending:
-    """``x`` as a branch in which none of ``taken`` and nothing behind them has happened."""
+    """``x`` as a branch to which none of ``taken``, nor anything later, was applied."""
     if isinstance(x, Pending):
         clean = x.done is None and x.residual is None and x.path == 0
         if clean and all(getattr(x, name) is None or getattr(x, name) is False for name in taken):
@@ -71,15 +73,18 @@ def _branch(x: Any, *taken: str) -> Pending:
 
 
 def dropout(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
-    """A call of a module of torch's dropout."""
-    kind = free(module, "dropout")
+    """A call of torch's dropout module."""
+    kind = unhooked_kind(module, "dropout")
     if kind is None or getattr(module, "noise_shape", None) is not None:
         return _at(owner, place, module, x)
     return _dropped(owner, place, x, kind.get(module, "p"), module.training)
 
 
 def _at(owner: nn.Module, place: int, module: Any, x: Any) -> Any:
-    """The module itself, hooks and all, under the number of the place: it may have several."""
+    """Call the module itself, with its hooks, under the number of this place.
+
+    A module that is called at several places has a number at each.
+    """
     number = _number(owner, place)
     if number is None or not seeds.active() or not hasattr(module, "_tridrop_base"):
         return module(value(x))
@@ -101,7 +106,7 @@ def rate(
     training: bool,
     inplace: bool = False,
 ) -> Any:
-    """A call of torch.nn.functional.dropout, or of what has its name now."""
+    """A call of torch.nn.functional.dropout, or of the function that has replaced it."""
     if inplace or not is_dropout(function):
         return function(value(x), p, training, *([inplace] if inplace else []))
     return _dropped(owner, place, x, p, training)
@@ -120,7 +125,7 @@ def _dropped(owner: nn.Module, place: int, x: Any, p: Any, training: bool) -> An
 
 def drop_path(owner: nn.Module, place: int, module: nn.Module, x: Any) -> Any:
     """A call of a module that drops samples."""
-    kind = free(module, "drop_path")
+    kind = unhooked_kind(module, "drop_path")
     if kind is None:
         return _at(owner, place, module, x)
     return samples(module, kind, x, _number(owner, place), (owner, place))
@@ -133,14 +138,14 @@ def samples(
     site: int | None,
     at: tuple[nn.Module, int] | None = None,
 ) -> Any:
-    """What a module that drops samples does, under the number of its place."""
+    """The drop path of a module, under the number of its place."""
     p = (kind.get(module, "p") or 0.0) if module.training else 0.0
     if not p:
         return x
     scaled = "scale_by_keep" not in kind.names or kind.get(module, "scale_by_keep")
     branch = _branch(x, "softmax") if scaled else Pending(value(x))
     if seeds.active() and branch.seed is not None:
-        branch = Pending(value(branch))  # an op has one seed, and each place its own number
+        branch = Pending(value(branch))  # an op takes one seed, but each place has its own number
     if seeds.active() or watcher is not None:
         if branch.seed is None:
             branch.seed = seeds.seed_for(branch.x.device, None, site)
@@ -153,7 +158,7 @@ def samples(
 
 def scale(module: nn.Module, x: Any) -> Any:
     """A call of a module that multiplies each channel by a weight."""
-    kind = free(module, "layer_scale")
+    kind = unhooked_kind(module, "layer_scale")
     branch = _branch(x, "scale", "softmax", "norm")
     gamma = None if kind is None else kind.get(module, "scale")
     if not isinstance(gamma, Tensor) or not fits(branch.x):
@@ -166,7 +171,7 @@ def scale(module: nn.Module, x: Any) -> Any:
 
 def linear(module: nn.Module, x: Any) -> Any:
     """A call of a linear layer, which leaves its bias to the op that follows."""
-    kind = free(module, "linear")
+    kind = unhooked_kind(module, "linear")
     x = value(x)
     if kind is None or not module.training or not fits(x):
         return module(x)
@@ -193,7 +198,7 @@ def activation(function: Callable[[Tensor], Tensor], x: Any, memory: bool = Fals
 def softmax(
     function: Callable[..., Any] | None, x: Tensor, dtype: torch.dtype | None = None
 ) -> Any:
-    """A softmax over the last dimension that a dropout follows; None is the tensor's method."""
+    """A softmax over the last dimension before a dropout; None stands for the tensor's method."""
     if not fits(x) or x.dim() < 2 or not is_softmax(function):
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         return (function or torch.softmax)(x, dim=-1, **options)
@@ -204,7 +209,7 @@ def softmax(
 
 def softmax_of(module: nn.Module, x: Tensor) -> Any:
     """A call of torch.nn.Softmax over the last dimension."""
-    kind = free(module, "softmax")
+    kind = unhooked_kind(module, "softmax")
     return module(x) if kind is None or kind.get(module, "dim") != -1 else softmax(None, x)
 
 
@@ -217,7 +222,7 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def add(first: Any, second: Any) -> Any:
-    """``first + second``, one of them a branch and the other the stream."""
+    """``first + second``, where one of them may be a branch and the other the residual stream."""
     branch, residual = (second, first) if _can_join(second) else (first, second)
     residual = value(residual)
     if not _can_join(branch) or not isinstance(residual, Tensor):
@@ -232,8 +237,8 @@ def _can_join(x: Any) -> bool:
 
 
 def norm(module: nn.Module, x: Any, last: bool = False, memory: bool = False) -> Any:
-    """A norm of a sum that may be waiting; ``last`` says that nobody else wants the sum."""
-    kind = free(module, "layer_norm") or free(module, "rms_norm")
+    """A norm of a sum that may be pending; ``last`` says that the sum has no other user."""
+    kind = unhooked_kind(module, "layer_norm") or unhooked_kind(module, "rms_norm")
     if kind is None or not isinstance(x, Pending) or x.done is not None or x.residual is None:
         return module(value(x))
     residual, weight = x.residual, kind.get(module, "weight")
@@ -267,8 +272,8 @@ def norm(module: nn.Module, x: Any, last: bool = False, memory: bool = False) ->
 
 
 def norm_first(module: nn.Module, x: Any) -> Any:
-    """A norm that a dropout follows."""
-    kind = free(module, "layer_norm") or free(module, "rms_norm")
+    """A norm that is followed by a dropout."""
+    kind = unhooked_kind(module, "layer_norm") or unhooked_kind(module, "rms_norm")
     x = value(x)
     if kind is None or not fits(x) or autocasts(x) or not normalises_last(kind, module, x):
         return module(x)
@@ -278,8 +283,8 @@ def norm_first(module: nn.Module, x: Any) -> Any:
 
 
 def identity(module: nn.Module, x: Any) -> Any:
-    """A call of a module that stands where another model has a layer scale or a drop path."""
-    return module(value(x)) if free(module, "identity") is None else x
+    """A call of nn.Identity, which stands where other models have a layer scale or a drop path."""
+    return module(value(x)) if unhooked_kind(module, "identity") is None else x
 
 
 def dropout_add(
@@ -291,7 +296,7 @@ def dropout_add(
     p: float | Tensor,
     training: bool,
 ) -> Any:
-    """A call of a function that adds ``dropout(x)`` to the residual, or of what it is now."""
+    """A call of a function ``residual + dropout(x)``, or of the function that has replaced it."""
     same = ADDERS.get(function) is getattr(function, "__code__", function)
     if not same or not is_dropout(torch.nn.functional.dropout):
         return function(value(x), value(residual), p, training)
@@ -301,13 +306,13 @@ def dropout_add(
 def within(
     owner: nn.Module, place: int, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """A call of a function that drops inside, and whose text is not rewritten."""
+    """A call of a function that drops inside, and whose source is not rewritten."""
     with _Catch(owner, place):
         return function(*args, **kwargs)
 
 
 class _Catch(TorchFunctionMode):
-    """Exchanges the calls of torch's dropout and attention while it is active."""
+    """Replaces calls of torch's dropout and attention while it is active."""
 
     def __init__(self, owner: nn.Module, place: int) -> None:
         super().__init__()
@@ -328,7 +333,7 @@ class _Catch(TorchFunctionMode):
 
     def seed(self, x: Tensor) -> Tensor | None:
         seed = _seed(self.owner, self.place, x)
-        if seed is not None and self.calls:  # one number, several calls
+        if seed is not None and self.calls:  # later calls share the number of the place
             seed = watched(fold_in(seed, self.calls), self.owner, self.place)
         self.calls += 1
         return seed

@@ -1,4 +1,4 @@
-"""The swap as a callback of Lightning. Nothing else of tridrop imports this module."""
+"""The swap as a callback of Lightning. No other module of tridrop imports this one."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ class SwapCallback(Callback):  # type: ignore[misc]
         from tridrop.swapping.lightning import SwapCallback
         trainer = pytorch_lightning.Trainer(callbacks=[SwapCallback()])
 
-    The swap happens in ``setup``, after ``configure_model`` of modules that are already there and
-    before a strategy wraps anything. The LightningModule itself keeps its class, whose hooks are
-    Lightning's: a dropout that its own methods call, rather than one of its modules, is left, and
-    the report does not name it. Checkpoints are those of the model without the swap, and load with
-    it and without.
+    The swap happens in ``setup``, on the modules that exist then, before a strategy wraps them. The
+    LightningModule itself keeps its class, whose hooks Lightning calls. So a dropout in a method of
+    the LightningModule, rather than in one of its modules, is left, and the report does not list
+    it. Checkpoints are the same as without the swap, and load into swapped and other models.
 
     Args:
         dropout, attention, inside, across, memory: the switches of :func:`tridrop.swap`.
-        restore: undo the swap when the trainer is done. (Not where it ends by an error.)
+        restore: undo the swap when the trainer is done, except if it ends with an error.
 
     Attributes:
-        reports: by the names of the LightningModule's modules, of the last swap. They are logged at
-            level INFO, by the main process.
+        reports: the reports of the last swap, by the names of the LightningModule's modules. The
+            main process logs them at level INFO.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class SwapCallback(Callback):  # type: ignore[misc]
         self.reports: dict[str, Report] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self.reports:  # Lightning calls it at every stage
+        if self.reports:  # Lightning calls setup at every stage
             return
         for name, module in pl_module.named_children():
             self.reports[name] = swap(module, **asdict(self.levels))

@@ -1,4 +1,4 @@
-"""Which site of a report a stack of Python's is in."""
+"""Finds the site of a report that a stack of Python calls is in."""
 
 from __future__ import annotations
 
@@ -24,35 +24,37 @@ from .wording import Plans
 if TYPE_CHECKING:
     from .report import Site
 
-# Whose lines are never the line of code to look at.
+# A draw is never attributed to a line in one of these files.
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = (_OURS, os.path.dirname(torch.__file__) + os.sep, random.__file__)
 _Found = tuple[nn.Module, int]  # a module, and the number of a site in one of its methods
 
 
 class Locator:
-    """Knows the places of a model's code that a report has sites for.
+    """Maps running code to the sites of a report.
 
-    A place is found by the instruction that a frame is at, whose call ends where the place does, or
-    by the module that the place calls; a site that is a whole module, by that module.
+    A site that is a call in a method is found by the current instruction of a frame, if its call
+    ends where the site does, or by the module that the site calls. A site that is a whole module is
+    found by that module.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], levels: Levels) -> None:
         works: dict[nn.Module, Work] = {}
         for root in (model, *hidden_roots(model).values()):
-            survey = Survey(root, levels)  # of all modules; those that were rewritten know better
+            survey = Survey(root, levels)  # for all modules; the plans of rewritten ones replace it
             works |= {module: survey.work(module) for module in survey.recipes}
             works |= Plans(root, levels).works
         modules = with_hidden(model)
         self.sites = sites
         self.names = {module: name for name, module in reversed(modules.items())}
-        self.places: dict[_Found, int] = {}  # by a module and the number of a place in it
-        # By file, where the call of a place ends, which no other call does, and its lines.
+        self.places: dict[_Found, int] = {}  # (module, number of a place in it) -> site
+        # For each file, the places by the position where their call ends, which is unique, and by
+        # their lines.
         self.ends: dict[str, dict[tuple[int, int], list[_Found]]] = {}
         self.lines: dict[str, list[tuple[int, int, _Found]]] = {}
-        self.called: dict[nn.Module, list[_Found]] = {}  # by a module that a place calls
+        self.called: dict[nn.Module, list[_Found]] = {}  # module -> the places that call it
         self.whole: dict[nn.Module, list[int]] = {}
-        self.positions: dict[CodeType, list[Any]] = {}  # of instructions
+        self.positions: dict[CodeType, list[Any]] = {}  # the positions of instructions
         left = dict.fromkeys(range(len(sites)))
         of_name: dict[str, list[int]] = {}
         for i, site in enumerate(sites):
@@ -78,17 +80,17 @@ class Locator:
             self.called.setdefault(child, []).append((module, i))
         base = base_of(module)
         if classes.is_sequence(base):
-            return  # its text was made up, from its children
+            return  # its method was made up from its children, and is in no file
         function = classes.text_of(base).methods[method].function
         file, node = function.__code__.co_filename, op.node
         ends = self.ends.setdefault(file, {})
         ends.setdefault((node.end_lineno, node.end_col_offset), []).append((module, i))
         self.lines.setdefault(file, []).append((node.lineno, node.end_lineno, (module, i)))
 
-    # ------------------------------------------------------------------------------ what runs where
+    # --------------------------------------------------------------------------- finding the site
 
     def owner(self, frame: FrameType) -> nn.Module | None:
-        """The module of the model whose method, or inner function of a method, a frame runs."""
+        """The module whose method runs in a frame, or an inner function of that method."""
         code = frame.f_code
         names = code.co_varnames[:1] if code.co_argcount else ()
         for name in (*names, *(("self",) if "self" in code.co_freevars else ())):
@@ -98,9 +100,9 @@ class Locator:
         return None
 
     def site(self, frame: FrameType | None, line: int | None = None) -> int | None:
-        """The site that a stack is in, from the innermost call outwards; None where in none.
+        """The site that a stack of calls is in, searched from the innermost; None if in no site.
 
-        ``line`` is that of the innermost frame where its instruction is past the call.
+        ``line`` is the line of the call in the innermost frame, if that is already past the call.
         """
         inner: list[nn.Module] = []
         while frame is not None:
@@ -111,7 +113,7 @@ class Locator:
                     return found
                 inner.append(owner)
             frame, line = frame.f_back, None
-        for module in inner:  # called by somebody else than the place that has its number
+        for module in inner:  # not called at a place that is a site
             places = [i for _, i in self.called.get(module, ())]
             if module in self.whole or len(places) == 1:
                 return [*self.whole.get(module, ()), *places][0]
@@ -133,7 +135,7 @@ class Locator:
         return next(of_method, whole[0] if whole else None)
 
     def _here(self, frame: FrameType, line: int | None = None) -> list[_Found]:
-        """The places whose call a frame is at."""
+        """The places whose call a frame is executing."""
         file = frame.f_code.co_filename
         if file not in self.ends:
             return []
@@ -149,7 +151,7 @@ class Locator:
         return [found for _, _, found in sorted(around, key=lambda x: x[:2])]
 
     def reach(self, frame: FrameType, reached: set[int]) -> None:
-        """Note the places whose call a frame is at."""
+        """Note the places whose call a frame is executing."""
         if frame.f_code.co_filename not in self.ends:
             return
         here = self._here(frame)
@@ -158,7 +160,7 @@ class Locator:
             reached.update(i for module, i in here if module is owner)
 
     def entered(self, frame: FrameType, reached: set[int]) -> None:
-        """Note the sites that a module has when it is called."""
+        """Note the sites that are reached by calling a module."""
         owner = self.owner(frame)
         if owner is None:
             return
@@ -174,11 +176,11 @@ class Locator:
         return whole[0] if whole else None
 
     def is_called(self, site: int) -> bool:
-        """Whether a site is a module that a place calls, which is a site as well."""
+        """Whether a site is a module which is also called at a place that is another site."""
         return any(site in self.whole.get(module, ()) for module in self.called)
 
     def of_place(self, owner: nn.Module, place: int | None) -> int | None:
-        """The site of a place in a rewritten forward, or of a module that drops."""
+        """The site of a place in a rewritten forward; without a place, of ``owner``."""
         return self.own_site(owner) if place is None else self.places.get((owner, place))
 
     def drops_samples(self, site: int) -> bool:
@@ -188,15 +190,15 @@ class Locator:
         found = [kinds.kind_of(m) for m in (module, *children) if m is not None]
         return any(kind is not None and kind.name == "drop_path" for kind in found)
 
-    # ---------------------------------------------------------------------------------------- words
+    # ----------------------------------------------------------------------------- for the report
 
     @staticmethod
     def is_library(frame: FrameType) -> bool:
-        """Whether a frame is torch's or tridrop's."""
+        """Whether a frame runs code of torch or tridrop."""
         return frame.f_code.co_filename.startswith((*_LIBRARIES, "<"))
 
     def where(self, frame: FrameType, line: int | None = None) -> tuple[str, str, str]:
-        """The innermost module's name, the line of code, and its text."""
+        """The innermost module's name, the file and line, and the source of that line."""
         module = next((m for f in _out(frame) if (m := self.owner(f)) is not None), None)
         name = "" if module is None else self.names[module]
         for at in _out(frame):

@@ -1,7 +1,7 @@
-"""What a training forward costs before and after a swap: launches, operators and memory, counted.
+"""Counts what a training forward costs before and after a swap: launches, operators and memory.
 
-Counts and bytes, and no times: they are the same on every run, and need no quiet machine. The model
-is left as it was, whatever happens.
+Counts and bytes, unlike times, are the same on every run and need no quiet machine. The model is
+left as it was, whatever happens.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from ..base.modules import all_modules, is_keras
 from ..base.torch_private import OpOverload, TorchDispatchMode, schema_of, tree_leaves
 from .generators import Generators
 
-# torch's operators that draw random numbers as dropouts do; a seed's randint is none of them.
+# Operators of torch that draw random numbers for a dropout; the randint of a seed is not among
+# them.
 _DRAWS = {"bernoulli", "bernoulli_", "rand", "rand_like", "uniform_", "native_dropout",
           "_fused_dropout"}  # fmt: skip
-_RATES = ("dropout_p", "dropout")  # the arguments of torch's operators for a rate
-# Neither computes anything, though torch does not call them views.
+_RATES = ("dropout_p", "dropout")  # the names of rates in torch's operators
+# These compute nothing, although torch does not count them as views.
 _FREE = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty",
          "new_empty_strided"}  # fmt: skip
 
@@ -36,15 +37,16 @@ class Cost:
     """What one training forward took.
 
     Attributes:
-        dropouts: launches that draw a mask, or random numbers to drop by: eager's own, attention
-            with a dropout inside, and tridrop's ops with a rate above 0. (The draw of a seed, 16
-            bytes, is an operator and no dropout.)
-        operators: calls of operators on tensors, as torch dispatches them; without views and
-            without allocations, which compute nothing.
-        saved_bytes: what is kept for backward: each storage once, parameters and buffers left out.
-        layers: how many layers the model's longest list has, of one class; 0 where there is none.
-        layer_bytes: of saved_bytes, what one of these keeps, on average: what is first saved while
-            it runs.
+        dropouts: launches that draw a mask, or random numbers for one: eager dropout, attention
+            with a dropout inside, and tridrop's ops with a rate above 0. (Drawing a seed of 16
+            bytes counts as an operator, not as a dropout.)
+        operators: calls of operators on tensors, as torch dispatches them. Views and allocations,
+            which compute nothing, are not counted.
+        saved_bytes: the bytes that are kept for backward. Each storage counts once; parameters and
+            buffers do not count.
+        layers: the length of the model's longest list of layers of one class; 0 if there is none.
+        layer_bytes: the part of saved_bytes that one of these layers keeps, on average: the
+            storages that are first saved while a layer runs.
     """
 
     dropouts: int
@@ -58,15 +60,15 @@ class Cost:
 class Measurement:
     """The costs of one training forward of a model, on the same inputs, before and after the swap.
 
-    The figures are those of the inputs' device and shapes: on a CPU, torch takes several operators
-    for a dropout that is one on a GPU.
+    The figures depend on the device and the shapes of the inputs: on a CPU, torch takes several
+    operators for a dropout that is one operator on a GPU.
     """
 
     before: Cost
     after: Cost
 
     def ratios(self) -> dict[str, float | None]:
-        """After divided by before; None where there was nothing before.
+        """After divided by before; None if there was nothing before.
 
         >>> Measurement(Cost(7, 100, 5000), Cost(7, 60, 2500)).ratios()
         {'dropouts': 1.0, 'operators': 0.6, 'saved_bytes': 0.5}
@@ -80,7 +82,7 @@ class Measurement:
         return {**asdict(self), "ratios": self.ratios()}
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """A line a figure, for people: what it is, before, after, and their ratio."""
+        """A row of text per figure: its name, before, after, and the ratio."""
         before, after, ratios = asdict(self.before), asdict(self.after), self.ratios()
         lines = []
         for name, ratio in ratios.items():
@@ -101,7 +103,7 @@ _LABELS = {
     "dropouts": "dropout launches",
     "operators": "operators",
     "saved_bytes": "saved for backward",
-    "layer_bytes": "of it by a layer, of {}",
+    "layer_bytes": "of it per layer, of {}",
 }
 
 
@@ -113,7 +115,7 @@ def _in_bytes(n: int) -> str:
     return f"{n} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
 
 
-# What is told of each operator: it, its arguments, and the states of torch's generators before.
+# Called after each operator: with it, its arguments, and the states of torch's generators before.
 Observer = Callable[[OpOverload, Sequence[Any], Mapping[str, Any], list[Tensor]], None]
 
 
@@ -123,14 +125,14 @@ def cost_of(
     kwargs: Mapping[str, Any] = {},
     watch: Callable[[Generators], AbstractContextManager[Observer]] | None = None,
 ) -> Cost:
-    """The cost of one training forward; modes, buffers and random generators are left as they are.
+    """The cost of one training forward. Modes, buffers and random generators are restored after it.
 
-    A model in training mode runs in the modes that its parts have; one in eval mode is put into
-    training mode for the time. ``watch`` is entered around the forward, and what it gives is told
-    of each operator.
+    A model in training mode runs in the modes that its modules have; one in eval mode is put into
+    training mode for the forward. ``watch`` is entered around the forward, and the observer that it
+    gives is called after each operator.
     """
     saved = _Saved(layers_of(model))
-    own = [*model.parameters(), *model.buffers()]
+    of_model = [*model.parameters(), *model.buffers()]
     tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
     generators = Generators(model, tensors)
     with ExitStack() as stack:
@@ -138,7 +140,7 @@ def cost_of(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(generators.kept())
         stack.enter_context(_modes_and_buffers_kept(model))
-        if "torch._dynamo" in sys.modules:  # what was compiled counts as what it is made of
+        if "torch._dynamo" in sys.modules:  # count the operators that compiled parts consist of
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if not model.training:
             model.train()
@@ -146,16 +148,16 @@ def cost_of(
             running.enter_context(saved.hooks())
             observer = None if watch is None else running.enter_context(watch(generators))
             counter = running.enter_context(_Counter(generators, observer))
-            mode = {"training": True} if is_keras(model) else {}  # which has no mode of its own
+            mode = {"training": True} if is_keras(model) else {}  # Keras models have no mode
             outputs = model(*args, **{**mode, **kwargs})
         saved.add_attributes(outputs)
         count = len(saved.layers)
-        by_layer = saved.size(own, inside=True) // max(1, count)
-        return Cost(counter.dropouts, counter.operators, saved.size(own), count, by_layer)
+        by_layer = saved.size(of_model, inside=True) // max(1, count)
+        return Cost(counter.dropouts, counter.operators, saved.size(of_model), count, by_layer)
 
 
 class _Counter(TorchDispatchMode):
-    """Counts what is dispatched."""
+    """Counts the operators that torch dispatches."""
 
     def __init__(self, generators: Generators, observer: Observer | None) -> None:
         super().__init__()
@@ -167,7 +169,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         profile = sys.getprofile()
-        sys.setprofile(None)  # what is done here and in operators is no call of the model's
+        sys.setprofile(None)  # calls made here and inside operators are not the model's
         try:
             return self.dispatched(func, args, kwargs or {})
         finally:
@@ -187,14 +189,14 @@ class _Counter(TorchDispatchMode):
 
 
 def _drops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of an operator draws what it drops by."""
+    """Whether a call of an operator draws random numbers for a dropout."""
     return func.overloadpacket.__name__ in _DRAWS or any(
         True if p is None else p > 0 for p in rates_of(func, args, kwargs)
     )
 
 
 def given_to(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of an operator by name, with those that are left out."""
+    """The arguments of an operator by name, including the defaults of omitted ones."""
     schema = schema_of(func)
     defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
     return {**defaults, **{a.name: x for a, x in zip(schema, args, strict=False)}, **kwargs}
@@ -203,7 +205,7 @@ def given_to(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def rates_of(
     func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[float | None]:
-    """The rates that an operator is given by name; None for one that only its device knows."""
+    """The rates that an operator takes; None for a rate in a tensor on another device."""
     given = given_to(func, args, kwargs)
     names = ("p", "p_tensor", "drop_path") if func.namespace == "tridrop" else _RATES
     found: list[float | None] = []
@@ -216,24 +218,25 @@ def rates_of(
 
 
 class _Saved:
-    """Collects what autograd keeps."""
+    """Collects the tensors that autograd keeps for backward."""
 
     def __init__(self, layers: Sequence[nn.Module] = ()) -> None:
-        self.held: list[Tensor] = []  # alive until counted, so that no two have the same address
+        self.tensors: list[Tensor] = []  # alive until counted, so that no two have the same address
         self.layers = {id(layer) for layer in layers}
-        self.within: list[bool] = []  # of each that is held: whether a layer was running
+        # for each tensor, whether a layer was running when it was saved
+        self.within: list[bool] = []
 
     def hooks(self) -> AbstractContextManager[None]:
         def pack(tensor: Tensor) -> Tensor:
             # Not the tensor itself: a node that holds its own output would never be freed.
-            self.held.append(tensor.detach())
+            self.tensors.append(tensor.detach())
             self.within.append(bool(self.layers) and self.in_layer())
-            return self.held[-1]
+            return self.tensors[-1]
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
     def in_layer(self) -> bool:
-        """Whether a method of a layer is being run. (A hook on one would keep it from fusing.)"""
+        """Whether a method of a layer is running. (A hook would keep the layer from fusing.)"""
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
@@ -243,7 +246,7 @@ class _Saved:
         return False
 
     def add_attributes(self, outputs: Any) -> None:
-        """What autograd Functions keep as attributes, past save_for_backward and its hooks."""
+        """Add what autograd Functions keep as attributes, which saved-tensor hooks do not see."""
         tensors = [x for x in tree_leaves(_plain(outputs)) if isinstance(x, Tensor)]
         todo, seen = [x.grad_fn for x in tensors if x.grad_fn is not None], set()
         while todo:
@@ -252,14 +255,14 @@ class _Saved:
                 continue
             seen.add(node)
             found = tree_leaves(list(getattr(node, "__dict__", {}).values()))
-            self.held += [x.detach() for x in found if isinstance(x, Tensor)]
+            self.tensors += [x.detach() for x in found if isinstance(x, Tensor)]
             todo += [parent for parent, _ in node.next_functions if parent is not None]
 
     def size(self, without: Sequence[Tensor], inside: bool = False) -> int:
-        """The bytes of all storages but those of ``without``; of those alone that a layer saved
-        before anybody else, with ``inside``."""
+        """The bytes of all storages except those of ``without``; with ``inside``, of those that
+        were first saved inside a layer."""
         sizes: dict[Any, int] = {}
-        for i, x in enumerate(self.held):
+        for i, x in enumerate(self.tensors):
             if x.layout != torch.strided:
                 continue
             storage = x.untyped_storage()
@@ -275,19 +278,19 @@ class _Saved:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model's longest list whose members are of one class, two or more."""
+    """The modules of a model's longest list of two or more modules of one class."""
     found: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             layers = list(module.children())
-            alike = len({type(layer) for layer in layers}) == 1
-            if alike and len(layers) > max(1, len(found)):
+            same_class = len({type(layer) for layer in layers}) == 1
+            if same_class and len(layers) > max(1, len(found)):
                 found = layers
     return found
 
 
 def _plain(outputs: Any) -> Any:
-    """Outputs as the tree functions know them: a library's own mapping as a dict."""
+    """Outputs for tree_leaves, which does not look into a library's own mapping: as a dict."""
     return dict(outputs) if isinstance(outputs, Mapping) else outputs
 
 
@@ -308,7 +311,7 @@ def _modes_and_buffers_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module, name, buffer, content in buffers:
             module._buffers[name] = buffer
-            # Compared by content: a batch norm writes without counting up the version.
+            # Compared by content, since a batch norm writes without increasing the version counter.
             if not torch.equal(buffer, content):
                 with torch.no_grad():
                     buffer.copy_(content)
@@ -317,7 +320,7 @@ def _modes_and_buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _states(model: nn.Module) -> Iterator[Any]:
-    """The variables of Keras layers that their calls write: statistics, and states of seeds."""
+    """The variables of Keras layers that calls write: statistics, and states of seed generators."""
     for layer in filter(is_keras, all_modules(model)):
         found: Any = layer
         yield from found._non_trainable_variables
@@ -326,9 +329,9 @@ def _states(model: nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def changed(model: nn.Module, change: Callable[[nn.Module], Any]) -> Iterator[None]:
-    """What ``change`` (a swap or an unswap) makes of a model, undone exactly at the end.
+    """Apply ``change`` (a swap or an unswap) to a model, and undo it exactly at the end.
 
-    Doing the opposite would not do: numbers of sites may have been given by hand since.
+    The inverse operation would not undo it exactly, since sites may have been renumbered by hand.
     """
     holders: list[Any] = [*all_modules(model), *_configurations(model)]
     before = [(holder, type(holder), copy.copy(holder.__dict__)) for holder in holders]

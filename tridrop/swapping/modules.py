@@ -18,8 +18,11 @@ from .present import At, guarded
 
 
 class _StandIn(nn.Module):
-    """Of the name and the module of torch's class, by which torch.fx knows the leaves of a graph
-    and others what to wrap; so a copy is made by :func:`stand_in` and not by that name."""
+    """Base of the stand-ins, which have the name and the ``__module__`` of torch's class.
+
+    torch.fx recognises the leaves of a graph by these, and other libraries what to wrap. Since that
+    name finds torch's class and not the stand-in, pickling and copying go through :func:`stand_in`.
+    """
 
     _tridrop_base: type[nn.Module]
 
@@ -32,17 +35,17 @@ class _StandIn(nn.Module):
 
 
 def stand_in(base: type[nn.Module]) -> nn.Module:
-    """An empty module of the class that takes the place of ``base``; what unpickling calls."""
+    """An empty module of the class that takes the place of ``base``; unpickling calls this."""
     kind = REPLACEMENTS[base]
     made: nn.Module = kind.__new__(kind)
     return made
 
 
 def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
-    """A subclass of tridrop.nn's class of that name, which swap can tell from a user's.
+    """A subclass of the class of that name in tridrop.nn, which swap can tell from a user's own.
 
-    Where torch's class has been given another forward, or torch another function that it calls,
-    that is what runs.
+    If the forward of torch's class is replaced, or a function of torch that it calls, then the
+    replacement runs.
     """
     name = base.__name__
     ours: Any = getattr(tridrop_nn, name)
@@ -60,7 +63,7 @@ def _stand_in(base: Any, **more: Any) -> type[nn.Module]:
 
 
 def _nested(self: nn.Dropout, input: Tensor) -> Tensor:
-    """Of nested tensors torch's."""
+    """Nested tensors take torch's own dropout."""
     return nn.Dropout.forward(self, input)
 
 
@@ -82,14 +85,14 @@ REPLACEMENTS: dict[type, type[nn.Module]] = {
 
 
 def drop_path_forward(made: type, base: Any) -> Callable[..., Tensor]:
-    """The forward of a library's drop path where it is called from what was not rewritten."""
+    """The forward of a library's drop path for callers that were not rewritten."""
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, x: Any) -> Any:
         if isinstance(x, Proxy):
             return traced.leaf(self, x)
-        kind = kinds.known(made)
-        if kind is None or not kinds.stands(made):
+        kind = kinds.cached_kind(made)
+        if kind is None or not kinds.is_unchanged(made):
             return base.forward(self, x)
         return value(lazy.samples(self, kind, x, self.__dict__.get("_tridrop_site")))
 

@@ -1,4 +1,4 @@
-"""Values that wait until it is known what they can be fused with."""
+"""Pending values, which are computed once it is clear what they can be fused with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .kinds import Kind, activation_name
 
 
 class Pending:
-    """One branch on its way into the residual stream, in the order in which the ops compute it:
+    """A branch of the residual stream that is not computed yet. The ops compute, in this order:
 
     residual + drop_path(scale * dropout(norm | softmax | activation(x + bias)))
     """
@@ -30,8 +30,8 @@ class Pending:
         self.x = x
         self.bias: Tensor | None = None
         self.activation: str | None = None
-        self.function: Callable[[Tensor], Tensor] | None = None  # of which that is the name
-        self.memory = False  # whether the activation is to be made again in backward
+        self.function: Callable[[Tensor], Tensor] | None = None  # the activation itself
+        self.memory = False  # whether backward recomputes the activation
         self.norm: tuple[Kind, nn.Module] | None = None
         self.softmax: torch.dtype | None = None  # the dtype of its result
         self.p: float | Tensor = 0.0
@@ -43,7 +43,7 @@ class Pending:
         self.done: Tensor | None = None
 
     def finish(self, out: Tensor) -> None:
-        """Keep the value, and nothing that it was made of."""
+        """Keep the result, and drop the references to what it was computed from."""
         self.x = self.done = out
         self.bias = self.scale = self.residual = self.norm = self.function = None
 
@@ -53,7 +53,7 @@ class Pending:
 
 
 def value(x: Any) -> Any:
-    """The tensor, computed now if it was waiting."""
+    """The tensor; a pending value is computed now."""
     if not isinstance(x, Pending):
         return x
     if x.done is None:
@@ -88,8 +88,8 @@ def _compute(b: Pending) -> Tensor:
     return _finish(out, b)
 
 
-# Activations whose backward in torch keeps what they are given. (That of relu keeps its result,
-# which costs nothing beside a linear layer that keeps it too.)
+# Activations whose backward in torch keeps their input. (That of relu keeps its result, which costs
+# nothing, since the linear layer that follows keeps it too.)
 _KEEPS_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
@@ -98,29 +98,29 @@ _KEEPS_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """An activation without a dropout, with the rule to make it again.
+    """An activation without a dropout, whose result backward can recompute.
 
-    One that a library writes out in Python keeps several tensors: in its place is one op.
+    An activation that a library writes out in Python keeps several tensors: one op replaces it.
     """
     name = activation_name(function)
-    again = _KEEPS_INPUT.get(name or "")
+    recompute = _KEEPS_INPUT.get(name or "")
     training = isinstance(function, nn.Module) and function.training
-    if name == "gelu_tanh" and training and again is not None:
-        function = again
+    if name == "gelu_tanh" and training and recompute is not None:
+        function = recompute
     elif name == "quick_gelu" and training:
         return remade_activation(x, 0.0, True, activation=name)
-    return function(x) if again is None else remade_value(function, x, again=again)
+    return function(x) if recompute is None else remade_value(function, x, again=recompute)
 
 
 def _finish(out: Tensor, b: Pending) -> Tensor:
-    """What is left to do behind an op that does not do it: samples dropped, the residual added."""
+    """Drop samples and add the residual, after an op that does not do this itself."""
     if b.path:
         out = drop_samples(out, b.path, b.seed)
     return out if b.residual is None else b.residual + out
 
 
 def _softmax(b: Pending) -> Tensor:
-    """In the wider of the dtypes of scores and result, as torch computes it."""
+    """A softmax, computed in the wider dtype of scores and result, as torch does."""
     assert b.softmax is not None
     scores = b.x.to(promoted(b.x.dtype, b.softmax))
     if not b.drops():
@@ -129,7 +129,7 @@ def _softmax(b: Pending) -> Tensor:
 
 
 def drop_samples(x: Tensor, p: float, seed: Tensor | None, scaled: bool = True) -> Tensor:
-    """Samples dropped with the mask that dropout_add draws for them, which is kept: it is small."""
+    """Drop samples with the mask that dropout_add draws. It is small, and is kept."""
     if seed is None:
         seed = seeds.seed_for(x.device, None)
     if not x.numel():
@@ -151,7 +151,7 @@ def promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
 
 
 def addable(b: Pending, residual: Tensor) -> bool:
-    """Whether one op adds it, with the dtype and shape that torch's addition has."""
+    """Whether one op can add the residual, with the dtype and shape that torch's addition gives."""
     return (
         fits(residual)
         and residual.shape == b.x.shape
@@ -184,13 +184,13 @@ def _norm_first(b: Pending) -> Tensor:
 
 
 def eps_of(kind: Kind, module: nn.Module, stream: Tensor) -> float:
-    """A norm's epsilon; torch's RMSNorm takes that of the dtype by default."""
+    """The epsilon of a norm. By default torch's RMSNorm takes that of the dtype."""
     eps = kind.eps if kind.eps is not None else kind.get(module, "eps")
     return float(torch.finfo(stream.dtype).eps if eps is None else eps)
 
 
 def normalises_last(kind: Kind, module: nn.Module, stream: Tensor) -> bool:
-    """Whether a norm is over the last dimension, in the stream's dtype."""
+    """Whether a norm is over the last dimension only, in the dtype of the residual stream."""
     weight = kind.get(module, "weight")
     shape = getattr(module, "normalized_shape", None)
     if weight is None and shape is None:
@@ -205,15 +205,15 @@ def normalises_last(kind: Kind, module: nn.Module, stream: Tensor) -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast makes torch's norms and softmaxes compute and return float32."""
-    kind = x.device.type
-    return kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
+    device_type = x.device.type
+    return device_type not in ("cpu", "meta") and torch.is_autocast_enabled(device_type)
 
 
-# Tensors of torch's own, and those by which torch.export stands for them.
-_OWN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+# torch's own tensors, and those that stand for them under torch.export.
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def fits(x: Any) -> bool:
-    """Whether the ops take it: a tensor of torch's own, not of a subclass that does more."""
-    known = type(x) in _OWN or is_distributed(x)
-    return known and x.dtype in FLOATS and not x.is_nested and x.dim() > 0
+    """Whether the ops take a value: a tensor of torch, not of a subclass with another behaviour."""
+    plain = type(x) in _PLAIN_TENSORS or is_distributed(x)
+    return plain and x.dtype in FLOATS and not x.is_nested and x.dim() > 0

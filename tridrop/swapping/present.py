@@ -1,10 +1,10 @@
-"""Whether the functions that were read are still those that run.
+"""Checks whether the functions that were read are still those that run.
 
-A class is read once, and what was made of its text, or instead of calling it, is kept by class. But
-a class can be given another method at any time, a module another function, and a function another
-code. So whatever is kept knows the functions it was read from: each as an attribute of its owner,
-with its code and defaults. At a call they are compared by identity, a few loads; where one is not
-what it was, the present one is called.
+A class is read once, and what is made from its source is cached per class. But a method of a class
+or a function of a module can be replaced at any time, and so can a function's code. So the cache
+remembers the functions that were read: each as an attribute of its owner, with its code and its
+defaults. Each call compares them by identity, which takes a few loads; if one has changed, the
+present function is called instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MISSING = object()
 
 
 class At(NamedTuple):
-    """A function as an attribute of a class or module, or under a name in a mapping."""
+    """The place of a function: an attribute of a class or module, or a key of a mapping."""
 
     owner: Any
     name: str
@@ -43,17 +43,18 @@ def is_function(value: Any) -> bool:
 
 
 def holds(*places: At) -> Holds:
-    """A function that says whether what stands at these places now still stands there."""
+    """A function that tells later whether these places still have the functions they have now."""
     terms, names = _terms(places)
     made: Holds = _define(f"lambda: {' and '.join(terms) or True}", names)
     return made
 
 
 def guarded(place: At, new: Any, also: tuple[At, ...] = ()) -> Callable[..., Any]:
-    """A method that is ``new`` while what it was made of stands at ``place``, else the present one.
+    """A method that calls ``new`` as long as ``place`` has the function that ``new`` was made from.
 
-    Every one has a code of its own, by which torch.compile counts how often it compiled a function.
-    Where all arguments must be given they are handed on by name, which is quicker.
+    Otherwise it calls the present function at ``place``. Each such method has its own code object,
+    since torch.compile counts compilations per code object. If all arguments are required, they are
+    passed by name, which is faster than ``*args``.
     """
     terms, names = _terms((place, *also))
     code: CodeType = new.__code__
@@ -69,7 +70,7 @@ def guarded(place: At, new: Any, also: tuple[At, ...] = ()) -> Callable[..., Any
 
 
 def _terms(places: tuple[At, ...]) -> tuple[list[str], dict[str, Any]]:
-    """Comparisons as text, and the values of the names in it."""
+    """Comparisons as source, and the values of the names in it."""
     terms: list[str] = []
     names: dict[str, Any] = {}
 
@@ -93,8 +94,8 @@ def _terms(places: tuple[At, ...]) -> tuple[list[str], dict[str, Any]]:
         while isinstance(function, FunctionType):
             code = name_of(function.__code__)
             terms.append(f"{wanted}.__code__ is {code}")
-            if isinstance(place.owner, type):  # torch's modules give its functions every argument
-                # To Dynamo defaults are another tuple each time.
+            if isinstance(place.owner, type):  # for a function, torch's modules pass every argument
+                # While Dynamo traces, __defaults__ is another tuple each time.
                 defaults, compiling = name_of(function.__defaults__), name_of(is_compiling)
                 terms.append(f"({wanted}.__defaults__ is {defaults} or {compiling}())")
             function = function.__dict__.get("__wrapped__")
@@ -106,16 +107,16 @@ def _terms(places: tuple[At, ...]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _define(expression: str, names: dict[str, Any]) -> Any:
-    """The value of an expression in which ``names`` are variables of a function around it."""
+    """The value of an expression in which ``names`` are free variables."""
     code = compile(f"lambda {', '.join(names)}: {expression}", __file__, "eval")
     return eval(code, {"__name__": __name__})(**names)
 
 
-def is_own(owner: Any, name: str) -> bool:
-    """Whether a class or module has under a name what its own file puts there.
+def is_original(owner: Any, name: str) -> bool:
+    """Whether an attribute of a class or module is the one that its own file defines.
 
-    Of a class that is a function which was defined in its text, or in that of the base class which
-    it comes from; a builtin function of a module is taken for its own.
+    For a class it must be a function that was defined in the body of the class, or of the base
+    class that it is inherited from. A builtin function of a module counts as original.
     """
     home = owner
     if isinstance(owner, type):

@@ -1,4 +1,4 @@
-"""What the calls in a method are: the ops that the rules know."""
+"""Recognises the calls in a method as ops that the rewriter can fuse or must report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .flow import Flow
 from .originals import is_softmax
 from .rewrite import CAUGHT, Op
 
-Labels = dict[str, str]  # what stands under an attribute of self: path -> kind
+Labels = dict[str, str]  # path of an attribute of self -> what it is
 
 _UNARY = {"linear", "matrix", "activation", "norm", "scale", "identity", "dropout", "drop_path"}
 _NAMES = {"layer_norm": "norm", "rms_norm": "norm", "layer_scale": "scale", "softmax": "softmax"}
@@ -27,29 +27,29 @@ _NAMES = {"layer_norm": "norm", "rms_norm": "norm", "layer_scale": "scale", "sof
 
 @dataclass
 class Method:
-    """One method of a class, read."""
+    """A method of a class, with its source and its flow of variables."""
 
     name: str
     function: FunctionType
     rewrap: Callable[[FunctionType], FunctionType]
     node: ast.FunctionDef
     flow: Flow
-    decorated: bool  # by what may do more with its result than hand it on
+    decorated: bool  # whether a decorator may do more with its result than return it
 
 
 @dataclass
 class Tail:
-    """What a method hands to a caller who takes over its end."""
+    """What a method hands on to a caller that takes over its end."""
 
-    carries: bool  # a dropout
-    in_tuple: bool
+    carries: bool  # whether the value contains a dropout
+    in_tuple: bool  # whether it is the first element of a tuple
 
     def label(self) -> str:
         return f"call{':tuple' if self.in_tuple else ''}{'+drop' if self.carries else ''}"
 
 
 def path_of(function: ast.expr, owner: str) -> str | None:
-    """ "a.b" of an expression self.a.b."""
+    """ "a.b" for an expression self.a.b."""
     parts: list[str] = []
     while isinstance(function, ast.Attribute):
         parts.insert(0, function.attr)
@@ -68,21 +68,21 @@ def calls(node: ast.FunctionDef, owner: str) -> list[str]:
 
 
 def resolve(module: Any, path: str) -> Any:
-    """What stands there, without running properties."""
+    """The object at a path of attributes, without running properties."""
     for part in path.split("."):
-        own = getattr(module, "__dict__", {})
-        module = own.get(part, own.get("_modules", {}).get(part))
+        attributes = getattr(module, "__dict__", {})
+        module = attributes.get(part, attributes.get("_modules", {}).get(part))
     return module
 
 
 def called_path(op: Op) -> str:
-    """ "a.b" of an op self.a.b(...)."""
+    """ "a.b" for an op self.a.b(...)."""
     assert isinstance(op.node, ast.Call)
     return ast.unparse(op.node.func).partition(".")[2]
 
 
 def called_by(module: nn.Module, op: Op) -> Any:
-    """What an op calls on an instance."""
+    """The object that an op calls, on an instance."""
     return resolve(module, called_path(op))
 
 
@@ -97,7 +97,7 @@ def label_of(found: Any, tails: Callable[[nn.Module], Tail | None]) -> str | Non
     if kind is not None and kind.name == "softmax" and kind.get(found, "dim") != -1:
         return None
     if kind is not None and kind.name == "linear" and kind.get(found, "bias") is None:
-        return "matrix"  # it has nothing to hand on
+        return "matrix"  # it has no bias that a later op could add
     if kind is not None:
         return _NAMES.get(kind.name, kind.name)
     tail = tails(found)
@@ -108,7 +108,7 @@ def label_of(found: Any, tails: Callable[[nn.Module], Tail | None]) -> str | Non
 
 
 class Classifier:
-    """Knows the ops among the expressions of a method."""
+    """Tells which expressions of a method are ops."""
 
     def __init__(self, method: Method, labels: Labels, tails: dict[str, Tail]) -> None:
         self.owner = self_of(method.node)
@@ -116,10 +116,12 @@ class Classifier:
         self.imported = {(a.asname or a.name).split(".")[0] for n in imports for a in n.names}
         self.function, self.flow = method.function, method.flow
         self.labels, self.tails = labels, tails
-        self.named: dict[str, tuple[ast.expr, Any, Any]] = {}  # globals, what they are, their code
+        self.named: dict[
+            str, tuple[ast.expr, Any, Any]
+        ] = {}  # source -> global name, its value, the code of that
 
     def holds(self) -> bool:
-        """Whether all names that were looked up still are what they were."""
+        """Whether all names that were looked up still refer to the same functions and code."""
         return all(
             _is(self.look_up(e), value) and getattr(value, "__code__", None) is code
             for e, value, code in self.named.values()
@@ -132,18 +134,18 @@ class Classifier:
             return None
         starred = any(isinstance(a, ast.Starred) for a in e.args)
         if starred or None in {k.arg for k in e.keywords}:
-            kind = draws.known(self.global_of(e.func))
-            if kind in ("rate", "attention"):  # its arguments are computed: it is caught
+            kind = draws.kind_of_draw(self.global_of(e.func))
+            if kind in ("rate", "attention"):  # its arguments are unknown: intercept the call
                 return self.caught(e, _WITHIN[kind])
             if kind == "other":
-                return Op("other", e, (), reason="its arguments are computed")
-        if starred:  # nothing but what is caught while it runs
+                return Op("other", e, (), reason="its arguments are passed with * or **")
+        if starred:  # only calls that are intercepted as they run, or reported
             op = self.of_callee(e)
             return op if op is not None and op.name in (*CAUGHT, "draw") else None
         return self.of_callee(e)
 
     def of_callee(self, e: ast.Call) -> Op | None:
-        """What a call is, by what it calls."""
+        """The op that a call is, by what it calls."""
         path = path_of(e.func, self.owner)
         if path is not None:
             return self.of_self(e, path)
@@ -178,37 +180,37 @@ class Classifier:
 
     @staticmethod
     def caught(e: ast.Call, name: str) -> Op:
-        """A call that is made as it is, and caught while it runs; with its rate, where given."""
+        """A call that is made as it is and intercepted as it runs; with its rate, if given."""
         rates = [k.value for k in e.keywords if k.arg in ("dropout_p", "p", "dropout")]
         return Op(name, e, (), tuple(rates[:1]))
 
     def inside(self, e: ast.Call, name: str | None) -> Op | None:
-        """A call of what draws inside, by :func:`draws.within` of it."""
+        """A call of a function that draws inside, by what :func:`draws.within` says of it."""
         if name in CAUGHT:
             return self.caught(e, name)
         if name == "other":
-            return Op(name, e, (), reason="it calls a function that tridrop does not have")
+            return Op(name, e, (), reason="it calls a function that tridrop has no counterpart of")
         return _drawing(e) if name == "draw" else None
 
     def of_local(self, e: ast.Call) -> Op | None:
-        """A call of a variable: another name of a function, or one that was looked up or given."""
+        """A call of a local variable that holds a function, an argument or a lookup."""
         assert isinstance(e.func, ast.Name)
         named = {k.arg: k.value for k in e.keywords}
         functions = [self.defined(e.func, i) for i in self.flow.reaching.get(e.func, ())]
-        # An attention function that was looked up, in the way of transformers; the eager one may
-        # be what it is where nothing is.
+        # An attention function that was looked up as transformers does it. Where that finds
+        # nothing, the eager function, a global name, may be the default.
         if "dropout" in named and (not functions or None in functions):
             return Op("interface", e, (), (named["dropout"],))
         for function in functions:
             op = None if function is None else self.inside(e, draws.within(function))
             if op is not None:
                 return op
-        if "dropout_p" in named:  # of the signature of torch's attention
+        if "dropout_p" in named:  # as in the signature of torch's attention
             return self.caught(e, "within:attention")
         return Op("interface", e, (), (named["dropout"],)) if "dropout" in named else None
 
     def defined(self, name: ast.Name, definition: int) -> Any:
-        """The function that a variable has by one of its definitions; None where none is seen."""
+        """The function that one definition gives to a variable; None if it cannot be seen."""
         value = self.flow.definitions[definition].value
         if value is None:
             return self.default_of(name.id)
@@ -267,9 +269,15 @@ class Classifier:
 
     def of_function(self, e: ast.Call) -> Op | None:
         called = self.global_of(e.func)
-        name, known = draws.known(called), {k.arg for k in e.keywords}
+        name, keywords = draws.kind_of_draw(called), {k.arg for k in e.keywords}
         if name == "other":
-            return Op(name, e, (), _rate_of(e, called), reason="tridrop has no such function")
+            return Op(
+                name,
+                e,
+                (),
+                _rate_of(e, called),
+                reason="tridrop has no counterpart of this function",
+            )
         if name == "draw":
             return _drawing(e, draws.generator_of(called))
         x = _argument(e, 0, "input")
@@ -284,7 +292,7 @@ class Classifier:
                 return Op(name, e, (x,), (p, training))
             return Op(name, e, (x,), (p, training, in_place))
         softmax = name is None and called is not None and is_softmax(called)
-        if softmax and x is not None and known <= {"input", "dim", "dtype"}:
+        if softmax and x is not None and keywords <= {"input", "dim", "dtype"}:
             dim, dtype = _argument(e, 1, "dim"), _argument(e, 3, "dtype")
             if _is_last(dim) and len(e.args) <= 2:
                 return Op("softmax", e, (), (x, *([dtype] if dtype is not None else [])))
@@ -306,7 +314,7 @@ class Classifier:
         return isinstance(e, ast.Name) and e.id not in self.flow.locals
 
     def global_of(self, e: ast.expr) -> Any:
-        """The object behind a dotted name of the function's module or closure."""
+        """The object that a dotted name refers to, in the function's module or closure."""
         found = self.look_up(e)
         if callable(found):
             self.named[ast.unparse(e)] = e, found, getattr(found, "__code__", None)
@@ -327,7 +335,7 @@ class Classifier:
 
 
 def _is(value: Any, other: Any) -> bool:
-    """Whether it is the same object, or the same method of one."""
+    """Whether two values are the same object, or the same method of one object."""
     return value is other or (isinstance(value, MethodType) and bool(value == other))
 
 
@@ -335,12 +343,12 @@ _WITHIN = {"rate": "within", "attention": "within:attention"}
 
 
 def _drawing(e: ast.Call, of: str = "") -> Op:
-    """A call that draws random numbers, and is no dropout."""
-    return Op("draw", e, (), reason=f"it draws from {of or 'a generator'} by itself")
+    """A call that draws random numbers and is no dropout."""
+    return Op("draw", e, (), reason=f"it draws random numbers from {of or 'a generator'}")
 
 
 def _rate_of(e: ast.Call, called: Any) -> tuple[ast.expr, ...]:
-    """The rate that a function of torch is given, where that can be seen."""
+    """The rate that is passed to a function of torch, if the source shows it."""
     p = next((k.value for k in e.keywords if k.arg in ("dropout_p", "p")), None)
     if p is None and not any(isinstance(a, ast.Starred) for a in e.args):
         at = 10 if called is F.multi_head_attention_forward else 1
@@ -353,7 +361,7 @@ def _is_constant(e: ast.expr, value: Any) -> bool:
 
 
 def _is_last(dim: ast.expr | None) -> bool:
-    """Whether a dimension is written as -1, so that attention's masks are those to draw."""
+    """Whether a dimension is written as -1: only then does tridrop compute softmax and dropout."""
     return dim is not None and ast.unparse(dim) == "-1"
 
 

@@ -1,4 +1,4 @@
-"""What :func:`tridrop.swap` found and did, as data, as a table, as code and in numbers."""
+"""The report of :func:`tridrop.swap`: what it found and did, as data, as a table and as code."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from .wording import Plans, remade
 if TYPE_CHECKING:
     from .verify import Verification
 
-# Other libraries give a model back, and so `model = tridrop.swap(model)` is written by habit.
+# Similar functions of other libraries return the model, so that users write
+# `model = tridrop.swap(model)` by habit.
 _NO_MODEL = (
     "tridrop.swap changes the model in place and returns a report, which this is. Write\n"
     "    report = tridrop.swap(model)\n"
     "    out = model(x)"
 )
-_BESIDES = 76  # columns of the table for all but the code
+_BESIDES = 76  # characters that the table needs for all columns except "code"
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,25 @@ class Site:
     """One place in a model where something is dropped, or where random numbers are drawn.
 
     Attributes:
-        module: the name in the model of the module in whose code it stands, or that drops itself.
-        kind: that module's class.
-        code: the call, or the module's text.
-        line: of the call in the class's file.
-        p: the probability of dropping, where it can be told from the module.
-        parts: the ops that became one, in the order of computation; of one alone, its mask is
-            tridrop's and nothing is fused; empty where it was left. "call" is what another module
-            hands on uncomputed, such as its last linear layer; "return" says that this one hands
-            its value on to its caller. :meth:`Report.became` puts both into words.
-        reason: why it was left; of a LoRA adapter's dropout with a mask of tridrop's and no more,
-            why it was not fused; "unknown: ..." of a module that no text shows to be called.
-        stream: its number under :func:`tridrop.rng`: its mask is that of fold_in(seed, stream).
-        condition: of a call that stands in a branch of its forward, the condition on what that is
-            given or computes ("alibi is not None"); whether it holds :meth:`Report.verify` tells.
+        module: the name in the model of the module whose code contains the site, or which is
+            itself the site.
+        kind: the name of that module's class.
+        code: the source of the call, or the module's repr.
+        line: the line of the call in the file of the class.
+        p: the probability of dropping, where it can be read off the module.
+        parts: the ops that are one op now, in the order of computation. One alone means that the
+            site draws tridrop's mask and is fused with nothing; none means that it was left as it
+            was. "call" stands for the end of a called module, such as its last linear layer, which
+            that module hands over uncomputed; "return" means that this module in turn hands its
+            value to its caller. :meth:`Report.became` puts both into words.
+        reason: why the site was left. For the dropout of a LoRA adapter that draws tridrop's mask
+            but is not fused, why not. "unknown: ..." for a module that no source shows to be
+            called.
+        stream: the site's number under :func:`tridrop.rng`, where its seed is
+            fold_in(seed, stream).
+        condition: for a call in a branch of its forward, the condition of that branch on the
+            forward's inputs or variables ("alibi is not None"). :meth:`Report.verify` tells whether
+            it held.
     """
 
     module: str
@@ -65,25 +71,28 @@ class Site:
 
     @property
     def status(self) -> str:
-        """ "fused", "swapped" (its mask alone) or "left"."""
+        """ "fused", "swapped" (tridrop's mask, fused with nothing) or "left"."""
         return "left" if not self.parts else "fused" if len(self.parts) > 1 else "swapped"
 
 
 @dataclass
 class Report:
-    """The result of :func:`tridrop.swap`. Printed, it is a table of all sites, alike ones together.
+    """The result of :func:`tridrop.swap`. Printed, it is a table with a row for each group of equal
+    sites.
 
-    It does not keep the model alive; :meth:`verify` and :meth:`source` need it.
+    It does not keep the model alive, which :meth:`verify` and :meth:`source` need.
 
     Attributes:
         sites: everything that drops, in the order of ``model.modules()`` and of the code.
         levels: what the swap was allowed to do.
         dry_run: whether nothing was changed.
-        remade: with ``memory``, the calls that give a tensor which backward makes again ("norm",
-            "activation", "product" of a gate) and those that keep none of one ("linear"), by kind.
-            Layers of attention do too, and are not among them.
-        certain: whether reading saw all there is: modules of torch's that do not drop, and nothing
-            else. Where no site was found and this is False, only :meth:`verify` can tell.
+        remade: with ``memory``, how many calls of each sort give a tensor that backward recomputes
+            ("norm", "activation", and "product" for a gate), and how many calls of linear layers
+            may take such a tensor without keeping it ("linear"). Attention layers do the same and
+            are not counted.
+        certain: whether the model consists of torch's own modules that do not drop, so that reading
+            it leaves no doubt. Where no site was found and this is False, only :meth:`verify` can
+            tell whether the model drops.
         verification: the last result of :meth:`verify`.
 
     >>> import tridrop
@@ -136,15 +145,15 @@ class Report:
         return {status: found[status] for status in ("fused", "swapped", "left")}
 
     def changed(self) -> list[str]:
-        """The classes that are not what they were when the swap read them, by name.
+        """The names of the classes that have changed since the swap read them.
 
-        Somebody gave them another method, or torch another function that they call; or gave one of
-        these another code or other defaults. What runs is what is there now: such a module is
-        called as it is, and fused with nothing. Named too are attention modules of transformers
-        whose model was given another attention function since, which then runs; and those whose
-        function that tridrop's stands for (eager_attention_forward in the model's file, or what
-        is registered as "sdpa") was replaced, which does not run as long as "tridrop" is set.
-        Another swap reads all again. (Of a report that was unpickled nothing is known.)
+        A method of the class was replaced, or a function of torch that it calls, or the code or the
+        defaults of one of these. The present code then runs: such a module is called as it is, and
+        nothing is fused with it. The list also names attention modules of transformers whose model
+        has been given another attention function, which then runs; and those for which tridrop's
+        attention replaces a function (eager_attention_forward in the model's file, or the one
+        registered as "sdpa") that was changed, which does not run as long as "tridrop" is set.
+        Another swap reads everything again. For an unpickled report the list is empty.
 
         >>> import tridrop
         >>> report = tridrop.swap(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
@@ -158,34 +167,35 @@ class Report:
         return list(self._words)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
-        """Run the model and hold every random number that it draws against the sites.
+        """Run the model and compare every random number that it draws with the reported sites.
 
-        One training forward runs on the given inputs with every module's own class and attention
-        function, and one swapped. After :func:`tridrop.unswap`, and for a dry run, the model is
-        swapped for the time; so ``tridrop.swap(model, dry_run=True).verify(batch)`` says whether a
-        model drops at all, and where. Seen are the operators of torch's dispatcher and tridrop's,
-        Python's ``random`` and NumPy's global generator, and generators that modules hold.
+        Two training forwards run on the given inputs: one with every module's original class and
+        attention function, and one swapped. If the model is not swapped at present, after
+        :func:`tridrop.unswap` or a dry run, it is swapped for the second forward only; so
+        ``tridrop.swap(model, dry_run=True).verify(batch)`` tells whether a model drops at all, and
+        where. It observes the operators of torch and tridrop that torch's dispatcher sees,
+        Python's ``random``, NumPy's global generator, and generators that modules hold.
 
-        Of each site it says "drops as reported", "does not drop as reported", "draws nothing",
-        "never called" or "p read but not used here", and of the draws that belong to no site the
-        line of code. It also counts what both forwards cost: launches that drop, operators, and
-        bytes saved for backward.
+        Each site gets a verdict: "drops as reported", "does not drop as reported", "draws nothing",
+        "never called" or "p read but not used here". Draws that belong to no site are listed with
+        their line of code. The costs of both forwards are counted as well: launches that drop,
+        operators, and bytes saved for backward.
 
-        Afterwards everything is as it was: classes, numbers of sites, modes, buffers, gradients,
-        and the random generators of torch (of the CPU and of accelerators), NumPy and Python. No
-        backward is run. A model in training mode runs as it is; one in eval mode is put into
-        training mode. Hooks run. What the forward does to its inputs, such as filling a cache, it
-        does twice. While it runs, ``sys.setprofile`` is taken.
+        Afterwards everything is as before: classes, numbers of sites, modes, buffers, gradients,
+        and the random generators of torch (on the CPU and on accelerators), NumPy and Python. No
+        backward runs. A model in training mode runs in the modes that its modules have; one in eval
+        mode is put into training mode. Hooks run. Side effects of the forward on its inputs, such
+        as filling a cache, happen twice. ``sys.setprofile`` is in use meanwhile.
 
         Returns:
-            What was seen, which the report then prints below its table and has in
-            ``verification``. Draws of a forward that did not happen, in another branch say, are
-            not seen: give inputs like those of training.
+            What was observed. The report keeps it in ``verification``, and prints it below its
+            table. Branches of the forward that did not run are not observed: pass inputs like those
+            of training.
 
         Raises:
             ValueError: the model no longer exists.
             RuntimeError: its modules were given other classes after the swap, by fully_shard for
-                instance. Verify before that.
+                instance. Call verify before that.
 
         >>> import torch, tridrop
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -199,20 +209,20 @@ class Report:
         >>> found.cost.after.saved_bytes < found.cost.before.saved_bytes
         True
         """
-        from .verify import verify  # which needs what imports this module
+        from .verify import verify  # here, since verify.py imports what imports this module
 
         self.verification = verify(self, self._alive(), args, kwargs)
         return self.verification
 
     def raise_if_unaccounted(self) -> None:
-        """Raise where :meth:`verify` saw what the report does not account for.
+        """Raise an error if :meth:`verify` saw something that the report does not account for.
 
-        That is a site that does not drop as reported, or a draw that belongs to no site. It is an
-        exit for scripts; a site that was never called is no error.
+        That is a site that does not drop as reported, or a draw that belongs to no site. A site
+        that was never called is no error. This is meant for scripts that must stop.
 
         Raises:
-            RuntimeError: there is such, each named with its line of code; or the report has not
-                been verified.
+            RuntimeError: there is such a site or draw, and the message names each with its line of
+                code; or the report has not been verified.
 
         >>> import torch, tridrop
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
@@ -229,13 +239,13 @@ class Report:
             )
 
     def source(self, name: str) -> str:
-        """The methods of a module that were rewritten, as Python, without comments.
+        """The Python source of a module's rewritten methods, without comments.
 
-        ``_tridrop`` in it is the module tridrop.swapping.lazy. A method ``_tridrop_forward`` is the
+        In it ``_tridrop`` is the module tridrop.swapping.lazy. A method ``_tridrop_forward`` is the
         form of forward for callers that take over what it returns.
 
         Args:
-            name: of a module in the model, as in :attr:`Site.module`.
+            name: the name of a module in the model, as in :attr:`Site.module`.
 
         Raises:
             ValueError: there is no such module, nothing in it was rewritten, or the model no longer
@@ -255,7 +265,7 @@ class Report:
         return Plans(self._alive(), self.levels).source(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, of plain types, for JSON."""
+        """The whole report in plain types, for JSON."""
         words = self.became()
         return {
             "dry_run": self.dry_run,
@@ -278,7 +288,7 @@ class Report:
         return model
 
     def _groups(self) -> Iterator[tuple[Site, str, int]]:
-        """Sites that look alike: the first, what became of it, and how many there are."""
+        """Groups of equal sites: the first one, what became of it, and how many there are."""
         groups: dict[tuple[Any, ...], list[Any]] = {}
         for site, text in zip(self.sites, self.became(), strict=True):
             group = groups.setdefault((site.kind, site.code, site.p, text), [site, text, 0])
@@ -309,23 +319,23 @@ class Report:
         branches = {f"{s.kind} if {s.condition}": None for s in self.sites if s.condition}
         if branches and self.verification is None:
             yield Text(
-                f"Only in a branch: {'; '.join(branches)}. report.verify(batch) tells whether "
-                "they run."
+                f"Only in a branch: {'; '.join(branches)}. report.verify(batch) tells whether the "
+                "branch runs."
             )
         if changed := self.changed():
             yield Text(
-                f"Changed since the swap: {', '.join(changed)}. They are called as they are; "
-                'only attention stays tridrop\'s where "tridrop" is set.',
+                f"Changed since the swap: {', '.join(changed)}. These classes run as they are now, "
+                'and nothing is fused with them; only attention set to "tridrop" runs as before.',
                 style="yellow",
             )
         if self.verification is not None:
             yield from _verified(self.verification)
 
     def _nothing(self) -> str:
-        """What is to be said where no site was found."""
+        """The text of a report in which no site was found."""
         seen = self.verification
         if seen.drops() if seen is not None else not self.certain:
-            text = "Nothing that drops was found by reading: the model is unchanged. "
+            text = "The source shows nothing that drops: the model is unchanged. "
             if seen is None:
                 return text + "Whether it drops is unknown: run report.verify(batch)."
             return text + "Running it drew random numbers, see below."
@@ -342,7 +352,7 @@ class Report:
 
 
 def _verified(seen: Verification) -> Iterator[Any]:
-    """The end of a report that was verified: what does not hold, the counts and the cost."""
+    """The end of a verified report: sites that are not as reported, the counts and the cost."""
     table = Table(title="verified")
     for column in ("seen", "in", "code", "what"):
         table.add_column(column, justify="right" if column == "seen" else "left")
@@ -369,14 +379,14 @@ def _verified(seen: Verification) -> Iterator[Any]:
 
 
 def _words(became: str, reason: str) -> str:
-    """What became of a site, and why no more."""
+    """What became of a site, and why nothing better became of it."""
     if not became:
         return f"left: {reason}"
     return f"{became} ({reason})" if reason else became
 
 
 def _cut(code: str, width: int) -> str:
-    """Code in one line."""
+    """Code on one line of at most ``width`` characters."""
     line = " ".join(code.split())
     return line if len(line) <= width else line[: width - 3] + "..."
 

@@ -1,8 +1,9 @@
-"""Which calls of a method can be one op, and the method with these calls exchanged.
+"""Plans which calls of a method become one op.
 
-Nothing is moved: each call stays where it stood and becomes the function of lazy.py that stands for
-it. All that is decided here is who may hand on a value that has not been computed: a producer whose
-only user is one that can take it up, on a way that has a dropout on it.
+Nothing is moved: each call stays in its place, where the function of lazy.py with its name is
+called instead. This file only decides which calls may hand on a value that is not computed yet: a
+call may if its result has one user, if that user can take the op up, and if a dropout lies on the
+path.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 
 from .flow import Flow
 
-# What draws a mask, and what each op can take up before it is computed.
+# The ops that draw a mask.
 DROPS = ("dropout", "rate", "drop_path", "dropout_add", "within")
-CAUGHT = ("within", "within:attention")  # called as they are, and watched
+CAUGHT = ("within", "within:attention")  # called as they are; their inner calls are intercepted
 _ADDS = ("add", "dropout_add")
+# For each op, the ops whose results it can take up before they are computed.
 _ABSORBS: dict[str, tuple[str, ...]] = {
     "dropout": (
         "linear",
@@ -40,9 +42,9 @@ _ABSORBS: dict[str, tuple[str, ...]] = {
     "return": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
 }
 _ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
-_FOREIGN = (*CAUGHT, "draw", "matrix")  # calls of what is not torch's own
-COMPUTED = ("norm", "attention", *CAUGHT)  # return what is computed
-# These drop as well, by other means or untouched.
+_FOREIGN = (*CAUGHT, "draw", "matrix")  # calls of functions and modules that are not torch's
+COMPUTED = ("norm", "attention", *CAUGHT)  # return tensors, never values that wait
+# Ops that drop as well, without a call of a dropout that could be fused.
 _NOTED = ("attention", "within:attention", "interface", "other")
 ATTENTION_PARTS = ("softmax", "dropout", "matmul")
 _ACROSS = {"call", "scale", "drop_path", "return", "identity"}
@@ -51,7 +53,7 @@ _ATTENTION = {"softmax", "softmax_of", "cast"}
 
 @dataclass(frozen=True)
 class Levels:
-    """What :func:`tridrop.swap` may do."""
+    """The switches of :func:`tridrop.swap`: what it may do."""
 
     dropout: bool = True
     attention: bool = True
@@ -62,15 +64,15 @@ class Levels:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """A call (or sum) that the rules know; ``operands`` are what it may take up."""
+    """A call (or sum) that the rewriter recognises; ``operands`` are the values it may take up."""
 
     name: str
     node: ast.expr
     operands: tuple[ast.expr, ...]
     rest: tuple[ast.expr, ...] = ()  # arguments that are passed as they are
-    carries: bool = False  # of a call: whether a dropout is among what it hands on
-    method: str = "forward"  # of a call
-    reason: str = ""  # why it is left
+    carries: bool = False  # for a "call": whether the value that it hands on contains a dropout
+    method: str = "forward"  # for a "call": the method that is called
+    reason: str = ""  # why it is left as it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,35 +81,37 @@ class Edge:
 
     producer: Op
     consumer: Op
-    shared: bool = False  # others use it as well
+    shared: bool = False  # whether the value has other users as well
 
 
 @dataclass
 class Place:
-    """One call that drops, in the text of a method."""
+    """One call in the source of a method that drops."""
 
     op: Op
     line: int | None
     text: str
-    parts: tuple[str, ...] = ()  # of the op that it became part of; none: left
+    parts: tuple[str, ...] = ()  # the ops that are one op with it; empty if it is left
 
 
 @dataclass
 class Plan:
-    """What is to be done with one method."""
+    """What is to be changed in one method."""
 
     node: ast.FunctionDef
     flow: Flow
     ops: dict[ast.expr, Op]
     edges: list[Edge] = field(default_factory=list)
     emitted: set[Op] = field(default_factory=set)
-    apart: set[Op] = field(default_factory=set)  # of these, what memory=True alone is about
+    memory_only: set[Op] = field(default_factory=set)  # those emitted only for memory=True
     memory: bool = False
-    waiting: set[int] = field(default_factory=set)  # definitions of sums that several use
+    waiting: set[int] = field(default_factory=set)  # definitions of sums with several users
     places: list[Place] = field(default_factory=list)
-    drawn: list[Place] = field(default_factory=list)  # random numbers that are no dropout's
+    drawn: list[Place] = field(
+        default_factory=list
+    )  # calls that draw random numbers and are no dropout
     writes: list[int] = field(default_factory=list)  # lines on which something changes in place
-    calls: list[ast.Call] = field(default_factory=list)  # of what may write in place
+    calls: list[ast.Call] = field(default_factory=list)  # calls that may write in place
 
     def context(self, node: ast.AST) -> ast.AST | None:
         """The with statement around an expression."""
@@ -123,7 +127,7 @@ class Plan:
 
 
 def returns(node: ast.FunctionDef) -> list[tuple[ast.expr, bool]]:
-    """What a method returns first: the expressions, and whether in a tuple."""
+    """The first value of each return statement, and whether it stands in a tuple."""
     found = []
     stack: list[ast.AST] = list(node.body)
     while stack:
@@ -146,7 +150,7 @@ def plan(
     levels: Levels,
     bare: bool,
 ) -> Plan:
-    """The plan for a method; with ``bare`` for its form whose caller takes over what it returns."""
+    """The plan for a method, or with ``bare`` for the form whose caller takes over its end."""
     ops = {n: op for n in ast.walk(node) if isinstance(n, ast.expr) and (op := classify(n))}
     made = Plan(node, flow, ops)
     nodes: list[Any] = list(ast.walk(node))
@@ -156,7 +160,7 @@ def plan(
     edges = [e for op in (*ops.values(), *ends) for x in op.operands for e in _edges(made, op, x)]
     edges = [e for e in edges if _allowed(e, levels)]
     made.edges = edges
-    # Along a way without a dropout there is nothing to do.
+    # A path without a dropout is left as it is.
     made.edges = [e for e in edges if _useful(made, e)]
     taken = {e.consumer for e in made.edges if e.consumer.name == "norm"}
     made.edges = [e for e in made.edges if e.producer not in taken]
@@ -164,17 +168,17 @@ def plan(
         if op.name == "dropout_add" or made.into(op):
             _share(made, op, levels)
     for op in ops.values():
-        on_a_way = any(op in (e.producer, e.consumer) for e in made.edges)
+        on_a_path = any(op in (e.producer, e.consumer) for e in made.edges)
         plain = op.name in DROPS and levels.dropout
         fused = op.name in ("attention", "within:attention") and levels.attention
-        if on_a_way or plain or fused:
+        if on_a_path or plain or fused:
             made.emitted.add(op)
     _note_places(made)
     return made
 
 
 def _is_pure(call: ast.Call) -> bool:
-    """Whether a call is of torch's functions, which say so if they write (add_, out=), or len."""
+    """Whether a call cannot write in place unseen: torch's functions show it (add_, out=)."""
     root = call.func
     while isinstance(root, ast.Attribute):
         root = root.value
@@ -192,7 +196,8 @@ def _writes(n: Any) -> bool:
 
 
 def sources(made: Plan, x: ast.expr) -> list[tuple[Op, int | None]]:
-    """The ops that an operand comes from; with the definition, where that is not the op itself."""
+    """The ops that an operand comes from, each with the definition of the variable in between, if
+    there is one."""
     if x in made.ops:
         return [] if made.ops[x].name == "call:tuple" else [(made.ops[x], None)]
     flow = made.flow
@@ -218,11 +223,11 @@ def _edges(made: Plan, consumer: Op, x: ast.expr) -> list[Edge]:
 
 
 def _may_wait(made: Plan, op: Op, consumer: Op, x: ast.expr) -> bool:
-    """Whether it makes no difference when an op is computed.
+    """Whether an op can be computed later, with its consumer, without any difference.
 
-    It does where a with statement ends in between (autocast, no_grad), where something is written
-    in place or its operands are given to somebody who may do that, and from one turn of a loop to
-    the next.
+    It makes a difference if a with statement begins or ends in between (autocast, no_grad), if
+    something is written in place in between, if an operand is passed in between to a call that may
+    write to it, and if the two are in different iterations of a loop.
     """
     inside = made.context(op.node)
     if inside is not (None if consumer.name == "return" else made.context(consumer.node)):
@@ -232,7 +237,7 @@ def _may_wait(made: Plan, op: Op, consumer: Op, x: ast.expr) -> bool:
         last = consumer.node.end_lineno or last
     if first > last or any(first <= line <= last for line in made.writes):
         return False
-    held = _with_copies(made.flow, _held(made, op))
+    held = _with_copies(made.flow, _definitions_read(made, op))
     inside_op = set(ast.walk(op.node))
     for call in made.calls:
         between = first <= call.lineno <= last and call not in inside_op
@@ -250,21 +255,21 @@ def _names(call: ast.Call) -> list[ast.Name]:
     return [n for value in values for n in ast.walk(value) if isinstance(n, ast.Name)]
 
 
-def _held(made: Plan, op: Op, seen: frozenset[Op] = frozenset()) -> set[int]:
+def _definitions_read(made: Plan, op: Op, seen: frozenset[Op] = frozenset()) -> set[int]:
     """The definitions of the variables whose tensors an op reads when it is computed."""
-    # Linear layers and calls have computed, and hand that on.
+    # Linear layers and calls have computed their product already; only the rest waits.
     if op in seen or op.name in ("linear", "call", "call:tuple"):
         return set()
     seen |= {op}
     found: set[int] = set()
     for x in (*op.operands, *(op.rest[:1] if op.name in ("softmax", "softmax_of") else ())):
         if x in made.ops:
-            found |= _held(made, made.ops[x], seen)
+            found |= _definitions_read(made, made.ops[x], seen)
             continue
         for name in (n for n in ast.walk(x) if isinstance(n, ast.Name)):
             found |= made.flow.reaching.get(name, set())
         for inner, _ in sources(made, x):
-            found |= _held(made, inner, seen)
+            found |= _definitions_read(made, inner, seen)
     return found
 
 
@@ -295,7 +300,7 @@ def _useful(made: Plan, edge: Edge) -> bool:
 
 
 def carries(made: Plan, op: Op, seen: set[Op]) -> bool:
-    """Whether there is a dropout in what an op hands on."""
+    """Whether the value that an op hands on contains a dropout."""
     if op.name in DROPS or op.carries:
         return True
     if op in seen:
@@ -304,7 +309,7 @@ def carries(made: Plan, op: Op, seen: set[Op]) -> bool:
 
 
 def _leads(made: Plan, edge: Edge, seen: set[Edge]) -> bool:
-    """Whether what is handed on comes to a dropout, or to the caller."""
+    """Whether the value that is handed on reaches a dropout, or the caller."""
     if edge.consumer.name in DROPS or edge.consumer.name == "return":
         return True
     if edge in seen:
@@ -313,7 +318,7 @@ def _leads(made: Plan, edge: Edge, seen: set[Edge]) -> bool:
 
 
 def _share(made: Plan, op: Op, levels: Levels) -> None:
-    """Let a sum wait for the norm of it, where others use it as well."""
+    """Let a sum wait for the norm that follows it, where the sum has other users too."""
     if made.out_of(op):
         return
     flow = made.flow
@@ -351,11 +356,11 @@ def _note_places(made: Plan) -> None:
 
 
 def _at(op: Op) -> tuple[int, int, int]:
-    """Where an op stands in the text."""
+    """The position of an op in the source, to sort by."""
     return op.node.lineno, op.node.end_lineno or 0, op.node.end_col_offset or 0
 
 
-_OWN = {
+_PARTS_OF_OP = {
     "rate": ("dropout",),
     "within": ("dropout",),
     "dropout_add": ("dropout", "add"),
@@ -376,7 +381,7 @@ def taken_up(made: Plan, op: Op) -> list[Op]:
 
 
 def _parts(made: Plan, op: Op) -> tuple[str, ...]:
-    """What is one op with ``op``, in the order of computation."""
+    """The names of the ops that are one op with ``op``, in the order of computation."""
     names = [producer.name.partition(":")[0] for producer in taken_up(made, op)]
     before = ["softmax" if name == "softmax_of" else name for name in names]
     after: list[str] = []
@@ -384,5 +389,5 @@ def _parts(made: Plan, op: Op) -> tuple[str, ...]:
     while out := made.out_of(at):
         at = out[0].consumer
         after.append(at.name)
-    own = _OWN.get(op.name, (op.name,))
-    return tuple(p for p in (*before, *own, *after) if p not in ("cast", "identity"))
+    parts = _PARTS_OF_OP.get(op.name, (op.name,))
+    return tuple(p for p in (*before, *parts, *after) if p not in ("cast", "identity"))

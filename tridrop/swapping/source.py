@@ -1,7 +1,7 @@
-"""A method's text as a syntax tree, and a changed tree as a function again.
+"""Turns a method's source into a syntax tree, and a changed tree into a function.
 
-Only what is needed to put other calls in the place of some: the rest of the method, its line
-numbers, globals, closure, defaults and decorators stay what they were.
+It does only what is needed to replace some calls: the rest of the method, its line numbers,
+globals, closure, defaults and decorators stay what they were.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 
 class Unreadable(Exception):
-    """The text of a function cannot be had, or is not what runs; the message says why."""
+    """A function has no source, or runs something else; the message says why."""
 
 
 def unwrap(function: Any) -> tuple[FunctionType, Callable[[FunctionType], FunctionType]]:
-    """The innermost function under decorators, and what puts the same decorators around another.
+    """The innermost function under decorators, and a function that decorates another one alike.
 
-    A decorator is not run again, since it may register things: its wrapper is copied, with the
-    closure's cell that holds the wrapped function exchanged.
+    Decorators are not run again, since they may register things. Instead, the wrapper that each
+    returned is copied, with another function in the closure cell that holds the wrapped one.
     """
     wrappers: list[FunctionType] = []
     while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
@@ -36,7 +36,7 @@ def unwrap(function: Any) -> tuple[FunctionType, Callable[[FunctionType], Functi
         raise Unreadable("it is not a Python function")
     for wrapper, inner in pairwise([*wrappers, function]):
         if not any(_holds(cell, inner) for cell in wrapper.__closure__ or ()):
-            raise Unreadable("its decorator cannot be put around another function")
+            raise Unreadable("its decorator cannot be applied to the rewritten function")
 
     def rewrap(new: FunctionType) -> FunctionType:
         inner = function
@@ -52,11 +52,11 @@ def unwrap(function: Any) -> tuple[FunctionType, Callable[[FunctionType], Functi
 
 
 def hands_on(function: Any) -> bool:
-    """Whether the decorators of a function return what it returns, as it is and where it is.
+    """Whether the decorators of a function return its result directly and unchanged.
 
-    Such a decorator changes arguments or warns, as transformers' ``deprecate_kwarg`` does: what the
-    function hands to its caller is then the function's own. Whatever else is done with the result,
-    a ``with`` or a ``try`` around the call, or a text that cannot be read: no.
+    This holds for a decorator that changes arguments or warns, such as transformers'
+    ``deprecate_kwarg``. It does not hold if a wrapper does anything else with the result, if a
+    ``with`` or ``try`` is around the call, or if a wrapper's source cannot be read.
     """
     while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
         wrapper, function = function, function.__wrapped__
@@ -71,13 +71,13 @@ def hands_on(function: Any) -> bool:
     return isinstance(function, FunctionType)
 
 
-# Statements in which a call runs otherwise than behind them.
+# Statements inside which a call runs under other conditions than after them.
 _AROUND = (ast.With, ast.AsyncWith, ast.Try, getattr(ast, "TryStar", ast.Try))
 
 
 def _is_returned(node: ast.AST, names: Set[str]) -> bool:
-    """Whether a statement does nothing with functions of these names but return their results and
-    read what they are called."""
+    """Whether a statement uses functions of these names only to return their results directly and
+    to read their ``__name__``."""
     if isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
         called = node.value
         if isinstance(called.func, ast.Name) and called.func.id in names:
@@ -119,10 +119,10 @@ def _like(
 def parse(function: FunctionType) -> ast.FunctionDef:
     """The tree of a function, with the code's line numbers and the function's own defaults.
 
-    A file may have changed since it was imported, a relative name may find another file of that
-    name in the working folder, and a patched or generated function may point at a text that is not
-    its own. So the text is compiled again, in its place in the file, and taken only where that
-    gives the code that runs, but for line numbers.
+    A file may have changed since it was imported, its relative path may now find another file, and
+    a patched or generated function may point at source that is not its own. So the source is
+    compiled again, within its file, and used only if this gives the code that runs, except for line
+    numbers.
     """
     code = function.__code__
     if not code.co_name.isidentifier() or code.co_flags & inspect.CO_COROUTINE:
@@ -139,7 +139,7 @@ def parse(function: FunctionType) -> ast.FunctionDef:
     node.args.kw_defaults = [
         _literal(given[a.arg]) if a.arg in given else None for a in node.args.kwonlyargs
     ]
-    # By the name of its class, which may have been changed, private names are made.
+    # Private names contain the name of the class, which may have been changed.
     if _names(_compile(function, node, ())) != _names(code):
         raise Unreadable("its source is not what runs")
     return node
@@ -155,7 +155,7 @@ def _text(function: FunctionType) -> str:
 
 
 class _File:
-    """A text, and the codes that it is compiled to."""
+    """The source of a file, and the code objects that it is compiled to."""
 
     def __init__(self, text: str) -> None:
         self.statements = ast.parse(text).body
@@ -168,38 +168,38 @@ class _File:
         self._codes: dict[tuple[int, int, bool], dict[tuple[str, int], CodeType]] = {}
 
     def tree_of(self, code: CodeType) -> ast.FunctionDef | None:
-        """A copy of the tree of the function that has this code; of several the nearest."""
+        """A copy of the tree of the function that has this code; the nearest of several."""
         content = _content(code)
         nodes = self._functions.get(code.co_name, [])
         for i, node in sorted(nodes, key=lambda n: abs(_first_line(n[1]) - code.co_firstlineno)):
-            # A file is compiled as a whole, a cell of a notebook statement by statement: calls of
-            # what is imported there are not the same.
+            # A file is compiled as a whole, but a notebook cell statement by statement. Calls of
+            # imported names compile differently in the two cases.
             for imports in (True, False):
                 made = self._compiled(i, code.co_flags & _FUTURES, imports)
-                own = made.get((node.name, _first_line(node)))
-                if own is not None and _content(own) == content:
-                    # To the lines that frames of this code name, if the text has moved since.
-                    found: ast.FunctionDef = pickle.loads(pickle.dumps(node))  # a copy, quickly
+                compiled = made.get((node.name, _first_line(node)))
+                if compiled is not None and _content(compiled) == content:
+                    # With the line numbers of the code, in case the source has moved in its file.
+                    found: ast.FunctionDef = pickle.loads(pickle.dumps(node))  # a fast deep copy
                     return ast.increment_lineno(found, code.co_firstlineno - _first_line(node))
         return None
 
     def _compiled(self, i: int, flags: int, imports: bool) -> dict[tuple[str, int], CodeType]:
-        """The codes in a statement, by name and first line."""
+        """The code objects in a statement, by name and first line."""
         key = i, flags, imports
         if key not in self._codes:
             body = [*(self.imports if imports else ()), self.statements[i]]
-            # Without dont_inherit this file's own future statements would hold there.
+            # Without dont_inherit the future statements of this file would apply there.
             whole = compile(ast.Module(body, []), "<source>", "exec", flags, dont_inherit=True)
             codes = {(c.co_name, c.co_firstlineno): c for c in _inside(whole)}
             self._codes[key] = codes
         return self._codes[key]
 
 
-_file = functools.lru_cache(4)(_File)  # a model's classes are mostly of a few files
+_file = functools.lru_cache(4)(_File)  # the classes of a model come mostly from a few files
 
 
 def _statements(statements: list[Any], inside: bool) -> Iterator[ast.stmt]:
-    """The statements and those in them; ``inside`` functions and classes as well, or not."""
+    """All statements, nested ones too; with ``inside``, also those in functions and classes."""
     for statement in statements:
         yield statement
         if inside or not isinstance(
@@ -226,7 +226,7 @@ def _inside(code: CodeType) -> Iterator[CodeType]:
 
 
 def _content(code: CodeType) -> tuple[Any, ...]:
-    """All that a code does: everything but its place, and the lines of its instructions."""
+    """All that determines what a code object does: everything but its file and line numbers."""
     return (
         code.co_code,
         code.co_names,
@@ -238,7 +238,7 @@ def _content(code: CodeType) -> tuple[Any, ...]:
 
 
 def _constant(value: Any) -> Any:
-    """A constant, so that 1, 1.0 and True differ, and 0.0 and -0.0."""
+    """A constant in a form in which 1, 1.0 and True differ, and 0.0 and -0.0."""
     if isinstance(value, CodeType):
         return _content(value)
     if isinstance(value, tuple):
@@ -249,19 +249,19 @@ def _constant(value: Any) -> Any:
 
 
 def _names(code: CodeType) -> tuple[Any, ...]:
-    """The names in a code and in those inside it."""
+    """The names in a code object and in those inside it."""
     inside = tuple(_names(c) for c in code.co_consts if isinstance(c, CodeType))
     return code.co_names, code.co_varnames, code.co_freevars, inside
 
 
 def _literal(value: Any) -> ast.expr:
-    """A default as a tree; of what is no literal, a name that nothing has."""
+    """A default value as a tree; a name that nothing has, if it is no literal."""
     plain = value is None or isinstance(value, (bool, int, float, str))
     return ast.Constant(value) if plain else ast.Name("<default>", ast.Load())
 
 
 def build(function: FunctionType, node: ast.FunctionDef, names: Mapping[str, Any]) -> FunctionType:
-    """``function`` with the tree ``node``, in which ``names`` can be used as well."""
+    """A copy of ``function`` with the body of ``node``, which may also use ``names``."""
     code = _compile(function, node, tuple(names))
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     cells.update((name, CellType(value)) for name, value in names.items())
@@ -269,8 +269,8 @@ def build(function: FunctionType, node: ast.FunctionDef, names: Mapping[str, Any
 
 
 def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ...]) -> CodeType:
-    """The code of ``node``, with ``names`` and what was free in ``function`` as free variables."""
-    # The class gives private names their prefix, the function around it makes the names free.
+    """The code of ``node``. Its free variables are ``names`` and those of ``function``."""
+    # Compiled inside a class, private names get their prefix; inside a function, names are free.
     module = ast.parse("def outer():\n class Owner:\n  def inner(): pass")
     outer: Any = module.body[0]
     owner: Any = outer.body[0]
@@ -278,9 +278,11 @@ def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ..
     outer.args.args = [ast.arg(arg=name) for name in (*function.__code__.co_freevars, *names)]
     owner.name = (function.__qualname__.split(".")[-2:-1] or ["_"])[0].strip("<>")
     if owner.name not in (*function.__code__.co_freevars, *names):
-        outer.body.insert(0, ast.Global([owner.name]))  # as for a method that names its class
+        outer.body.insert(
+            0, ast.Global([owner.name])
+        )  # for a method that uses the name of its class
     inner.name, inner.body = node.name, node.body
-    old = node.args  # defaults and annotations are the function's, not the code's
+    old = node.args  # defaults and annotations belong to the function, not to its code
     inner.args = ast.arguments(
         posonlyargs=[_bare(a) for a in old.posonlyargs],
         args=[_bare(a) for a in old.args],
@@ -293,7 +295,7 @@ def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ..
     for new in (inner, owner, outer):
         ast.copy_location(new, node)
     ast.fix_missing_locations(module)
-    # Without dont_inherit this file's own future statements would hold there.
+    # Without dont_inherit the future statements of this file would apply there.
     flags = function.__code__.co_flags & _FUTURES
     code = compile(module, function.__code__.co_filename, "exec", flags, dont_inherit=True)
     for _ in range(3):
@@ -301,7 +303,7 @@ def _compile(function: FunctionType, node: ast.FunctionDef, names: tuple[str, ..
     return code
 
 
-# Flags of "from __future__ import annotations" and its like, in co_flags as in compile().
+# The flags of future statements, such as annotations; the same in co_flags and for compile().
 _FUTURES = 0
 for _name in __future__.all_feature_names:
     _FUTURES |= getattr(__future__, _name).compiler_flag

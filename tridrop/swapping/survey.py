@@ -1,4 +1,4 @@
-"""What there is in a model, and what is to become of each of its modules."""
+"""Surveys a model: its modules, and what a swap makes of each."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ..base.modules import is_keras, named_parts
 from . import adapters, branches, classes, kinds
 from .classes import Recipe
 from .kinds import base_of
-from .present import Holds, is_own
+from .present import Holds, is_original
 from .recognise import Method, Tail, called_by, resolve, self_of
-from .remade import REMADE
+from .remade_plan import REMADE
 from .rewrite import ATTENTION_PARTS, Levels, Op
 
 
 class Survey:
-    """What there is in a model, and what is to become of it."""
+    """The modules of a model, and the recipe or the reason for each."""
 
     def __init__(self, model: nn.Module, levels: Levels) -> None:
         self.levels = levels
-        # Those of Keras are looked at elsewhere, see keras_models.py.
+        # Layers of Keras are handled in keras_models.py.
         named: Iterable[tuple[str, Any]] = named_parts(model)
         self.names = {module: name for name, module in named if not is_keras(module)}
         self.modules = {name: module for module, name in self.names.items()}
         self.recipes: dict[nn.Module, Recipe] = {}
         self.tails: dict[nn.Module, Tail | None] = {}
-        self.left: dict[nn.Module, str] = {}  # why nothing was done about a module
+        self.left: dict[nn.Module, str] = {}  # why a module is left as it is
         self._works: dict[tuple[type, Recipe], classes.Work] = {}
-        # The places that call a module, or hand its rate to an attention function.
+        # For each dropout module, the places that call it or pass its rate to attention.
         self.places: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
-        kinds.learn(self.names)
-        # The dropouts of LoRA adapters: their layers, and the adapters' names there.
+        kinds.read_kinds(self.names)
+        # The dropouts of LoRA adapters, each with its layer and the name of the adapter in it.
         self.adapters: dict[nn.Module, tuple[nn.Module, str]] = {
             drop: (module, name)
             for module in self.names
@@ -60,7 +60,7 @@ class Survey:
                     todo.append(child)
 
     def recipe(self, module: nn.Module) -> Recipe | None:
-        """The recipe for a module whose forward can be read, without its caller's wishes."""
+        """The recipe for a module whose forward can be read, not knowing its callers yet."""
         if module in self.recipes or module in self.left:
             return self.recipes.get(module)
         base = base_of(module)
@@ -78,21 +78,21 @@ class Survey:
         return self.recipes[module]
 
     def tail(self, module: nn.Module) -> Tail | None:
-        """What a module would hand to its caller."""
+        """What a module would hand to a caller that takes over its end; None if it cannot."""
         if module not in self.tails:
-            self.tails[module] = None  # for a module that contains itself
+            self.tails[module] = None  # ends the recursion for a module that contains itself
             recipe = self.recipe(module)
             if recipe is not None and not _records_first(self.names, base_of(module)):
                 self.tails[module] = classes.tail_of(base_of(module), recipe)
         return self.tails[module]
 
     def read(self) -> dict[str, list[Holds]]:
-        """By the names of classes: whether each is what was read. It keeps no module alive."""
+        """For each class name, checks that it is unchanged. They keep no module alive."""
         found: dict[str, dict[int, Holds]] = {}
         for module in self.names:
             base = base_of(module)
             each = found.setdefault(base.__name__, {})
-            kind = kinds.known(base)
+            kind = kinds.cached_kind(base)
             every = [] if kind is None else [kind.holds]
             if module in self.recipes:
                 text = classes.text_of(base, self.recipes[module].children)
@@ -114,7 +114,7 @@ class Survey:
         return self._works[key]
 
     def remade(self) -> dict[str, int]:
-        """The calls that have to do with what backward makes again, by kind."""
+        """How many calls of each sort give or take a tensor that backward recomputes."""
         found = Counter(
             "linear" if op.name == "matrix" else op.name
             for module in self.recipes
@@ -125,7 +125,7 @@ class Survey:
         return {name: found[name] for name in REMADE if found[name]}
 
     def bare_children(self, module: nn.Module) -> list[nn.Module]:
-        """The modules whose ends a module takes over."""
+        """The called modules whose ends a module takes over."""
         found = []
         work = self.work(module)
         for made in (*work.plans.values(), *work.bare.values()):
@@ -135,21 +135,21 @@ class Survey:
         return found
 
     def drops(self, module: nn.Module) -> bool:
-        """Whether a module is itself a dropout that tridrop knows."""
+        """Whether a module is itself a dropout that tridrop has a counterpart for."""
         kind = kinds.kind_of(module)
         return kind is not None and kind.name in _DROPPING
 
     def could_drop(self, module: nn.Module) -> bool:
-        """Whether it is one of torch's that drop, whatever forward it has been given."""
+        """Whether a module is one of torch's dropouts, even if its forward was replaced."""
         kind, _ = kinds.TYPES.get(base_of(module), (None, ()))
         return kind is not None and kind.name in _DROPPING
 
     def replaces(self, module: nn.Module) -> bool:
-        """Whether one of torch's own modules becomes tridrop's."""
+        """Whether a module of torch is replaced by tridrop's."""
         return not self.why_left(module)
 
     def why_left(self, module: nn.Module) -> str:
-        """Why a module that drops stays what it is; empty where it does not."""
+        """Why a module that drops is left as it is; empty if it is replaced."""
         if self.left.get(module, "it is torch's own") != "it is torch's own":
             return self.left[module]
         if not self.drops(module):
@@ -159,20 +159,21 @@ class Survey:
                 return "its dropout is 0"
             if self.why_uncalled(module):
                 return self.why_uncalled(module)
-            return "" if self.levels.attention else "its level is off"
-        return "" if self.levels.dropout else "its level is off"
+            return "" if self.levels.attention else "its switch is off"
+        return "" if self.levels.dropout else "its switch is off"
 
     def why_uncalled(self, module: nn.Module) -> str:
-        """Why it is unknown whether a module is called; empty where its parent's text calls it.
+        """Why it is unknown whether a module is called; empty if its parent's source may call it.
 
-        The parent is the module around it that is no container. Where its text has the name for
-        anything but a read of the module's parts, or reaches modules otherwise, it may call it.
+        The parent is the innermost module around it that is no container. Its source may call the
+        module if it uses the module's name for anything but reading its parts, or if it reaches
+        modules in another way, such as ``self.children()``.
         """
         path, name = self.names[module], ""
         while path:
             path, _, name = path.rpartition(".")
             owner = self.modules.get(path)
-            if owner is None:  # Keras' wrapper of a module of torch, which calls it
+            if owner is None:  # a wrapper of Keras for modules of torch, which calls it
                 return ""
             if not isinstance(owner, _CONTAINERS):
                 break
@@ -190,33 +191,33 @@ class Survey:
         what = f"{base.__name__}.forward does not name it"
         if uses:
             what = f"{base.__name__}.forward reads its parts and does not call it"
-        return f"unknown: {what}, run report.verify(batch)"
+        return f"unknown: {what}; run report.verify(batch) to see whether it is called"
 
     def in_place(self, module: nn.Module, op: Op) -> bool:
-        """Whether a call of F.dropout whose ``inplace`` is an attribute now works in place."""
+        """Whether a call of F.dropout works in place now, where its ``inplace`` is an attribute."""
         if op.name != "rate" or len(op.rest) < 3:
             return False
         found = resolve(module, ast.unparse(op.rest[2]).partition(".")[2])
         return bool(found)
 
     def parts(self, module: nn.Module) -> tuple[str, ...]:
-        """What a module that drops becomes."""
+        """The ops that a module that drops becomes."""
         kind = kinds.kind_of(module)
         if module in self.adapters and not self.why_not_fused(module):
             return adapters.parts(*self.adapters[module])
         return ATTENTION_PARTS if kind is None or kind.name == "attention" else (kind.name,)
 
     def why_not_fused(self, module: nn.Module) -> str:
-        """Why an adapter's dropout is a call by itself; empty where it is not, and of others."""
+        """Why the dropout of an adapter is not fused; empty if it is, and for other modules."""
         if module not in self.adapters:
             return ""
         layer, name = self.adapters[module]
         if layer not in self.recipes:
             return self.left[layer]
         if not self.levels.inside:
-            return "its level is off"
+            return "its switch is off"
         if self.work(layer).lora is None:
-            return f"the forward of {base_of(layer).__name__} is not known"
+            return f"the forward of {base_of(layer).__name__} is not one that tridrop recognises"
         return branches.why_not(layer, name)
 
     def rate_of_module(self, module: nn.Module) -> float | None:
@@ -226,7 +227,7 @@ class Survey:
         return float(p) if isinstance(p, Real) else None
 
     def rate(self, module: nn.Module, op: Op) -> float | None:
-        """The p of an op in a method of ``module``, where that can be told without running it."""
+        """The p of an op in a method of ``module``, if it can be read without running it."""
         if op.name in ("dropout", "drop_path"):
             return self.rate_of_module(called_by(module, op))
         if not op.rest:
@@ -246,18 +247,20 @@ class Survey:
         return None
 
 
+NO_SUCH_MODULE = "tridrop has no counterpart of this module"
 _DROPPING = ("dropout", "drop_path", "attention", *kinds.OTHERS)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-# What reaches modules without their names.
+# Names by which code reaches modules without naming them.
 _REACHES = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule",
             "apply", "super", "__dict__"}  # fmt: skip
 
 
 def _uses(method: Method, name: str, base: type) -> set[bool]:
-    """Whether each use of a name in a method may be a call; False is a read of a part.
+    """For each use of a name in a method, whether it may be a call; False if it only reads a part.
 
-    What the method hands its module to may call it as well, and so may a property of the class,
-    where they have the name, and a private method, whose text is not among those that are read.
+    A function to which the method passes ``self`` may also make the call, and so may a property of
+    the class, if their code contains the name; and a private method (``__name``) may, since its
+    source is not read here.
     """
     owner, found = self_of(method.node), set()
     parents = {child: n for n in ast.walk(method.node) for child in ast.iter_child_nodes(n)}
@@ -290,30 +293,30 @@ def _uses(method: Method, name: str, base: type) -> set[bool]:
 
 
 def _is_named(function: Any, name: str) -> bool:
-    """Whether a function's code has a name."""
+    """Whether a function's code contains a name."""
     return name in getattr(getattr(function, "__code__", None), "co_names", ())
 
 
 def _is_private(name: str) -> bool:
-    """Whether a name is one that its class makes longer: ``__name``."""
+    """Whether a name is private, ``__name``, so that Python prefixes it with that of the class."""
     return name.startswith("__") and not name.endswith("__")
 
 
 def _why_unknown(module: nn.Module) -> str:
-    """Why a module that is called a dropout, and is none of those known, is left."""
+    """Why a module with the name of a dropout is left, if it is none that tridrop recognises."""
     kind = base_of(module)
     if kind.__module__.startswith("tridrop.nn."):
         return "it is tridrop's own"
     if kind in kinds.TYPES:
-        return f"{kind.__name__}.forward, or a function of torch's in it, was replaced"
-    known = [c for c in kind.__mro__[1:] if c in kinds.TYPES]
-    if known:
-        return f"it is a subclass of {known[0].__name__} that computes something else"
-    return "tridrop has no such module"
+        return f"{kind.__name__}.forward, or a function of torch that it calls, was replaced"
+    bases = [c for c in kind.__mro__[1:] if c in kinds.TYPES]
+    if bases:
+        return f"it is a subclass of {bases[0].__name__} that computes something else"
+    return NO_SUCH_MODULE
 
 
 def dropped_by(module: nn.Module, op: Op) -> list[nn.Module]:
-    """The modules of torch whose masks or rates an op uses."""
+    """The dropout modules whose masks or rates an op uses."""
     if op.name in ("dropout", "drop_path"):
         return [called_by(module, op)]
     if op.name not in ("attention", "interface"):
@@ -324,21 +327,21 @@ def dropped_by(module: nn.Module, op: Op) -> list[nn.Module]:
 
 
 def is_torchs(base: type) -> bool:
-    """Whether a class is one of torch.nn's building blocks, which have no sites inside."""
+    """Whether a class is one of torch.nn's building blocks, whose forwards contain no sites."""
     read = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder)
     if base in read or classes.is_sequence(base):
         return False
-    # Another forward that somebody gave it is read like any other text.
+    # If its forward was replaced, the replacement is read like any other source.
     return base.__module__.startswith("torch.nn.modules.") and has_own_forward(base)
 
 
 def has_own_forward(base: Any) -> bool:
-    """Whether a class has the forward of its file, or none."""
-    return base.forward is nn.Module.forward or is_own(base, "forward")
+    """Whether a class has the forward of its own file, or none at all."""
+    return base.forward is nn.Module.forward or is_original(base, "forward")
 
 
 def _records_first(names: dict[nn.Module, str], base: type) -> bool:
-    """Whether transformers records the first output of a class's modules, for hidden_states."""
+    """Whether transformers records the first output of a class's modules, as for hidden_states."""
     for module in names:
         recorded = getattr(module, "_can_record_outputs", None) or {}
         for key, targets in recorded.items():

@@ -1,9 +1,10 @@
-"""What torch.fx.symbolic_trace gets of a rewritten forward: nodes that read their mode when run.
+"""Rewritten forwards under torch.fx.symbolic_trace: nodes that read their mode when they run.
 
-The tracer hands Proxies to forwards, of which nothing is known before the graph runs. Modules are
-then called as they are (``calls.heard`` says so), and torch's dropouts are leaves of a graph. What
-else drops becomes one node: a library's drop path, which reads its rate and mode at each call like
-any leaf, and functions, which keep the arguments that they were given, as torch's do.
+The tracer passes Proxies to forwards, whose values are unknown before the graph runs. Modules are
+then called as they are (since ``heard`` is true), and torch's dropouts are leaves of the graph.
+Everything else that drops becomes one node: a library's drop path, which reads its rate and mode in
+each call as a leaf does; and functions, which keep the arguments they were traced with, as torch's
+functions do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .pending import fits
 
 
 def leaf(module: nn.Module, x: Proxy) -> Proxy:
-    """A call of a module, as one node whatever the tracer looks into."""
+    """A call of a module as one node, whichever modules the tracer looks into."""
     path = x.tracer.path_of_module(module)  # type: ignore[attr-defined]
     return x.tracer.create_proxy("call_module", path, (x,), {})
 
@@ -32,12 +33,12 @@ def _node(function: Callable[..., Any], x: Proxy, *args: Any, **kwargs: Any) -> 
 
 
 def _seed(number: int | None, x: Tensor) -> Tensor | None:
-    """The seed of a place under tridrop.rng; None leaves it to the op."""
+    """The seed of a place under tridrop.rng; None lets the op draw one."""
     return seeds.seed_for(x.device, None, number) if seeds.active() else None
 
 
 def dropout(number: int | None, x: Any, p: Any, training: bool, inplace: bool = False) -> Any:
-    """torch.nn.functional.dropout at the place of a number, where nothing is fused with it."""
+    """torch.nn.functional.dropout under the number of its place, fused with nothing."""
     if isinstance(x, Proxy) and not inplace:
         return _node(dropout, x, number, x, p, training)
     if inplace or not fits(x) or not spec.drops(p, training):
@@ -46,7 +47,7 @@ def dropout(number: int | None, x: Any, p: Any, training: bool, inplace: bool = 
 
 
 def attention(number: int | None, *args: Any, **kwargs: Any) -> Any:
-    """torch.nn.functional.scaled_dot_product_attention; without dropout it stays that."""
+    """torch.nn.functional.scaled_dot_product_attention; tridrop's if it drops."""
     query = args[0] if args else kwargs["query"]
     if isinstance(query, Proxy):
         return _node(attention, query, number, *args, **kwargs)

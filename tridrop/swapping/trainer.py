@@ -1,4 +1,4 @@
-"""The swap as a callback of transformers' Trainer. Nothing else of tridrop imports this module."""
+"""The swap as a callback of transformers' Trainer. No other module of tridrop imports this one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rewrite import Levels
 
 logger = logging.getLogger(__name__)
 
-# Once one of these has taken a module's class over, or its parameters away, it is too late.
+# After one of these has changed the class of a module, or taken its parameters, it is too late.
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 
 
@@ -26,17 +26,17 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
         from tridrop.swapping.trainer import SwapCallback
         trainer = Trainer(model, args, train_dataset=data, callbacks=[SwapCallback()])
 
-    The swap happens when the Trainer has been made, before it wraps the model in anything. With a
-    ``model_init``, and where the callback was added to a Trainer later, it happens when training
-    begins; that is too late for FSDP, and raises there. Checkpoints are those of the model without
-    the swap, and load with it and without.
+    The swap happens at the end of the Trainer's __init__, before it wraps the model. With a
+    ``model_init``, or if the callback is added to a Trainer later, it happens when training begins;
+    for FSDP that is too late, and raises an error. Checkpoints are the same as without the swap,
+    and load into swapped and other models.
 
     Args:
         dropout, attention, inside, across, memory: the switches of :func:`tridrop.swap`.
-        restore: undo the swap when training ends. (Not where training ends by an error.)
+        restore: undo the swap when training ends, except if it ends with an error.
 
     Attributes:
-        report: of the last swap. It is logged once, at level INFO, by the main process.
+        report: the report of the last swap. The main process logs it once, at level INFO.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
         if model is None:
             return
         swapped = None if self._swapped is None else self._swapped()
-        # What was swapped may have been wrapped since.
+        # The swapped model may have been wrapped since.
         if any(module is swapped for module in model.modules()):
             return
         for module in model.modules():
             if _SHARDED & {kind.__name__ for kind in type(module).__mro__}:
                 raise RuntimeError(
-                    f"the model is sharded already ({type(module).__name__}), which is too late "
-                    "for SwapCallback: give it to the Trainer as callbacks=[SwapCallback()], or "
-                    "call tridrop.swap(model) where the model is made"
+                    f"the model is already sharded ({type(module).__name__}), which is too late "
+                    "for SwapCallback: pass it to the Trainer as callbacks=[SwapCallback()], or "
+                    "call tridrop.swap(model) where the model is created"
                 )
         self._swap(model, state)
 
@@ -85,7 +85,7 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
             return
         try:
             unswap(model)
-        except RuntimeError as error:  # the training is done, and is not to be lost
+        except RuntimeError as error:  # the training is done, and must not be lost
             logger.warning("SwapCallback could not restore the model: %s", error)
         else:
             self._swapped = None

@@ -1,4 +1,4 @@
-"""What a model really draws, before and after a swap, held against the sites of a report."""
+"""Compares what a model really draws, before and after a swap, with the sites of a report."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ READ = "p read but not used here"
 
 @dataclass(frozen=True)
 class Checked:
-    """What was seen of one site.
+    """What was observed at one site.
 
     Attributes:
         site: the site of the report.
-        verdict: "drops as reported"; "does not drop as reported"; "draws nothing", of one that was
-            called; "never called"; "p read but not used here", of a module that was not called and
-            whose rate somebody read.
-        detail: more about it.
+        verdict: "drops as reported"; "does not drop as reported"; "draws nothing", if it was
+            called; "never called"; "p read but not used here", for a module that was not called but
+            whose rate was read by other code.
+        detail: what was observed, in words.
         before, after: how many times it drew, before and after the swap.
     """
 
@@ -48,14 +48,14 @@ class Checked:
 
 @dataclass(frozen=True)
 class Unreported:
-    """Random numbers that were drawn at a place which the report has no site for.
+    """Random numbers that were drawn in code for which the report has no site.
 
     Attributes:
         by: what drew: an operator such as "aten.native_dropout", "random.random" or
             "numpy.RandomState".
-        p: its rate, where it can be told.
+        p: the rate, if it can be read off the call.
         module: the name of the innermost module that was running.
-        line, code: the line of code ("file.py:12"), and its text.
+        line, code: where the line of code is ("file.py:12"), and its source.
         before, after: how many times it drew, before and after the swap.
     """
 
@@ -74,12 +74,13 @@ class Unreported:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :meth:`Report.verify` saw.
+    """The result of :meth:`Report.verify`.
 
     Attributes:
-        sites: what was seen of each site of the report, in its order.
+        sites: what was observed at each site of the report, in the order of the report.
         unreported: the draws that belong to no site.
-        cost: launches, operators and saved bytes of one training forward, before and after.
+        cost: launches, operators and saved bytes of one training forward, before and after the
+            swap.
     """
 
     sites: tuple[Checked, ...]
@@ -97,7 +98,7 @@ class Verification:
         return bool(self.unreported) or any(c.before or c.after for c in self.sites)
 
     def unaccounted(self) -> list[str]:
-        """In words, what the report does not account for: none where it is right and whole."""
+        """In words, what the report does not account for; empty if it is complete."""
         found = [
             f"{c.site.module or 'the model'}, {c.site.code}: {c.verdict}: {c.detail}"
             for c in self.sites
@@ -106,7 +107,7 @@ class Verification:
         return found + [f"belongs to no site: {draw}" for draw in self.unreported]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, of plain types, for JSON; sites in the order of the report's."""
+        """The whole result in plain types, for JSON; sites are in the order of the report."""
         return {
             "counts": self.counts(),
             "sites": [
@@ -125,8 +126,8 @@ class Verification:
 def verify(
     report: Report, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Verification:
-    """Run ``model`` as it was and as it is, and hold what drew against a report's sites."""
-    from .core import swap, unswap  # which imports the report
+    """Run ``model`` before and after the swap, and compare the draws with a report's sites."""
+    from .core import swap, unswap  # here, since core.py imports report.py
 
     locator = Locator(model, report.sites, report.levels)
     with changed(model, unswap):
@@ -145,7 +146,7 @@ def _seen(
     locator: Locator, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Cost, Run]:
     watch = Watch(locator)
-    # The counts and warnings of an rng block around this are not to change.
+    # An rng block around this call must not count these draws, nor warn of them.
     with seeds.rng(0) if seeds.active() else nullcontext():
         return cost_of(model, args, kwargs, watch), watch.run
 
@@ -170,11 +171,11 @@ def _verdict(i: int, site: Site, first: Run, second: Run, locator: Locator) -> t
         read = first.reads.get(i)
         if read:
             return READ, f"at {read}"
-        called = "by itself: the place that calls it is a site of its own"
+        called = "itself: its call in the code of another module is a site of its own"
         return NEVER, called if locator.is_called(i) else "in this forward"
     if before != after and i in (second if before else first).reached:
-        when = "before the swap alone" if before else "after the swap alone"
-        return OTHERWISE, f"it drew {when}"
+        when = "before" if before else "after"
+        return OTHERWISE, f"it drew only {when} the swap"
     if site.status != "left" and after and second.by_tridrop(i) != {True}:
         return OTHERWISE, f"torch drew there: {_names(second.of(i))}"
     if site.status == "left" and before and after and first.by_tridrop(i) != second.by_tridrop(i):
@@ -186,7 +187,7 @@ def _verdict(i: int, site: Site, first: Run, second: Run, locator: Locator) -> t
         return OTHERWISE, f"it drew at a rate of {text}, not {site.p:g}" if stated else (
             f"it drew at rates of {text}"
         )
-    skipped = "" if before and after else ", in one of both runs alone: it is skipped by chance"
+    skipped = "" if before and after else ", in only one of the two runs: it is skipped at random"
     return AS_REPORTED, _names(second.of(i) if after else first.of(i)) + skipped
 
 

@@ -1,11 +1,12 @@
-"""What draws random numbers while a model runs, and at which place of its code.
+"""Observes which code of a model draws random numbers while the model runs.
 
-Four eyes see a run, so that no route is past all of them. torch's dispatcher names every operator,
-of torch and of tridrop, and beside each the state of the generators says whether it drew. A profile
-function sees calls, and with them Python's ``random`` and NumPy's generators, which no dispatcher
-does; it also says which places were reached at all. Rewritten forwards, whose values wait, say
-whose place a seed is for (:data:`tridrop.swapping.lazy.watcher`). And a property in the place of
-``nn.Dropout.p`` sees who reads a rate without a call of its module.
+Four observers together see every way to draw. torch's dispatcher reports every operator of torch
+and tridrop, and comparing the states of the generators before and after tells whether it drew. A
+profile function sees calls, and so Python's ``random`` and NumPy's generators, which never reach
+the dispatcher; it also tells which places in the code were reached. Rewritten forwards, whose
+values are computed later, report for which place a seed is taken
+(:data:`tridrop.swapping.lazy.watcher`). And a property in place of ``nn.Dropout.p`` sees which code
+reads a rate without calling the module.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from .measure import Observer, given_to, rates_of
 
 
 class Draw(NamedTuple):
-    """A drawing of random numbers.
+    """One call that drew random numbers.
 
     Attributes:
         by: the operator or function: "aten.bernoulli_", "tridrop.forward", "random.random".
-        p: the rate, where it can be told.
+        p: the rate, if it can be read off the call.
         module: the name in the model of the innermost module that was running.
-        line: "file.py:12", of the innermost code that is not torch's or tridrop's.
-        code: the text of that line.
+        line: where the call is, "file.py:12": the innermost code that is not torch's or tridrop's.
+        code: the source of that line.
     """
 
     by: str
@@ -52,7 +53,7 @@ class Draw(NamedTuple):
 
 @dataclass
 class Run:
-    """What was seen in one forward, by the numbers of the report's sites; None is no site."""
+    """What was seen in one forward, by site number in the report; None stands for no site."""
 
     draws: dict[int | None, Counter[Draw]] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
@@ -62,26 +63,26 @@ class Run:
         self.draws.setdefault(site, Counter())[draw] += 1
 
     def of(self, site: int | None) -> Counter[Draw]:
-        """The draws of a site, and how often each."""
+        """The draws at a site, with how often each happened."""
         return self.draws.get(site, Counter())
 
     def rates(self, site: int) -> set[float]:
-        """The rates of a site's draws, as far as they are known."""
+        """The rates of the draws at a site, as far as they are known."""
         return {round(draw.p, 6) for draw in self.of(site) if draw.p is not None}
 
     def by_tridrop(self, site: int) -> set[bool]:
-        """Whether tridrop drew there; both, where both did."""
+        """{True} if only tridrop drew at a site, {False} if only others did, both if both did."""
         return {draw.by.startswith("tridrop.") for draw in self.of(site)}
 
 
 class Watch:
-    """Sees one forward of a model."""
+    """Observes one forward of a model."""
 
     def __init__(self, locator: Locator) -> None:
         self.locator, self.run = locator, Run()
-        # Seeds as numbers, since operators may be given them stacked: whose they are.
+        # The numbers in a seed, since operators may take seeds stacked -> the sites that took it.
         self.seeds: dict[tuple[int, ...], set[int]] = {}
-        self.last: tuple[FrameType, int] | None = None  # of the profiled events
+        self.last: tuple[FrameType, int] | None = None  # the last profiled event
         self.python: list[Any] = []
         self.numpy: list[tuple[Any, Callable[[], Any]]] = []
         self.states: list[Any] = []
@@ -104,7 +105,7 @@ class Watch:
     # ------------------------------------------------------------------ torch's and tridrop's draws
 
     def seed(self, seed: Tensor, owner: nn.Module, place: int | None) -> None:
-        """A place of a rewritten forward takes a seed."""
+        """Called when a place in a rewritten forward takes a seed."""
         site = self.locator.of_place(owner, place)
         if site is not None:
             self.seeds.setdefault(tuple(seed.tolist()), set()).add(site)
@@ -116,7 +117,7 @@ class Watch:
         kwargs: Mapping[str, Any],
         before: list[Tensor],
     ) -> None:
-        """An operator has run."""
+        """Called after an operator has run."""
         name = func.overloadpacket.__name__
         if func.namespace == "tridrop":
             if name != "new_seed":
@@ -125,7 +126,7 @@ class Watch:
         rates = rates_of(func, args, kwargs)
         drew = any(p is None or p > 0 for p in rates)
         if not rates and torch.Tag.nondeterministic_seeded in func.tags:
-            drew = True  # with a generator of the caller's, say
+            drew = True  # for instance from a generator that the caller passed
         if not drew and not moved(before, self.generators.torch_state()):
             return
         frame = sys._getframe(2)
@@ -138,7 +139,7 @@ class Watch:
         self.note(f"{func.namespace}.{name}", p, frame)
 
     def ours(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """An operator of tridrop's has run."""
+        """Called after an operator of tridrop has run."""
         rates = rates_of(func, args, kwargs)
         given = [x for n, x in given_to(func, args, kwargs).items() if n in ("seed", "seeds")]
         given = [x for x in given if isinstance(x, Tensor) and x.numel()]
@@ -149,7 +150,7 @@ class Watch:
         sites = sorted(set().union(*(self.seeds.get(key, set()) for key in keys)))
         frame = sys._getframe(3)
         for site in sites:
-            # Of an op with two rates, the drop path's is the second.
+            # If an op has two rates, the second is that of the drop path.
             path = self.locator.drops_samples(site)
             p = rates[-1] if path and len(rates) > 1 else next((p for p in rates if p), None)
             self.run.note(site, Draw(name, p, *self.locator.where(frame)))
@@ -157,7 +158,7 @@ class Watch:
             self.note(name, next((p for p in rates if p), None), frame)
 
     def note(self, by: str, p: float | None, frame: FrameType) -> None:
-        """Note a draw at the place that the stack names."""
+        """Note a draw at the site that the stack of calls is in."""
         p = None if p is None else round(p, 9)
         self.run.note(self.locator.site(frame), Draw(by, p, *self.locator.where(frame)))
 
@@ -166,8 +167,8 @@ class Watch:
     def profile(self, frame: FrameType, event: str, arg: Any) -> None:
         """An event of sys.setprofile."""
         owner = getattr(arg, "__self__", None) if event == "c_call" else None
-        known = isinstance(owner, random.Random) and any(owner is g for g in self.python)
-        if known and arg.__name__ in ("random", "getrandbits"):
+        watched = isinstance(owner, random.Random) and any(owner is g for g in self.python)
+        if watched and arg.__name__ in ("random", "getrandbits"):
             self.note(f"random.{arg.__name__}", None, frame)
         for i, (generator, read) in enumerate(self.numpy):
             state = read()
@@ -187,7 +188,7 @@ class Watch:
             self.locator.reach(frame, self.run.reached)
 
     def moved(self, generator: Any, frame: FrameType | None) -> None:
-        """A generator of NumPy's has moved since the last event: its calls are no events."""
+        """Called when a generator of NumPy has moved since the last profiled event."""
         if frame is None:
             return
         line = None
@@ -199,17 +200,18 @@ class Watch:
 
 
 def _fingerprint_of(generator: Any) -> Callable[[], Any]:
-    """Reads what changes whenever a generator of NumPy's is drawn from."""
+    """A function that returns something which changes with every draw from a generator of NumPy."""
     bits = getattr(generator, "bit_generator", None) or generator._bit_generator
     if type(bits).__name__ == "MT19937":
-        # 624 words and a position, of which two tell; reading all of them takes 80 microseconds.
+        # The state is 624 words and a position. Two of these suffice to see a change; reading all
+        # of them takes 80 microseconds.
         words = ctypes.cast(bits.ctypes.state_address, ctypes.POINTER(ctypes.c_uint32))
         return lambda: (words[0], words[624])
     return lambda: repr(bits.state)
 
 
 def _line_of_call(code: CodeType, first: int, last: int) -> int | None:
-    """The line of the only call between two instructions, if there is one line of such."""
+    """The line of the calls between two instructions, if all of them are on one line."""
     line, found = None, set()
     for at in dis.get_instructions(code):
         line = at.starts_line if isinstance(at.starts_line, int) and at.starts_line else line
@@ -221,7 +223,7 @@ def _line_of_call(code: CodeType, first: int, last: int) -> int | None:
 
 
 def _draws_a_seed(frame: FrameType | None) -> bool:
-    """Whether an operator is that of tridrop.new_seed: the ops that take the seed are the draws."""
+    """Whether tridrop.new_seed called an operator: the draws are the ops that take the seed."""
     for _ in range(6):
         if frame is None:
             return False
@@ -233,7 +235,7 @@ def _draws_a_seed(frame: FrameType | None) -> bool:
 
 @contextmanager
 def _rates_watched(watch: Watch) -> Iterator[None]:
-    """Note who reads the ``p`` of a dropout of torch's or tridrop's that does not run itself."""
+    """Note where code other than the module reads the ``p`` of a dropout of torch or tridrop."""
 
     def read(module: nn.Module) -> Any:
         try:
@@ -250,7 +252,7 @@ def _rates_watched(watch: Watch) -> Iterator[None]:
     def write(module: nn.Module, p: Any) -> None:
         module.__dict__["p"] = p
 
-    # A property of a base class goes before the attributes of all instances.
+    # A property of the base class takes precedence over the attributes of all instances.
     AnyDropout.p = property(read, write)  # type: ignore[assignment]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What became of a site, in words; and what a rewritten method has become, as text."""
+"""The words of a report: what became of each site, and the source of a rewritten method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .recognise import called_by, called_path
 from .rewrite import Levels, Op, Plan, taken_up
 from .survey import Survey
 
-# What a caller does with a value that it takes over.
+# The verb for what a caller does with a value that it takes over.
 _DONE = {
     "add": "added",
     "dropout_add": "dropped and added",
@@ -31,13 +31,13 @@ _SILENT = ("cast", "identity", "return")
 
 
 def recipes_of(model: nn.Module) -> dict[nn.Module, Recipe]:
-    """By what the modules of a model were rewritten."""
+    """The recipe by which each rewritten module of a model was rewritten."""
     kinds = {module: type(module).__dict__ for module in all_modules(model)}
     return {m: kind["_tridrop_recipe"] for m, kind in kinds.items() if "_tridrop_recipe" in kind}
 
 
 def is_swapped(model: nn.Module, levels: Levels) -> bool:
-    """Whether a model now is what a swap with these levels made of it."""
+    """Whether a model is swapped at present, with exactly these levels."""
     found = recipes_of(model)
     return bool(found) and all(recipe.levels == levels for recipe in found.values())
 
@@ -49,13 +49,13 @@ class Plans:
         self.modules: dict[str, nn.Module] = {}
         self.works: dict[nn.Module, Work] = {}
         self.kinds: dict[nn.Module, type] = {}
-        # Of a module's method, who take over its end: that module, its method and the call.
+        # For a module's method, the callers that take over its end: module, method and call.
         self.callers: dict[tuple[nn.Module, str], list[tuple[nn.Module, str, Op]]] = {}
         if model is None:
             return
         self.modules = dict(named_parts(model, remove_duplicate=False))
-        known = is_swapped(model, levels)
-        recipes = recipes_of(model) if known else Survey(model, levels).recipes
+        swapped = is_swapped(model, levels)
+        recipes = recipes_of(model) if swapped else Survey(model, levels).recipes
         for module, recipe in recipes.items():
             self.kinds[module] = base_of(module)
             self.works[module] = classes.work_of(self.kinds[module], recipe)
@@ -68,12 +68,12 @@ class Plans:
                         callers.append((module, method, op))
 
     def plan(self, module: nn.Module, method: str) -> Plan:
-        """The plan for a method: for that form whose caller takes over its end, if any."""
+        """The plan for a method; for the form whose caller takes over its end, if it has one."""
         work = self.works[module]
         return work.bare.get(method) or work.plans[method]
 
     def became(self, name: str, line: int | None, code: str, parts: Sequence[str]) -> str:
-        """What the ops that became one compute, for a reader."""
+        """What became of a site, in words: the ops that are one op now, "linear + dropout"."""
         module = self.modules.get(name)
         text = [part for part in parts if part not in _SILENT]
         places = self.works[module].places if module in self.works else []
@@ -118,7 +118,7 @@ class Plans:
     def ways(
         self, module: nn.Module, method: str, seen: set[Op]
     ) -> Iterator[tuple[list[str], str]]:
-        """What each of the callers does with it, and which class or method it is."""
+        """What each caller does with the value that a method hands on, and the caller's name."""
         for caller, where, call in self.callers.get((module, method), []):
             if call in seen:
                 continue
@@ -168,19 +168,22 @@ def _is_ours(module: nn.Module) -> bool:
 def _text(made: Plan, first: int, prefix: str) -> str:
     node = emission.emit(made, first)
     node.name = prefix + node.name
-    node.decorator_list = []  # the wrappers stay, whatever their text says
-    heading = "# For callers that take over what it returns, uncomputed.\n" if prefix else ""
+    node.decorator_list = []  # the decorators stay in effect, and are not part of this text
+    heading = (
+        "# For callers that take over what this returns before it is computed.\n" if prefix else ""
+    )
     return heading + ast.unparse(node)
 
 
 def remade(counts: Mapping[str, int]) -> str:
-    """What memory=True is about in a model, in words."""
+    """What memory=True changes in a model, in words."""
     names = {"norm": "norms", "activation": "activations", "product": "gated products"}
     given = [f"{counts[name]} {text}" for name, text in names.items() if counts.get(name)]
     takers = counts.get("linear", 0)
     if not given or not takers:
-        return "memory: nothing that backward could make again was found."
+        return "memory: found nothing that backward could recompute."
     return (
-        f"memory: backward makes again the results of {', '.join(given)}; the linear layers that "
-        f"take them, among {takers}, keep none. report.verify(batch) counts the bytes."
+        f"memory: backward recomputes the results of {', '.join(given)}; those of the {takers} "
+        "linear layers that take such a result do not keep it. report.verify(batch) counts the "
+        "bytes."
     )

@@ -1,4 +1,4 @@
-"""Timings beside eager PyTorch and torch.compile, behind ``tridrop bench``.
+"""The timings behind ``tridrop bench``: tridrop against eager PyTorch and torch.compile.
 
 >>> from tridrop.commands import bench
 >>> bench.run(bench.Options.of("cpu", ops=["softmax"]))

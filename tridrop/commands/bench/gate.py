@@ -1,4 +1,7 @@
-"""No speed-up without a passed check: on this device, in this dtype, at the size that is timed."""
+"""Checks a row before it is timed, on the same device, in the same dtype and at the same size.
+
+A row whose check fails is reported without a speed-up.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ SEEDS = 16
 
 
 class Gate:
-    """Checks rows, each small case once."""
+    """Checks rows. The check at the row's own small size is made once per dtype."""
 
     def __init__(self, machine: Machine) -> None:
         self._device, self._backend = machine.device, machine.backend
@@ -25,11 +28,11 @@ class Gate:
     def verdict(self, row: Row, dtype: torch.dtype, p: float) -> str:
         """ "passed", or the checks that failed.
 
-        All checks of ``tridrop check`` on the row of the table, and values and gradients at the
-        size that is timed, by the same rule of accuracy under the exported mask.
+        It makes all checks of ``tridrop check`` on the row as it stands in the table, and compares
+        values and gradients at the timed size, with the same limits under the exported mask.
         """
         try:
-            # What a broken kernel raises can be anything; it is a failure as any other.
+            # A broken kernel can raise anything, which counts as a failed check.
             results = [*self._at_its_size(row, dtype), *self._at_size(row, dtype, p)]
         except Exception as error:
             return f"raised {type(error).__name__}: {first_line(error)}"
@@ -48,7 +51,7 @@ class Gate:
 
 
 def describe(results: Sequence[Result]) -> str:
-    """ "passed", or what did not pass and by how much."""
+    """ "passed", or which checks failed, and by how much."""
     bad = [r for r in results if not r.passed]
     if not bad:
         return PASSED
@@ -61,6 +64,6 @@ def describe(results: Sequence[Result]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line that fits a table."""
+    """The first line of an error's message, cut to fit a table."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

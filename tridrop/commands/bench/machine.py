@@ -1,4 +1,4 @@
-"""The device that is timed: its name, its caches, its clock, and where the figures come from."""
+"""The device that is timed: its name, caches and clock, and the versions that ran on it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from ..inspection import provenance
 
 Thunk = Callable[[], Any]
 _UNKNOWN_CACHE = 64 * 2**20
-_HIP_CACHE = 256 * 2**20  # behind the L2 of an MI300, which is all that torch tells
-_CYCLES = 2e9  # a second of no GPU has more
+_HIP_CACHE = 256 * 2**20  # the cache behind the L2 of an MI300; torch only reports the L2
+_CYCLES = 2e9  # clock cycles per second: no GPU has more
 
 
 class Machine:
-    """A device with its stopwatch.
+    """A device, and ways to time calls on it.
 
     Raises:
-        ValueError: a device other than cuda or cpu. RuntimeError: there is no such device, or
-            tridrop's backend for it is Triton's interpreter, which is for tests.
+        ValueError: the device is neither cuda nor cpu.
+        RuntimeError: there is no such device, or tridrop's backend for it is Triton's interpreter,
+            which is for tests.
     """
 
     def __init__(self, device: str) -> None:
@@ -42,8 +43,8 @@ class Machine:
         self.backend = backends.choose(torch.device(device))
         if self.backend == "triton" and not self.cuda:
             raise RuntimeError(
-                "the Triton backend runs in Triton's interpreter on a CPU: there is nothing to "
-                f"time. Unset {backends.ENVIRONMENT}"
+                "on a CPU the Triton backend runs in Triton's interpreter, which is not "
+                f"worth timing: unset {backends.ENVIRONMENT}"
             )
         self.name = torch.cuda.get_device_name() if self.cuda else _cpu_name()
         self.cache_bytes = _cuda_cache() if self.cuda else _cpu_cache()
@@ -55,16 +56,16 @@ class Machine:
         return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
     def synchronize(self) -> None:
-        """Wait until everything that was asked for is done."""
+        """Wait until the device has finished all work."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def seconds(self, calls: Sequence[Thunk], host: float) -> float:
-        """Seconds a call, the calls one after the other.
+        """Seconds per call, for calls one after the other.
 
-        On a GPU it is the device's time. It first sleeps, for as long as the host is expected to
-        take (``host`` seconds a call), so that the queue is full before the first kernel begins:
-        what the host costs is measured by itself.
+        On a GPU this is the time of the device. It first sleeps for as long as the host is expected
+        to need (``host`` seconds per call), so that the queue is full when the first kernel begins.
+        The host time is measured separately.
         """
         if not self.cuda:
             return self.wall_seconds(calls)
@@ -79,7 +80,7 @@ class Machine:
         return begin.elapsed_time(end) / 1e3 / len(calls)
 
     def wall_seconds(self, calls: Sequence[Thunk]) -> float:
-        """Seconds a call from the first's start to the last's end, host and device together."""
+        """Seconds per call, from the start of the first to the end of the last on the device."""
         self.synchronize()
         start = time.perf_counter()
         for call in calls:
@@ -88,7 +89,7 @@ class Machine:
         return (time.perf_counter() - start) / len(calls)
 
     def host_seconds(self, call: Thunk) -> float:
-        """Seconds until a call returns, the device having nothing else to do."""
+        """Seconds until a call returns, on a device that has nothing else to do."""
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -97,7 +98,7 @@ class Machine:
         return found
 
     def peak_bytes(self, call: Thunk) -> int | None:
-        """The most memory that a call takes beyond what was there; None on a CPU."""
+        """The peak of the memory that a call allocates in addition; None on a CPU."""
         if not self.cuda:
             return None
         torch.cuda.synchronize()
@@ -108,11 +109,12 @@ class Machine:
         return torch.cuda.max_memory_allocated() - before
 
     def launches(self, call: Thunk) -> int | None:
-        """Kernels, copies and fills of a call on a GPU; None where the profiler sees none.
+        """The number of kernels, copies and fills in a call on a GPU; None if the profiler sees
+        none.
 
-        On a CPU the operators that are called by no other.
+        On a CPU, the number of operators that are not called by another operator.
         """
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of every start
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the messages of torch's profiler
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self.cuda:
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -131,7 +133,7 @@ class Machine:
         return sum(_is_operator(e.name) and not _inside(e) for e in events)
 
     def about(self) -> dict[str, Any]:
-        """What the figures are of: the device, versions and the commit."""
+        """What the figures were measured with: device, versions and commit."""
         versions = {}
         for package in ("torch", "triton", "numba", "numpy", "transformers"):
             try:
@@ -173,7 +175,7 @@ def _cuda_cache() -> int:
 
 
 def _cpu_cache() -> int:
-    """The largest cache that Linux names for the first core."""
+    """The largest cache that Linux reports for the first core."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     sizes = [
         int(text[:-1]) * units[text[-1]]

@@ -1,4 +1,4 @@
-"""GPT-2, BERT and ViT as transformers has them, with random weights, and random data for them."""
+"""GPT-2, BERT and ViT of transformers with random weights, and random data for them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MASKED = 0.15  # of all positions, BERT's own share
-_IGNORED = -100  # the target where nothing is to be guessed
+_MASKED = 0.15  # the fraction of positions to predict, as in BERT
+_IGNORED = -100  # the label of positions that are not to be predicted
 
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a model and of what it is trained on; ``length`` in tokens, of ViT in patches."""
+    """The size of a model and of its batches; ``length`` is in tokens, for ViT in patches."""
 
     layers: int
     width: int
@@ -28,7 +28,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Architecture:
-    """``build`` gives the model of a size and p; ``data`` what it is called with, on a device."""
+    """``build`` makes a model of a size with a rate p; ``data`` makes its arguments on a device."""
 
     title: str
     build: Callable[[Size, float], nn.Module]
@@ -80,7 +80,7 @@ def _vit(size: Size, p: float) -> Any:
 
 
 def _pixels(size: Size) -> int:
-    """The side of a square image of so many patches."""
+    """The side, in pixels, of a square image with this many patches."""
     return _PATCH * int(size.length**0.5)
 
 
@@ -96,7 +96,7 @@ def _next_tokens(size: Size, device: str) -> dict[str, Tensor]:
 def _hidden_tokens(size: Size, device: str) -> dict[str, Tensor]:
     tokens = _tokens(size, device)
     hidden = torch.rand(tokens.shape, device=device) < _MASKED
-    hidden[:, 0] = True  # there is something to guess everywhere
+    hidden[:, 0] = True  # every sequence has a position to predict
     return {"input_ids": tokens, "labels": tokens.masked_fill(~hidden, _IGNORED)}
 
 
@@ -125,7 +125,7 @@ ARCHITECTURES = {
 
 
 def check() -> None:
-    """Raise ImportError, saying what to install, where transformers cannot be imported."""
+    """Raise an ImportError that says what to install, if transformers cannot be imported."""
     try:
         for name in ARCHITECTURES:
             importlib.import_module(f"transformers.models.{name}.modeling_{name}")

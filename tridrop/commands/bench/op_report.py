@@ -1,4 +1,4 @@
-"""What ``tridrop bench`` prints of the ops."""
+"""What ``tridrop bench`` prints about the ops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .timing import COPY
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """What makes the run a failure: checks that failed, and rows that tridrop could not compute."""
+    """Why the run failed: failed checks, and rows that tridrop could not compute."""
     found = []
     for r in records:
         what = f"{r.case} {r.shape} {r.dtype}"
@@ -26,11 +26,11 @@ def failures(records: Sequence[Record]) -> list[str]:
 
 
 def table(records: Sequence[Record]) -> Table:
-    """A line for every provider, row, dtype and mode; p = 0 shows in the cost of dropout."""
+    """A row per provider, case, dtype and mode. Times at p = 0 only enter the cost of dropout."""
     grid = Table(
-        title="Time, and what follows from it",
-        caption="of copy: the bytes that the row must move, over the time, as a share of a device "
-        "copy's speed; host: time of the call; x: times as fast as",
+        title="Times of ops",
+        caption="of copy: speed as a fraction of a device copy that moves the bytes the op must "
+        "move; host: time until the call returns; x: how many times as fast as",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -58,7 +58,7 @@ def table(records: Sequence[Record]) -> Table:
 
 
 def reasons(records: Sequence[Record]) -> list[str]:
-    """Who could not run, and why."""
+    """The providers that could not run, and why."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for r in records:
         if r.why_not:

@@ -1,4 +1,4 @@
-"""What is to be timed, and what stands for it where nothing is said."""
+"""The options of ``tridrop bench``: what is timed, and the defaults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .timing import MODES
 
 @dataclass(frozen=True)
 class Defaults:
-    """Sizes of a device, those that matter most first; the largest are well past its caches."""
+    """The defaults of a device: sizes by importance, the largest well beyond its caches."""
 
     dtypes: tuple[str, ...]
     sizes: tuple[str, ...]
@@ -42,7 +42,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-# What --quick times where no op is named: those of a transformer block.
+# The ops that --quick times if none is named: those of a transformer block.
 QUICK_OPS = (
     "activation_dropout",
     "dropout_add",
@@ -53,7 +53,7 @@ QUICK_OPS = (
 
 @dataclass(frozen=True)
 class Options:
-    """What is timed; :meth:`of` fills in and looks at what is given."""
+    """What is timed. :meth:`of` checks the given options and adds the defaults."""
 
     device: str
     dtypes: Sequence[str]
@@ -64,7 +64,7 @@ class Options:
     rounds: int
     seconds: float
     packed: Sequence[tuple[int, int, int]]
-    """(longest, heads, width of a head) of packed sequences, timed beside padded ones"""
+    """(longest, heads, head dimension) of packed sequences, which are compared with padded ones"""
 
     @staticmethod
     def of(
@@ -86,27 +86,26 @@ class Options:
 
         Args:
             device: "cuda" or "cpu".
-            ops: names of public functions; ["all"] for all, which is also what None stands for
-                unless ``quick``.
-            dtypes: of bf16, fp16 and fp32.
-            sizes: ROWSxCOLS, of all ops but attention.
-            lengths: of attention, for the same number of tokens in all.
-            head_dims: of attention, for the same number of features in all.
-            modes: of forward, backward, both.
+            ops: names of public functions. ["all"] means all; so does None, unless ``quick``.
+            dtypes: some of bf16, fp16 and fp32.
+            sizes: ROWSxCOLS, for all ops except attention.
+            lengths: sequence lengths of attention; the number of tokens stays the same.
+            head_dims: head dimensions of attention; the number of features stays the same.
+            modes: some of forward, backward and both.
             providers: None for all.
-            p: the probability of dropping, beside which 0 is timed.
-            rounds: how many.
+            p: the probability of dropping; 0 is timed as well, for comparison.
+            rounds: the number of rounds.
             quick: fewer ops and sizes, and one row per op.
-            all_rows: every row of the table of cases that exists at other sizes.
+            all_rows: time every row of the table of cases that can have other sizes.
 
         Raises:
-            ValueError: what is not known or not allowed.
+            ValueError: a name is unknown, or a value is not allowed.
         """
         if device not in ("cuda", "cpu"):
             raise ValueError(f"device {device!r} is not known; known: cuda, cpu")
         default = DEFAULTS[device, quick]
         if not 0 < p < 1:
-            raise ValueError(f"p = {p}: give one between 0 and 1; p = 0 is timed beside it")
+            raise ValueError(f"p = {p}: give one between 0 and 1; p = 0 is timed as well")
         rounds = default.rounds if rounds is None else rounds
         if rounds < 1:
             raise ValueError(f"rounds = {rounds}: give 1 or more")
@@ -138,6 +137,6 @@ class Options:
 
 
 def _packed(attention: Attention) -> list[tuple[int, int, int]]:
-    """Sequences up to a quarter of the tokens long, of every head width."""
+    """Packed sequences of up to a quarter of the tokens, for every head dimension."""
     longest = max(1, attention.tokens // 4)
     return [(longest, attention.width // dim, dim) for dim in attention.head_dims]

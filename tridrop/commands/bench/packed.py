@@ -1,4 +1,4 @@
-"""Packed sequences beside the same ones padded to the longest: tridrop's attention of both."""
+"""Compares tridrop's attention on packed sequences and on the same ones padded to the longest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences of different lengths, with the same tensors packed and padded."""
+    """Sequences of different lengths; their tensors can be packed or padded."""
 
     lengths: tuple[int, ...]
     heads: int
@@ -38,7 +38,7 @@ class Sequences:
 
     @staticmethod
     def of(longest: int, heads: int, width: int, causal: bool, device: str) -> Sequences:
-        """Lengths from a sixteenth of the longest on, the same in every run."""
+        """Random lengths, from a sixteenth of ``longest`` on; the same in every run."""
         generator = torch.Generator().manual_seed(SEED)
         drawn = torch.randint(max(1, longest // 16), longest + 1, (SEQUENCES,), generator=generator)
         return Sequences(tuple(drawn.tolist()), heads, width, causal, device)
@@ -51,7 +51,7 @@ class Sequences:
 
     @property
     def flops(self) -> float:
-        """Of the forward, the padding left out."""
+        """Of the forward, without the padding."""
         scores = sum(n**2 for n in self.lengths)
         return 4.0 * self.heads * scores * self.width * (0.5 if self.causal else 1.0)
 
@@ -61,25 +61,25 @@ class Sequences:
         return {n: torch.randn(shape, dtype=dtype, device=self.device) for n in "qkv"}
 
     def padded_inputs(self, packed: Inputs) -> Inputs:
-        """The same, [B, H, longest, D], with other numbers behind the sequences."""
+        """The same tensors as [B, H, longest, D], with random numbers as the padding."""
         shape = (len(self.lengths), self.heads, max(self.lengths), self.width)
         return {
             name: self.pad(t, torch.randn_like(t.new_empty(shape))) for name, t in packed.items()
         }
 
     def pad(self, packed: Tensor, padded: Tensor) -> Tensor:
-        """Put [1, H, tokens, D] to the beginnings of [B, H, longest, D]."""
+        """Copy the sequences of [1, H, tokens, D] to the beginnings of [B, H, longest, D]."""
         parts = packed[0].split(list(self.lengths), 1)
         for place, part in zip(padded, parts, strict=True):
             place[:, : part.shape[1]] = part
         return padded
 
     def calls(self) -> dict[str, Call]:
-        """(inputs, seed, p) -> result, of both forms; what they need lies on the device."""
+        """(inputs, seed, p) -> result, for both forms; their masks are on the device."""
         ends = [0, *itertools.accumulate(self.lengths)]
         offsets = torch.tensor(ends, dtype=torch.int32, device=self.device)
-        own = torch.tensor(self.lengths, device=self.device)[:, None]
-        there = torch.arange(max(self.lengths), device=self.device) < own
+        lengths = torch.tensor(self.lengths, device=self.device)[:, None]
+        present = torch.arange(max(self.lengths), device=self.device) < lengths
         longest = max(self.lengths)
 
         def packed(i: Inputs, seed: int | None, p: float) -> Tensor:
@@ -92,7 +92,7 @@ class Sequences:
 
         def padded(i: Inputs, seed: int | None, p: float) -> Tensor:
             out = functional.scaled_dot_product_attention(
-                i["q"], i["k"], i["v"], None, p, self.causal, key_mask=there, seed=seed
+                i["q"], i["k"], i["v"], None, p, self.causal, key_mask=present, seed=seed
             )
             assert isinstance(out, Tensor)
             return out
@@ -101,17 +101,17 @@ class Sequences:
 
 
 def verdict(sequences: Sequences, packed: Inputs, p: float) -> str:
-    """ "passed" where packed and padded give the same: a packed batch has a padded one's mask."""
+    """ "passed" if packed and padded sequences give the same, since they have the same mask."""
     calls = sequences.calls()
     try:
-        # As in Gate: what a broken kernel raises is a failure as any other.
+        # As in Gate, an exception of a broken kernel counts as a failed check.
         padded = calls[PADDED](sequences.padded_inputs(packed), SEED, p)
-        # Behind the sequences' ends lie queries that nobody reads: both keep the padded form's.
+        # The results of padding are meaningless: take those of the padded form for both.
         found = sequences.pad(calls[PACKED](packed, SEED, p), padded.clone())
     except Exception as raised:
         return f"raised {type(raised).__name__}: {first_line(raised)}"
     wrong, allowed = error(found, padded), tolerance(padded, padded.double())
-    # Both round once, each at its own places.
+    # Both round once, but in different places.
     return PASSED if wrong <= 4 * allowed else f"failed value: {wrong:.3g} > {4 * allowed:.3g}"
 
 
@@ -126,12 +126,12 @@ def run(
     """The records of both forms.
 
     Args:
-        machine: the stopwatch.
-        sequences: what is attended.
-        dtype: its name and itself.
-        modes: of "forward", "backward" and "both".
-        p: the probability of dropping, beside which 0 is timed.
-        limits: rounds, and the seconds they may take.
+        machine: times the calls.
+        sequences: the sequences of self-attention.
+        dtype: its name, and the dtype.
+        modes: some of "forward", "backward" and "both".
+        p: the probability of dropping; 0 is timed as well.
+        limits: the number of rounds, and the seconds they may take.
     """
     torch.manual_seed(SEED)
     first = sequences.packed_inputs(dtype[1])
@@ -145,7 +145,7 @@ def run(
     def subject(name: str, rate: float) -> Subject:
         return Subject(name, rate, lambda i: calls[name](i, None, rate), rotations[name])
 
-    # The host's time is of the call itself, on a CPU too: these have no tiny form.
+    # Host time is measured on the calls themselves, also on a CPU: they have no tiny form.
     subjects = [subject(name, rate) for name in calls for rate in (p, 0.0)]
     found = measure(machine, [(s, s) for s in subjects], subjects[0], "q", modes, limits)
     about = About(

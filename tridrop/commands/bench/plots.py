@@ -1,4 +1,4 @@
-"""Speed against size with the device copy as the roof; attention's TFLOP/s against length."""
+"""Plots speed against size, with the device copy as roofline, and attention's TFLOP/s."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .timing import BOTH, COPY
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of the palette of Okabe and Ito, as in the demo.
+# From the palette of Okabe and Ito, as in the demo.
 COLOURS = {
     "eager": "#0072B2",
     "by-hand": "#56B4E9",
@@ -30,7 +30,7 @@ Panel = tuple[str, str, str]
 
 
 def draw(records: Sequence[Record], stem: Path, title: str = "") -> list[Path]:
-    """Write STEM.png of the speeds and STEM-attention.png of the TFLOP/s, of what was timed."""
+    """Write STEM.png with the speeds, and STEM-attention.png with the TFLOP/s of attention."""
     timed = [r for r in records if not r.why_not and (r.p > 0 or r.provider == COPY)]
     modes = {r.mode for r in timed}
     shown = BOTH if BOTH in modes else next(iter(sorted(modes)), "")
@@ -38,7 +38,7 @@ def draw(records: Sequence[Record], stem: Path, title: str = "") -> list[Path]:
     rates = [r for r in timed if r.tflops is not None]
     found = []
     for chosen, path, y, x, labels in (
-        (speeds, Path(f"{stem}.png"), _speed, _mib, ("MiB that the row must move", "GB/s")),
+        (speeds, Path(f"{stem}.png"), _speed, _mib, ("MiB that the op must move", "GB/s")),
         (rates, Path(f"{stem}-attention.png"), _tflops, _length, ("length", "TFLOP/s")),
     ):
         if chosen:
@@ -116,7 +116,7 @@ def _draw_panel(
     for provider in dict.fromkeys(r.provider for r in records):
         points = sorted((x(r), y(r)) for r in records if r.provider == provider)
         style = "--" if provider == COPY else "-"
-        label = "device copy: the roof" if provider == COPY else provider
+        label = "device copy (roofline)" if provider == COPY else provider
         axes.plot(
             *zip(*points, strict=True), style, marker="o", markersize=3, label=label,
             color=COLOURS.get(provider),

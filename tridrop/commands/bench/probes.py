@@ -1,4 +1,4 @@
-"""What is measured of a provider once: whether it runs, memory, bytes, host time, launches."""
+"""What is measured once per provider: whether it runs, memory, bytes, host time, launches."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ HOST_SECONDS = 0.2
 
 
 def warm(machine: Machine, subject: Subject) -> tuple[str, float]:
-    """Warm a provider up, compiling whatever it compiles.
+    """Warm a provider up, which includes compiling.
 
-    Returns (the reason where it cannot run, else "", seconds of the last forward and backward).
+    Returns (why it cannot run, or "", the seconds of the last forward and backward).
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -38,20 +38,21 @@ def warm(machine: Machine, subject: Subject) -> tuple[str, float]:
                     subject.step(subject.rotation.sets[0])
                     machine.synchronize()
             return "", time.perf_counter() - start
-        except Exception as error:  # of a compiler or a kernel: anything
+        except Exception as error:  # a compiler or a kernel can raise anything
             reason = f"{type(error).__name__}: {first_line(error)}"
     if machine.cuda:
         torch.cuda.empty_cache()
-    # torch says in warnings why one of its attentions cannot run.
+    # torch explains in warnings why one of its attentions cannot run.
     said = dict.fromkeys(str(w.message).split(" (Triggered")[0].strip() for w in caught)
     return " ".join([reason, *said])[:300], 0.0
 
 
 def moved_bytes(call: Callable[[Inputs], Any], operands: Operands) -> dict[str, int]:
-    """The bytes that a row has to move, by mode: the least, whoever computes it.
+    """The bytes that a row has to move in each mode, at least, whichever provider computes it.
 
-    Forward: inputs, results, and what tridrop keeps for backward, each once. Backward: incoming
-    gradients, what was kept, and gradients, each once; one that is an incoming one costs nothing.
+    Forward: the inputs, the results, and what tridrop keeps for backward, once each. Backward: the
+    incoming gradients, what was kept, and the gradients, once each. A gradient that shares the
+    storage of an incoming one counts once.
     """
     found, kept = kept_by(lambda: call(operands.leaves))
     outs = results(found)
@@ -62,7 +63,7 @@ def moved_bytes(call: Callable[[Inputs], Any], operands: Operands) -> dict[str, 
 
 
 def kept_by(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-    """What a function returns, and the tensors that autograd keeps for its backward."""
+    """The result of a function, and the tensors that autograd keeps for its backward."""
     kept: list[Tensor] = []  # alive until counted, so that no two have the same address
 
     def pack(t: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def kept_by(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each once."""
+    """The bytes of the storages of tensors; each storage counts once."""
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(found.values())
 
@@ -82,10 +83,10 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def probe(
     machine: Machine, subject: Subject, main: str, modes: Sequence[str], host: Subject
 ) -> Probe:
-    """Measure a provider that runs.
+    """Measure a provider that can run.
 
-    ``host`` is the subject whose calls tell the host time: a tiny one on a CPU, where it cannot be
-    told from the device's.
+    ``host`` is the subject on whose calls the host time is measured. On a CPU it has a tiny size,
+    since host and device time cannot be separated there.
     """
     operands = subject.rotation.sets[0]
     with subject.context():

@@ -1,4 +1,4 @@
-"""Who computes a row: eager PyTorch, torch.compile, torch's own attention, tridrop."""
+"""The providers that compute a row: eager PyTorch, torch.compile, torch's attentions, tridrop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Make = Callable[[Case], Callable[[Inputs], Any]]
 
 @dataclass(frozen=True)
 class Provider:
-    """``make`` gives the function that computes a case, at its p; p = 0 is without dropout."""
+    """``make`` gives the function that computes a case at its p, where p = 0 means no dropout."""
 
     name: str
     make: Make
@@ -36,7 +36,7 @@ class Provider:
 
 
 def torch_dropout(case: Case) -> Drop:
-    """The random part by F.dropout; a shared mask as models make it, from a tensor of ones."""
+    """The random part by F.dropout. Models make a shared mask from a tensor of ones, as here."""
 
     def drop(domain: str, value: Tensor) -> Tensor:
         shape = case.drawn_shape(domain)
@@ -59,7 +59,7 @@ def _by_hand(case: Case) -> Callable[[Inputs], Any]:
 
 
 def _compiled(case: Case) -> Callable[[Inputs], Any]:
-    # A graph of its own for every size, and an error where it would fall back to eager.
+    # Compiles a graph for each size, and raises an error instead of falling back to eager.
     return torch.compile(_eager(case), dynamic=False, fullgraph=True)
 
 
@@ -70,7 +70,7 @@ def _sdpa(case: Case) -> Callable[[Inputs], Any]:
 
 
 def tridrop_call(case: Case) -> Callable[[Inputs], Any]:
-    """The op itself, its seed drawn in every call."""
+    """The op itself, which draws a seed in every call."""
     return lambda inputs: case.call(inputs, None, case.p, True)
 
 
@@ -79,7 +79,7 @@ def _only(backend: SDPBackend) -> Callable[[], AbstractContextManager[Any]]:
 
 
 def of(case: Case) -> list[Provider]:
-    """The providers of a case: the same whether they can run here or not."""
+    """The providers of a case, whether they can run on this machine or not."""
     found = [Provider(EAGER, _eager)]
     if case.by_hand is not None:
         found.append(Provider(BY_HAND, _by_hand))

@@ -1,4 +1,4 @@
-"""A record: what a provider took for a row in one mode, and what follows from it."""
+"""A record: the time of a provider for a row in one mode, and the figures derived from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from .providers import COMPILED, EAGER
 from .timing import BACKWARD, BOTH, COPY, FORWARD, Key, quantiles
 
-# Of the forward's count: the convention of the FlashAttention papers, whatever a kernel does.
+# FLOPs of each mode, relative to the forward. This is the convention of the FlashAttention papers,
+# whatever a kernel really computes.
 WORK = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
 
 
@@ -16,7 +17,7 @@ WORK = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
 class About:
     """What the records of a row have in common.
 
-    ``moved`` has the bytes by mode and ``flops`` those of the forward.
+    ``moved`` has the bytes of each mode, ``flops`` the FLOPs of the forward.
     """
 
     op: str
@@ -27,14 +28,14 @@ class About:
     moved: Mapping[str, int]
     flops: float
     check: str
-    """ "passed", or what failed: then tridrop is given no speed-up"""
+    """ "passed", or what failed; then tridrop gets no speed-up"""
     ours: frozenset[str]
-    """the providers that the check is about"""
+    """the providers that were checked"""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What is measured of a provider once: memory, and by mode host time and launches."""
+    """What is measured once per provider: memory, and host time and launches in each mode."""
 
     saved_bytes: int
     peak_bytes: int | None
@@ -44,7 +45,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the results; docs/performance.md tells what each field means."""
+    """One row of the results; docs/performance.md explains the fields."""
 
     op: str
     case: str
@@ -75,7 +76,7 @@ class Record:
 
 
 def digits(x: float) -> float:
-    """Five significant digits: more are noise."""
+    """Round to five significant digits; more would be noise."""
     return float(f"{x:.5g}")
 
 
@@ -86,7 +87,7 @@ def make(
     probes: Mapping[tuple[str, float], Probe],
     reasons: Mapping[tuple[str, float], str],
 ) -> list[Record]:
-    """The records of a row: of what was timed, and of what could not run."""
+    """The records of a row, for providers that were timed and for those that could not run."""
     medians = {key: quantiles(seconds)[0] for key, seconds in samples.items()}
     found = [_record(about, key, samples[key], medians, probes.get(key[:2])) for key in samples]
     found += [

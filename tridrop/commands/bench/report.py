@@ -1,4 +1,4 @@
-"""``tridrop bench``: time with a progress bar, print a table, write JSON, CSV and a plot."""
+"""``tridrop bench``: times with a progress bar, prints a table, writes JSON, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(name) for name in _names(text)]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, N,...") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give whole numbers separated by commas"
+        ) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tridrop bench``."""
-    for option, known, default in (
+    for option, names, default in (
         ("op", ("all", *OPS), "all"),
         ("dtype", tuple(DTYPES), "bf16 on cuda, fp32 and bf16 on a cpu"),
         ("mode", MODES, "all"),
@@ -54,46 +56,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=_names,
             action="extend",
             metavar="NAME,...",
-            help=f"of {', '.join(known)} (default: {default})",
+            help=f"some of: {', '.join(names)} (default: {default})",
         )
-    parser.add_argument("--device", help='"cuda" or "cpu" (default: cuda where there is one)')
+    parser.add_argument("--device", help='"cuda" or "cpu" (default: cuda if there is a GPU)')
     parser.add_argument(
         "--size", type=_names, action="extend", metavar="ROWSxCOLS,...",
-        help="of all ops but attention",
+        help="sizes of all ops except attention",
     )  # fmt: skip
-    for option, text in (("length", "lengths of attention"), ("head-dim", "widths of its heads")):
+    for option, text in (
+        ("length", "sequence lengths of attention"),
+        ("head-dim", "head dimensions of attention"),
+    ):
         parser.add_argument(
             f"--{option}", type=_numbers, action="extend", metavar="N,...", help=text
         )
-    parser.add_argument("--p", type=float, default=0.1, help="beside 0 (default %(default)s)")
-    parser.add_argument("--rounds", type=int, help="default: 30 on cuda, 15 on a cpu")
-    parser.add_argument("--threads", type=int, help="of torch, on a cpu (default: torch's)")
     parser.add_argument(
-        "--quick", action="store_true", help="few ops, sizes and rounds, one row per op"
+        "--p", type=float, default=0.1, help="the rate, timed next to 0 (default: %(default)s)"
     )
     parser.add_argument(
-        "--all-rows", action="store_true", help="every row of tridrop check that has other sizes"
+        "--rounds", type=int, help="number of rounds (default: 30 on cuda, 15 on a cpu)"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="number of torch's threads on a cpu (default: torch's)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer ops, sizes and rounds, and one row per op"
+    )
+    parser.add_argument(
+        "--all-rows",
+        action="store_true",
+        help="time every row of tridrop check that can have other sizes",
     )
     parser.add_argument(
         "--steps",
         type=_names,
         action="extend",
         metavar="NAME,...",
-        help=f"time training steps instead of ops: of {', '.join(models.ARCHITECTURES)}",
+        help=f"time training steps instead of ops, of some of: {', '.join(models.ARCHITECTURES)}",
     )
     parser.add_argument(
-        "--model-size", help='of --steps: "full" or "tiny" (default: full on cuda without --quick)'
+        "--model-size",
+        help='with --steps: "full" or "tiny" (default: full on cuda without --quick)',
     )
-    parser.add_argument("--batch", type=int, help="of --steps: sequences or images in a step")
+    parser.add_argument("--batch", type=int, help="with --steps: sequences or images per step")
     parser.add_argument(
-        "--out", type=Path, help="folder of the results (default: benchmarks/results of a clone)"
+        "--out", type=Path, help="folder for the results (default: benchmarks/results in a clone)"
     )
-    parser.add_argument("--label", default="", help="a part of the files' names")
+    parser.add_argument("--label", default="", help="is added to the names of the files")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; 0, or 1 where a check failed, or 2 where it cannot run as it was asked to, or 130
-    after Ctrl-C, with what was timed until then."""
+    """Run it. Returns 0, 1 if a check failed, 2 if it cannot run with these options, and 130 after
+    Ctrl-C, which still writes what was timed."""
     threads = torch.get_num_threads()
     try:
         if args.threads is not None:
@@ -124,7 +138,7 @@ Open = Callable[[str], "Files"]
 def _time_ops(args: argparse.Namespace, device: str, files: Open, console: Console) -> int:
     for name in ("model_size", "batch"):
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is of --steps: give both or neither")
+            raise ValueError(f"--{name.replace('_', '-')} needs --steps")
     options = Options.of(
         device,
         ops=args.op,
@@ -154,7 +168,7 @@ def _time_steps(args: argparse.Namespace, device: str, files: Open, console: Con
     for name in ("op", "size", "length", "head_dim", "mode", "all_rows"):
         if getattr(args, name):
             option = name.replace("_", "-")
-            raise ValueError(f"--{option} is of ops, --steps of models: give one of the two")
+            raise ValueError(f"--{option} is for ops, --steps for models: give only one of them")
     options = steps.StepOptions.of(
         device,
         args.steps,
@@ -186,7 +200,7 @@ def _conclude(
     paths: Sequence[Path],
     status: int,
 ) -> int:
-    """Say what failed, who could not run and what was written; return the exit status."""
+    """Print what failed, what could not run and what was written; return the exit status."""
     for text in failures:
         console.print(f"[bold red]FAIL[/] {escape(text)}", soft_wrap=not console.is_terminal)
     for text in reasons:
@@ -198,7 +212,7 @@ def _conclude(
 def _with_progress(
     time: Callable[..., list[Any]], options: Any, files: Files
 ) -> tuple[list[Any], int]:
-    """What was timed, and 0, or the status of an interrupt."""
+    """The records, and 0 or the exit status of an interrupt."""
     kept: list[Any] = []
 
     def on_records(records: list[Any]) -> None:
@@ -224,27 +238,27 @@ def _with_progress(
 
 
 def folder(given: Path | None) -> Path:
-    """Where results go; ValueError where that was not said and there is no clone."""
+    """The folder for results; raises ValueError if none is given and this is no clone."""
     if given is None and not CLONE.is_dir():
-        raise ValueError("this is no clone of the repository: say --out FOLDER")
+        raise ValueError("this is no clone of the repository: give --out FOLDER")
     found = given or CLONE
     found.mkdir(parents=True, exist_ok=True)
     return found
 
 
 class Files:
-    """KIND-DEVICE-DATE[-LABEL].json and .csv: written anew as records come, so that what was
-    timed is there should the rest be cut short."""
+    """KIND-DEVICE-DATE[-LABEL].json and .csv. Both are rewritten as records come, so that an
+    interrupted run keeps what was timed."""
 
     def __init__(self, machine: Machine, out: Path, label: str, kind: str) -> None:
         self._about = machine.about()
         parts = (kind, machine.slug, self._about["date"], label)
         self.stem = out / "-".join(filter(None, parts))
-        # The stem may have dots, which with_suffix would take for one.
+        # The stem may contain dots, which with_suffix would take for a suffix.
         self.paths = [Path(f"{self.stem}.json"), Path(f"{self.stem}.csv")]
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write the records, one or more."""
+        """Write the records, of which there must be at least one."""
         lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
         with replacing(self.paths[0]) as draft:
             draft.write_text(f'{{"about":{json.dumps(self._about)},\n"records":[\n{lines}\n]}}\n')

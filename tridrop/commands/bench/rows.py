@@ -1,4 +1,4 @@
-"""What is timed: rows of the table of cases, at the sizes of a transformer."""
+"""The rows that are timed: those of the table of cases, at the sizes of a transformer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..check import CASES, Case
 
 SOFTMAX, ATTENTION = "softmax_dropout", "scaled_dot_product_attention"
 OPS = tuple(dict.fromkeys(case.op for case in CASES if case.at is not None))
-# The combinations that models have. --all-rows takes every row that exists at other sizes.
+# The combinations that models use. --all-rows takes every row that can have other sizes.
 USUAL = (
     "dropout: plain",
     "activation_dropout: gelu",
@@ -29,13 +29,13 @@ USUAL = (
     "scaled_dot_product_attention: plain",
     "scaled_dot_product_attention: causal",
 )
-# A comparison in fp64 of more scores than this is made for one head of one sequence.
+# With more scores than this, only one head of one sequence is compared in fp64.
 MOST_SCORES = 2**24
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The sizes of attention: every length and head width, of as many tokens and features."""
+    """The sizes of attention: lengths and head dimensions, for fixed tokens and features."""
 
     tokens: int
     width: int
@@ -43,7 +43,7 @@ class Attention:
     head_dims: Sequence[int]
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """[B, H, S, D] of each."""
+        """[B, H, S, D] for each length and head dimension."""
         for name, given, whole in (
             ("length", self.lengths, self.tokens),
             ("head dimension", self.head_dims, self.width),
@@ -60,7 +60,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table at a size. ``shape`` is that of the result."""
+    """A row of the table at a size; ``shape`` is the shape of the result."""
 
     case: Case
     shape: tuple[int, ...]
@@ -80,14 +80,14 @@ class Row:
         return self._at(self.shape, p, apart=True)
 
     def checked(self, p: float) -> Case:
-        """The case whose values are compared: one head where all would not fit in fp64."""
+        """The case whose values are compared: with one head, if all would be too large in fp64."""
         shape, case = self.shape, self._at(self.shape, p)
         if case.mask_over is not None and math.prod(case.mask_shape) > MOST_SCORES:
             shape = (*(1 for _ in shape[:-2]), *shape[-2:])
         return self._at(shape, p)
 
     def tiny(self, p: float) -> Case:
-        """The case at [8, 64], where only the way through Python costs anything."""
+        """The case at [8, 64], whose time is the host's alone."""
         return self._at((1, 1, 8, 64) if self.op == ATTENTION else (1, 8, 64), p, apart=True)
 
     def _at(self, shape: tuple[int, ...], p: float, apart: bool = False) -> Case:
@@ -96,7 +96,7 @@ class Row:
 
     @property
     def flops(self) -> float:
-        """Of attention's forward, 4 B H S^2 D, half of it where causal; 0 of other ops."""
+        """FLOPs of attention's forward: 4 B H S^2 D, or half of that if causal. 0 for other ops."""
         if self.op != ATTENTION:
             return 0.0
         batch, heads, length, width = self.shape
@@ -109,7 +109,7 @@ def label(case: Case) -> str:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """ROWSxCOLS as two numbers; ValueError where it is something else."""
+    """ROWSxCOLS as two numbers; raises ValueError for any other text."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"size {text!r}: give ROWSxCOLS, such as 8192x4096")
@@ -117,7 +117,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def shape_of(op: str, size: tuple[int, int]) -> tuple[int, ...]:
-    """The three-dimensional shape of a size: [samples, tokens, columns]; of scores square parts."""
+    """The shape [samples, tokens, columns] for a size; scores become square, if possible."""
     rows, columns = size
     if op == SOFTMAX:
         queries = columns if rows % columns == 0 else rows
@@ -134,14 +134,14 @@ def table(
     every: bool = False,
     first: bool = False,
 ) -> list[Row]:
-    """The rows of the ops at the sizes, all at the first before any at the second.
+    """The rows of the ops at the sizes: first all rows at the first size, and so on.
 
     Args:
         ops: names of public functions.
-        sizes: (rows, columns) of all ops but attention.
+        sizes: (rows, columns) for all ops except attention.
         attention: the sizes of attention.
-        every: all rows of the table, not just the usual ones.
-        first: one row per op.
+        every: take all rows of the table, not only the usual ones.
+        first: take one row per op.
     """
     found: dict[str, Case] = {}
     for case in CASES:

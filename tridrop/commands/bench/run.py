@@ -1,4 +1,4 @@
-"""From options to records."""
+"""Times the rows of the options, and gives the records."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def run(
     """Time every row in every dtype.
 
     Args:
-        options: of :meth:`Options.of`.
+        options: from :meth:`Options.of`.
         on_start: called with the number of rows, in all dtypes.
-        on_row: called before each of them with what it is.
-        on_records: called after each of them with all records until then.
+        on_row: called before each row with its name.
+        on_records: called after each row with all records so far.
 
     Raises:
-        RuntimeError: there is no such device, or its backend is one for tests.
+        RuntimeError: there is no such device, or its backend is only for tests.
     """
     machine = Machine(options.device)
     gate = Gate(machine)
@@ -60,7 +60,7 @@ def run(
 def _jobs(
     machine: Machine, gate: Gate, options: Options, dtype: str
 ) -> Iterator[tuple[str, Callable[[], list[Record]]]]:
-    """What is to be timed in a dtype, each with what it is."""
+    """The measurements to make in a dtype, each with its name."""
     for row in options.rows:
         run_row = _RowRun(machine, row, dtype, options)
         yield f"{row.label} {list(row.shape)} {dtype}", partial(run_row.records, gate)
@@ -75,11 +75,11 @@ def _jobs(
 
 
 class _RowRun:
-    """A row in a dtype: what takes turns, what cannot, and what is measured of each."""
+    """The measurement of a row in a dtype."""
 
     def __init__(self, machine: Machine, row: Row, dtype: str, options: Options) -> None:
         self.machine, self.row, self.dtype, self.options = machine, row, dtype, options
-        # Nothing is left of dropout itself at p = 0.
+        # At p = 0 the op dropout does nothing that could be timed.
         self.rates = (options.p,) if row.op == "dropout" else (options.p, 0.0)
 
     def _inputs(self, case: Case) -> dict[str, torch.Tensor]:
@@ -110,13 +110,13 @@ class _RowRun:
         return records.make(about, options.modes, found.samples, found.probes, found.reasons)
 
     def _subjects(self, sized: Rotation, tiny: Rotation) -> Iterator[tuple[Subject, Subject]]:
-        """The chosen providers at both rates, each with the one that tells its host time."""
+        """The chosen providers at both rates, each with the subject that gives its host time."""
         for provider in of(self.row.sized(self.options.p)):
             if provider.name in self.options.providers:
                 for p in self.rates:
                     host = subject = self._subject(provider, p, sized)
                     if not self.machine.cuda:
-                        # There it can be told from the device's at a tiny size alone.
+                        # On a CPU it can be separated from device time only at a tiny size.
                         host = self._subject(provider, p, tiny, tiny=True)
                     yield subject, host
 

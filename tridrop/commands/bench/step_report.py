@@ -1,4 +1,4 @@
-"""What ``tridrop bench --steps`` prints: the price of dropout."""
+"""What ``tridrop bench --steps`` prints: the cost of dropout in training steps."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 def table(records: Sequence[StepRecord]) -> Table:
-    """A line for every model, provider and rate."""
+    """A row per model, provider and rate."""
     grid = Table(
         title="A training step: forward, backward, AdamW",
-        caption="price of dropout: the step over the same provider's at p = 0; x: times as fast "
-        "as, at the same p; sites: what tridrop.swap found",
+        caption="cost of dropout: time compared with the same provider at p = 0; x: how many times "
+        "as fast as, at the same p; sites: what tridrop.swap found",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     for heading in ("model", "provider", "p"):
         grid.add_column(heading)
     for heading in (
-        "ms", "20 - 80 %", "price of\ndropout", "x eager", "x compile", "saved\nMiB", "peak\nMiB",
+        "ms", "20 - 80 %", "cost of\ndropout", "x eager", "x compile", "saved\nMiB", "peak\nMiB",
         "sites",
     ):  # fmt: skip
         grid.add_column(heading, justify="right", no_wrap=heading != "sites")
@@ -50,7 +50,7 @@ def table(records: Sequence[StepRecord]) -> Table:
 
 
 def shown(x: float | None) -> str:
-    """Three digits."""
+    """A figure with three digits."""
     return "-" if x is None else f"{x:.3g}" if x < 1000 else f"{x:.0f}"
 
 
@@ -60,32 +60,34 @@ def mib(x: int | None) -> str:
 
 
 def cost(x: float | None) -> str:
-    """A relative change in per cent."""
+    """A relative change in percent."""
     return "-" if x is None else f"{x:+.1%}"
 
 
 def headlines(records: Sequence[StepRecord]) -> list[str]:
-    """A sentence a model: the price of dropout by each provider, and tridrop beside eager."""
+    """A sentence per model: the cost of dropout for each provider, and tridrop against eager."""
     found = []
     for name in dict.fromkeys(r.model for r in records):
-        own = [r for r in records if r.model == name and r.p]
-        prices = [f"{r.provider} {cost(r.dropout_cost)}" for r in own if r.dropout_cost is not None]
-        if not prices:
+        rows = [r for r in records if r.model == name and r.p]
+        costs = [f"{r.provider} {cost(r.dropout_cost)}" for r in rows if r.dropout_cost is not None]
+        if not costs:
             continue
-        line = f"{ARCHITECTURES[name].title}, price of dropout: {', '.join(prices)}."
-        saved = {r.provider: r.saved_bytes for r in own if r.saved_bytes is not None}
-        fused = [r for r in own if r.provider == TRIDROP and r.speedup_over_eager is not None]
+        line = f"{ARCHITECTURES[name].title}, cost of dropout: {', '.join(costs)}."
+        saved = {r.provider: r.saved_bytes for r in rows if r.saved_bytes is not None}
+        fused = [r for r in rows if r.provider == TRIDROP and r.speedup_over_eager is not None]
         for r in fused:
-            line += f" A step of tridrop's takes {1 / (r.speedup_over_eager or 1):.3f} of eager's"
+            line += (
+                f" A step with tridrop takes {1 / (r.speedup_over_eager or 1):.3f} of eager's time"
+            )
             if EAGER in saved and TRIDROP in saved:
-                line += f" and keeps {saved[TRIDROP] / saved[EAGER]:.3f} of its bytes"
+                line += f" and keeps {saved[TRIDROP] / saved[EAGER]:.3f} of its bytes for backward"
             line += "."
         found.append(line)
     return found
 
 
 def failures(records: Sequence[StepRecord]) -> list[str]:
-    """What makes the run a failure: checks, and models that tridrop could not train."""
+    """Why the run failed: failed checks, and models that tridrop could not train."""
     found = []
     for r in records:
         if r.check not in ("", PASSED):
@@ -96,12 +98,12 @@ def failures(records: Sequence[StepRecord]) -> list[str]:
 
 
 def reasons(records: Sequence[StepRecord]) -> list[str]:
-    """Who could not run, and why."""
+    """The providers that could not run, and why."""
     return [f"{r.model}, {r.provider}, p = {r.p:g}: {r.why_not}" for r in records if r.why_not]
 
 
 def draw(records: Sequence[StepRecord], stem: Path, title: str = "") -> list[Path]:
-    """Write STEM.png: bars of the times at both rates, over eager's without dropout."""
+    """Write STEM.png: the times at both rates, relative to eager without dropout."""
     timed = [r for r in records if r.median_ms is not None]
     bases = {r.model: r.median_ms for r in timed if r.provider == EAGER and not r.p}
     timed = [r for r in timed if r.model in bases]
@@ -121,9 +123,9 @@ def _figure(records: Sequence[StepRecord], bases: dict[str, float], title: str) 
         figure = Figure(figsize=(1 + 3 * len(bases), 3), layout="constrained")
         grid = figure.subplots(1, len(bases), sharey=True, squeeze=False)[0]
         for axes, (name, base) in zip(grid, bases.items(), strict=True):
-            own = [r for r in records if r.model == name]
-            names = list(dict.fromkeys(r.provider for r in own))
-            for r in own:
+            rows = [r for r in records if r.model == name]
+            names = list(dict.fromkeys(r.provider for r in rows))
+            for r in rows:
                 at = names.index(r.provider) + (0.2 if r.p else -0.2)
                 colour, label = ("#000000", f"p = {r.p:g}") if r.p else ("#56B4E9", "p = 0")
                 axes.bar(at, (r.median_ms or 0.0) / base, 0.38, color=colour, label=label)
@@ -131,7 +133,7 @@ def _figure(records: Sequence[StepRecord], bases: dict[str, float], title: str) 
             axes.set_title(ARCHITECTURES[name].title)
             axes.grid(axis="y", alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.supylabel("time of a step, over eager's at p = 0")
+        figure.supylabel("time per step, relative to eager at p = 0")
         if title:
             figure.suptitle(title)
         handles = {t: h for a in grid for h, t in zip(*a.get_legend_handles_labels(), strict=True)}

@@ -1,4 +1,4 @@
-"""Training steps of whole models: what dropout costs by each provider, and tridrop beside eager."""
+"""Times training steps of whole models: the cost of dropout, and tridrop against eager."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PROVIDERS = (EAGER, COMPILED, TRIDROP, MEMORY, BOTH)
 _SWAPPED = (TRIDROP, MEMORY, BOTH)
 BATCHES = 4
 WARM_UP = 3
-# Loss and gradient at p = 0, against eager's: what another order of roundings may change.
+# By how much loss and gradient at p = 0 may differ from eager's, due to another order of roundings.
 AGREEMENT = {"bf16": 0.02, "fp32": 1e-3}
 SEED = 0
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What is timed; :meth:`of` fills in and looks at what is given."""
+    """What is timed. :meth:`of` checks the given options and adds the defaults."""
 
     device: str
     dtype: str
@@ -45,7 +45,7 @@ class StepOptions:
     p: float
     rounds: int
     calls: int
-    """steps in a turn"""
+    """steps per turn"""
 
     @staticmethod
     def of(
@@ -64,27 +64,28 @@ class StepOptions:
 
         Args:
             device: "cuda" or "cpu".
-            names: of gpt2, bert, vit.
-            dtypes: one of bf16, by autocast over fp32 weights, and fp32.
-            providers: of eager, torch.compile, tridrop, tridrop+memory (swap with memory=True), and
-                tridrop+torch.compile.
-            size: "full" (of the published models) or "tiny".
-            batch: sequences or images in a step.
-            p: all rates of the model, beside which 0 is timed.
-            rounds: how many.
+            names: some of gpt2, bert, vit.
+            dtypes: one of bf16 (autocast, with fp32 weights) and fp32.
+            providers: some of eager, torch.compile, tridrop, tridrop+memory (swap with
+                memory=True), and tridrop+torch.compile.
+            size: "full" (that of the published models) or "tiny".
+            batch: sequences or images per step.
+            p: all rates of the model; 0 is timed as well.
+            rounds: the number of rounds.
             quick: tiny models, few rounds.
 
         Raises:
-            ValueError: what is not known or not allowed. ImportError: there is no transformers.
+            ValueError: a name is unknown, or a value is not allowed.
+            ImportError: transformers is not installed.
         """
         cuda = device == "cuda"
         wanted = choose("model", names, tuple(models.ARCHITECTURES))
         kinds = choose("dtype", dtypes or ["bf16" if cuda else "fp32"], tuple(AGREEMENT))
         if len(kinds) != 1:
-            raise ValueError(f"dtypes {', '.join(kinds)}: steps take one at a time")
+            raise ValueError(f"dtypes {', '.join(kinds)}: give only one for steps")
         (scale,) = choose("size", [size or ("full" if cuda and not quick else "tiny")], SCALES)
         if not 0 < p < 1:
-            raise ValueError(f"p = {p}: give one between 0 and 1; p = 0 is timed beside it")
+            raise ValueError(f"p = {p}: give one between 0 and 1; p = 0 is timed as well")
         for name, given in (("rounds", rounds), ("batch", batch)):
             if given is not None and given < 1:
                 raise ValueError(f"{name} = {given}: give 1 or more")
@@ -106,7 +107,7 @@ SCALES = ("full", "tiny")
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of the results; docs/performance.md tells what each field means."""
+    """One row of the results; docs/performance.md explains the fields."""
 
     model: str
     provider: str
@@ -133,7 +134,7 @@ class StepRecord:
 
 
 class Trainee:
-    """A model under a provider at a rate, with its optimizer and data."""
+    """A model with a provider and a rate, its optimizer and its data."""
 
     def __init__(self, options: StepOptions, name: str, provider: str, p: float) -> None:
         architecture: Architecture = models.ARCHITECTURES[name]
@@ -157,7 +158,7 @@ class Trainee:
         self._turn = 0
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of the model's own head."""
+        """The loss that the model computes."""
         with self._autocast():
             found: Tensor = self.call(**batch).loss
         return found
@@ -172,7 +173,7 @@ class Trainee:
         return loss.detach()
 
     def loss_and_gradient(self) -> tuple[float, float]:
-        """The loss of the first batch, and the norm of its gradient."""
+        """The loss on the first batch, and the norm of its gradient."""
         loss = self.loss(self.data[0])
         loss.backward()
         norms = [t.grad.norm() for t in self.model.parameters() if t.grad is not None]
@@ -180,10 +181,12 @@ class Trainee:
         return float(loss.detach()), float(torch.stack(norms).norm())
 
     def saved_bytes(self) -> int:
-        """Bytes that a forward keeps for backward, each storage once, parameters left out."""
-        own = {t.untyped_storage().data_ptr() for t in self.model.parameters()}
+        """The bytes of all storages, except parameters, that a forward keeps for backward."""
+        parameters = {t.untyped_storage().data_ptr() for t in self.model.parameters()}
         _, kept = probes.kept_by(lambda: self.loss(self.data[0]))
-        return probes.storage_bytes(t for t in kept if t.untyped_storage().data_ptr() not in own)
+        return probes.storage_bytes(
+            t for t in kept if t.untyped_storage().data_ptr() not in parameters
+        )
 
 
 def run(
@@ -210,7 +213,7 @@ def run(
 
 
 class _ModelRun:
-    """A model: its trainees take turns."""
+    """The measurement of one model, whose trainees take turns."""
 
     def __init__(self, machine: Machine, options: StepOptions, name: str) -> None:
         self.machine, self.options, self.name = machine, options, name
@@ -242,14 +245,14 @@ class _ModelRun:
         self.expected = Trainee(self.options, self.name, EAGER, 0.0).loss_and_gradient()
 
     def _enter(self, provider: str, p: float, checked: str) -> str:
-        """Make a trainee, or a record of why there is none; return the provider's check."""
+        """Make a trainee, or a record of why it cannot run; return the provider's check."""
         options, size = self.options, self.options.sizes[self.name]
         record = StepRecord(
             self.name, provider, p, options.dtype, self.machine.name, size.layers, size.width,
             size.length, size.batch, 0,
         )  # fmt: skip
         try:
-            # What a compiler or a swap raises can be anything.
+            # A compiler or a swap can raise anything.
             trainee = Trainee(options, self.name, provider, p)
             if p == 0:
                 checked = self._check(trainee)
@@ -272,17 +275,20 @@ class _ModelRun:
         return checked
 
     def _check(self, trainee: Trainee) -> str:
-        """ "passed" where loss and gradient at p = 0 are eager's and the swap found something."""
+        """ "passed" if loss and gradient at p = 0 are eager's and the swap fused something."""
         assert self.expected is not None
         if trainee.provider in _SWAPPED and not trainee.sites.get("fused"):
             return "failed: tridrop.swap fused nothing"
         allowed = AGREEMENT[self.options.dtype]
         for name, found, expected in zip(
-            ("loss", "gradient's norm"), trainee.loss_and_gradient(), self.expected, strict=True
+            ("loss", "norm of the gradient"),
+            trainee.loss_and_gradient(),
+            self.expected,
+            strict=True,
         ):
             # A NaN agrees with nothing.
             if not abs(found - expected) <= allowed * abs(expected):
-                return f"failed: {name} at p = 0 is {found:.6g}, eager's {expected:.6g}"
+                return f"failed: {name} at p = 0 is {found:.6g}, eager's is {expected:.6g}"
         return PASSED
 
     def _update(self, trainee: Trainee, **changes: Any) -> None:

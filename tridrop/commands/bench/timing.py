@@ -1,4 +1,4 @@
-"""Rounds: every provider in turn, each call on operands that have left the cache."""
+"""Times providers in rounds, in which they take turns; operands are not in the cache."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ def results(found: Any) -> tuple[Tensor, ...]:
 
 
 class Operands:
-    """The inputs of a call, and normal incoming gradients of its results."""
+    """The inputs of a call, and normal random gradients for its results."""
 
     def __init__(self, tensors: Inputs) -> None:
         self.leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
         self._grads: dict[tuple[torch.dtype, ...], list[Tensor]] = {}
 
     def grads(self, outs: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients that come in, drawn once for each dtype that providers return."""
+        """The incoming gradients, drawn once for each dtype that providers return."""
         key = tuple(out.dtype for out in outs)
         if key not in self._grads:
             self._grads[key] = [torch.randn_like(out) for out in outs]
         return self._grads[key]
 
     def backward(self, outs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """The gradients of the inputs; nothing is accumulated."""
+        """The gradients of the inputs, which are not accumulated."""
         leaves = list(self.leaves.values())
         return torch.autograd.grad(outs, leaves, self.grads(outs), allow_unused=True)
 
 
 class Rotation:
-    """Operands one after the other: more than twice the cache in all, so that each has left it."""
+    """Sets of operands to use in turn. Together they exceed twice the cache, so that a set has left
+    the cache when its turn comes again."""
 
     def __init__(self, first: Inputs, cache_bytes: int) -> None:
         size = max(1, sum(t.nbytes for t in first.values()))
@@ -63,7 +64,7 @@ class Rotation:
             Operands({name: torch.randn_like(t) for name, t in first.items()}) for _ in range(more)
         ]
         self.calls = min(MOST_CALLS, math.ceil(2 * cache_bytes / size) or 1)
-        """calls that make a turn: about twice the cache"""
+        """calls per turn: their operands amount to about twice the cache"""
         self._cycle = itertools.cycle(self.sets)
 
     def take(self, calls: int) -> Iterator[Operands]:
@@ -73,7 +74,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Subject:
-    """A provider at a rate, with the operands that it shares with others."""
+    """A provider at a rate, with operands that it shares with other subjects."""
 
     provider: str
     p: float
@@ -81,15 +82,15 @@ class Subject:
     rotation: Rotation
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     calls: int = 1
-    """in a turn"""
+    """calls per turn"""
 
     def lasting(self, seconds: float) -> Subject:
-        """The same, with as many calls a turn as are worth while if a call takes ``seconds``."""
+        """The same with a suitable number of calls per turn, if a call takes ``seconds``."""
         affordable = max(1, int(TURN_SECONDS / max(seconds, 1e-9)))
         return replace(self, calls=min(self.rotation.calls, affordable))
 
     def thunks(self, mode: str) -> list[Thunk]:
-        """The calls of the next turn; for backward a forward is made of each, untimed."""
+        """The calls of the next turn. For backward, their forwards run here, untimed."""
         taken = self.rotation.take(self.calls)
         if mode == FORWARD:
             return [partial(self.call, operands.leaves) for operands in taken]
@@ -109,7 +110,7 @@ class Subject:
 
 
 class Copy:
-    """A device copy that reads and writes as many bytes as a row has to, in each mode."""
+    """A device copy that moves as many bytes as a row has to move in each mode."""
 
     provider, p = COPY, 0.0
 
@@ -147,12 +148,12 @@ def rounds(
     """Seconds per call of every subject and mode, one figure per round.
 
     Args:
-        machine: the stopwatch.
-        subjects: what takes turns. Each is first as often as the others.
-        modes: of "forward", "backward" and "both".
-        count: rounds; fewer, but three at least, where they would take longer than ``budget``
-            seconds.
-        host: seconds that the host needs for a call, where they are known.
+        machine: times the calls.
+        subjects: the subjects that take turns. Each is the first of a round equally often.
+        modes: some of "forward", "backward" and "both".
+        count: the number of rounds; fewer, but at least three, if they would take longer than
+            ``budget`` seconds.
+        host: the seconds that the host needs for a call, where they are known.
         budget: see ``count``.
     """
     found: dict[Key, list[float]] = defaultdict(list)
@@ -172,7 +173,7 @@ def rounds(
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and the quantiles of 20 % and 80 %."""
+    """The median, and the 20 % and 80 % quantiles."""
     if len(samples) < 2:
         return samples[0], samples[0], samples[0]
     fifths = statistics.quantiles(samples, n=5, method="inclusive")

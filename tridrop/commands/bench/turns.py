@@ -1,4 +1,4 @@
-"""Subjects warmed up, measured once and timed in rounds: what all rows have in common."""
+"""What all rows have in common: warms subjects up, measures each once, times them in rounds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .timing import Copy, Key, Subject, Timed, rounds
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured of a row."""
+    """The measurements of a row."""
 
     samples: Mapping[Key, Sequence[float]]
     probes: Mapping[tuple[str, float], Probe]
     reasons: Mapping[tuple[str, float], str]
-    """of those that cannot run"""
+    """why subjects cannot run"""
     moved: Mapping[str, int]
-    """bytes by mode; empty where tridrop, by which they are counted, cannot run"""
+    """bytes in each mode, counted on tridrop's calls; empty if those cannot run"""
 
 
 def measure(
@@ -31,15 +31,15 @@ def measure(
     modes: Sequence[str],
     limits: tuple[int, float],
 ) -> Findings:
-    """Time subjects in turn, beside a device copy of as many bytes.
+    """Time subjects in turns, together with a device copy of as many bytes.
 
     Args:
-        machine: the stopwatch.
-        subjects: each with the one whose calls tell its host time.
-        ours: tridrop's, by which bytes are counted.
+        machine: times the calls.
+        subjects: each with the subject on whose calls its host time is measured.
+        ours: tridrop's subject, on which the bytes are counted.
         main: the operand that is no parameter even if it is a vector.
-        modes: of "forward", "backward" and "both".
-        limits: rounds, and the seconds they may take.
+        modes: some of "forward", "backward" and "both".
+        limits: the number of rounds, and the seconds they may take.
     """
     running: list[Timed] = []
     found: dict[tuple[str, float], Probe] = {}

@@ -25,7 +25,7 @@ from .case import Case
 from .invariants import Invariant
 from .measure import Result, check_case, check_invariant
 
-# fp64 is what these are measured against; torch.autograd.gradcheck serves the ops in it.
+# fp64 is not among them: it is what these are compared with, and gradcheck tests the ops in it.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 CASES: Sequence[Case] = (
@@ -60,7 +60,7 @@ __all__ = [
 
 
 def available(device: str) -> dict[str, str | None]:
-    """The backends, each with the reason why it cannot serve ``device``, or None."""
+    """Each backend, with the reason why it cannot run on ``device``, or None."""
     reasons: dict[str, str | None] = {}
     for name in _backends.NAMES:
         try:
@@ -87,16 +87,16 @@ def run(
     Args:
         ops: names of public functions; None for all.
         dtypes: None for float32, float16 and bfloat16.
-        backends: None for all that can serve the device. A named one that cannot raises.
-        device: None for "cuda" where there is one, else "cpu".
-        seeds: how many seeds the expected value is taken over.
+        backends: None for all that can run on the device.
+        device: None for "cuda" if there is a GPU, else "cpu".
+        seeds: the number of seeds over which the expected value is taken.
         on_start: called with the number of (row, dtype, backend) triples.
-        on_case: called before each of them.
-        on_results: called after each of them with its results.
+        on_case: called before each triple.
+        on_results: called after each triple with its results.
 
     Raises:
-        ValueError: an op or backend that does not exist. RuntimeError or ImportError: a backend
-            that was named but cannot serve the device.
+        ValueError: an op or backend does not exist.
+        RuntimeError, ImportError: a backend that was named cannot run on the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for op in ops or ():

@@ -1,7 +1,7 @@
-"""The rows of the attention ops: see cases.py for what a row is.
+"""The rows of the attention ops; cases.py explains what a row is.
 
 Their random part is ``drop("attention", probabilities)``. Attention masks that need a gradient are
-operands of a row; those that need none are made by its functions.
+operands of the row; the functions of the row create those that need none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Device = str | torch.device
 
 
 def some_keys(shape: tuple[int, ...], device: Device) -> Tensor:
-    """A bool mask of ``shape`` that lets two keys in three take part, and the first one always."""
+    """A bool mask of ``shape``: about two thirds of the keys take part, always the first."""
     generator = torch.Generator().manual_seed(math.prod(shape))
     mask = torch.rand(shape, dtype=torch.float32, generator=generator) < 2 / 3
     mask[..., 0] = True
@@ -32,9 +32,9 @@ def some_keys(shape: tuple[int, ...], device: Device) -> Tensor:
 def taking_part(
     shape: tuple[int, ...], mask: tuple[int, ...] | None, is_causal: bool, device: Device
 ) -> Tensor:
-    """Where the scores of ``shape`` take part, ``mask`` being the shape of a bool mask.
+    """Which scores take part, as a bool tensor that broadcasts to ``shape``.
 
-    It broadcasts to ``shape``.
+    ``mask`` is the shape of a bool attention mask, or None.
     """
     part = torch.ones(shape[-2:], dtype=torch.bool, device=device)
     if is_causal:
@@ -43,7 +43,7 @@ def taking_part(
 
 
 def eager_softmax(scores: Tensor, part: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The probabilities as eager PyTorch has them; every row has a key that takes part."""
+    """The probabilities in eager PyTorch. In every row at least one key takes part."""
     if mask is not None:
         scores = scores + mask
     if part is not None:
@@ -51,11 +51,11 @@ def eager_softmax(scores: Tensor, part: Tensor | None, mask: Tensor | None) -> T
     return torch.softmax(scores, -1)
 
 
-def _resizable(row: Case, again: Callable[..., Case]) -> Case:
-    """The row with ``again(shape, p, apart)`` for its way to other shapes."""
+def _resizable(row: Case, rebuild: Callable[..., Case]) -> Case:
+    """The row, with ``rebuild(shape, p, apart)`` as the function that gives it another shape."""
 
     def at(shape: tuple[int, ...], p: float, *, apart: bool = False) -> Case:
-        return _resizable(again(shape, p, apart), again)
+        return _resizable(rebuild(shape, p, apart), rebuild)
 
     return replace(row, at=at)
 
@@ -71,7 +71,7 @@ def _softmax(
     return_softmax: bool = False,
     apart: bool = False,
 ) -> Case:
-    """softmax_dropout with a bool mask of that shape, or a float mask of that and its gradient."""
+    """softmax_dropout, with a bool mask of a shape, or with a float mask and its gradient."""
     shapes: dict[str, tuple[int, ...]] = {"scores": shape, "out": shape}
     if float_mask is not None:
         shapes["mask"] = float_mask
@@ -115,7 +115,7 @@ def _softmax(
         eager=eager,
         rates={"attention": p},
         probe=lambda inputs, seed: run(inputs, seed, p, True, False),
-        # The gradient of a score is P * (dP - sum(dP * P)): no zero where dP is.
+        # The gradient of a score is P * (dP - sum(dP * P)), which is not zero where dP is zero.
         backward_shows_mask=False,
         saved_extra=4 * math.prod(shape[:-1]),
         main="scores",
@@ -150,7 +150,7 @@ def _attention(
     sinks: bool = False,
     softcap: float | None = None,
 ) -> Case:
-    """scaled_dot_product_attention of (query, key) heads and lengths and (key, value) widths."""
+    """scaled_dot_product_attention. Heads and lengths are (query, key), widths (key, value)."""
     (query_heads, key_heads), (queries, keys), (width, value_width) = heads, lengths, widths
     scores_shape = (batch, query_heads, queries, keys)
     shapes: dict[str, tuple[int, ...]] = {
@@ -199,7 +199,7 @@ def _attention(
         return run(inputs, seed, p if training else 0.0, inputs["value"])
 
     def probabilities_of(inputs: Inputs, seed: Any) -> Tensor:
-        """With the identity for values attention returns its probabilities."""
+        """Attention with the identity as values, which returns its probabilities."""
         identity = torch.eye(keys, dtype=inputs["value"].dtype, device=inputs["value"].device)
         return run(inputs, seed, p, identity.expand(batch, key_heads, keys, keys))
 
@@ -211,7 +211,7 @@ def _attention(
             scores = softcap * torch.tanh(scores / softcap)
         part, mask = None if everywhere else part_of(scores.device), inputs.get("mask")
         if sinks:
-            # The sink is one more key, whose probability is left out.
+            # The sink is one more key, whose probability is discarded.
             sink = inputs["sinks"][None, :, None, None].expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores if mask is None else scores + mask, sink], -1)
             mask, part = None, None if part is None else F.pad(part, (0, 1), value=True)
@@ -242,7 +242,7 @@ def _attention(
         rates={"attention": p},
         probe=probabilities_of,
         backward_shows_mask=False,
-        # the result, from which backward begins, and the log-sum-exp
+        # backward keeps the result and the log-sum-exp
         saved_extra=math.prod(scores_shape[:-1]) * (4 + 8 * value_width),
         main="query",
         kept=("mask",) if float_mask is not None else (),
@@ -254,15 +254,15 @@ def _attention(
     if masked:
         return row
 
-    def again(shape: tuple[int, ...], p: float, apart: bool) -> Case:
-        # Heads, lengths and widths of query, key and value become equal: [B, H, S, D].
+    def rebuild(shape: tuple[int, ...], p: float, apart: bool) -> Case:
+        # Query, key and value get the same heads, lengths and widths: [B, H, S, D].
         batch, heads, length, width = shape
         return _attention(
             batch, (heads, heads), (length, length), (width, width), p=p, scale=scale,
             is_causal=is_causal, window=window, sinks=sinks, softcap=softcap,
         )  # fmt: skip
 
-    return _resizable(row, again)
+    return _resizable(row, rebuild)
 
 
 CASES: Sequence[Case] = (

@@ -1,7 +1,7 @@
-"""A row of the table of cases: what an op is given, the fused call, and what it should equal.
+"""A row of the table of cases: the inputs of an op, the fused call, and what it should equal.
 
-The eager composition takes its random part as an argument, ``drop(domain, value)``: given the
-exported masks it is what the op must equal, given the identity it is the op's expected value.
+The eager composition takes its random part as an argument, ``drop(domain, value)``. With the
+exported masks it gives what the op must equal; with the identity it gives the op's expected value.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def unmasked(domain: str, value: Tensor) -> Tensor:
 
 
 class At(Protocol):
-    """A row again at another shape, the result's, and another p."""
+    """Gives the same row at another shape of the result, and another p."""
 
     def __call__(self, shape: tuple[int, ...], p: float, *, apart: bool = False) -> Case:
-        """``apart``: both results of a row that ``joins`` them, as a tuple."""
+        """``apart``: both results as a tuple, for a row that otherwise ``joins`` them."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row: ``call`` is held to ``eager`` under the masks that ``masks`` exports."""
+    """A row: ``call`` must equal ``eager`` under the masks that ``masks`` exports."""
 
     name: str
     op: str
@@ -49,39 +49,39 @@ class Case:
     """domain -> probability of dropping"""
     noise_shape: tuple[int | None, ...] | None = None
     residual_dtype: torch.dtype | None = None
-    """the residual stream's dtype where it is not that of the other operands"""
+    """the dtype of the residual, if it differs from that of the other operands"""
     linear: bool = True
-    """whether the result is linear in the masks, so that its expected value is known"""
+    """whether the result is linear in the masks, so that its expected value has a formula"""
     probe: Callable[[Inputs, Any], Tensor] | None = None
-    """(inputs, seed) -> a result that is zero just where something is dropped, if call's is not"""
+    """(inputs, seed) -> a result that is zero exactly where something is dropped; default: call"""
     backward_shows_mask: bool = True
-    """whether a constant gradient reaches x just where the element is kept"""
+    """whether a constant gradient reaches x exactly where the element is kept"""
     saved_extra: int = 0
-    """bytes of statistics that backward may keep"""
+    """the bytes of statistics that backward may keep"""
     out_like: str = "residual"
-    """the operand whose dtype the result has, where it is given; x otherwise"""
+    """the operand whose dtype the result has; x, if the row lacks that operand"""
     main: str = "x"
     """the operand whose gradient shows the mask"""
     kept: tuple[str, ...] = ()
-    """operands that backward may keep and eager PyTorch need not"""
+    """operands that backward may keep although eager PyTorch need not"""
     mask_over: tuple[int, ...] | None = None
-    """the shape of the masks where it is not the result's: scores, or an operand"""
+    """the shape of the masks, if it is not that of the result: of scores, or of an operand"""
     gaussian: bool = False
     """whether the random part is normal noise of mean 1, which drops nothing"""
     plain: Callable[[Inputs], Tensor] | None = None
-    """the op at p = 0, where that is not ``eager`` given the identity"""
+    """the op at p = 0, if that is not ``eager`` with the identity"""
     visible: Callable[[str], Tensor] | None = None
-    """(device) -> where a result shows the mask, if not everywhere; it is zero elsewhere"""
+    """(device) -> where the result shows the mask, if not everywhere; elsewhere it is zero"""
     multiplies: bool = False
-    """whether the kernels multiply matrices, which the interpreter cannot in bf16"""
+    """whether the kernels multiply matrices, which Triton's interpreter cannot do in bf16"""
     joins: bool = False
-    """whether the op returns two results, of which the row is the sum"""
+    """whether the op returns two results, and the row checks their sum"""
     at: At | None = None
-    """the row at another shape, for the benchmarks; None where its options name a shape"""
+    """gives the row at another shape, for benchmarks; None if its options contain a shape"""
     by_hand: Callable[[Inputs, Drop], Any] | None = None
-    """eager, as models write it that do not use torch's function"""
+    """eager, as written in models that do not use torch's function"""
     of_torch: Callable[[Inputs, float], Tensor] | None = None
-    """(inputs, p) -> result of torch's own fused function, where it has one"""
+    """(inputs, p) -> the result of torch's own fused function, if there is one"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,7 +94,7 @@ class Case:
         return self.shape if self.mask_over is None else self.mask_over
 
     def inputs(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
-        """Normal inputs of the dtype: drawn in fp64 on the host, the same for every device."""
+        """Normal inputs. They are drawn in fp64 on the host, so that every device gets the same."""
         tensors = {}
         for name, shape in self.shapes.items():
             if name != "out":
@@ -104,7 +104,7 @@ class Case:
         return tensors
 
     def drawn_shape(self, domain: str) -> list[int]:
-        """The shape of the random numbers of a domain: 1 where they are shared."""
+        """The shape of the random numbers of a domain, with 1 for dimensions that share them."""
         if domain == "attention":
             return list(self.mask_shape)
         if domain == "drop_path":
@@ -127,7 +127,7 @@ class Case:
         return self.eager(inputs, unmasked) if self.plain is None else self.plain(inputs)
 
     def drop_with(self, masks: dict[str, Tensor]) -> Drop:
-        """The random part, from what ``masks`` exports."""
+        """The random part, made from the exported masks."""
 
         def drop(domain: str, value: Tensor) -> Tensor:
             kind = "gaussian" if self.gaussian else "mask"
@@ -140,7 +140,7 @@ class Case:
         return drop
 
     def masks(self, seed: Any, device: str) -> dict[str, Tensor]:
-        """The exported mask of each domain; of Gaussian noise the normal numbers."""
+        """The exported mask of each domain; for Gaussian noise, the normal numbers."""
         return {domain: self._mask(domain, seed, device) for domain in self.rates}
 
     def _mask(self, domain: str, seed: Any, device: str) -> Tensor:

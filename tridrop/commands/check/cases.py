@@ -33,7 +33,7 @@ check_functions(EAGER_FUNCTIONS, "commands/check/cases.EAGER_FUNCTIONS")
 
 
 def eager_activation(activation: str, x: Tensor) -> Tensor:
-    """An activation of tridrop's by such functions."""
+    """An activation of tridrop, computed by the functions above."""
     function, gated = ACTIVATIONS[activation]
     if not gated:
         return EAGER_FUNCTIONS[function](x)
@@ -42,7 +42,7 @@ def eager_activation(activation: str, x: Tensor) -> Tensor:
 
 
 def _resizable(builder: Callable[..., Case]) -> Callable[..., Case]:
-    """A builder of rows (op, shape, options) whose rows can be had at other shapes."""
+    """Lets a builder of rows (op, shape, options) also give its rows other shapes."""
 
     @functools.wraps(builder)
     def build(op: str, shape: tuple[int, ...], **options: Any) -> Case:
@@ -94,7 +94,7 @@ def _elementwise(
         options |= {
             "layer_scale": inputs.get("layer_scale"),
             "gate": inputs.get("gate"),
-            # p = 0 asks for the op without any dropout
+            # p = 0 means without any dropout, so without drop_path too
             "drop_path": drop_path if p else 0.0,
         }
         return functional.dropout_add(inputs["x"], inputs["residual"], p, training, **options)
@@ -132,7 +132,7 @@ def _elementwise(
 
 
 def rms_norm_by_hand(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm out of elementary operations, as in transformers' LlamaRMSNorm."""
+    """RMSNorm written in elementary operations, as in transformers' LlamaRMSNorm."""
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) if weight is None else weight * wide.to(x.dtype)

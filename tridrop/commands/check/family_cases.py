@@ -1,4 +1,4 @@
-"""Rows of the dropout family: torch.nn's other kinds, Keras', and what each keeps."""
+"""Rows of the dropout family: the other dropouts of torch.nn and Keras, and their invariants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def one_tensor(
     p: float = 0.3,
     **options: Any,
 ) -> Case:
-    """A function of one tensor, whose result is ``drop(x)`` if ``options`` do not say else."""
+    """A function of one tensor whose result is ``drop(x)``, unless ``options`` say otherwise."""
     function = getattr(functional, op)
 
     def call(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
@@ -59,7 +59,7 @@ def _alpha(
         return a * (kept + noise.ALPHA) + b
 
     def probe(inputs: Inputs, seed: Any) -> Tensor:
-        # What is dropped does not depend on x, and is finite where x is not.
+        # A dropped element does not depend on x: it is finite even if x is infinite.
         x = inputs["x"]
         dropped = function(x.detach() + math.inf, p, True, seed=seed).isfinite()
         out: Tensor = function(x, p, True, seed=seed)
@@ -83,7 +83,7 @@ CASES: Sequence[Case] = (
 
 
 def _moments(op: str, mean: float, variance: float, p: float, **options: Any) -> Invariant:
-    """Mean and variance of the result for standard normal input."""
+    """The mean and variance of the result for standard normal input."""
     function = getattr(functional, op)
 
     def measure(trial: Trial) -> Iterator[Found]:
@@ -98,7 +98,7 @@ def _moments(op: str, mean: float, variance: float, p: float, **options: Any) ->
 
 
 def _shared(op: str, shape: tuple[int, ...], dims: tuple[int, ...]) -> Invariant:
-    """Decisions that differ along dimensions that share one, and the rate of dropping."""
+    """Counts decisions that differ along dimensions that share one; checks the rate."""
     function: Callable[..., Tensor] = getattr(functional, op)
     p = 0.3
 
@@ -113,7 +113,7 @@ def _shared(op: str, shape: tuple[int, ...], dims: tuple[int, ...]) -> Invariant
 
 
 def _samples(p: float) -> Invariant:
-    """drop_path drops a sample or none of it, at its rate."""
+    """drop_path drops whole samples, at its rate."""
 
     def measure(trial: Trial) -> Iterator[Found]:
         x = trial.ones(40, 3, 8)

@@ -1,4 +1,4 @@
-"""Rows that state what a kind of dropout keeps: moments, rates, decisions that are shared."""
+"""Rows that state invariants of an op: moments, rates, shared decisions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Six standard errors: a correct op exceeds them once in 5 * 10^8 checks.
+# In standard errors. A correct op exceeds six of them once in 5 * 10^8 checks.
 MAX_Z = 6.0
 
 
@@ -25,7 +25,7 @@ class Trial:
     )
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, new ones with each call, the same on every device."""
+        """New standard normal numbers in each call; the same on every device."""
         drawn = torch.randn(shape, dtype=torch.float64, generator=self.generator)
         return drawn.to(self.device, self.dtype)
 
@@ -36,7 +36,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """A figure and what it may be at most."""
+    """A measured figure, and the most that it may be."""
 
     check: str
     value: float
@@ -46,7 +46,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Invariant:
-    """A row: what ``measure`` finds is held to its limits. ``op`` is the public name."""
+    """A row: each figure that ``measure`` finds must be within its limit."""
 
     name: str
     op: str
@@ -54,7 +54,7 @@ class Invariant:
 
 
 def z_of_mean(samples: Sequence[Tensor], expected: float) -> tuple[float, float]:
-    """|mean - expected| of independent numbers in standard errors, and its limit."""
+    """|mean - expected| of independent numbers, in standard errors; and the limit for it."""
     together = torch.cat([s.double().flatten() for s in samples])
     spread = float(together.std()) / math.sqrt(together.numel())
     z = abs(float(together.mean()) - expected) / max(spread, 1e-300)
@@ -62,5 +62,5 @@ def z_of_mean(samples: Sequence[Tensor], expected: float) -> tuple[float, float]
 
 
 def uneven(kept: Tensor, dims: tuple[int, ...]) -> int:
-    """How many decisions are not the same along ``dims``."""
+    """How many decisions differ along ``dims``, which should share one."""
     return int((kept.any(dims) != kept.all(dims)).sum()) if dims else 0

@@ -1,8 +1,8 @@
-"""The measurements on a case, and the rules that they are held to.
+"""The checks of a case, and their limits.
 
-The rule of accuracy is the same everywhere: against the eager composition in fp64 under the same
-masks, the op may err by at most twice what eager PyTorch errs in the op's dtype, and a floor: one
-rounding to the dtype and eight fp32 roundings of the largest value.
+The limit of accuracy is the same everywhere. Compared with the eager composition in fp64 under the
+same masks, the op's error may be at most twice that of eager PyTorch in the op's dtype, plus a
+floor: one rounding to the dtype and eight fp32 roundings of the largest value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEED_BYTES = 16
 
 @dataclass(frozen=True)
 class Result:
-    """One check of one case. ``passed`` is None where it was not run; ``detail`` says why."""
+    """One check of one case. If it was not run, ``passed`` is None and ``detail`` says why."""
 
     case: str
     op: str
@@ -41,7 +41,7 @@ class Result:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """The largest absolute difference, computed in fp64; infinite where a NaN is found."""
+    """The largest absolute difference, computed in fp64; infinite if there is a NaN."""
     if found.shape != expected.shape:
         return math.inf
     if found.numel() == 0:
@@ -51,7 +51,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(eager: Tensor, expected: Tensor) -> float:
-    """What an op may err by: twice eager's own error and the floor."""
+    """The error that an op may have: twice eager's own, plus the floor."""
     rounding = torch.finfo(eager.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps / 2
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     return 2 * error(eager, expected) + rounding * largest
@@ -59,11 +59,11 @@ def tolerance(eager: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, memory that nobody wrote is NaN, so that what a kernel leaves out cannot look right.
+    """Fill uninitialised memory with NaN, so that elements which a kernel fails to write are seen.
 
-    In its deterministic mode torch fills what it hands out empty:
-    ``torch.utils.deterministic.fill_uninitialized_memory``. An idea of flash-linear-attention's
-    tests.
+    torch does this in its deterministic mode, by
+    ``torch.utils.deterministic.fill_uninitialized_memory``. The idea is from the tests of
+    flash-linear-attention.
     """
     fills: Any = torch.utils.deterministic
     before = (
@@ -72,7 +72,7 @@ def poisoned() -> Iterator[None]:
         fills.fill_uninitialized_memory,
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deterministic")  # what else the mode says
+        warnings.filterwarnings("ignore", message=".*deterministic")  # other warnings of this mode
         torch.use_deterministic_algorithms(True, warn_only=True)
         fills.fill_uninitialized_memory = True
         try:
@@ -85,9 +85,9 @@ def poisoned() -> Iterator[None]:
 def run_with_gradients(
     function: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The result of ``function`` and the gradient of every input, NaN where there is none.
+    """The result of ``function`` and the gradient of every input, NaN if an input gets none.
 
-    ``grad`` None stands for ones.
+    If ``grad`` is None, the incoming gradient is ones.
     """
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
     out = function(leaves)
@@ -101,8 +101,8 @@ def run_with_gradients(
 
 
 def saved_bytes(function: Callable[[Inputs], Tensor], inputs: Inputs, main: str = "x") -> int:
-    """Bytes that autograd keeps for backward, each storage once, parameters left out: the vectors
-    but ``main``."""
+    """The bytes that autograd keeps for backward. Each storage counts once; parameters, which are
+    all vectors except ``main``, do not count."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
     parameters = {
         t.untyped_storage().data_ptr()
@@ -141,7 +141,7 @@ class Check:
             )
 
     def _masks(self, seed: int | None = None) -> dict[str, Tensor]:
-        # Always the contract itself, never the kernels that are being checked.
+        # Always the reference, never the kernels that are being checked.
         with backends.backend("reference"):
             return self.case.masks(self.seed if seed is None else seed, self.device)
 
@@ -163,7 +163,7 @@ class Check:
         )
 
     def accuracy(self) -> Iterator[Result]:
-        """The value, and the gradient of every operand, by the rule of accuracy."""
+        """The error of the value, and of the gradient of every operand."""
         drop = self.case.drop_with(self._masks())
         grad = torch.randn(self.case.shape, dtype=torch.float64, generator=self.generator)
         grad = grad.to(self.device, self._output_dtype())
@@ -188,7 +188,7 @@ class Check:
         return self.dtype if like is None else like.dtype
 
     def same_without_dropout(self) -> Iterator[Result]:
-        """Eval mode and p = 0: bitwise the same, and right by the rule of accuracy."""
+        """Eval mode and p = 0 give the same bits, within the limit of accuracy."""
         found = self._fused(self.inputs, training=False)
         with backends.backend(self.backend):
             zero = self.case.call(self.inputs, None, 0.0, True)
@@ -198,12 +198,12 @@ class Check:
         yield self._result("p = 0", value, tolerance(plain, expected))
 
     def masks_agree(self) -> Iterator[Result]:
-        """Elements that forward, backward and the exported mask do not all treat alike."""
+        """Counts elements on which forward, backward and the exported mask do not agree."""
         if self.case.gaussian:
             yield self._result("masks", float(self._noise_differs()), 0.0)
             return
         # Positive operands keep every derivative and activation away from zero, so that a zero
-        # means a drop; a constant gradient sees the mask of backward alone.
+        # means a drop. With a constant incoming gradient only backward's mask makes zeros.
         inputs = {name: t.abs() + 0.5 for name, t in self.inputs.items()}
         if "residual" in inputs:
             inputs["residual"] = torch.zeros_like(inputs["residual"])
@@ -221,7 +221,7 @@ class Check:
         yield self._result("masks", float(wrong), 0.0)
 
     def _noise_differs(self) -> int:
-        """Elements whose noise is not the same in forward and backward: of ones, bit for bit."""
+        """Counts elements whose noise differs between forward and backward, for inputs of ones."""
         ones = {name: torch.ones_like(t) for name, t in self.inputs.items()}
         out, grads = run_with_gradients(self._fused, ones, None)
         return int((out != grads[self.case.main]).sum())
@@ -233,7 +233,7 @@ class Check:
             return self.case.probe(inputs, self.seed)
 
     def saves_no_mask(self) -> Iterator[Result]:
-        """Bytes kept for backward beyond those of eager PyTorch without dropout."""
+        """The bytes kept for backward beyond those of eager PyTorch without dropout."""
         main = self.case.main
         kept = saved_bytes(self._fused, self.inputs, main)
         plain = saved_bytes(lambda inputs: self.case.eager(inputs, unmasked), self.inputs, main)
@@ -243,12 +243,12 @@ class Check:
         yield self._result("saved", float(kept - plain), float(limit), detail)
 
     def expectation(self) -> Iterator[Result]:
-        """z-score of the mean over many seeds.
+        """The z-score of the mean over many seeds.
 
-        An op that is linear in its masks has the op without dropout for its expected value, and is
-        held to that; another is held to the mean of eager PyTorch with its own random masks. The
-        results are projected on the branch itself, the direction in which a wrong scale or rate
-        shows.
+        If an op is linear in its masks, its expected value is the op without dropout, and the mean
+        is compared with that; otherwise with the mean of eager PyTorch under random masks of its
+        own. The results are projected on the branch itself, the direction in which a wrong scale or
+        rate shows.
         """
         wide = self._wide()
         plain = self.case.eager(wide, unmasked)
@@ -272,7 +272,7 @@ class Check:
 def check_case(
     case: Case, dtype: torch.dtype, backend: str, device: str, seeds: int = 64
 ) -> list[Result]:
-    """Run every check of a case; see :func:`why_values_cannot_be_compared` for what is left out."""
+    """Run every check of a case that can be run; see :func:`why_values_cannot_be_compared`."""
     check = Check(case, dtype, backend, device, seeds)
     results: list[Result] = []
     reason = why_values_cannot_be_compared(dtype, backend)
@@ -298,7 +298,7 @@ def check_case(
 def check_invariant(
     row: Invariant, dtype: torch.dtype, backend: str, device: str, seeds: int = 64
 ) -> list[Result]:
-    """Measure what a row states."""
+    """Measure the invariants that a row states."""
     label = str(dtype).removeprefix("torch.")
     reason = why_values_cannot_be_compared(dtype, backend)
     if reason is not None:
@@ -314,7 +314,7 @@ def check_invariant(
 
 
 def why_values_cannot_be_compared(dtype: torch.dtype, backend: str) -> str | None:
-    """The reason why only masks and memory are checked, or None."""
+    """Why only masks and memory can be checked; None if everything can."""
     if backend == "triton" and dtype == torch.bfloat16:
         module = backends.load("triton")
         if module.interpreting():  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Rows of the ops that multiply a dropped matrix."""
+"""Rows of the ops that multiply a matrix after dropping its elements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _lora(
     bias: bool = False,
     adapters: int = 1,
 ) -> Case:
-    """An adapter's branch; of ``lora_deltas`` the sum of several with one mask."""
+    """The branch of an adapter; for ``lora_deltas``, the sum of several with one mask."""
     shapes: dict[str, tuple[int, ...]] = {"x": shape, "out": (*shape[:-1], out)}
     for i in range(adapters):
         shapes |= {f"A{i}": (rank + i, shape[-1]), f"B{i}": (out, rank + i)}
@@ -115,7 +115,7 @@ def _dropconnect(shape: tuple[int, ...], out: int, *, p: float = 0.3, bias: bool
 def _of_activation(
     shape: tuple[int, ...], out: int, activation: str, *, p: float = 0.3, bias: bool = True
 ) -> Case:
-    """A linear layer on a dropped activation of ``shape``, which it does not keep."""
+    """A linear layer after an activation and dropout of ``shape``, which are not kept."""
     width = shape[-1] * (2 if ACTIVATIONS[activation][1] else 1)
     shapes = {"x": (*shape[:-1], width), "matrix": (out, shape[-1]), "out": (*shape[:-1], out)}
     if bias:
@@ -149,7 +149,7 @@ def _of_activation(
         probe=probe,
         mask_over=shape,
         multiplies=True,
-        # In two bytes an element or more; torch's relu keeps its result, as the layer does.
+        # Elements have two bytes or more. With relu nothing is saved: torch's keeps its result too.
         saved_extra=0 if activation == "relu" else -2 * math.prod(shape),
     )
 

@@ -1,4 +1,4 @@
-"""Rows of variational dropout of sequences and of dropout of words."""
+"""Rows of variational dropout for sequences, and of dropout of words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _vocabulary(x: Tensor) -> Tensor:
 
 
 def _lookup(inputs: Inputs, seed: Any, p: float, training: bool) -> Tensor:
-    """All words of the vocabulary, one a row."""
+    """All words of the vocabulary, one per row."""
     x = inputs["x"]
     return functional.embedding_dropout(_vocabulary(x), x, p, training, seed=seed)
 
@@ -37,7 +37,7 @@ CASES: Sequence[Case] = (
 
 
 def _steps(batch_first: bool) -> Invariant:
-    """A feature of a sample falls at all steps or at none, at its rate."""
+    """A feature of a sample is dropped at all steps or at none, at its rate."""
     p, time = 0.3, 1 if batch_first else 0
 
     def measure(trial: Trial) -> Iterator[Found]:
@@ -54,7 +54,7 @@ def _steps(batch_first: bool) -> Invariant:
 
 
 def _packed() -> Invariant:
-    """A packed sequence has the mask that it has in a padded batch, at its rate."""
+    """A packed sequence has the same mask as in a padded batch, at its rate."""
     p = 0.3
     lengths = torch.tensor([2, 6, 1, 6, 3])
 
@@ -74,7 +74,7 @@ def _packed() -> Invariant:
 
 
 def _words() -> Invariant:
-    """A word falls wherever it stands or nowhere, at its rate."""
+    """A word is dropped at all its occurrences or at none, at its rate."""
     p, words = 0.2, 50
 
     def measure(trial: Trial) -> Iterator[Found]:
@@ -91,7 +91,7 @@ def _words() -> Invariant:
 
 
 def _tokens() -> Invariant:
-    """Words give way at their rate, exempt ones never."""
+    """Words are replaced at their rate, exempt words never."""
     p = 0.2
 
     def measure(trial: Trial) -> Iterator[Found]:

@@ -1,4 +1,4 @@
-"""``tridrop check``: run the harness with a progress bar, and print a table or JSON."""
+"""``tridrop check``: runs the checks with a progress bar, and prints a table or JSON."""
 
 from __future__ import annotations
 
@@ -20,24 +20,28 @@ from . import DTYPES, OPS, Case, Invariant, Result, available, run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tridrop check``."""
-    parser.add_argument("--op", action="append", choices=OPS, help="only this op")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype")
+    parser.add_argument("--op", action="append", choices=OPS, help="check only this op")
+    parser.add_argument(
+        "--dtype", action="append", choices=list(DTYPES), help="check only this dtype"
+    )
     parser.add_argument(
         "--backend",
         action="append",
         choices=NAMES,
-        help="only this backend; an error where it cannot run (default: those that can)",
+        help="check only this backend; an error if it cannot run (default: all that can)",
     )
-    parser.add_argument("--device", help='"cuda" or "cpu" (default: cuda where there is one)')
+    parser.add_argument("--device", help='"cuda" or "cpu" (default: cuda if there is a GPU)')
     parser.add_argument(
-        "--seeds", type=int, default=64, help="seeds for the expected values (default %(default)s)"
+        "--seeds", type=int, default=64, help="seeds for the expected values (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print a list of records, no table")
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of records instead of a table"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; 0 if every check passed, 1 if one failed, 2 if a backend cannot run, and 130 after
-    Ctrl-C, with what was checked until then."""
+    """Run it. Returns 0 if every check passed, 1 if one failed, 2 if a backend cannot run, and 130
+    after Ctrl-C, which still prints what was checked."""
     if args.seeds < 8:
         print("tridrop check: --seeds must be at least 8", file=sys.stderr)
         return 2
@@ -95,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     return status or (1 if failed else 0)
 
 
-# What a column shows, by the begin of its checks' names, and its heading in 80 columns.
+# The columns: the prefix of the names of their checks -> the heading, which fits 80 characters.
 _COLUMNS = {
     "value": "value",
     "grad ": "gra-\ndient",
@@ -109,10 +113,10 @@ _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def table(results: Sequence[Result], backend: str | None = None) -> Table:
-    """One line a case, dtype and backend: each figure as a share of what is allowed.
+    """A row per case, dtype and backend, with each figure as a fraction of its limit.
 
-    A table of one ``backend``, which its title names, fits in 80 columns; without, all are named in
-    every line.
+    With a ``backend``, the title names it and the table fits in 80 characters. Without, there is a
+    column of backends.
     """
     found: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
     for result in results:
@@ -136,14 +140,14 @@ def table(results: Sequence[Result], backend: str | None = None) -> Table:
 
 
 _CAPTION = (
-    "Figures are shares of what is allowed: more than 1 fails. saved: bytes kept for backward "
-    "beyond those of eager PyTorch without dropout; below 0: fewer than that keeps. masks: "
-    "decisions that differ."
+    "Figures are fractions of their limits: more than 1 fails. saved: bytes kept for backward "
+    "beyond those of eager PyTorch without dropout; below 0 means fewer. masks: how many decisions "
+    "differ."
 )
 
 
 def _share(line: Sequence[Result], prefix: str) -> str:
-    """The worst figure among the checks that begin with ``prefix``."""
+    """The worst figure among the checks whose names begin with ``prefix``."""
     found = [r for r in line if r.check.startswith(prefix) and r.passed is not None]
     if not found:
         return "-"
@@ -164,7 +168,7 @@ def _explain(results: Sequence[Result], failed: Sequence[Result]) -> None:
 
 
 def _say(mark: str, text: str) -> None:
-    """A line, whole where it does not go to a terminal."""
+    """Print a line; it is wrapped only on a terminal."""
     console = Console(highlight=False)
     line = f"{mark} {escape(text)}" if mark else escape(text)
     console.print(line, soft_wrap=not console.is_terminal)

@@ -48,14 +48,14 @@ def _whole_batch(trial: Trial) -> Iterator[Found]:
 
 
 def _subset(trial: Trial) -> Iterator[Found]:
-    """k samples exactly go through the branch, and the stream keeps its expectation."""
+    """Exactly k samples go through the branch, and the sum keeps its expected value."""
     x, k = trial.ones(10, 8), 7
     outs = [
         functional.drop_path_subset(x, torch.ones_like, 0.3, seed=seed) - 1
         for seed in range(trial.seeds)
     ]
     yield Found("kept", float(max(abs(int((out[:, 0] > 0).sum()) - k) for out in outs)), 0.0)
-    # The samples of one call depend on each other: one of each.
+    # The samples of one call are not independent, so one per call is taken.
     yield Found("expectation |z|", *z_of_mean([out[0, 0] for out in outs], 1.0))
 
 
@@ -69,7 +69,7 @@ def _layers(trial: Trial) -> Iterator[Found]:
 
 
 def _patches(trial: Trial) -> Iterator[Found]:
-    """k of n tokens exactly, each in its turn, and those in front always."""
+    """Exactly k of n tokens are kept, in their order, and the prefix always."""
     n, k, prefix = 20, 14, 2
     tokens = torch.arange(1 + prefix + n, device=trial.device)[1:].to(trial.dtype).expand(30, -1)
     outs = [
@@ -81,13 +81,13 @@ def _patches(trial: Trial) -> Iterator[Found]:
     repeated = sum(int((out.diff(dim=1) <= 0).sum()) for out in outs)
     yield Found("prefix moved", float(moved), 0.0)
     yield Found("repeated", float(repeated), 0.0)
-    # The tokens of one sample depend on each other: one of each.
+    # The tokens of one sample are not independent, so one per sample is taken.
     last = [(out[:, -1] == prefix + n).double() for out in outs]
     yield Found("rate |z|", *z_of_mean(last, k / n))
 
 
 def _kept_heads(trial: Trial) -> Iterator[Found]:
-    """Whole heads fall, and those that a sample keeps make up for the others."""
+    """Whole heads are dropped, and the kept heads of a sample are scaled to make up for them."""
     x, p = trial.ones(30, 4, 3, 2), 0.4
     outs = [
         functional.head_dropout(x, p, rescale="kept", seed=seed).double()
@@ -101,19 +101,19 @@ def _kept_heads(trial: Trial) -> Iterator[Found]:
 
 
 def _blocks(trial: Trial) -> Iterator[Found]:
-    """Every dropped element lies in a dropped square; the rate is gamma's; the mean is kept."""
+    """Every dropped element lies in a dropped square; the rate follows gamma; the mean is kept."""
     p, size, side = 0.25, 3, 8
     x = trial.ones(8, 8, side, side)
     outs = [functional.drop_block2d(x, p, size, seed=s).double() for s in range(trial.seeds)]
     loose = 0
     for out in outs:
         kept = (out > 0).double()
-        starts = 1 - max_pool2d(kept, size, stride=1)  # where a whole square fell
+        starts = 1 - max_pool2d(kept, size, stride=1)  # where a whole square is dropped
         squares = max_pool2d(pad(starts, [size - 1] * 4), size, stride=1)
         loose += int((squares + kept != 1).sum())
     yield Found("outside blocks", float(loose), 0.0)
     gamma = p * side**2 / (size**2 * (side - size + 1) ** 2)
-    # An element in the middle is kept where none of the squares over it begins.
+    # An element in the middle is kept if no square that would cover it begins.
     middle = [(out[..., side // 2, side // 2] > 0).double() for out in outs]
     yield Found("rate |z|", *z_of_mean(middle, (1 - gamma) ** (size**2)))
     wrong = max(abs(float(out.mean()) - 1) for out in outs)

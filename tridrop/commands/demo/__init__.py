@@ -1,9 +1,8 @@
-"""``tridrop demo``: what dropout is for, and that tridrop's does it, on real text.
+"""``tridrop demo``: shows on real text what dropout is for, and that tridrop's dropout does it.
 
-It trains one small model without dropout, with PyTorch's and with tridrop's, from the same start
-and on the same order of the data, and writes a table, results.json, demo.png and demo.svg.
-docs/demo.md tells how to read them. ``--experiment`` runs one of the experiments of
-docs/experiments.md in its place.
+It trains one small model without dropout, with PyTorch's and with tridrop's, from the same weights
+and on the same order of the data, and writes a table, results.json, demo.png and demo.svg, which
+docs/demo.md explains. ``--experiment`` runs one of the experiments of docs/experiments.md instead.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ __all__ = ["add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     """Run the demo with the arguments of :func:`add_arguments`; return the exit status.
 
-    0: done. 1: a loss is no longer finite. 2: it cannot run as it was asked to. 130: interrupted.
-    143: ended by SIGTERM. In the cases 1, 130 and 143 the results until then are written.
+    0: done. 1: a loss is no longer finite. 2: it cannot run with these options. 130: interrupted.
+    143: ended by SIGTERM. After 1, 130 and 143 the results so far are written.
     """
     console = Console(highlight=False)
     try:
@@ -65,8 +64,9 @@ def _run(
     runs = train.make_runs(options, device, plan)
     record = train.Record()
     console.print(
-        f"Learning {options.train_bytes:,} bytes of {source[0]} on {device} (tridrop's backend: "
-        f"{backend}), validating on {options.valid_bytes:,} others. Ctrl-C keeps what is there."
+        f"Training on {options.train_bytes:,} bytes of {source[0]} on {device} (tridrop's backend: "
+        f"{backend}), validating on {options.valid_bytes:,} others. Ctrl-C keeps the results so "
+        "far."
     )
     status, threads = 0, torch.get_num_threads()
     try:

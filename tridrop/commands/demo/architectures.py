@@ -1,7 +1,7 @@
-"""The models of the demo: its own small GPT, and architectures of transformers, small and random.
+"""The models of the demo: its own small GPT, and small random models of transformers.
 
-Each is a function of tokens [batch, context] with logits [batch, context, vocabulary]. Those of
-transformers exist once; tridrop.swap makes the other.
+Each maps tokens [batch, context] to logits [batch, context, vocabulary]. The demo's GPT is written
+twice, with eager dropout and with tridrop; models of transformers are swapped by tridrop.swap.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tridrop.swapping import Report
 from .model import GPT, VOCABULARY
 from .options import DemoError, Options
 
-MASK = VOCABULARY  # the token in the place of one that BERT is to guess
-_MASKED = 0.15  # of all positions, BERT's own share
-IGNORED = -100  # the target where nothing is to be guessed
+MASK = VOCABULARY  # the token that hides one which BERT is to predict
+_MASKED = 0.15  # the fraction of positions to predict, as in BERT
+IGNORED = -100  # the label of positions that are not to be predicted
 
 
 def _gpt2(options: Options, p: float, attention_p: float) -> Any:
@@ -52,14 +52,14 @@ def _bert(options: Options, p: float, attention_p: float) -> Any:
     )  # fmt: skip
 
 
-# Small models learn sooner from larger weights than the 0.02 of the published ones.
+# Small models learn faster from larger initial weights than the 0.02 of the published ones.
 _STD = 0.05
 _BUILDERS: dict[str, Callable[[Options, float, float], Any]] = {"gpt2": _gpt2, "bert": _bert}
 TITLES = {"block": "GPT", "gpt2": "GPT-2", "bert": "BERT"}
 
 
 class Logits(nn.Module):
-    """A model of transformers as a function of tokens alone."""
+    """A model of transformers as a function of tokens only."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Logits(nn.Module):
 
 
 def check(name: str) -> None:
-    """Raise DemoError, saying what to install, where the model's library is missing."""
+    """Raise a DemoError that says what to install, if the model's library is missing."""
     if name not in _BUILDERS:
         return
     if importlib.util.find_spec("transformers") is None:
@@ -84,11 +84,11 @@ def check(name: str) -> None:
 
 
 def build(options: Options, *, fused: bool, drops: bool = True) -> tuple[nn.Module, Report | None]:
-    """The model that ``options`` ask for, on the CPU, and the report where it was swapped.
+    """The model that ``options`` ask for, on the CPU, and the report if it was swapped.
 
     Args:
         options: the architecture, its sizes and drop rates.
-        fused: dropout by tridrop; otherwise by torch. The state_dict keys are the same.
+        fused: whether dropout is tridrop's; else torch's. The state_dict keys are the same.
         drops: False sets every drop rate to 0.
     """
     if options.model not in _BUILDERS:
@@ -99,13 +99,13 @@ def build(options: Options, *, fused: bool, drops: bool = True) -> tuple[nn.Modu
 
 
 def examples(options: Options, windows: Tensor, generator: torch.Generator) -> Tensor:
-    """What is to be learnt from windows [n, context + 1]: inputs and targets, [n, 2, context].
+    """The inputs and targets, [n, 2, context], for windows [n, context + 1] of the text.
 
-    Each next byte, or for BERT the bytes at some positions, in the place of which it sees a mask.
+    The targets are the next bytes; for BERT, the bytes at some positions, which a mask token hides.
     """
     tokens = windows[:, :-1]
     if options.model != "bert":
         return torch.stack((tokens, windows[:, 1:]), dim=1)
     hidden = torch.rand(tokens.shape, generator=generator) < _MASKED
-    hidden[:, 0] |= ~hidden.any(1)  # there is something to guess everywhere
+    hidden[:, 0] |= ~hidden.any(1)  # every window has a position to predict
     return torch.stack((tokens.masked_fill(hidden, MASK), tokens.masked_fill(~hidden, IGNORED)), 1)

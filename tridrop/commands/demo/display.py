@@ -13,9 +13,9 @@ from .train import Plan, Record, Run
 
 
 class Display:
-    """A line a run with its losses, its speed and the time left; a log where there is no terminal.
+    """A line per run with its losses, its speed and the time left; without a terminal, a log.
 
-    A context manager; it is a :class:`.train.Watcher` of the runs it was made with.
+    It is a context manager, and a :class:`.train.Watcher` of the runs it was made with.
     """
 
     def __init__(self, console: Console, runs: list[Run], options: Options) -> None:
@@ -52,7 +52,7 @@ class Display:
             self._progress.stop()
 
     def planned(self, plan: Plan) -> None:
-        """Say how many steps there will be, and why."""
+        """Print how many steps there will be, and why."""
         for task in self._tasks.values():
             self._progress.update(task, total=plan.steps)
         self._console.print(f"{plan.why}.", soft_wrap=True)
@@ -68,7 +68,7 @@ class Display:
         )
 
     def evaluated(self, record: Record) -> None:
-        """Show the newest evaluation."""
+        """Show the latest evaluation."""
         losses = {n: (record.train(n)[-1], record.valid(n)[-1]) for n in self._tasks}
         for name, (_, valid) in losses.items():
             self._progress.update(self._tasks[name], valid=f"{valid:.2f}")

@@ -1,4 +1,4 @@
-"""A small GPT over bytes, with eager PyTorch dropout or with tridrop: same keys, same function."""
+"""A small GPT over bytes, with eager dropout or tridrop: same state_dict keys, same function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCABULARY = 256
 
 
 class EagerBlock(nn.Module):
-    """The block of tridrop.nn.TransformerBlock in plain PyTorch, as anyone would write it."""
+    """tridrop.nn.TransformerBlock, written in plain PyTorch."""
 
     def __init__(self, dim: int, heads: int, p: float, attention_p: float) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class EagerBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """A pre-norm GPT with learnt positions and the head tied to the token embedding.
+    """A pre-norm GPT with learnt positions, and a head tied to the token embedding.
 
     Args:
         options: the sizes and the drop rates.
-        fused: dropout by tridrop.nn; otherwise by torch.nn. The state_dict keys are the same.
+        fused: whether dropout is tridrop.nn's; else torch.nn's. The state_dict keys are the same.
         drops: False sets every drop rate to 0.
     """
 
@@ -80,15 +80,15 @@ class GPT(nn.Module):
 
 
 def loss_of(model: nn.Module, examples: Tensor) -> Tensor:
-    """The mean cross-entropy, in nats a byte, of inputs and targets [batch, 2, context]."""
+    """The mean cross-entropy, in nats per byte, of inputs and targets [batch, 2, context]."""
     logits = model(examples[:, 0])
     return F.cross_entropy(logits.flatten(0, 1), examples[:, 1].flatten())
 
 
 def _initialise(module: nn.Module) -> None:
-    """Weights of variance 1 / inputs, which a small model learns from soonest; small embeddings.
+    """Weights of variance 1 / inputs, from which a small model learns fastest; small embeddings.
 
-    The embeddings are the head too: small, they make the first predictions nearly uniform.
+    The head shares the embeddings: small ones make the first predictions nearly uniform.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# The sizes are chosen so that on two CPU cores the default run shows the turning point of the run
-# without dropout in less than five minutes, and the quick one is over within one.
+# With these sizes, on two CPU cores, the default run takes less than five minutes and shows where
+# the validation loss without dropout begins to rise; the quick run takes less than one minute.
 DEFAULTS: dict[str, Any] = {
     "steps": 1000,
     "layers": 2,
@@ -28,8 +28,8 @@ DEFAULTS: dict[str, Any] = {
 }
 MODELS = ("block", "gpt2", "bert")
 EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
-# How long the command may take, in seconds, where --steps is not given: the steps are scaled to the
-# speed of the first ones. A minute and five, less what it takes to import, to measure and to draw.
+# Without --steps, the number of steps is scaled to the speed of the first ones, so that training
+# takes at most this many seconds: five minutes and one, less the time to import, measure and draw.
 SECONDS, QUICK_SECONDS = 260.0, 40.0
 QUICK: dict[str, Any] = {
     "steps": 240,
@@ -39,12 +39,12 @@ QUICK: dict[str, Any] = {
 
 
 class DemoError(Exception):
-    """The demo cannot run as it was asked to; the message says what to change."""
+    """The demo cannot run with these options; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Every option of one run, checked."""
+    """All options of a run, checked."""
 
     model: str
     text: Path | None
@@ -65,10 +65,10 @@ class Options:
     eval_every: int
     out: Path
     quick: bool
-    seconds: float | None = None  # what the steps are scaled to; None where they were given
+    seconds: float | None = None  # what the steps are scaled to; None if steps were given
 
     def __post_init__(self) -> None:
-        """Raises DemoError where options do not fit each other."""
+        """Raises DemoError if options do not fit each other."""
         if self.dim % self.heads:
             raise DemoError(f"--heads {self.heads} does not divide --dim {self.dim}")
         for name, size in (
@@ -77,8 +77,8 @@ class Options:
         ):
             if size <= self.context:
                 raise DemoError(
-                    f"{name} {size} holds no window of --context {self.context} bytes and the "
-                    "byte after it"
+                    f"{name} {size} must be larger than --context {self.context}, to hold a window "
+                    "and the byte after it"
                 )
 
     def as_json(self) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class Options:
 
 
 def resolve(args: argparse.Namespace) -> Options:
-    """The options that ``args`` asks for: what was given, then quick's values, then the defaults.
+    """The options of ``args``: the given values, else those of --quick, else the defaults.
 
-    Raises DemoError where they do not fit each other.
+    Raises DemoError if they do not fit each other.
     """
     values = DEFAULTS | (QUICK if args.quick else {})
     for name in DEFAULTS:
@@ -115,7 +115,7 @@ def resolve(args: argparse.Namespace) -> Options:
 def _checked(
     kind: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str
 ) -> Callable[[str], Any]:
-    """A type for argparse: ``kind(text)`` if ``accept`` it, else an error that names ``wanted``."""
+    """A type for argparse: ``kind(text)``, or an error that names what is ``wanted``."""
 
     def parse(text: str) -> Any:
         try:
@@ -139,61 +139,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to ``parser``."""
 
     def add(name: str, kind: Callable[[str], Any], text: str) -> None:
-        # The parser's own default stays None, so that --quick can tell what was asked for.
+        # The parser's own default stays None, so that --quick overrides only options not given.
         key = name.replace("-", "_")
         default = "that of --p" if DEFAULTS[key] is None else DEFAULTS[key]
         quick = f", quick {QUICK[key]}" if key in QUICK else ""
         parser.add_argument(
-            f"--{name}", type=kind, metavar="N", help=f"{text} (default {default}{quick})"
+            f"--{name}", type=kind, metavar="N", help=f"{text} (default: {default}{quick})"
         )
 
     parser.add_argument(
         "--model",
         default=MODELS[0],
         choices=MODELS,
-        help="block: tridrop.nn.TransformerBlock against plain PyTorch; gpt2, bert: transformers' "
-        "architectures, small and random, against themselves after tridrop.swap; needs "
-        "tridrop[hf] (default %(default)s)",
+        help="block: tridrop.nn.TransformerBlock against plain PyTorch; gpt2, bert: small random "
+        "models of transformers, before and after tridrop.swap, which need tridrop[hf] "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--experiment",
         choices=EXPERIMENTS,
-        help="in the place of the training on text: overfit and uncertainty train small CNNs on "
-        "scikit-learn's handwritten digits, masks draws which activations fall, lora adapts a "
-        "small Llama with PEFT; of the other options they take --quick, --out, --device, "
-        "--backend, --seed, --steps and --p, with "
-        "defaults of their own (docs/experiments.md)",
+        help="run an experiment instead of training on text: overfit and uncertainty train small "
+        "CNNs on scikit-learn's handwritten digits, masks draws which activations are dropped, "
+        "lora adapts a small Llama with PEFT. Of the other options experiments take --quick, "
+        "--out, --device, --backend, --seed, --steps and --p, with their own defaults "
+        "(docs/experiments.md)",
     )
-    parser.add_argument("--quick", action="store_true", help="a small run, within a minute")
+    parser.add_argument("--quick", action="store_true", help="a small run of less than a minute")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="learn this file (default: Python's own help)"
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="train on this file (default: the texts of Python's help())",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("demo-results"),
         metavar="DIR",
-        help="(default %(default)s)",
+        help="folder for the results (default: %(default)s)",
     )
     parser.add_argument(
-        "--device", default="auto", help="a torch device (default auto: cuda where there is one)"
+        "--device",
+        default="auto",
+        help="a torch device (default: auto, which is cuda if there is a GPU)",
     )
     parser.add_argument(
         "--backend",
         default="auto",
         choices=("auto", "triton", "cpu", "reference"),
-        help="of tridrop",
+        help="tridrop's backend (default: %(default)s)",
     )
-    add("steps", _count, "training steps of each run; without it fewer where these take too long")
-    add("eval-every", _count, "steps between two evaluations, fewer with fewer steps")
-    add("train-bytes", _count, "training slice, from the start of the text")
-    add("valid-bytes", _count, "validation slice, from its end")
+    add(
+        "steps",
+        _count,
+        "training steps of each run; if not given, fewer if they would take too long",
+    )
+    add("eval-every", _count, "steps between two evaluations; fewer if there are fewer steps")
+    add("train-bytes", _count, "size of the training part, from the start of the text")
+    add("valid-bytes", _count, "size of the validation part, from the end of the text")
     add("p", _rate, "dropout of the embeddings and of both branches of a block")
     add("attention-p", _rate, "dropout of the attention probabilities")
     add("layers", _count, "transformer blocks")
     add("dim", _count, "width of the residual stream")
     add("heads", _count, "attention heads")
     add("context", _count, "bytes that the model sees at a time")
-    add("batch", _count, "windows in a step")
+    add("batch", _count, "windows per step")
     add("lr", _positive, "learning rate of AdamW")
-    add("seed", _seed, "of the weights, the order of the data and the masks")
+    add("seed", _seed, "seed of the weights, of the order of the data and of the masks")

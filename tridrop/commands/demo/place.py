@@ -1,4 +1,4 @@
-"""Where the demo computes: the device and the backend that were asked for."""
+"""The device and the backend of the demo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .options import DemoError
 
 
 def device_of(name: str) -> torch.device:
-    """The device ``name``, with "auto" resolved; DemoError where nothing can be computed on it."""
+    """The device ``name``, with "auto" resolved; raises DemoError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -24,12 +24,12 @@ def device_of(name: str) -> torch.device:
 
 
 def backend_of(name: str) -> AbstractContextManager[None]:
-    """The backend ``name`` for a block; "auto" leaves the choice to tridrop."""
+    """A context with the backend ``name``; "auto" leaves the choice to tridrop."""
     return nullcontext() if name == "auto" else tridrop.backend(name)
 
 
 def check_backend(device: torch.device) -> str:
-    """The name of the backend that serves ``device``; DemoError where it cannot."""
+    """The name of the backend for ``device``; raises DemoError if there is none."""
     try:
         name = backends.choose(device)
         backends.serving(name, torch.empty(1, device=device))

@@ -1,4 +1,4 @@
-"""What the runs showed: a summary in numbers, as a table, as JSON and as a plot."""
+"""The results of the runs: as numbers, as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .train import EAGER, Plan, Record, Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of the palette of Okabe and Ito, which stays distinct for every kind of colour vision.
+# From the palette of Okabe and Ito, whose colours are distinct for every kind of colour vision.
 COLOURS = {
     "none": "#D55E00",
     "eager": "#0072B2",
@@ -36,7 +36,7 @@ DASHES: Any = (0, (9, 5))
 
 
 def environment(device: torch.device, backend: str, *packages: str) -> dict[str, Any]:
-    """What the run ran on: versions, of ``packages`` as well, device and backend."""
+    """Versions, including those of ``packages``, the device and the backend."""
     versions = {"python": platform.python_version(), "tridrop": tridrop.__version__}
     for package in ("torch", "triton", "transformers", "matplotlib", *packages):
         try:
@@ -60,9 +60,9 @@ def summary(
     where: dict[str, Any],
     interrupted: bool,
 ) -> dict[str, Any]:
-    """Everything that was asked for and measured, as JSON values.
+    """All options and measurements, as JSON values.
 
-    ``record`` holds one evaluation or more.
+    ``record`` has at least one evaluation.
     """
     eager = next(run for run in runs if run.name == "eager")
     return {
@@ -75,7 +75,7 @@ def summary(
             "sha256": hashlib.sha256(text[1]).hexdigest(),
         },
         "parameters": sum(p.numel() for p in eager.model.parameters()),
-        "unit": f"nats a {'masked ' * (options.model == 'bert')}byte, in evaluation mode",
+        "unit": f"nats per {'masked ' * (options.model == 'bert')}byte, in evaluation mode",
         "interrupted": interrupted,
         "steps_planned": plan.steps,
         "steps_scaled": plan.why,
@@ -111,12 +111,12 @@ def _run_summary(run: Run, eager: Run, record: Record) -> dict[str, Any]:
 
 
 def _time_ratio(run: Run, eager: Run) -> dict[str, float] | None:
-    """Quartiles, over the steps, of the time of a step over that of eager dropout's same step.
+    """Quartiles, over all steps, of the ratio of a step's time to that of the eager run's step.
 
-    None where fewer than two steps were taken.
+    None if fewer than two steps were taken.
     """
-    pairs = zip(run.seconds, eager.seconds, strict=False)  # an interrupt may fall between the two
-    ratios = [own / other for own, other in pairs]
+    pairs = zip(run.seconds, eager.seconds, strict=False)  # an interrupt may come between the two
+    ratios = [time / other for time, other in pairs]
     if len(ratios) < 2:
         return None
     low, median, high = statistics.quantiles(ratios, n=4)
@@ -129,15 +129,15 @@ def _distance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _noise(record: Record) -> dict[str, Any]:
-    """How far validation curves lie apart, root mean square differences in nats a byte: the mean of
-    the pairs of eager runs, and of what tridrop and no dropout have from these. And where the last
-    losses lie: the lowest and the highest of the eager runs, and tridrop's."""
+    """Root mean square differences of validation curves, in nats per byte: the mean over the pairs
+    of eager runs, and the means from tridrop and from no dropout to these. And the last losses: the
+    lowest and the highest of the eager runs, and tridrop's."""
     curves = [record.valid(name) for name in EAGER]
     pairs = [_distance(a, b) for i, a in enumerate(curves) for b in curves[:i]]
     found: dict[str, Any] = {"eager_to_eager": statistics.fmean(pairs)}
     for name in ("tridrop", "none"):
-        own = record.valid(name)
-        found[f"{name}_to_eager"] = statistics.fmean(_distance(own, c) for c in curves)
+        curve = record.valid(name)
+        found[f"{name}_to_eager"] = statistics.fmean(_distance(curve, c) for c in curves)
     for what, of in (("train", record.train), ("valid", record.valid)):
         last = [of(name)[-1] for name in EAGER]
         found[f"{what}_final"] = {
@@ -147,29 +147,29 @@ def _noise(record: Record) -> dict[str, Any]:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What a reader of the table has to know, a sentence or two each."""
+    """Explanations of the table, of a sentence or two each."""
     noise = result["noise"]
     last = [
-        f"{what} {noise[key]['tridrop']:.3f} beside {noise[key]['eager_low']:.3f} to "
-        f"{noise[key]['eager_high']:.3f}"
+        f"{what} {noise[key]['tridrop']:.3f} (eager {noise[key]['eager_low']:.3f} to "
+        f"{noise[key]['eager_high']:.3f})"
         for what, key in (("training", "train_final"), ("validation", "valid_final"))
     ]
     lines = [
-        "Losses are in nats a byte, without dropout, after the last step and at their best. "
-        "Time is the median of the ratios of each step, taken in turns. The eager runs differ in "
-        "their masks alone: what lies between them is noise.",
-        f"Validation curves, root mean square difference: eager runs from each other "
-        f"{noise['eager_to_eager']:.3f}, tridrop from these {noise['tridrop_to_eager']:.3f}, no "
-        f"dropout from these {noise['none_to_eager']:.3f}. Last losses, tridrop beside the eager "
-        f"runs: {', '.join(last)}. A fourth eager run would lie outside of the other three in half "
-        "of all cases, so one run cannot tell a small difference: repeat it with other --seed.",
+        "Losses are in nats per byte, with dropout off, after the last step and (best). Time is "
+        "the median over the steps of the ratio to the eager run; the runs take turns. The eager "
+        "runs differ only in their masks: differences between them are noise.",
+        f"Root mean square differences of validation curves: between eager runs "
+        f"{noise['eager_to_eager']:.3f}, tridrop to eager runs {noise['tridrop_to_eager']:.3f}, no "
+        f"dropout to eager runs {noise['none_to_eager']:.3f}. Last losses of tridrop: "
+        f"{', '.join(last)}. A fourth eager run would lie outside of the other three in half of "
+        "all cases, so one run cannot show a small difference: repeat it with another --seed.",
     ]
     if result["steps_scaled"]:
         lines.append(f"{result['steps_scaled']}.")
     if result["backend"] != "triton":
         lines.append(
             "This run shows that tridrop is correct, not how fast it is: its kernels are for GPUs, "
-            f"and here the {result['backend']} backend serves."
+            f"and here the {result['backend']} backend runs."
         )
     if result["interrupted"]:
         lines.append(f"Interrupted: results up to step {result['steps_done']}.")
@@ -217,7 +217,7 @@ def write_json(result: dict[str, Any], folder: Path, name: str = "results") -> P
 
 
 def check_plotting() -> None:
-    """Raise DemoError, saying what to install, where matplotlib is missing."""
+    """Raise a DemoError that says what to install, if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise DemoError("the plot needs matplotlib: pip install 'tridrop[demo]'")
 
@@ -228,7 +228,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def save(draw: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
-    """Write what ``draw`` makes as ``name``.png and .svg into ``folder``; return their paths."""
+    """Write the figure of ``draw`` as ``name``.png and .svg into ``folder``; return their paths."""
     import matplotlib
 
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
@@ -258,8 +258,8 @@ def _draw(result: dict[str, Any]) -> Figure:
     for part, style in (("valid", "-"), ("train", DASHES)):
         curves = [runs[name][part] for name in EAGER]
         low, high = (list(map(pick, zip(*curves, strict=True))) for pick in (min, max))
-        # The band is as wide as what differs by masks alone, and edged, so that it shows where it
-        # is narrow; tridrop is a thin line over it.
+        # The band shows differences due to masks alone. It has an edge, so that it is visible where
+        # it is narrow; tridrop is a thin line over it.
         axes.fill_between(
             steps, low, high, color=COLOURS["eager"], alpha=0.35, linewidth=2.5,
             label=f"eager dropout, {len(EAGER)} draws of masks" if part == "valid" else None,
@@ -281,12 +281,12 @@ def _draw(result: dict[str, Any]) -> Figure:
             color=COLOURS["none"],
             ha="right",
         )
-    asked = result["options"]
-    title = f"The same {TITLES[asked['model']]} on the same {asked['train_bytes']:,} bytes"
-    axes.set_title(f"{title}, p = {asked['p']}")
+    options = result["options"]
+    title = f"The same {TITLES[options['model']]} on the same {options['train_bytes']:,} bytes"
+    axes.set_title(f"{title}, p = {options['p']}")
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss in nats a byte, dropout off")
-    # The first steps fall from log(256) and would flatten all that follows.
+    axes.set_ylabel("loss in nats per byte, dropout off")
+    # The losses of the first steps, from log(256) down, would flatten all that follows.
     axes.set_ylim(0, 1.15 * max(max(r["valid"][len(steps) // 10 :]) for r in runs.values()))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""SIGTERM, which batch systems and containers send before they kill, ends a run as Ctrl-C does."""
+"""Lets SIGTERM end a run as Ctrl-C does; batch systems and containers send it before they kill."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import threading
 from types import FrameType
 from typing import Any
 
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells have it
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # the exit statuses of shells
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """A SIGTERM has arrived."""
 
 
 class Terminations:
-    """While it is entered, the first SIGTERM raises Terminated, and those that follow are noted.
+    """Inside this context the first SIGTERM raises Terminated; later ones are only noted.
 
-    So are all that come after :meth:`finish`: what is there is being written then. Only the main
-    thread is told of signals; in others this does nothing.
+    After :meth:`finish`, while results are written, all are only noted. Only the main thread gets
+    signals; in other threads this does nothing.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Terminations:
         self._before: Any = None
 
     def __enter__(self) -> Terminations:
-        # None: a handler that was not set from Python, and could not be put back.
+        # None: the handler was not set from Python, and could not be restored.
         self._before = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread():
             self._before = None
@@ -46,9 +46,9 @@ class Terminations:
             raise Terminated
 
     def finish(self) -> None:
-        """From here on nothing is raised."""
+        """From now on raise nothing."""
         self._finishing = True
 
     def status(self, otherwise: int) -> int:
-        """The exit status: 143 after a SIGTERM."""
+        """The exit status: 143 after a SIGTERM, else ``otherwise``."""
         return TERMINATED if self.came else otherwise

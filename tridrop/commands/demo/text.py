@@ -1,4 +1,4 @@
-"""The text that the demo learns, as bytes, and its split."""
+"""The text that the demo trains on, as bytes, and its split."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ DEFAULT_NAME = "pydoc_data.topics"
 
 
 def reference_text() -> bytes:
-    """The reference pages that CPython carries for ``help()``: each paragraph once, shuffled.
+    """The reference pages that CPython includes for ``help()``: each paragraph once, shuffled.
 
-    Some pages quote whole sections of others. A repeated paragraph could lie on both sides of the
-    split, and a model that knows it by heart would look as if it had learnt the language. In a
-    fixed random order, both sides are drawn from the same pages; in that of the pages, what one
-    side tells of the other depends on how alike two pages happen to be.
+    Some pages quote whole sections of others. A repeated paragraph could be in both the training
+    and the validation part, and a model that knows it by heart would look as if it had learnt the
+    language. The fixed random order draws both parts from the same pages; in the order of the
+    pages, it would depend on the pages at the split how similar the two parts are.
 
-    Raises DemoError where the installation of Python lacks the pages.
+    Raises DemoError if the installation of Python lacks the pages.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DemoError(
-            "this Python comes without pydoc_data.topics, the default text: give --text FILE"
+            "this Python lacks pydoc_data.topics, the default text: give --text FILE"
         ) from error
     pages = (topics[name].strip("\n") for name in sorted(topics))
     paragraphs = list(dict.fromkeys(p for page in pages for p in re.split(r"\n{2,}", page)))
@@ -37,9 +37,9 @@ def reference_text() -> bytes:
 
 
 def load(path: Path | None) -> tuple[str, bytes]:
-    """(name, bytes) of the file at ``path``, or of the default text where it is None.
+    """(name, bytes) of the file at ``path``, or of the default text if that is None.
 
-    Raises DemoError where the file cannot be read.
+    Raises DemoError if the file cannot be read.
     """
     if path is None:
         return DEFAULT_NAME, reference_text()
@@ -52,7 +52,7 @@ def load(path: Path | None) -> tuple[str, bytes]:
 def split(text: bytes, train_bytes: int, valid_bytes: int) -> tuple[Tensor, Tensor]:
     """The first ``train_bytes`` of the text and its last ``valid_bytes``, as int64 vectors.
 
-    Raises DemoError where the text is too short for the two to be disjoint.
+    Raises DemoError if the text is too short for two disjoint parts.
     """
     if train_bytes + valid_bytes > len(text):
         raise DemoError(

@@ -1,4 +1,4 @@
-"""The runs: trained side by side, step by step, from one start and on one order of the data."""
+"""Trains the runs in turns, step by step, from the same weights and on the same batches."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .model import loss_of
 from .options import Options
 
 WARM_UP = 20  # steps over which the learning rate rises
-MEASURED = 10  # steps from whose speed the number of steps follows
-LEAST = 2 * MEASURED  # steps that are taken however long they take
-EVALUATIONS = 6  # the least of them
+MEASURED = 10  # steps whose speed determines the number of steps
+LEAST = 2 * MEASURED  # steps that are taken even if they take too long
+EVALUATIONS = 6  # the least number of evaluations
 
 
 class Diverged(RuntimeError):
@@ -29,31 +29,31 @@ class Diverged(RuntimeError):
 
 
 class Watcher(Protocol):
-    """What is told of the progress."""
+    """Gets notified of the progress."""
 
     def planned(self, plan: Plan) -> None:
-        """There will be so many steps, now that their speed is known."""
+        """The number of steps was scaled to their speed."""
 
     def stepped(self, run: Run, step: int, loss: float) -> None:
-        """``run`` has taken its step number ``step``."""
+        """``run`` has done step number ``step``."""
 
     def evaluated(self, record: Record) -> None:
-        """Every run has been evaluated once more."""
+        """All runs have been evaluated."""
 
 
 @dataclass
 class Plan:
-    """How many steps there are, and between evaluations; ``why`` where they were scaled."""
+    """The numbers of steps, in all and between evaluations; ``why`` says why they were scaled."""
 
     steps: int
     eval_every: int
     why: str | None = None
 
     def scale(self, step: float, evaluation: float, left: float) -> bool:
-        """Take fewer steps where all would last longer than what is left; whether it does so.
+        """Plan fewer steps if all would take longer than ``left``; return whether that is so.
 
-        ``step`` and ``evaluation`` are what one of each takes, in seconds. Evaluations are as far
-        apart as they were planned, or nearer, so that there are some.
+        ``step`` and ``evaluation`` are the seconds that one of each takes. Evaluations are as far
+        apart as planned, or closer, so that there are enough of them.
         """
         would = (self.steps - MEASURED) * step + self.steps // self.eval_every * evaluation
         if would <= left:
@@ -65,8 +65,8 @@ class Plan:
         if steps == self.steps:
             return False
         self.why = (
-            f"a step of all runs takes {step:.2g} s, so {self.steps:,} would take "
-            f"{would / 60:.1f} minutes: {steps:,} are taken. --steps {self.steps} takes all"
+            f"A step of all runs takes {step:.2g} s, so that all {self.steps:,} would take "
+            f"{would / 60:.1f} minutes: only {steps:,} are taken. --steps {self.steps} takes all"
         )
         self.eval_every = min(self.eval_every, -(-steps // EVALUATIONS))
         self.steps = steps
@@ -74,9 +74,9 @@ class Plan:
 
 
 class Run:
-    """One training: a model, its optimiser, and a state of torch's generators of its own.
+    """One training: a model, its optimiser, and its own state of torch's generators.
 
-    With a state of its own a run draws what it would draw alone, whatever is trained beside it.
+    With its own state, a run draws the same random numbers as if it were trained alone.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Run:
             self._generators = _generators(self.device)
 
     def step(self, tokens: Tensor) -> float:
-        """Train on examples [batch, 2, context]; return the loss, with dropout, before the step."""
+        """Train on examples [batch, 2, context]; return the loss with dropout before the step."""
         with self._own_generators():
             self.model.train()
             _wait(self.device)
@@ -141,10 +141,10 @@ class Run:
         return total / len(examples)
 
     def faster_threads(self, tokens: Tensor) -> int:
-        """One thread, or as many as torch has, whichever takes less for a forward and backward.
+        """1, or torch's number of threads, whichever is faster for a forward and backward.
 
-        torch's threads wait for each other: where other programs have the cores, one alone is many
-        times as fast. Neither the weights nor the generators change.
+        torch's threads wait for each other: if other programs use the cores, one thread is many
+        times as fast. Weights and generators do not change.
         """
         threads, generators = torch.get_num_threads(), self._generators
         times: dict[int, float] = {}
@@ -164,8 +164,8 @@ class Run:
     def measure(self, tokens: Tensor) -> None:
         """Set ``saved_bytes`` and ``peak_bytes`` from one step's forward and backward.
 
-        Neither the weights nor the generators change. It also compiles whatever is compiled at
-        the first call, so that no timed step does.
+        Weights and generators do not change. This also triggers everything that is compiled at the
+        first call, so that no timed step does.
         """
         generators = self._generators
         with self._own_generators():
@@ -186,18 +186,18 @@ class Run:
 
 
 def saved_for_backward(model: nn.Module, tokens: Tensor) -> int:
-    """The bytes that one step saves for backward: each storage once, parameters left out."""
+    """The bytes that one step saves for backward. Each storage counts once, parameters do not."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: list[Tensor] = []  # alive until counted, so that no two have the same address
+    saved: list[Tensor] = []  # alive until counted, so that no two have the same address
 
     def pack(tensor: Tensor) -> Tensor:
-        held.append(tensor.detach())
+        saved.append(tensor.detach())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss_of(model, tokens).backward()
     model.zero_grad(set_to_none=True)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     return sum(size for address, size in storages.items() if address not in parameters)
 
 
@@ -207,8 +207,8 @@ EAGER = ("eager", "eager_2", "eager_3")
 def make_runs(options: Options, device: torch.device, plan: Plan) -> list[Run]:
     """The runs, all with the weights of the first.
 
-    The further eager runs differ from the first in the seeds of their masks alone. They are the
-    control: what lies between the three is noise, of the losses and of the timings.
+    The other two eager runs differ from the first only in the seeds of their masks. They are the
+    control: differences between the three are noise, in losses and in times.
     """
     with _generators_restored(device):
         torch.manual_seed(options.seed)
@@ -232,34 +232,34 @@ def make_runs(options: Options, device: torch.device, plan: Plan) -> list[Run]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """The part of --lr in force: it rises at first, then falls along a cosine to a tenth."""
+    """The factor on --lr: it rises at first, then falls along a cosine to a tenth."""
     warm_up = min(1.0, (step + 1) / WARM_UP)
     return warm_up * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 class Record:
-    """The losses measured so far, by whole evaluations: an interrupt never leaves half of one."""
+    """The losses measured so far. It has only whole evaluations, even after an interrupt."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self._losses: list[dict[str, tuple[float, float]]] = []
 
     def add(self, step: int, losses: dict[str, tuple[float, float]]) -> None:
-        """Enter the (training, validation) losses of every run after ``step`` steps."""
+        """Add the (training, validation) losses of every run after ``step`` steps."""
         self._losses.append(losses)
         self.steps.append(step)
 
     def train(self, name: str) -> list[float]:
-        """The training losses of a run, one an entry of ``steps``."""
+        """The training losses of a run, one per entry of ``steps``."""
         return [losses[name][0] for _, losses in zip(self.steps, self._losses, strict=False)]
 
     def valid(self, name: str) -> list[float]:
-        """The validation losses of a run, one an entry of ``steps``."""
+        """The validation losses of a run, one per entry of ``steps``."""
         return [losses[name][1] for _, losses in zip(self.steps, self._losses, strict=False)]
 
 
 def windows_of(tokens: Tensor, context: int, limit: int | None = None) -> Tensor:
-    """Windows [n, context + 1] that cover the slice end to end, or ``limit`` of them evenly."""
+    """Windows [n, context + 1] that cover the text end to end; or ``limit`` of them, evenly."""
     windows = tokens.unfold(0, context + 1, context)
     if limit is not None and limit < len(windows):
         windows = windows[torch.linspace(0, len(windows) - 1, limit).long()]
@@ -267,7 +267,7 @@ def windows_of(tokens: Tensor, context: int, limit: int | None = None) -> Tensor
 
 
 def batches(tokens: Tensor, options: Options) -> Iterator[Tensor]:
-    """Examples [batch, 2, context] at random places, for ever; the same for the same seed."""
+    """An endless sequence of random examples [batch, 2, context], which the seed determines."""
     generator = torch.Generator().manual_seed(options.seed)
     windows = tokens.unfold(0, options.context + 1, 1)
     while True:
@@ -284,14 +284,14 @@ def train(
     record: Record,
     watcher: Watcher,
 ) -> None:
-    """Train all runs by the plan and enter what is measured into ``record``.
+    """Train all runs by the plan, and add the measurements to ``record``.
 
-    Where the options say how many seconds it may take, counted from here, the plan is scaled to the
-    speed of the first steps, and torch to the number of threads that is the faster.
+    If the options limit the seconds, counted from here, the number of steps is scaled to the speed
+    of the first ones, and torch gets the number of threads that is faster.
 
-    The record grows by whole evaluations, so it is consistent whenever an interrupt comes.
+    The record grows by whole evaluations, so that it is consistent after an interrupt at any time.
 
-    Raises Diverged where a loss is no longer finite.
+    Raises Diverged if a loss is no longer finite.
     """
     began, device = time.perf_counter(), runs[0].device
     fixed = torch.Generator().manual_seed(options.seed)
@@ -322,7 +322,7 @@ def train(
     while step < plan.steps:
         step += 1
         tokens = first if step == 1 else next(data).to(device)
-        # A load that comes and goes meets every run alike, and none always comes first.
+        # In turns, other load on the machine affects all runs equally, and none is always first.
         turn = step % len(runs)
         for run in runs[turn:] + runs[:turn]:
             watcher.stepped(run, step, run.step(tokens))

@@ -1,4 +1,4 @@
-"""What the kernels come to as machine code, compiled without a GPU, behind ``tridrop inspect``.
+"""The machine code of the kernels, compiled without a GPU, behind ``tridrop inspect``.
 
 >>> from tridrop.commands import inspection
 >>> inspection.run(ops=["softmax"])
@@ -32,7 +32,7 @@ __all__ = ["ARCHS", "DTYPES", "OPS", "choose", "run"]
 
 
 def choose(what: str, names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """``names``, or all that are known; ValueError, listing these, for one that is not."""
+    """``names``, or all ``known`` ones if None; a ValueError lists these if a name is not known."""
     for name in names or ():
         if name not in known:
             raise ValueError(f"{what} {name!r} is not known; known: {', '.join(known)}")
@@ -48,20 +48,21 @@ def run(
     on_done: Callable[[str], None] | None = None,
     on_records: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Compile the kernels of the ops and return a record of each; see docs/performance.md.
+    """Compile the kernels of the ops, and return a record of each; see docs/performance.md.
 
     Args:
         ops: names of public functions; None for all.
         archs: None for sm_80, sm_90, sm_100 and gfx942.
         dtypes: None for bf16.
-        jobs: processes that compile at the same time.
+        jobs: the number of processes that compile.
         on_start: called with the number of calls to compile.
-        on_done: called after each of them with what it was, from several threads.
-        on_records: called with the records of one after the other, in their order.
+        on_done: called after each of these with its name, from several threads.
+        on_records: called with the records of each, in order.
 
     Raises:
-        ValueError: an unknown name. ImportError: there is no triton. RuntimeError: a kernel did not
-            compile.
+        ValueError: a name is unknown.
+        ImportError: triton is not installed.
+        RuntimeError: a kernel did not compile.
     """
     wanted = choose("op", ops, OPS)
     machines = choose("arch", archs, ARCHS)
@@ -107,7 +108,7 @@ def run(
                         on_records(found)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
-                for worker in started:  # or the threads would wait for what they compile
+                for worker in started:  # otherwise the threads would wait until they have compiled
                     worker.kill()
                 raise
     finally:
@@ -118,7 +119,7 @@ def run(
 
 
 def provenance() -> dict[str, str]:
-    """What was compiled, and with what: versions, and the commit where there is a clone."""
+    """The versions that compiled, and the commit if this is a clone."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=8", "HEAD"]
     try:
         git = subprocess.run(command, capture_output=True, text=True)
@@ -130,8 +131,8 @@ def provenance() -> dict[str, str]:
 
 
 def _start() -> subprocess.Popen[str]:
-    # In a process of its own Triton compiles even where this one has it interpret, and may be told
-    # of another GPU than there is.
+    # In a separate process, Triton compiles even if it interprets in this one, and can compile for
+    # a GPU that this machine does not have.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tridrop.commands.inspection.worker"]
     pipe = subprocess.PIPE
@@ -141,7 +142,7 @@ def _start() -> subprocess.Popen[str]:
 
 
 def _relay(worker: subprocess.Popen[str], said: set[str]) -> None:
-    """Pass on what a process writes on standard error, each line once: all of them warn alike."""
+    """Pass on what a worker writes to standard error; lines that several write appear once."""
     assert worker.stderr is not None
     for line in worker.stderr:
         if line not in said:

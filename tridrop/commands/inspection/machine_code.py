@@ -1,7 +1,7 @@
-"""Reading machine code: NVIDIA's SASS as cuobjdump prints it, and AMD's assembly.
+"""Reads machine code: NVIDIA's SASS as printed by cuobjdump, and AMD's assembly.
 
-Everything here is a function of text. Counts are static: an instruction counts once, whether a
-branch leads past it or not.
+Everything here is a function of text. Counts are static: an instruction counts once, even if a
+branch may skip it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import NamedTuple
 from ...contract.mask import PHILOX_M0, PHILOX_M1
 
 MULTIPLIERS = (PHILOX_M0, PHILOX_M1)
-# A loop that waits for a barrier has a handful of instructions; one that computes has more.
+# A loop that only waits for a barrier has a handful of instructions; one that computes has more.
 SHORTEST_LOOP = 30
 
-# NVIDIA, after the pipelines that Nsight Compute's profiling guide describes: IMAD in all its
-# forms, moves and shifts included, goes to the multiplier; logic, shifts, additions, comparisons,
+# NVIDIA: by the pipelines in Nsight Compute's profiling guide. IMAD in all its forms, which include
+# moves and shifts, goes to the multiplier; logic, shifts, additions, comparisons,
 # selections and the packing of bf16 and fp16 to the ALU; exponentials and roots to the special
 # function unit.
 SASS_UNITS = {
@@ -35,7 +35,7 @@ AMD_MULTIPLY = ("v_mul_lo_u32", "v_mul_hi_u32", "v_mul_hi_i32", "v_mad_u64_u32",
 AMD_SPECIAL = ("v_exp_", "v_log_", "v_rcp_", "v_rsq_", "v_sqrt_", "v_sin_", "v_cos_")
 # HMMA, HGMMA, UTCHMMA, v_mfma
 MATRIX = ("MMA", "MFMA")
-# What makes nothing: padding, and waiting for memory.
+# Instructions that compute nothing: padding, and waiting for memory.
 EMPTY = ("NOP", "s_nop", "s_waitcnt", "s_endpgm", "s_code_end")
 
 
@@ -54,19 +54,19 @@ class Code:
     body: Body
     """all instructions"""
     loops: Sequence[Body]
-    """the loops, in order; of a nest, the inner one comes first"""
+    """the loops, in order; inner loops come before the loops around them"""
     registers: int
-    """vector registers of a thread"""
+    """vector registers per thread"""
     spill_bytes: int
-    """of a thread: registers that live in memory"""
+    """bytes per thread of registers that are spilled to memory"""
     amd: bool = False
 
     @property
     def main(self) -> Body:
-        """What an element goes through most often: the shortest loop, or else everything.
+        """The code that an element passes most often: the shortest loop, or all code without loops.
 
-        Where a loop comes twice, with and without comparisons of bounds, it is the one without.
-        Where there are matrix products, it is a loop that has some.
+        If a loop exists twice, with and without comparisons of bounds, this is the one without. If
+        there are matrix products, it is a loop that contains some.
         """
         loops = [
             body for body in self.loops if any(m in i.op.upper() for i in body for m in MATRIX)
@@ -75,7 +75,7 @@ class Code:
 
 
 def parse(text: str) -> Code:
-    """The code in what cuobjdump or AMD's compiler printed."""
+    """The code in the output of cuobjdump or of AMD's compiler."""
     return _amd(text) if ".amdgcn_target" in text else _sass(text)
 
 
@@ -88,14 +88,14 @@ def _sass(text: str) -> Code:
         to = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if to and int(to[1], 16) < at:
             between = [i for a, i in lines if int(to[1], 16) <= a <= at]
-            # What stands behind the end of the program is out of the way, and jumps back: a wait.
+            # Code behind the end of the program is a wait that jumps back, and no loop.
             if all(i.op != "EXIT" for i in between):
                 loops.append(_solid(between))
     registers = re.search(r"REG:(\d+)", text)
     stack = re.search(r"STACK:(\d+)", text)
     if not lines or registers is None or stack is None:
-        raise ValueError("this is not what cuobjdump -sass -res-usage prints")
-    # The kernels have no arrays, so that what lies on the stack are spilled registers.
+        raise ValueError("this is not the output of cuobjdump -sass -res-usage")
+    # The kernels have no arrays, so that only spilled registers are on the stack.
     body = _solid([i for _, i in lines])
     return Code(body, _long(loops), int(registers[1]), int(stack[1]))
 
@@ -117,7 +117,7 @@ def _amd(text: str) -> Code:
     registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
     spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
     if not body or registers is None or spills is None:
-        raise ValueError("this is not the assembly of a kernel for AMD")
+        raise ValueError("this is not the assembly of an AMD kernel")
     # Scalar registers spill to lanes of vector registers, not to memory.
     return Code(_solid(body), _long(loops), int(registers[1]), 4 * int(spills[1]), amd=True)
 
@@ -131,14 +131,14 @@ def _long(loops: Sequence[Body]) -> Sequence[Body]:
 
 
 def count(body: Body, *prefixes: str) -> int:
-    """How many opcodes begin with one of these."""
+    """How many opcodes begin with one of these prefixes."""
     return sum(i.op.startswith(prefixes) for i in body)
 
 
 def units(body: Body, amd: bool) -> dict[str, int]:
-    """The instructions by the unit that limits them; "issue" counts what takes an issue slot."""
+    """The number of instructions for each unit; "issue" counts those that take an issue slot."""
     if amd:
-        # Scalar, memory and matrix instructions issue beside the vector ones.
+        # Scalar, memory and matrix instructions are issued in parallel with vector instructions.
         vector = [i for i in body if i.op.startswith("v_") and not i.op.startswith("v_mfma")]
         return {
             "issue": len(vector),
@@ -178,30 +178,31 @@ def _bits(op: str) -> int:
 
 
 def philox_rounds(code: Code) -> float:
-    """The Philox rounds in the main part: a round has two products whose high words are wanted.
+    """The number of Philox rounds in the main part. A round has two products with a high word.
 
-    They are recognised by Philox's two multipliers. A thread that computes rounds for several
-    elements counts them once, and so does a compiler that finds that two calls begin alike.
+    They are recognised by Philox's two multipliers. Rounds that a thread computes for several
+    elements at once count once, and so do rounds that the compiler shares between two calls.
     """
     products = set(map(id, _amd_products(code.body) if code.amd else _sass_products(code.body)))
     return sum(id(i) in products for i in code.main) / 2
 
 
 class Exposed(NamedTuple):
-    """What a loop does while no product of matrices is under way."""
+    """What a loop computes while no matrix product is running."""
 
     instructions: int
     philox: int
-    """products of Philox among them"""
+    """the products of Philox among them"""
     groups: int
-    """groups of products that are waited for together; one a product of the source is the least"""
+    """groups of products that are waited for together; at least one per product in the source"""
 
 
 def exposed(body: Body) -> Exposed | None:
-    """A turn of a loop whose products are asynchronous (HGMMA, sm_90); None for any other.
+    """For one iteration of a loop with asynchronous products (HGMMA, sm_90), else None.
 
-    From each wait for all that is under way to the next product. In the forward of attention that
-    is one stretch, from the wait for the scores to the first product of probabilities and values.
+    It counts from each wait for all running products to the next product. In the forward of
+    attention this is one stretch, from the wait for the scores to the first product of
+    probabilities and values.
     """
     groups = sum(i.op.startswith("HGMMA") and "gsb0" in i.operands for i in body)
     if not groups:
@@ -209,7 +210,7 @@ def exposed(body: Body) -> Exposed | None:
     philox = set(map(id, _sass_products(body)))
     idle = False
     found: list[Instruction] = []
-    # Twice: what is under way where a turn begins, the turn before has left.
+    # Twice, since products may be running from the iteration before.
     for _ in range(2):
         found = []
         for i in body:
@@ -224,9 +225,9 @@ def exposed(body: Body) -> Exposed | None:
 
 
 def pending_loads(body: Body) -> int | None:
-    """The groups of asynchronous copies that a turn leaves under way where it waits for its own.
+    """The groups of asynchronous copies that keep running while an iteration waits for its own.
 
-    0 waits for all that was asked for, None is a loop without such copies (or AMD's).
+    0 means that it waits for all copies; None, that the loop has no such copies (or is AMD's).
     """
     if not count(body, "LDGDEPBAR"):
         return None

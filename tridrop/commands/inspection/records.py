@@ -1,4 +1,4 @@
-"""A kernel's record: what its machine code comes to, an element, and which limit it meets."""
+"""The record of a kernel: what its machine code takes per element, and which limit it meets."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ ROUNDS = 10
 def compile_row(name: str, arch: str, dtype: str, method: str) -> list[dict[str, Any]]:
     """The records of the kernels that a row launches.
 
-    For a process of its own: it compiles for a GPU that is not there.
+    Call it in a separate process: it compiles for a GPU that this machine need not have.
     """
     from ...backends import triton
     from ...backends.triton import compile as compiler
 
     row = TABLE[name]
     found = compiler.capture(arch, lambda: row.call(triton, DTYPES[dtype], method))
-    # Of several sums of one launcher's partial sums, the first: they are alike.
+    # If a launcher sums several partial sums, these kernels are alike: keep the first.
     sums = [kernel for kernel in found if kernel.kernel == "sum_kernel"][:1]
     found = [kernel for kernel in found if kernel.kernel != "sum_kernel"] + sums
     return [_record(row, kernel, dtype, method) for kernel in found if _is_new(row, kernel, method)]
 
 
 def _is_new(row: Row, kernel: Any, method: str) -> bool:
-    """What knows nothing of masks comes once, without dropout."""
+    """Whether to keep a record: kernels without masks are kept once, without dropout."""
     if kernel.kernel == "attention_delta_kernel":
         return method == NONE and row.direction == "backward"
     if kernel.kernel == "sum_kernel":
@@ -92,9 +92,10 @@ def _record(row: Row, kernel: Any, dtype: str, method: str) -> dict[str, Any]:
 
 
 def _turns(row: Row, kernel: Any, code: Code, tile_bytes: float) -> int:
-    """How many tiles the counted code goes through: compilers unroll loops over row blocks.
+    """How many tiles the counted code computes, since compilers unroll loops over row blocks.
 
-    It shows in what the code stores: a turn writes ``row.written`` tiles.
+    This follows from what the code stores: each iteration of the source writes ``row.written``
+    tiles.
     """
     if not {"STRIP", "LOOPS"} & set(kernel.constants):
         return 1

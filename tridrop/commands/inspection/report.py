@@ -1,4 +1,4 @@
-"""``tridrop inspect``: compile with a progress bar, and print a table, JSON or a plot."""
+"""``tridrop inspect``: compiles with a progress bar, and prints a table, JSON or a plot."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = dict[str, Any]
-METHODS = {NONE: "without dropout", FUSED: "tridrop", NAIVE: "a Philox call an element"}
-# Of the palette of Okabe and Ito, as in the demo.
+METHODS = {NONE: "without dropout", FUSED: "tridrop", NAIVE: "one Philox call per element"}
+# From the palette of Okabe and Ito, as in the demo.
 COLOURS = {NONE: "#56B4E9", FUSED: "#000000", NAIVE: "#D55E00"}
 
 
@@ -35,7 +35,7 @@ def _names(text: str) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tridrop inspect``."""
-    for option, known, default in (
+    for option, names, default in (
         ("op", OPS, "all"),
         ("arch", ARCHS, "all"),
         ("dtype", tuple(DTYPES), "bf16"),
@@ -44,16 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{option}",
             type=_names,
             metavar="NAME,...",
-            help=f"of {', '.join(known)} (default: {default})",
+            help=f"some of: {', '.join(names)} (default: {default})",
         )
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s)")
-    parser.add_argument("--json", metavar="PATH", help='write a list of records; "-" prints it')
-    parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the instructions")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--json", metavar="PATH", help='write a JSON list of records to PATH; "-" prints it'
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH.png", help="draw the instructions per element"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; 0, or 2 where it cannot run as it was asked to, or 130 after Ctrl-C, with what was
-    compiled until then."""
+    """Run it. Returns 0, 2 if it cannot run with these options, and 130 after Ctrl-C, which still
+    prints what was compiled."""
     records: list[Record] = []
     status = 0
     try:
@@ -102,12 +106,12 @@ def _run(args: argparse.Namespace, records: list[Record]) -> None:
 
 
 def dumps(records: Sequence[Record]) -> str:
-    """The records as JSON, one a line."""
+    """The records as JSON, one per line."""
     return "[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in records) + "\n]\n"
 
 
 def group(records: Sequence[Record]) -> dict[tuple[str, str, str], dict[str, Record]]:
-    """(kernel's name, arch, dtype) -> records by method: the yardstick beside what it is for."""
+    """(kernel's name, arch, dtype) -> records by method; the naive kernel is with the fused one."""
     found: dict[tuple[str, str, str], dict[str, Record]] = {}
     own: dict[tuple[str, ...], tuple[str, str, str]] = {}
     for r in records:
@@ -124,11 +128,11 @@ def group(records: Sequence[Record]) -> dict[tuple[str, str, str], dict[str, Rec
 
 
 def table(records: Sequence[Record]) -> Table:
-    """A line a kernel, architecture and dtype."""
+    """A row per kernel, architecture and dtype."""
     grid = Table(
-        title="Instructions an element, and what else the machine code shows",
-        caption="three figures: without dropout / tridrop / a Philox call an element; "
-        "the others are tridrop's",
+        title="Instructions per element, and other figures from the machine code",
+        caption="three figures: without dropout / tridrop / one Philox call per element; "
+        "the other columns are for tridrop",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -136,9 +140,9 @@ def table(records: Sequence[Record]) -> Table:
     for heading in ("arch", "dtype"):
         grid.add_column(heading, no_wrap=True)
     for heading in (
-        "instructions", "regis-\nters", "spilled\nbytes", "shared\nbytes", "programs\nan SM",
+        "instructions", "regis-\nters", "spilled\nbytes", "shared\nbytes", "programs\nper SM",
         "load / store\nbits", "loads\npending", "Philox\nrounds", "exposed,\nof it Philox",
-        "product\ngroups", "limit met, and ps an element",
+        "product\ngroups", "limit met, and ps per element",
     ):  # fmt: skip
         grid.add_column(heading, justify="left" if heading.startswith("limit") else "right")
     for (name, arch, dtype), methods in group(records).items():
@@ -178,15 +182,17 @@ def _limits(records: Sequence[Record], device: int) -> str:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """What is needed to read the table."""
+    """Explanations of the table."""
     archs = {r["arch"] for r in records}
     lines = [
-        "Static counts: an instruction counts once, of loops the shortest turn counts. Limits are "
-        "bounds from published figures, nothing is timed: memory bandwidth, issue slots, the rates "
-        "of integer multiplication, of logic and of special functions, tensor cores.",
-        "Of sm_90's asynchronous products: the instructions of a turn from each wait for all of "
-        "them to the next, the products of Philox among these, and the groups that are waited for. "
-        "Loads pending: groups of asynchronous copies that a turn leaves under way.",
+        "Counts are static: each instruction counts once, and of several loops the shortest. "
+        "Limits are bounds from published figures, and nothing is timed: memory bandwidth, issue "
+        "slots, the rates of integer multiplication, of logic and of special functions, tensor "
+        "cores.",
+        "Exposed (only sm_90, with asynchronous products): the instructions of an iteration from "
+        "each wait for all products to the next product, the products of Philox among these, and "
+        "the groups of products that are waited for. Loads pending: groups of asynchronous copies "
+        "that keep running while an iteration waits.",
     ]
     lines += [f"{d.name} ({d.arch}): {d.source}." for d in DEVICES if d.arch in archs]
     return lines
@@ -196,7 +202,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     """Draw bars of instructions per element, one panel per architecture."""
     import matplotlib
 
-    # Of a name without an ending matplotlib makes a PNG's.
+    # For a name without a suffix matplotlib adds .png.
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     with matplotlib.rc_context({"font.size": 8}), replacing(path) as draft:
         _draw(records).savefig(draft, dpi=100)
@@ -225,7 +231,7 @@ def _draw(records: Sequence[Record]) -> Figure:
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("instructions an element")
+    figure.supxlabel("instructions per element")
     handles = {t: h for a in grid[0] for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(), handles.keys(), frameon=False, ncols=3, loc="outside upper center"

@@ -1,7 +1,7 @@
-"""What ``tridrop inspect`` compiles: the calls that each op makes of the Triton backend.
+"""What ``tridrop inspect`` compiles: the calls of the Triton backend that each op makes.
 
 Sizes are those of a transformer: 8192 tokens of 4096 features, or 4 x 16 heads of 4096 tokens. A
-new op is a function here; the kernels that a call launches are found by themselves.
+new op is a function here; which kernels a call launches is found automatically.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ class Row:
     variant: str
     direction: str
     call: Callable[[Any, torch.dtype, str], object]
-    """(backend, dtype, method) -> whatever the launcher returns"""
+    """(backend, dtype, method) -> the result of the launcher"""
     methods: tuple[str, ...] = (NONE, FUSED)
     elements: int = ROWS * COLS
-    """elements of the result, or scores"""
+    """the number of elements of the result, or of scores"""
     written: int = 1
-    """tensors of that size that a looping kernel writes an iteration"""
+    """tensors of that size that a kernel with a loop writes per iteration"""
     flops: Mapping[str, float] = field(default_factory=dict)
-    """kernel -> operations of matrix products an element"""
+    """kernel -> operations of matrix products per element"""
     calls: float = 1 / 8
-    """Philox calls an element, by the mask contract"""
+    """Philox calls per element, by the mask contract"""
 
     @property
     def name(self) -> str:
-        """Unique among the rows."""
+        """The name of the row, which is unique."""
         return " ".join(filter(None, (self.op, self.variant, self.direction)))
 
 
@@ -221,7 +221,7 @@ def _attentions() -> list[Row]:
     op, scores = "scaled_dot_product_attention", BATCH * HEADS * TOKENS * TOKENS
     rows = []
     for dim in (64, 128):
-        # Each product is a multiplication and an addition for every one of the head's dimensions.
+        # Each product is a multiplication and an addition for each dimension of the head.
         products = {"forward": 2, "dquery": 3, "dkey": 4, "dmask": 2}
         flops = {f"attention_{name}_kernel": 2.0 * dim * n for name, n in products.items()}
         for causal in (False, True):

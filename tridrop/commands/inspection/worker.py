@@ -1,4 +1,4 @@
-"""A process that compiles: one task per line in, its records on one line out, both JSON."""
+"""A process that compiles: it reads one task per line and writes its records on one, in JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import traceback
 
 def main() -> None:
     """Answer tasks ``[row, arch, dtype, method]`` until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this, and ends it
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a compiler prints is no answer
+    # the parent process handles Ctrl-C, and stops this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers, sys.stdout = sys.stdout, sys.stderr  # output of a compiler must not mix with answers
     from .records import compile_row
 
     for line in sys.stdin:

@@ -1,8 +1,7 @@
-"""``tridrop demo --experiment``: what dropout does, on real data that comes with a package.
+"""``tridrop demo --experiment``: shows what dropout does, on real data from an installed package.
 
-Each experiment is a function of settings, a device and a progress bar with a result of JSON values;
-of functions that draw the result into figures; and of one that says in sentences what was found.
-docs/experiments.md tells how to read them.
+An experiment consists of a function that measures, of functions that draw its result into figures,
+and of one that states the findings in sentences. docs/experiments.md explains them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["run"]
 
 @dataclass(frozen=True)
 class _Experiment:
-    """``ticks`` is how many steps of the bar ``measure`` takes."""
+    """``ticks`` gives the number of steps by which ``measure`` advances the bar."""
 
     ticks: Callable[[Settings], int]
     measure: Callable[[Settings, torch.device, Bar], dict[str, Any]]
@@ -59,9 +58,9 @@ _EXPERIMENTS = {
 
 
 def run(console: Console, args: argparse.Namespace) -> int:
-    """Run the experiment that ``args`` names, and write and say what it found; the exit status.
+    """Run the experiment that ``args`` names, write and print its findings; return the exit status.
 
-    Raises DemoError where it cannot run as it was asked to.
+    Raises DemoError if it cannot run with these options.
     """
     settings = resolve(args)
     report.check_plotting()
@@ -73,7 +72,7 @@ def run(console: Console, args: argparse.Namespace) -> int:
             with bar(console, experiment.ticks(settings)) as progress:
                 measured = experiment.measure(settings, device, progress)
         except KeyboardInterrupt:
-            console.print("Interrupted before there was anything to keep: nothing is written.")
+            console.print("Interrupted before there were results: nothing is written.")
             return terminations.status(INTERRUPTED)
         terminations.finish()
         _write(console, settings, experiment, where, measured, progress.interrupted)
@@ -99,7 +98,7 @@ def _write(
     result["findings"] = experiment.findings(result)
     if interrupted:
         result["findings"].append(
-            f"Interrupted: these are the seeds that were done, of {settings.repeats}."
+            f"Interrupted: these are results of the seeds that were done, of {settings.repeats}."
         )
     settings.out.mkdir(parents=True, exist_ok=True)
     written = [report.write_json(result, settings.out, settings.experiment)]
@@ -112,7 +111,7 @@ def _write(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The images are small: a second thread would only wait. Sums then have one order anywhere."""
+    """One thread: for small images more would only wait, and sums have one order anywhere."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

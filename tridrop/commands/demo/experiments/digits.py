@@ -1,8 +1,8 @@
-"""The data and the network of the experiments: scikit-learn's handwritten digits, and a small CNN.
+"""The data and the network of the experiments: scikit-learn's handwritten digits and a small CNN.
 
-The digits are the test part of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin
-and Kaynak 1998): 1,797 scans of forms that 13 people filled in, brought to 8 x 8 counts from 0 to
-16.
+The digits are the test part of the UCI data set "Optical Recognition of Handwritten Digits"
+(Alpaydin and Kaynak 1998): 1,797 scans from forms that 13 people filled in, reduced to 8 x 8 counts
+from 0 to 16.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Images(NamedTuple):
     y: Tensor
 
     def take(self, chosen: Tensor) -> Images:
-        """Those that an index or a mask chooses."""
+        """The images at an index, or where a mask is True."""
         return Images(self.x[chosen], self.y[chosen])
 
 
 def load(device: torch.device) -> Images:
-    """All 1,797 digits. Raises DemoError, saying what to install, without scikit-learn."""
+    """All 1,797 digits. Without scikit-learn it raises a DemoError that says what to install."""
     try:
         datasets = importlib.import_module("sklearn.datasets")
     except ImportError as error:
@@ -46,7 +46,7 @@ def load(device: torch.device) -> Images:
 
 
 def split(data: Images, seed: int, train: int, valid: int) -> tuple[Images, Images, Images]:
-    """Training, validation and test images in a random order: ``train``, ``valid``, the rest."""
+    """A random split: ``train`` training images, ``valid`` for validation, the rest for tests."""
     order = torch.randperm(len(data.y), generator=torch.Generator().manual_seed(seed))
     parts = order.to(data.y.device).split([train, valid, len(order) - train - valid])
     first, second, third = (data.take(part) for part in parts)
@@ -54,10 +54,10 @@ def split(data: Images, seed: int, train: int, valid: int) -> tuple[Images, Imag
 
 
 def network(p: float, seed: int, device: torch.device) -> nn.Sequential:
-    """Two convolutions and two linear layers; dropout of whole channels, then of single units.
+    """Two convolutions and two linear layers, with dropout of whole channels and of single units.
 
-    The weights are those of ``seed``, whatever p is. Sites are numbered: under tridrop.rng the
-    masks depend on its seed alone.
+    The initial weights depend on ``seed`` and not on p. Sites are numbered, so that under
+    tridrop.rng the masks depend only on its seed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

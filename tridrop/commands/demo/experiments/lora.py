@@ -1,8 +1,8 @@
-"""LoRA with dropout: PEFT against PEFT after tridrop.swap, on real text.
+"""LoRA with dropout on real text: PEFT, compared with PEFT after tridrop.swap.
 
-A small Llama of random weights is adapted, all its linear layers by LoRA and its head whole. The
-same start and the same order of the text three times: PEFT, PEFT with other masks, and swapped. How
-far the first two lie apart is what masks alone do.
+A small Llama with random weights is adapted: all linear layers by LoRA, and the head in full. It is
+trained three times, from the same weights and on the same batches: with PEFT, with PEFT and other
+masks, and swapped. The difference between the first two is the effect of masks alone.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _BYTES = 256
 
 
 def ticks(settings: Settings) -> int:
-    """One a step of all arms."""
+    """One per step of all arms."""
     return settings.repeats * settings.steps
 
 
 def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str, Any]:
-    """Train the triples; every seed has weights and an order of the text of its own."""
+    """Train the triples of arms. Each seed has its own initial weights and batches."""
     make = _maker(settings.p, device)
     name, source = text.load(None)
     parts = [part.to(device) for part in text.split(source, settings.train, settings.valid)]
     if min(map(len, parts)) <= CONTEXT:
-        raise DemoError(f"a part of the text is no longer than {CONTEXT} bytes")
+        raise DemoError(f"a part of the text has only {CONTEXT} bytes or fewer")
 
     def triple(seed: int) -> dict[str, Any]:
         progress.begin(f"seed {seed}")
@@ -74,7 +74,7 @@ def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str
 
 
 def _maker(p: float, device: torch.device) -> Callable[[int], Any]:
-    """What makes the adapted model of a seed; DemoError where its libraries are missing."""
+    """A function that makes the adapted model of a seed; raises DemoError without the libraries."""
     try:
         peft = importlib.import_module("peft")
         llama = importlib.import_module("transformers.models.llama")
@@ -111,7 +111,7 @@ def _train(
     parts: list[Tensor],
     tick: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
-    """The arms side by side: step by step in turn, each with masks of its own."""
+    """Train the arms step by step in turns, each with its own masks."""
     models = {arm: make(seed) for arm in ARMS}
     tridrop.swap(models["tridrop"])
     optimizers = {
@@ -119,9 +119,9 @@ def _train(
         for arm, m in models.items()
     }
     order = torch.Generator().manual_seed(seed)
-    held = _windows(parts[1], torch.arange(0, len(parts[1]) - CONTEXT, CONTEXT))
-    # Of a CPU the processor's time, which other programs do not lengthen as they do the clock's.
-    clock = time.process_time if held.device.type == "cpu" else time.perf_counter
+    valid = _windows(parts[1], torch.arange(0, len(parts[1]) - CONTEXT, CONTEXT))
+    # On a CPU take the process time, which other programs affect less than the clock.
+    clock = time.process_time if valid.device.type == "cpu" else time.perf_counter
     found: dict[str, dict[str, Any]] = {
         arm: {"steps": [], "train": [], "valid": [], "seconds": []} for arm in ARMS
     }
@@ -129,7 +129,7 @@ def _train(
         if i % settings.every == 0 or i == settings.steps:
             for arm, model in models.items():
                 found[arm]["steps"].append(i)
-                found[arm]["valid"].append(round(_loss(model, held), 5))
+                found[arm]["valid"].append(round(_loss(model, valid), 5))
         if i == settings.steps:
             break
         starts = torch.randint(len(parts[0]) - CONTEXT, (BATCH,), generator=order)
@@ -137,7 +137,7 @@ def _train(
         turn = i % len(ARMS)
         for arm in (*list(ARMS)[turn:], *list(ARMS)[:turn]):
             with torch.random.fork_rng(devices=[d for d in (batch.device,) if d.type != "cpu"]):
-                # Masks of an arm and step: neither another arm nor an evaluation moves them.
+                # The masks depend only on the arm and the step, not on other arms or evaluations.
                 torch.manual_seed((seed * len(ARMS) + list(ARMS).index(arm)) * 100_000 + i)
                 start = clock()
                 loss = _step(models[arm], optimizers[arm], batch)
@@ -152,7 +152,7 @@ def _windows(tokens: Tensor, starts: Tensor) -> Tensor:
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, batch: Tensor) -> float:
-    """A training step; its loss."""
+    """Do a training step and return its loss."""
     optimizer.zero_grad()
     loss: Tensor = model(input_ids=batch, labels=batch).loss
     loss.backward()
@@ -161,16 +161,16 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, batch: Tensor) -> float:
 
 
 @torch.no_grad()
-def _loss(model: Any, held: Tensor) -> float:
-    """The mean loss of windows, dropout off."""
+def _loss(model: Any, windows: Tensor) -> float:
+    """The mean loss over windows, with dropout off."""
     model.eval()
-    losses = [model(input_ids=part, labels=part).loss * len(part) for part in held.split(32)]
+    losses = [model(input_ids=part, labels=part).loss * len(part) for part in windows.split(32)]
     model.train()
-    return float(torch.stack(losses).sum()) / len(held)
+    return float(torch.stack(losses).sum()) / len(windows)
 
 
 def _memory(settings: Settings, device: torch.device) -> dict[str, int]:
-    """Bytes that a training forward keeps for backward, parameters apart."""
+    """The bytes that a training forward keeps for backward, without parameters."""
     batch = torch.zeros(BATCH, CONTEXT, dtype=torch.int64, device=device)
     found = {}
     for name, p, swapped in (
@@ -185,7 +185,7 @@ def _memory(settings: Settings, device: torch.device) -> dict[str, int]:
 
 
 def _summary(triples: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last validation losses and their differences; the ratios of times, step by step."""
+    """The last validation losses and their differences; the ratios of times per step."""
     last = {arm: [t["arms"][arm]["valid"][-1] for t in triples] for arm in ARMS}
     found: dict[str, Any] = {
         "valid": {arm: spread(values) for arm, values in last.items()},
@@ -205,7 +205,7 @@ def _summary(triples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _warm(seconds: list[float]) -> list[float]:
-    """The steps after the first, which compile and allocate."""
+    """The times without the first steps, which compile and allocate."""
     return seconds[min(5, len(seconds) - 1) :]
 
 
@@ -219,24 +219,25 @@ def _distance(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """What was found, in sentences whose numbers and words follow from the results."""
+    """The findings, in sentences whose numbers and words follow from the results."""
     found, asked, memory = result["summary"], result["options"], result["memory"]
     valid, distance, ms = found["valid"], found["distance"], found["step_ms"]
     return [
         f"LoRA of rank {result['model']['rank']} with dropout p = {asked['p']}, "
-        f"{asked['steps']} steps, {len(result['triples'])} seeds; losses in nats a byte, in "
+        f"{asked['steps']} steps, {len(result['triples'])} seeds; losses in nats per byte, in "
         "evaluation mode, mean ± standard deviation over the seeds.",
         judge("Other masks {} PEFT's validation loss", (
             valid["peft"], valid["peft_again"], found["masks"]), 1, ""),
-        judge("tridrop {} it", (valid["peft"], valid["tridrop"], found["swap"]), 1, ""),
-        f"Root mean square distance of the validation curves from PEFT's: with other masks "
+        judge("tridrop {} PEFT's validation loss", (
+            valid["peft"], valid["tridrop"], found["swap"]), 1, ""),
+        f"Root mean square distance of the validation curve to PEFT's: with other masks "
         f"{distance['peft_again']['mean']:.4f}, with tridrop {distance['tridrop']['mean']:.4f}.",
         f"Saved for backward by a training forward: PEFT {_mib(memory['peft_without'])} at p = 0 "
         f"and {_mib(memory['peft'])} at p = {asked['p']}; tridrop "
         f"{_mib(memory['tridrop_without'])} and {_mib(memory['tridrop'])}.",
         f"A step took {ms['peft']:.1f} ms with PEFT and {ms['tridrop']:.1f} ms with tridrop "
-        f"(medians); the median of the ratios, step by step, was {found['time_tridrop']:.3f}, and "
-        f"{found['time_peft_again']:.3f} of PEFT to itself.",
+        f"(medians); the median of the ratio per step was {found['time_tridrop']:.3f}, and for "
+        f"PEFT with other masks {found['time_peft_again']:.3f}.",
     ]  # fmt: skip
 
 
@@ -261,7 +262,7 @@ def draw(result: dict[str, Any]) -> Figure:
         curves.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.12, linewidth=0)
         mean = [statistics.fmean(v) for v in values]
         curves.plot(steps, mean, linestyle=style, color=COLOURS[arm], label=ARMS[arm])
-    curves.set_title("validation loss, nats a byte")
+    curves.set_title("validation loss, nats per byte")
     curves.set_xlabel("training step")
     curves.legend(frameon=False)
     names = {"peft_without": "PEFT\np = 0", "peft": "PEFT", "tridrop": "tridrop"}
@@ -276,7 +277,7 @@ def draw(result: dict[str, Any]) -> Figure:
         line.set_color(COLOURS[arm])
     times.set_xticks([1, 2], ["PEFT", "tridrop"])
     times.set_ylim(0)
-    times.set_title("a step, ms")
+    times.set_title("ms per step")
     for axes in (curves, memory, times):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Which activations fall: the masks of the kinds of dropout, drawn."""
+"""Draws the masks of different kinds of dropout: which activations are dropped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _heads(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def _patches(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """The tokens that are left, and zeros for the others."""
+    """The kept tokens, with zeros in place of the others."""
     _, kept = tridrop.patch_dropout(x, p, return_indices=True, seed=seed)
     if kept is None:
         return x
@@ -46,7 +46,7 @@ def _patches(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def _calls(one: Callable[[Tensor, float, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The same of four calls, each with a seed of its own: [calls, rows, columns]."""
+    """The same for several calls, each with its own seed: [calls, rows, columns]."""
 
     def each(x: Tensor, p: float, seed: Tensor) -> Tensor:
         return torch.stack([one(row, p, tridrop.fold_in(seed, i)) for i, row in enumerate(x)])
@@ -55,23 +55,23 @@ def _calls(one: Callable[[Tensor, float, Tensor], Tensor]) -> Callable[..., Tens
 
 
 def _layers(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Rows are layers."""
+    """Each row stands for a layer."""
     left = tridrop.layer_drop(range(len(x)), p, seed=seed)
     return torch.stack([x[i] if i in left else torch.zeros_like(x[i]) for i in range(len(x))])
 
 
 def _words(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Rows are words of the vocabulary, looked up in their order."""
+    """Each row is a word of the vocabulary; all are looked up in order."""
     return tridrop.embedding_dropout(torch.arange(len(x), device=x.device), x, p, seed=seed)
 
 
 def _weights(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """The weights of a layer, as what it makes of each unit vector."""
+    """The weights of a layer, read off its results for unit vectors."""
     units = torch.eye(x.shape[1], device=x.device)
     return tridrop.dropconnect_linear(units, x, p=p, seed=seed).T
 
 
-# Title, shape, the call, and what it makes of ones.
+# Title, shape, the call as text, and a function that makes that call.
 STRUCTURED: list[tuple[str, tuple[int, ...], str, Callable[[Tensor, float, Tensor], Tensor]]] = [
     (
         "DropBlock2d: squares",
@@ -80,12 +80,12 @@ STRUCTURED: list[tuple[str, tuple[int, ...], str, Callable[[Tensor, float, Tenso
         lambda x, p, seed: tridrop.drop_block2d(x, p, 3, seed=seed),
     ),
     ("HeadDropout: heads, for all time", SEQUENCES, "head_dropout(x, p, dim=2)", _heads),
-    ("PatchDropout: just so many tokens", SEQUENCES, "patch_dropout(x, p)", _patches),
+    ("PatchDropout: a fixed number of tokens", SEQUENCES, "patch_dropout(x, p)", _patches),
     ("LayerDrop: layers", SEQUENCES, "layer_drop(layers, p)", _calls(_layers)),
     ("embedding dropout: words", SEQUENCES, "embedding_dropout(ids, table, p)", _calls(_words)),
     ("DropConnect: weights", SEQUENCES, "dropconnect_linear(x, weight, p=p)", _calls(_weights)),
 ]
-# What a picture's rows and columns are, where they are not samples, time and features.
+# The labels of rows and columns, if they are not samples, time and features.
 AXES = {
     "LayerDrop: layers": ("4 calls", "layers run down"),
     "embedding dropout: words": ("4 calls", "features (words run down)"),
@@ -95,12 +95,12 @@ KEPT, DROPPED = "#0072B2", "#F2E3C6"
 
 
 def ticks(settings: Settings) -> int:
-    """One a kind."""
+    """One per kind."""
     return len(KINDS) + len(STRUCTURED)
 
 
 def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str, Any]:
-    """The masks' shapes, rates and bits: ``keep`` has a 1 for each element kept, in C order."""
+    """The shapes, rates and bits of the masks; ``keep`` has a 1 per kept element, in C order."""
     found = []
 
     def note(title: str, rule: str, keep: Tensor, **more: Any) -> None:
@@ -130,16 +130,16 @@ def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """What fell of each kind."""
+    """What was dropped, for each kind."""
     return [
         f"{one['kind']}: {one['rule']} of {one['shape']}, "
-        f"{100 * one['dropped']:.0f} % fell, p = {one['p']}."
+        f"{100 * one['dropped']:.0f} % dropped, p = {one['p']}."
         for one in result["masks"]
     ]
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """One panel per kind: one row per sample or call, in it one tile per channel, or time."""
+    """One panel per kind, one row per sample or call, and in it one tile per channel."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -167,9 +167,9 @@ def _panel(axes: Axes, one: dict[str, Any]) -> None:
 
 
 def _tiles(keep: Tensor) -> Tensor:
-    """0 between the tiles, 1 where an element was dropped, 2 where it was kept: a picture.
+    """A picture with 0 between tiles, 1 for dropped and 2 for kept elements.
 
-    [samples, channels, rows, columns] or [samples, time, features]
+    ``keep`` is [samples, channels, rows, columns] or [samples, time, features].
     """
     keep = keep[:, None] if keep.dim() == 3 else keep
     picture = torch.nn.functional.pad(keep + 1, (0, 1, 0, 1))

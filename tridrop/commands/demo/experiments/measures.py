@@ -1,4 +1,4 @@
-"""Means, spreads, differences of pairs, what may be said of them, and calibration."""
+"""Means, spreads, paired differences, sentences about these, and calibration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BINS = 15  # as in Guo et al. 2017
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation (n - 1 below the line) of two values or more.
+    """Mean and sample standard deviation (with n - 1) of at least two values.
 
     >>> spread([1.0, 3.0])
     {'mean': 2.0, 'sd': 1.4142135623730951}
@@ -25,8 +25,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
     """What changes from ``first`` to ``second``, pair by pair.
 
-    The mean difference with the interval of Student's t at 95 %, and in how many pairs the second
-    is the higher.
+    It gives the mean difference with its 95 % interval by Student's t, and the number of pairs in
+    which the second value is higher.
 
     >>> found = paired([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     >>> found["mean"], [round(x, 3) for x in found["interval"]], found["higher"], found["pairs"]
@@ -50,13 +50,13 @@ def judge(
     factor: float,
     unit: str,
 ) -> str:
-    """A sentence about a difference: "raised" or "lowered" only where its interval leaves out 0.
+    """A sentence about a difference; it says "raised" or "lowered" only if the interval excludes 0.
 
     Args:
-        claim: has {} in the place of the verb.
+        claim: a sentence with {} in place of the verb.
         found: the :func:`spread` before and after, and the :func:`paired` difference.
-        factor: of all numbers, 100 for shares in %.
-        unit: behind the numbers.
+        factor: multiplies all numbers; 100 for fractions in %.
+        unit: is written after the numbers.
 
     >>> same = spread([0.4, 0.6])
     >>> print(judge("It {} this", (same, same, paired([0.4, 0.6], [0.6, 0.4])), 1, " nats"))
@@ -80,15 +80,15 @@ def judge(
 
 
 def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dict[str, Any]]:
-    """Predictions by confidence, in ``bins`` intervals (low, high] of equal width from 0 to 1.
+    """Predictions grouped by confidence, in ``bins`` intervals (low, high] of equal width.
 
     Args:
         confidence: the probability of the predicted class, [n], in (0, 1].
         right: whether the prediction is right, bool [n].
 
     Returns:
-        of each interval low, high, count, and the means "confidence" and "accuracy" (None where
-        the interval is empty).
+        for each interval low, high, count, and the means "confidence" and "accuracy" (None if the
+        interval is empty).
     """
     number = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     found = []
@@ -108,7 +108,7 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dic
 
 
 def calibration_error(found: Sequence[dict[str, Any]]) -> float:
-    """The expected calibration error of :func:`reliability`'s intervals.
+    """The expected calibration error, from the intervals of :func:`reliability`.
 
         ECE = sum over intervals of count / n * |accuracy - confidence|
 

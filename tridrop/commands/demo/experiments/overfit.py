@@ -1,6 +1,7 @@
-"""Does dropout keep a small network from learning its training images by heart?
+"""Does dropout keep a small network from memorising its training images?
 
-The same network twice, with the same first weights, images and order: without dropout and with it.
+The same network is trained twice, from the same weights and on the same batches: without dropout
+and with it.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ARMS = {"none": "no dropout", "dropout": "dropout"}
-# Of the palette of Okabe and Ito, which stays distinct for every kind of colour vision.
+# From the palette of Okabe and Ito, whose colours are distinct for every kind of colour vision.
 COLOURS = {"none": "#D55E00", "dropout": "#0072B2"}
-# What the arms are compared by, in test images. "stopped" is the network of the lowest validation
-# loss, "final" that after the last step.
+# The measures on test images that compare the arms. "stopped" is the network with the lowest
+# validation loss, "final" the network after the last step.
 MEASURES = ("final_accuracy", "final_loss", "stopped_accuracy", "stopped_loss")
 SHOWN = 8
 
 
 def ticks(settings: Settings) -> int:
-    """One a training step."""
+    """One per training step."""
     return settings.repeats * len(ARMS) * settings.steps
 
 
 def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str, Any]:
-    """Train the pairs. Every pair has a split, first weights and an order of its own."""
+    """Train the pairs. Each pair has its own split, initial weights and batches."""
     data = digits.load(device)
     samples: list[dict[str, Any]] = []
     parameters = 0
@@ -74,7 +75,7 @@ def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str
 def _record(
     curves: Curves, last: Tensor, model: torch.nn.Module, test: digits.Images
 ) -> dict[str, Any]:
-    """A training's curves, and its test scores at the end and where validation was best."""
+    """The curves of a training, and its test scores at the end and at the best validation loss."""
     final = scores(last, test.y)
     model.load_state_dict(curves.best)
     stopped = scores(logits_of(model, test.x), test.y)
@@ -93,7 +94,7 @@ def _record(
 
 
 def _summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each measure of both arms, and the differences of the pairs."""
+    """Each measure for both arms, and the paired differences."""
     found: dict[str, Any] = {}
     for name in (*MEASURES, "train_loss", "valid_loss", "valid_accuracy"):
         values = {arm: [_last(pair["arms"][arm][name]) for pair in pairs] for arm in ARMS}
@@ -107,7 +108,7 @@ def _last(value: Any) -> float:
 
 
 def _samples(test: digits.Images, last: dict[str, Tensor]) -> dict[str, Any]:
-    """The first test images, and the first that one of the two gets wrong; nothing is picked."""
+    """The first test images, and the first that either network gets wrong; none is hand-picked."""
     wrong = torch.stack([logits.argmax(1) != test.y for logits in last.values()]).any(0)
     found = {}
     for name, chosen in (("first", torch.arange(len(test.y))), ("wrong", wrong.nonzero()[:, 0])):
@@ -132,7 +133,7 @@ def _prediction(logits: Tensor) -> dict[str, Any]:
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """What was found, in sentences whose numbers and words follow from the results."""
+    """The findings, in sentences whose numbers and words follow from the results."""
     found, asked = result["summary"], result["options"]
     none, dropout = (
         [f"{one['mean']:.3f} ± {one['sd']:.3f}" for one in (train_[arm], valid[arm])]
@@ -161,21 +162,21 @@ def _compare(what: str, found: dict[str, Any], factor: float, unit: str) -> str:
 
 
 def draw_curves(result: dict[str, Any]) -> Figure:
-    """Loss and accuracy over the steps, and the test accuracies by pairs."""
+    """Loss and accuracy over the steps, and the test accuracies of each pair."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     loss, accuracy, test = figure.subplots(1, 3, width_ratios=(4, 4, 2.2))
-    units = {"loss": "nats", "accuracy": "share that is right"}
+    units = {"loss": "nats", "accuracy": "fraction correct"}
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         for arm in ARMS:
             _curves(axes, result, arm, name)
         axes.set_title(f"{name}, dropout off")
         axes.set_ylabel(units[name])
         axes.set_xlabel("training step")
-    # The first steps would flatten all that follows.
+    # Without the first steps, which would flatten the rest.
     later = [(run, len(run["steps"]) // 6) for run in _runs(result)]
     loss.set_ylim(0, 1.05 * max(max(run["valid_loss"][i:]) for run, i in later))
     accuracy.set_ylim(min(min(run["valid_accuracy"][i:]) for run, i in later) - 0.005, 1.005)
@@ -186,7 +187,7 @@ def draw_curves(result: dict[str, Any]) -> Figure:
     test.set_xticks([0, 1], list(ARMS.values()))
     test.set_xlim(-0.4, 1.4)
     test.set_title("test, at the end")
-    test.set_ylabel("share that is right; a line a seed")
+    test.set_ylabel("fraction correct; one line per seed")
     for axes in (loss, accuracy, test):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -209,7 +210,7 @@ def _runs(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _curves(axes: Axes, result: dict[str, Any], arm: str, name: str) -> None:
-    """Of one arm the mean of the seeds; in validation a band from the lowest to the highest."""
+    """For one arm, the mean over the seeds; for validation, a band from lowest to highest."""
     runs = [pair["arms"][arm] for pair in result["pairs"]]
     steps = runs[0]["steps"]
     for part, style in (("valid", "-"), ("train", "--")):
@@ -222,11 +223,11 @@ def _curves(axes: Axes, result: dict[str, Any], arm: str, name: str) -> None:
 
 
 def draw_samples(result: dict[str, Any]) -> Figure:
-    """Test images with what both networks of the first seed take them for."""
+    """Test images with the predictions of both networks of the first seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
-    titles = {"first": "the first test images", "wrong": "the first that either network has wrong"}
+    titles = {"first": "the first test images", "wrong": "the first that either network gets wrong"}
     parts: Any = figure.subfigures(2, 1, hspace=0.05)
     for part, (name, title) in zip(parts, titles.items(), strict=True):
         note = ": orange without dropout, blue with dropout, bold where wrong"
@@ -240,7 +241,7 @@ def draw_samples(result: dict[str, Any]) -> Figure:
 
 
 def _sample(axes: Axes, one: dict[str, Any]) -> None:
-    """An image, above it what it is, below it what the networks say."""
+    """An image with its digit above and the predictions of the networks below."""
     axes.imshow(one["image"], cmap="gray_r", vmin=0, vmax=16)
     axes.set_title(f"a {one['digit']}", fontsize=10)
     for place, arm in enumerate(ARMS):

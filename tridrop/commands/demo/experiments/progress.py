@@ -1,4 +1,4 @@
-"""Progress of an experiment: a bar in a terminal, a line a network elsewhere."""
+"""Progress of an experiment: a bar in a terminal, elsewhere a line per network."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-LEAST = 2  # seeds of which there is a spread
+LEAST = 2  # seeds that are needed for a spread
 
 
 class Bar:
-    """What is told of the progress."""
+    """Shows the progress."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console = console
@@ -26,14 +26,14 @@ class Bar:
             console=console,
         )
         self._task = self._progress.add_task("", total=total)
-        self.interrupted = False  # by Ctrl-C or SIGTERM, with something to keep
+        self.interrupted = False  # by Ctrl-C or SIGTERM, after there were results
 
     def tick(self) -> None:
-        """One step more is done."""
+        """Note that one more step is done."""
         self._progress.advance(self._task)
 
     def begin(self, text: str) -> None:
-        """Say what is being done."""
+        """Show what is being done."""
         self._progress.update(self._task, description=text)
 
     def say(self, text: str) -> None:
@@ -41,7 +41,7 @@ class Bar:
         self._console.print(text, soft_wrap=True)
 
     def each(self, seeds: Iterable[int], one: Callable[[int], T]) -> list[T]:
-        """``one`` of every seed; after an interrupt those that are whole, where two or more are."""
+        """``one`` for every seed; after an interrupt, the finished ones, if two or more."""
         found: list[T] = []
         try:
             for seed in seeds:
@@ -55,7 +55,7 @@ class Bar:
 
 @contextmanager
 def bar(console: Console, total: int) -> Iterator[Bar]:
-    """A bar of ``total`` steps; drawn only where there is a terminal."""
+    """A bar of ``total`` steps, which is drawn only in a terminal."""
     made = Bar(console, total)
     if not console.is_terminal:
         yield made

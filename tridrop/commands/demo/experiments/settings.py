@@ -1,4 +1,4 @@
-"""What an experiment takes from the command line, and its own defaults."""
+"""The options that an experiment takes from the command line, and its defaults."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..options import DEFAULTS, MODELS, DemoError
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice of an experiment.
+    """All settings of an experiment.
 
-    ``repeats`` networks (or pairs) are trained, with the seeds from ``seed`` on. ``train`` and
-    ``valid`` are numbers of images (the rest are for the test), or of bytes of the text.
+    ``repeats`` networks (or pairs) are trained, with consecutive seeds from ``seed`` on. ``train``
+    and ``valid`` are numbers of images (the rest are test images), or of bytes of the text.
     """
 
     experiment: str
@@ -34,31 +34,31 @@ class Settings:
     rotated: int = 100
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON values, without the folder."""
+        """The settings as JSON values, without the folder."""
         return {k: v for k, v in asdict(self).items() if k != "out"}
 
 
-# Of the options of the demo, those that an experiment takes.
+# The options of the demo that each experiment takes.
 _TAKEN = {
     "overfit": ("seed", "p", "steps"),
     "uncertainty": ("seed", "p", "steps"),
     "masks": ("seed", "p"),
     "lora": ("seed", "p", "steps"),
 }
-_OWN: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "overfit": {},
     "uncertainty": {"repeats": 10},  # each digit is left out once
     "masks": {"p": 0.4},
     "lora": {"p": 0.05, "steps": 160, "every": 16, "train": 65_536, "valid": 4_096},
 }
-# Enough to run every line; its findings mean nothing.
+# Enough to run every line of code; the findings mean nothing.
 _QUICK: dict[str, Any] = {
     "steps": 60, "repeats": 2, "train": 100, "valid": 200, "samples": 8, "rotated": 20,
 }  # fmt: skip
 
 
 def resolve(args: argparse.Namespace) -> Settings:
-    """The settings that ``args`` asks for: what was given, then quick's values, then the defaults.
+    """The settings of ``args``: the given values, else those of --quick, else the defaults.
 
     Raises DemoError for an option that an experiment does not take.
     """
@@ -72,7 +72,7 @@ def resolve(args: argparse.Namespace) -> Settings:
             "--quick, --out, --device, --backend, " + ", ".join(f"--{name}" for name in taken)
         )
     given = {name: getattr(args, name) for name in taken if getattr(args, name) is not None}
-    values = _OWN[args.experiment] | (_QUICK if args.quick else {}) | given
+    values = _DEFAULTS[args.experiment] | (_QUICK if args.quick else {}) | given
     return Settings(
         experiment=args.experiment,
         out=args.out,

@@ -1,4 +1,4 @@
-"""One training of a small network, with its curves."""
+"""Trains a small network, and records its curves."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LEARNING_RATE = 1e-3
 
 @dataclass
 class Curves:
-    """Losses in nats an image and accuracies, with dropout off, after the steps ``steps``.
+    """Losses in nats per image, and accuracies, with dropout off, after each of ``steps``.
 
-    ``best`` holds the weights after ``best_step``, where the validation loss was lowest.
+    ``best`` has the weights after ``best_step``, at which the validation loss was lowest.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Curves:
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, step: int, model: nn.Module, train: Images, valid: Images) -> None:
-        """Measure once more."""
+        """Measure after a step, and add the results."""
         loss, accuracy = scores(logits_of(model, valid.x), valid.y)
         if not self.valid_loss or loss < min(self.valid_loss):
             self.best_step = step
@@ -48,13 +48,13 @@ class Curves:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    """One pass with dropout off: [n, classes]."""
+    """The logits [n, classes] of one forward with dropout off."""
     logits: Tensor = model.eval()(x)
     return logits
 
 
 def scores(logits: Tensor, y: Tensor) -> tuple[float, float]:
-    """The mean cross-entropy in nats, and the share that the largest logit has right."""
+    """The mean cross-entropy in nats, and the accuracy."""
     right = (logits.argmax(1) == y).double().mean()
     return float(F.cross_entropy(logits, y)), float(right)
 
@@ -69,17 +69,18 @@ def train(
     every: int,
     tick: Callable[[], None],
 ) -> Curves:
-    """Train ``model`` in place. Order and masks follow from ``seed``; the order not from the masks.
+    """Train ``model`` in place. The seed determines batches and masks, independently of each other.
 
-    Adam without weight decay, so that dropout is the only regulariser; a fixed learning rate.
+    It uses Adam without weight decay, so that dropout is the only regulariser, and a fixed learning
+    rate.
 
     Args:
-        model: its dropout sites are numbered.
-        train: what it learns, in batches drawn with replacement.
-        valid: what is only measured.
-        seed: of the order of the data and of the masks.
-        steps: how many batches.
-        every: steps between two measurements.
+        model: a model whose dropout sites are numbered.
+        train: the training images; batches are drawn with replacement.
+        valid: the validation images, which are only measured.
+        seed: the seed of the batches and of the masks.
+        steps: the number of batches.
+        every: the number of steps between two measurements.
         tick: called after each step.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)

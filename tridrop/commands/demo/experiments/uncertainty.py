@@ -1,8 +1,8 @@
 """Does a network know when it does not know? One pass without dropout against Monte Carlo dropout.
 
-Networks trained with dropout on nine of the ten digits are shown test images of these, the same
-images turned, and the tenth digit. Gal and Ghahramani, "Dropout as a Bayesian approximation:
-representing model uncertainty in deep learning", ICML 2016.
+Networks that were trained with dropout on nine of the ten digits predict test images of these, the
+same images rotated, and images of the tenth digit. Gal and Ghahramani, "Dropout as a Bayesian
+approximation: representing model uncertainty in deep learning", ICML 2016.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 WAYS = {"single": "one pass, dropout off", "ensemble": "Monte Carlo dropout, averaged"}
 COLOURS = {"single": "#D55E00", "ensemble": "#0072B2", "information": "#009E73"}
 ANGLES = range(0, 181, 30)
-_CHUNK = 1024  # pairs of a member and an image that are computed together
+_CHUNK = 1024  # how many pairs of a member and an image are computed together
 
 
 def ticks(settings: Settings) -> int:
-    """One a training step, and one a set of images that a network is shown."""
+    """One per training step, and one per set of images that a network predicts."""
     return settings.repeats * (settings.steps + 2 + len(ANGLES))
 
 
 def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str, Any]:
-    """Train the networks, each without one digit, and show them what they know and do not know."""
+    """Train the networks, each without one digit, and let them predict known and unknown digits."""
     data = digits.load(device)
     judged: list[tuple[dict[str, Tensor], Tensor]] = []
 
@@ -83,7 +83,7 @@ def measure(settings: Settings, device: torch.device, progress: Bar) -> dict[str
 
 
 class _Shown:
-    """What a network says of images, by one pass and as an ensemble."""
+    """The predictions of a network, by one pass and as an ensemble."""
 
     def __init__(self, model: nn.Module, samples: int, seed: int, progress: Bar) -> None:
         self.model, self.samples, self.seed, self.progress = model, samples, seed, progress
@@ -93,7 +93,7 @@ class _Shown:
         said = tridrop.mc_predict(
             self.model, x, samples=self.samples, seed=self.seed, output="logits", chunk=_CHUNK
         )
-        assert said.mutual_information is not None  # it is None for values alone
+        assert said.mutual_information is not None  # it is None only for output="values"
         self.progress.tick()
         return {
             "single": logits_of(self.model, x).softmax(1),
@@ -117,7 +117,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def _doubts(said: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How unsure of each image: entropies of both ways, and the members' disagreement."""
+    """The uncertainty about each image: entropies of both ways, and the members' disagreement."""
     return {
         **{way: _entropy(said[way]) for way in WAYS},
         "information": said["information"],
@@ -129,8 +129,8 @@ def _entropies(said: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _separation(known: dict[str, Tensor], unknown: dict[str, Tensor]) -> dict[str, float]:
-    """The area under the ROC curve: how often an image of the unknown digit is the more doubtful
-    one of a pair with a known; 0.5 is chance."""
+    """The area under the ROC curve: how often an image of the unknown digit is more uncertain than
+    one of a known digit; 0.5 is chance."""
     area = importlib.import_module("sklearn.metrics").roc_auc_score
     strange = torch.tensor([0] * len(known["information"]) + [1] * len(unknown["information"]))
     return {
@@ -140,7 +140,7 @@ def _separation(known: dict[str, Tensor], unknown: dict[str, Tensor]) -> dict[st
 
 
 def _rotated(shown: _Shown, images: digits.Images) -> list[dict[str, Any]]:
-    """Accuracies and doubts of images turned by ANGLES."""
+    """Accuracies and uncertainties for images rotated by ANGLES."""
     found = []
     for angle in ANGLES:
         said = shown(rotate(images.x, angle))
@@ -156,9 +156,9 @@ def _rotated(shown: _Shown, images: digits.Images) -> list[dict[str, Any]]:
 
 
 def rotate(x: Tensor, degrees: float) -> Tensor:
-    """Images [n, 1, height, width] turned counter-clockwise about their centres.
+    """Images [n, 1, height, width] rotated counter-clockwise about their centres.
 
-    Bilinear; 0 from outside.
+    The interpolation is bilinear, with 0 outside of the image.
 
     >>> x = torch.arange(4.0).view(1, 1, 2, 2)
     >>> rotate(x, 90).round().view(2, 2)
@@ -173,7 +173,7 @@ def rotate(x: Tensor, degrees: float) -> Tensor:
 
 
 def _pooled(judged: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Any]:
-    """The intervals of confidence of all networks' test images together."""
+    """The intervals of confidence over the test images of all networks together."""
     found = {}
     for way in WAYS:
         confidence, guess = torch.cat([said[way] for said, _ in judged]).max(1)
@@ -182,7 +182,7 @@ def _pooled(judged: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Any]:
 
 
 def _summary(networks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and spreads over the networks, and the differences of the two ways."""
+    """Means and spreads over the networks, and the differences between the two ways."""
     found: dict[str, Any] = {}
     for name in ("accuracy", "loss", "calibration_error"):
         values = {way: [one["test"][way][name] for one in networks] for way in WAYS}
@@ -213,27 +213,27 @@ def _both(values: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """What was found, in sentences whose numbers and words follow from the results."""
+    """The findings, in sentences whose numbers and words follow from the results."""
     found, asked = result["summary"], result["options"]
     turned = found["rotated"][result["angles"].index(90)]
     right = [f"{100 * turned['accuracy'][way]['mean']:.0f} %" for way in WAYS]
     return [
         f"{len(result['networks'])} networks, each trained without one digit (p = {asked['p']}); "
-        f"{asked['samples']} members of each; mean ± standard deviation over the networks; entropy "
-        "and loss in nats.",
+        f"{asked['samples']} ensemble members each; mean ± standard deviation over the networks; "
+        "entropy and loss in nats.",
         _judge("Averaging the members {} the test accuracy", found["accuracy"], 100, " %"),
         _judge("Averaging the members {} the test loss", found["loss"], 1, ""),
         _judge(
             "Averaging the members {} the expected calibration error "
-            f"({result['bins']} bins, each network by itself)",
+            f"({result['bins']} bins, separately for each network)",
             found["calibration_error"],
             100,
             " %",
         ),
         f"Mean entropy on known test digits: {_both_plain(found['known'])}; on the digit that was "
         f"left out: {_both_plain(found['unknown'])}.",
-        f"On known digits turned by 90 degrees: {_both_plain(turned)}, where {right[0]} and "
-        f"{right[1]} are right.",
+        f"On known digits rotated by 90 degrees: {_both_plain(turned)}, where {right[0]} and "
+        f"{right[1]} are correct.",
         _judge(
             "Averaging the members {} how well entropy tells the left-out digit from known ones "
             "(area under the ROC curve; 0.5 is chance)",
@@ -241,7 +241,7 @@ def findings(result: dict[str, Any]) -> list[str]:
             1,
             "",
         ),
-        "The mutual information of the members tells them apart with an area of "
+        "The mutual information of the members tells these apart with an area of "
         f"{_plain(found['separation']['information'])}.",
     ]
 
@@ -262,7 +262,7 @@ def _plain(one: dict[str, float]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Doubt and accuracy against the angle, and the doubt of known and left-out digits."""
+    """Uncertainty and accuracy against the angle; uncertainty of known and left-out digits."""
     from matplotlib.figure import Figure
 
     networks, angles = result["networks"], result["angles"]
@@ -278,28 +278,28 @@ def draw(result: dict[str, Any]) -> Figure:
     for way in WAYS:
         points = [[one["accuracy"][way] for one in at] for at in turned]
         right.errorbar(angles, *_range(points), color=COLOURS[way], capsize=3)
-    doubt.set_title("known digits, turned: doubt")
-    right.set_title("known digits, turned: accuracy")
-    classes.set_title("not turned: doubt, by class")
+    doubt.set_title("known digits, rotated: uncertainty")
+    right.set_title("known digits, rotated: accuracy")
+    classes.set_title("not rotated: uncertainty, by class")
     classes.set_xticks([0, 1], ["known", "left out"])
     classes.set_xlim(-0.4, 1.4)
     for axes in (doubt, right):
         axes.set_xlabel("angle in degrees")
         axes.set_xticks(angles)
-    for axes, label in ((doubt, "nats"), (right, "share that is right"), (classes, "nats")):
+    for axes, label in ((doubt, "nats"), (right, "fraction correct"), (classes, "nats")):
         axes.set_ylabel(label)
         axes.set_ylim(0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    title = f"mean of {len(networks)} networks, and bars from the lowest to the highest of them"
+    title = f"mean over {len(networks)} networks; bars from the lowest to the highest"
     figure.legend(ncols=3, frameon=False, loc="outside lower center", title=title)
     return figure
 
 
 def _range(points: list[list[float]]) -> tuple[list[float], list[list[float]]]:
-    """Of each point the mean, and how far below and above it the lowest and the highest lie.
+    """For each point the mean, and its distances to the lowest and the highest value.
 
-    Entropies and accuracies have bounds, which bars of a standard deviation would pass.
+    Bars of a standard deviation could exceed the bounds of entropies and accuracies.
     """
     means = [sum(values) / len(values) for values in points]
     below = [mean - min(values) for mean, values in zip(means, points, strict=True)]
@@ -315,7 +315,7 @@ _LABELS = {
 
 
 def draw_reliability(result: dict[str, Any]) -> Figure:
-    """Accuracy against confidence, and how many test images each confidence has."""
+    """Accuracy against confidence, and the number of test images for each confidence."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 4.6), layout="constrained")
@@ -332,7 +332,7 @@ def draw_reliability(result: dict[str, Any]) -> Figure:
 
 
 def _reliability(panels: Any, found: list[dict[str, Any]], colour: str) -> None:
-    """Bars of accuracy, and a mark at (confidence, accuracy) that should lie on the diagonal."""
+    """Bars of accuracy, and marks at (confidence, accuracy), which should lie on the diagonal."""
     top, bottom = panels
     full = [one for one in found if one["count"]]
     width = 1 / len(found)

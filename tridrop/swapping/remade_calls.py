@@ -1,7 +1,8 @@
-"""What rewritten forwards call with memory=True, where no dropout is near.
+"""The functions that rewritten forwards call for memory=True where no dropout is near.
 
-Norms, activations and gated products give tensors that backward can make again; linear layers,
-of any kind and with any adapter, keep how that is done and not the tensor.
+Norms, activations and gated products give tensors that backward can recompute; linear layers, of
+any library and with any adapter, keep the recipe for that instead of the tensor. remade_plan.py
+says which calls of a method are exchanged for these.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from ..functional.linear import (
     remade_product as product_of,
 )
 from ..ops.remade import rule_of
-from .kinds import Kind, activation_name, known
+from .kinds import Kind, activation_name, cached_kind
 from .pending import activated, autocasts, eps_of, fits, normalises_last, value
 
 
-def free(module: Any, name: str) -> Kind | None:
-    """The kind of a module that still is what it was, and that nobody listens to.
+def unhooked_kind(module: Any, name: str) -> Kind | None:
+    """The kind of a module if it is ``name`` and a fused op may replace its call; else None.
 
-    So is its class: its forward, and the functions of torch that this calls.
+    It may not if the module has hooks or works in place, or if its forward, or a function of torch
+    that this calls, was replaced since it was read.
     """
-    kind = known(type(module))
+    kind = cached_kind(type(module))
     if kind is None or kind.name != name or "forward" in module.__dict__:
         return None
     for flag in kind.flags:
@@ -41,21 +43,21 @@ def free(module: Any, name: str) -> Kind | None:
 
 
 def remade_linear(module: nn.Module, x: Any) -> Any:
-    """A call of a linear layer: of torch's, or of any other, with or without adapters.
+    """A call of a linear layer of torch or of any other library, with or without adapters.
 
-    It is called as it is. Of torch's it is known that the copy that autocast makes of x is all that
-    it takes x for.
+    The layer is called as it is. Only of torch's own is it certain that autocast's copy of x is all
+    that the layer uses x for.
     """
     x = value(x)
     if rule_of(x) is None:
         return module(x)
-    return of_remade(module, x, casts=free(module, "linear") is not None)
+    return of_remade(module, x, casts=unhooked_kind(module, "linear") is not None)
 
 
 def remade_norm(module: nn.Module, x: Any) -> Any:
     """A call of a norm."""
     x = value(x)
-    kind = free(module, "layer_norm") or free(module, "rms_norm")
+    kind = unhooked_kind(module, "layer_norm") or unhooked_kind(module, "rms_norm")
     if kind is None or is_compiling() or not module.training or not fits(x):
         return module(x)
     weight, bias = kind.get(module, "weight"), kind.get(module, "bias")

@@ -1,0 +1,27 @@
+"""Adds swap(memory=True) to the plan of a method.
+
+Norms, activations and gated products give tensors that backward can recompute, and linear layers
+would keep these. Calls of all of them are exchanged for the functions of remade_calls.py, whether
+or not a dropout is near.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from .rewrite import Op, Plan, sources
+
+# "matrix" is a linear layer without a bias, or one of another library.
+REMADE = ("norm", "activation", "product", "linear", "matrix")
+
+
+def remake(made: Plan) -> None:
+    """Extend a plan by the calls that matter for memory=True."""
+    made.memory = True
+    for n in ast.walk(made.node):
+        if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult):
+            factors = (n.left, n.right)
+            if any(op.name == "activation" for x in factors for op, _ in sources(made, x)):
+                made.ops[n] = Op("product", n, factors)
+    made.memory_only = {op for op in made.ops.values() if op.name in REMADE} - made.emitted
+    made.emitted |= made.memory_only
