@@ -72,7 +72,7 @@ def collect() -> Info:
 
 def _choice(device: str) -> str:
     try:
-        return backends.choose(torch.device(device))
+        return backends.name_for(torch.device(device))
     except (ImportError, ValueError) as error:  # of what the environment says
         return f"none: {error}"
 

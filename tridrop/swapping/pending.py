@@ -109,7 +109,7 @@ def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         function = again
     elif name == "quick_gelu" and training:
         return remade_activation(x, 0.0, True, activation=name)
-    return function(x) if again is None else remade_value(function, x, again=again)
+    return function(x) if again is None else remade_value(function, x, recompute=again)
 
 
 def _finish(out: Tensor, b: Pending) -> Tensor:

@@ -21,7 +21,7 @@ from ..functional.linear import (
 from ..functional.linear import (
     remade_product as product_of,
 )
-from ..ops.remade import rule_of
+from ..ops.remade import recipe_of
 from .kinds import Kind, activation_name, known
 from .pending import activated, autocasts, eps_of, fits, normalises_last, value
 
@@ -47,7 +47,7 @@ def remade_linear(module: nn.Module, x: Any) -> Any:
     it takes x for.
     """
     x = value(x)
-    if rule_of(x) is None:
+    if recipe_of(x) is None:
         return module(x)
     return of_remade(module, x, casts=free(module, "linear") is not None)
 
@@ -80,8 +80,8 @@ def remade_activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 def remade_product(first: Any, second: Any) -> Any:
     """A product with an activation: a gate."""
     first, second = value(first), value(second)
-    if rule_of(first) is not None and isinstance(second, Tensor):
+    if recipe_of(first) is not None and isinstance(second, Tensor):
         return product_of(first, second)
-    if rule_of(second) is not None and isinstance(first, Tensor):
+    if recipe_of(second) is not None and isinstance(first, Tensor):
         return product_of(second, first)
     return first * second

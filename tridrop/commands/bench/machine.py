@@ -39,7 +39,7 @@ class Machine:
             raise RuntimeError("there is no CUDA device here: use --device cpu")
         self.device = device
         self.cuda = device == "cuda"
-        self.backend = backends.choose(torch.device(device))
+        self.backend = backends.name_for(torch.device(device))
         if self.backend == "triton" and not self.cuda:
             raise RuntimeError(
                 "the Triton backend runs in Triton's interpreter on a CPU: there is nothing to "
