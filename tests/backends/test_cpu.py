@@ -579,7 +579,7 @@ def test_an_unknown_choice_raises(monkeypatch):
 
 def test_numba_asked_for_but_absent_says_what_to_do(monkeypatch):
     monkeypatch.setattr(serving, "_has_numba", False)
-    assert tridrop.backends.choose(torch.device("cpu")) == "reference"
+    assert tridrop.backends.name_for(torch.device("cpu")) == "reference"
     assert "numba is not installed" in info.render(info.collect())
     monkeypatch.setenv("TRIDROP_CPU", "numba")
     with pytest.raises(ImportError, match="pip install numba"):
@@ -606,7 +606,7 @@ def test_torch_by_choice(monkeypatch):
     assert not serving.serves()
     assert "default on cpu: reference" in info.render(info.collect())
     with tridrop.backend("cpu"):  # what is named goes before it
-        assert tridrop.backends.choose(torch.device("cpu")) == "cpu"
+        assert tridrop.backends.name_for(torch.device("cpu")) == "cpu"
 
 
 LAZY = """
