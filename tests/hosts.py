@@ -6,4 +6,4 @@ import tridrop
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The compiled loops on a CPU; a CUDA tensor has the reference alone.
-PLAIN = tridrop.backends.choose(torch.device("cpu")) if DEVICE == "cpu" else "reference"
+PLAIN = tridrop.backends.name_for(torch.device("cpu")) if DEVICE == "cpu" else "reference"

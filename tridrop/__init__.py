@@ -1,7 +1,7 @@
 """tridrop: Triton kernels that fuse dropout into transformer blocks.
 
-No mask is ever stored: backward regenerates it from a seed, and the mask is a published function of
-(seed, coordinates, p) that anyone can check. docs/mask-contract.md defines it.
+No mask is ever stored: backward draws it again from a seed. A mask is a published function of
+(seed, coordinates, p), which docs/mask-contract.md defines and anyone can check.
 """
 
 import importlib
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are first asked for: what reads and rewrites models is half of the package, and
-# a script that only calls ops does without it.
+# These are imported when they are first used. The code that reads and rewrites models is half of
+# the package, and a script that only calls ops does not need it.
 _LATER = {
     "DropoutSchedule": "schedules",
     "Prediction": "monte_carlo",
@@ -79,7 +79,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-    globals()[name] = found  # the next time it is there
+    globals()[name] = found  # later uses find it without this function
     return found
 
 

@@ -1,4 +1,4 @@
-"""Monte Carlo dropout: a trained network with dropout as an ensemble of its sub-networks.
+"""Monte Carlo dropout: a trained network with dropout, used as an ensemble of its sub-networks.
 
 Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in deep
 learning", ICML 2016.
@@ -27,24 +27,25 @@ _OUTPUTS = ("values", "logits", "probabilities")
 
 @contextmanager
 def mc_dropout(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Inside the block the dropouts of ``model`` are on, and everything else is in eval mode.
+    """A block in which the dropouts of ``model`` are on, and everything else is in eval mode.
 
-    In training mode are, by themselves and without their children: torch's dropouts and attention,
-    the modules of tridrop.nn that drop, drop paths of libraries, torch's recurrent layers with a
-    rate, torch's transformer layers (whose inference path has no dropout), and modules that read
+    These modules, but not their children, are in training mode: torch's dropouts and attention, the
+    modules of tridrop.nn that drop, drop paths of libraries, torch's recurrent layers with a rate,
+    torch's transformer layers (whose inference path has no dropout), and modules that read
     ``self.training`` for a dropout of their own, rewritten by :func:`tridrop.swap` or not. Batch
-    norms use their running statistics and leave them alone. LayerDrop, which skips whole layers,
-    is not taken for a dropout. Afterwards every module has the mode that it had.
+    norms use their running statistics and do not change them. LayerDrop, which skips whole layers,
+    does not count as a dropout. After the block every module has its former mode again.
 
-    ``with`` gives the names of the modules that were turned on. To leave dropout on, enter the
-    block and do not leave it: ``contextlib.ExitStack().enter_context(tridrop.mc_dropout(model))``.
+    The ``with`` statement gives the names of the modules that were turned on. To leave dropout on,
+    enter the block without leaving it:
+    ``contextlib.ExitStack().enter_context(tridrop.mc_dropout(model))``.
 
-    It warns where a module that is turned on reads ``self.training`` for something else as well,
-    which then runs as in training; where a forward with a dropout in it cannot be read (it is
-    turned on); and of modules compiled by TorchScript (which are not).
+    It warns of modules that are turned on and also read ``self.training`` for something else, which
+    then runs as in training; of forwards with a dropout that cannot be read (the module is turned
+    on); and of modules compiled by TorchScript (which are not turned on).
 
     Raises:
-        ValueError: nothing in the model drops; it is one of Keras, which has no mode.
+        ValueError: nothing in the model drops, or it is a Keras model, which has no mode.
         TypeError: ``model`` is not a module.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
@@ -57,21 +58,21 @@ def mc_dropout(model: nn.Module) -> Iterator[tuple[str, ...]]:
     check_module(model)
     if is_keras(model):
         raise ValueError(
-            "a model of Keras drops by an argument and has no mode to turn on: call it as "
-            "model(x, training=True) inside of tridrop.rng(seed), with another seed for each member"
+            "a Keras model takes training as an argument and has no mode to turn on: call it as "
+            "model(x, training=True) inside tridrop.rng(seed), with another seed for each member"
         )
     found, unknown = find(model)
     if not any(d.drops for d in found):
         raise ValueError(
             f"nothing in this {type(model).__name__} drops: its forwards have no dropout that "
             "training mode would turn on. "
-            + ("Not looked into: " + "; ".join(unknown) if unknown else "Give it one and train it")
+            + ("Could not be read: " + "; ".join(unknown) if unknown else "Add one and train it")
         )
     others = [place for d in found for place in d.others]
     if others:
         warnings.warn(
-            "modules that drop by self.training also read it for something else, which runs as "
-            "in training: " + "; ".join(others),
+            "modules that drop by self.training also read it for something else, which now runs "
+            "as in training: " + "; ".join(others),
             stacklevel=3,
         )
     if unknown:
@@ -90,21 +91,21 @@ def mc_dropout(model: nn.Module) -> Iterator[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an ensemble says of N inputs.
+    """The predictions of an ensemble for N inputs.
 
     Attributes:
-        mean: over the members, [N, ...]; of probabilities where the output is one of classes.
-        spread: the standard deviation over the members (n - 1 below the line), of mean's shape; NaN
-            for a single member.
-        entropy: of the mean, in nats, without the class dimension; None for ``output="values"``.
-            The whole uncertainty of a prediction.
-        mutual_information: between the class and the member, in nats, of entropy's shape: the
-            entropy less the mean entropy of the members. The part of the uncertainty on which the
-            members disagree, so that more data could lower it (Houlsby et al., "Bayesian active
+        mean: the mean over the members, [N, ...]; for classes, the mean of their probabilities.
+        spread: the standard deviation over the members (with denominator n - 1), of mean's shape;
+            NaN for a single member.
+        entropy: the entropy of the mean, in nats, without the class dimension; None for
+            ``output="values"``. It is the whole uncertainty of a prediction.
+        mutual_information: the mutual information of class and member, in nats, of entropy's shape:
+            the entropy minus the members' mean entropy. It is the part of the uncertainty in which
+            the members disagree, and which more data could reduce (Houlsby et al., "Bayesian active
             learning for classification and preference learning", 2011: BALD).
         members: the numbers of the members, in order.
-        seed: by which the same members come again.
-        samples: what each member said, [members, N, ...], where it was asked for.
+        seed: the seed with which the same members are drawn again.
+        samples: the output of each member, [members, N, ...], if ``keep_samples`` was set.
     """
 
     mean: Tensor
@@ -131,39 +132,41 @@ def mc_predict(
     keep_samples: bool = False,
     progress: bool = False,
 ) -> Prediction:
-    """The mean and the spread of a model's predictions over sub-networks that dropout makes.
+    """The mean and the spread of a model's predictions over the sub-networks that dropout makes.
 
         mean = 1/S sum_s f_s(x),    f_s = the model under the s-th masks
 
-    Member s is one network: every input meets the same masks, those of a batch of one under
+    Member s is one network: all inputs get the same masks, those of a batch of one under
     ``tridrop.rng(tridrop.fold_in(seed, s))`` (dropouts that are not tridrop's draw from torch's
-    generator, seeded from the same pair). So what member s says of an input depends on neither
-    the batch around it, nor ``chunk``, nor which other members there are, but for the rounding of
-    matrix products, whose order may follow their size. :func:`mc_dropout` says what is on.
+    generator, which is seeded from the same pair). So member s's output for an input does not
+    depend on the rest of the batch, on ``chunk`` or on the other members, except for the rounding
+    of matrix products, whose order may depend on their size. :func:`mc_dropout` says which modules
+    are turned on.
 
     Args:
         model: called as ``model(x)`` (or ``model(*x)``) on a batch, without gradients.
         x: N inputs along the first dimension of a tensor, or of each of several.
         samples: S, how many members.
         seed: an int that fixes the members; None draws one from torch's generator.
-        members: their numbers, by default ``range(samples)``; ``[3]`` is the fourth alone.
-        output: "values"; "logits", which a softmax makes into probabilities; or "probabilities".
+        members: the numbers of the members, by default ``range(samples)``; ``[3]`` stands for the
+            fourth member alone.
+        output: "values"; "logits", which a softmax turns into probabilities; or "probabilities".
         dim: the class dimension of a batch of outputs. Used for logits and probabilities.
-        call: called in the place of the model, and returning the output as a tensor, [N, ...]; for
-            instance ``lambda ids: model(input_ids=ids).logits``.
+        call: a function to call instead of the model, which returns the output as a tensor,
+            [N, ...]; for instance ``lambda ids: model(input_ids=ids).logits``.
         chunk: how many pairs of a member and an input are computed at a time, at least one.
-        vectorize: run these together by torch.vmap. False takes one at a time: for models with
-            control flow that depends on data, and for torch's recurrent layers, which torch.vmap
-            does not take. Members whose dropouts draw from torch's generator go one at a time, with
-            all inputs of a chunk together.
-        keep_samples: return what each member said as well.
+        vectorize: whether torch.vmap runs these together. Pass False to run one at a time: for
+            models whose control flow depends on data, and for torch's recurrent layers, which
+            torch.vmap does not support. Members whose dropouts draw from torch's generator run one
+            at a time, with all inputs of a chunk together.
+        keep_samples: return the output of each member as well.
         progress: show a progress bar.
 
     Raises:
         ValueError: nothing in the model drops; no inputs or no members; an unknown output; outputs
-            that are no probabilities.
+            that are not probabilities.
         TypeError: arguments or outputs of another type.
-        RuntimeError: torch.vmap does not take the model.
+        RuntimeError: torch.vmap cannot run the model.
 
     >>> import tridrop
     >>> model = nn.Sequential(nn.Linear(4, 8), tridrop.nn.Dropout(0.5), nn.Linear(8, 3))
@@ -172,7 +175,7 @@ def mc_predict(
     (torch.Size([5, 3]), torch.Size([5]), True)
     """
     inputs = _checked_inputs(x)
-    chosen = _checked_members(samples, members)
+    numbers = _checked_members(samples, members)
     check_choice(output, "output", _OUTPUTS)
     chunk = check_whole(chunk, "chunk", 1, "how many pairs to compute at a time, an int")
     dim = check_whole(dim, "dim")
@@ -182,26 +185,26 @@ def mc_predict(
         raise TypeError(f"{given(call, 'call')}; give a function of the inputs, or None")
     if seed is None:
         seed = int(torch.randint(1 << 62, ()))
-    as_seed(seed)  # raises for what is not a seed
+    as_seed(seed)  # raises unless it is a seed
     ensemble = _Ensemble(call or model, seed, inputs[0].device, vectorize)
     parts = [tuple(t[i : i + chunk] for t in inputs) for i in range(0, len(inputs[0]), chunk)]
-    with torch.no_grad(), mc_dropout(model), _bar(progress, len(parts) * len(chosen)) as advance:
-        parts_said = []
+    with torch.no_grad(), mc_dropout(model), _bar(progress, len(parts) * len(numbers)) as advance:
+        results = []
         for part in parts:
             moments = _Moments(output, dim, keep_samples)
-            for said in ensemble.say(chosen, part, max(1, chunk // len(part[0]))):
-                moments.add(said)
+            for out in ensemble.outputs(numbers, part, max(1, chunk // len(part[0]))):
+                moments.add(out)
                 advance()
-            parts_said.append(moments)
+            results.append(moments)
     classes = output != "values"
     return Prediction(
-        mean=torch.cat([m.mean for m in parts_said]),
-        spread=torch.cat([m.spread() for m in parts_said]),
-        entropy=torch.cat([m.entropy() for m in parts_said]) if classes else None,
-        mutual_information=torch.cat([m.information() for m in parts_said]) if classes else None,
-        members=chosen,
+        mean=torch.cat([m.mean for m in results]),
+        spread=torch.cat([m.spread() for m in results]),
+        entropy=torch.cat([m.entropy() for m in results]) if classes else None,
+        mutual_information=torch.cat([m.information() for m in results]) if classes else None,
+        members=numbers,
         seed=seed,
-        samples=torch.cat([torch.stack(m.kept) for m in parts_said], 1) if keep_samples else None,
+        samples=torch.cat([torch.stack(m.kept) for m in results], 1) if keep_samples else None,
     )
 
 
@@ -209,8 +212,8 @@ def _checked_inputs(x: Any) -> tuple[Tensor, ...]:
     inputs = (x,) if isinstance(x, Tensor) else tuple(x) if isinstance(x, (tuple, list)) else ()
     if not inputs or not all(isinstance(t, Tensor) for t in inputs):
         raise TypeError(
-            f"x is a {type(x).__name__}; give a tensor or a tuple of tensors, and anything else "
-            "that the model takes by call=lambda x: model(x, ...)"
+            f"x is a {type(x).__name__}; give a tensor or a tuple of tensors, and pass other "
+            "arguments of the model with call=lambda x: model(x, ...)"
         )
     sizes = [tuple(t.shape) for t in inputs]
     if any(len(s) == 0 for s in sizes) or len({s[0] for s in sizes}) != 1 or sizes[0][0] == 0:
@@ -233,19 +236,19 @@ def _checked_members(samples: int, members: Sequence[int] | None) -> tuple[int, 
 
 
 class _Ensemble:
-    """The sub-networks of a model, by number."""
+    """The sub-networks of a model, which have numbers."""
 
     def __init__(
         self, call: Callable[..., Tensor], seed: int, device: torch.device, vectorize: bool
     ) -> None:
         self.call, self.seed, self.device, self.vectorize = call, seed, device, vectorize
 
-    def say(
+    def outputs(
         self, members: tuple[int, ...], x: tuple[Tensor, ...], together: int
     ) -> Iterator[Tensor]:
-        """What each member says of the inputs, one after the other."""
-        # The first runs alone: whether torch's generator moved tells whether anything draws from
-        # it. If so members cannot be drawn together, as each has a generator of its own.
+        """The outputs of the members for the inputs, one member after the other."""
+        # The first member runs alone, to see whether the state of torch's generator changes. If
+        # something draws from it, members cannot run together, as each needs its own generator.
         first, drew = self._one(members[0], x)
         yield first
         if drew or not self.vectorize:
@@ -260,7 +263,7 @@ class _Ensemble:
         return fold_in(as_seed(self.seed, self.device), member)
 
     def _one(self, member: int, x: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
-        """What a member says, and whether torch's generator was drawn from for it."""
+        """A member's output, and whether it drew from torch's generator."""
         seed = self._seed(member)
         low, high = (int(word) for word in key_of(seed))
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -268,14 +271,14 @@ class _Ensemble:
             torch.manual_seed(high << 32 | low)
             before = self._generator()
             if self.vectorize:
-                said = self._under(seed, x)
+                out = self._under(seed, x)
             else:
-                said = torch.stack([self._alone(seed, before, row) for row in zip(*x, strict=True)])
-            moved = zip(before, self._generator(), strict=True)
-            return said, any(not torch.equal(a, b) for a, b in moved)
+                out = torch.stack([self._alone(seed, before, row) for row in zip(*x, strict=True)])
+            states = zip(before, self._generator(), strict=True)
+            return out, any(not torch.equal(a, b) for a, b in states)
 
     def _generator(self) -> list[Tensor]:
-        """The states of torch's generators: the CPU's, and that of the inputs' GPU."""
+        """The states of torch's generators for the CPU and for the inputs' GPU."""
         states = [torch.get_rng_state()]
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
@@ -284,7 +287,7 @@ class _Ensemble:
     def _under(self, seed: Tensor, x: tuple[Tensor, ...]) -> Tensor:
         """The outputs of all inputs under one seed, each as in a batch of its own."""
         with seeds.rng(seed):
-            # "same": what torch draws by itself is the same for all inputs, too.
+            # randomness="same": numbers that torch itself draws are the same for all inputs too.
             return self._vmap(self._single, x, "same")
 
     def _alone(self, seed: Tensor, states: list[Tensor], row: tuple[Tensor, ...]) -> Tensor:
@@ -318,13 +321,13 @@ class _Ensemble:
                 raise
             raise RuntimeError(
                 "the model failed under torch.vmap, which runs members and inputs together: "
-                f"{error}. If it works by itself, pass vectorize=False"
+                f"{error}. If it works without torch.vmap, pass vectorize=False"
             ) from error
 
 
 @dataclass
 class _Moments:
-    """Mean and variance by Welford's updates, which lose nothing where the spread is small."""
+    """Mean and variance by Welford's updates, which stay exact where the spread is small."""
 
     output: str
     dim: int
@@ -335,53 +338,54 @@ class _Moments:
     entropies: Tensor = field(default_factory=lambda: torch.zeros(()))
     kept: list[Tensor] = field(default_factory=list)
 
-    def add(self, said: Tensor) -> None:
-        """Count in what one member says, [N, ...]."""
-        eps = torch.finfo(said.dtype).eps
-        said = said.to(torch.promote_types(said.dtype, torch.float32))
+    def add(self, out: Tensor) -> None:
+        """Add the output of one member, [N, ...]."""
+        eps = torch.finfo(out.dtype).eps
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
         if self.output != "values":
-            said = self._probabilities(said, eps)
-            self.entropies = self.entropies + torch.special.entr(said).sum(self.dim)
+            out = self._probabilities(out, eps)
+            self.entropies = self.entropies + torch.special.entr(out).sum(self.dim)
         self.count += 1
-        difference = said - self.mean
+        difference = out - self.mean
         self.mean = self.mean + difference / self.count
-        self.squares = self.squares + difference * (said - self.mean)
+        self.squares = self.squares + difference * (out - self.mean)
         if self.keep:
-            self.kept.append(said)
+            self.kept.append(out)
 
-    def _probabilities(self, said: Tensor, eps: float) -> Tensor:
-        if said.dim() < 2 or not -said.dim() <= self.dim < said.dim() or self.dim % said.dim() == 0:
+    def _probabilities(self, out: Tensor, eps: float) -> Tensor:
+        if out.dim() < 2 or not -out.dim() <= self.dim < out.dim() or self.dim % out.dim() == 0:
             raise ValueError(
-                f"outputs of shape {tuple(said.shape)} have no class dimension {self.dim} behind "
+                f"outputs of shape {tuple(out.shape)} have no class dimension {self.dim} behind "
                 "that of the inputs: give dim"
             )
         if self.output == "logits":
-            return said.softmax(self.dim)
-        # n probabilities, each rounded by at most eps / 2; twice that for the softmax's own sum.
-        slack = said.shape[self.dim] * eps
-        if bool((said < 0).any()) or bool(((said.sum(self.dim) - 1).abs() > slack).any()):
+            return out.softmax(self.dim)
+        # n probabilities are each rounded by at most eps / 2; this allows twice that, for the
+        # softmax's own sum.
+        slack = out.shape[self.dim] * eps
+        if bool((out < 0).any()) or bool(((out.sum(self.dim) - 1).abs() > slack).any()):
             raise ValueError(
-                'output = "probabilities", but they are not: values below 0, or a sum other than 1 '
-                f'along dim = {self.dim}. Give output="logits", or apply the softmax'
+                'output = "probabilities", but the outputs have values below 0, or a sum that is '
+                f'not 1 along dim = {self.dim}: give output="logits", or apply the softmax'
             )
-        return said
+        return out
 
     def spread(self) -> Tensor:
-        """The standard deviation; NaN of a single member, 0 / 0."""
+        """The standard deviation; NaN, 0 / 0, for a single member."""
         return (self.squares / (self.count - 1 or torch.nan)).sqrt()
 
     def entropy(self) -> Tensor:
-        """That of the mean."""
+        """The entropy of the mean."""
         return torch.special.entr(self.mean).sum(self.dim)
 
     def information(self) -> Tensor:
-        """The entropy of the mean less the mean of the entropies."""
+        """The entropy of the mean minus the mean of the entropies."""
         return (self.entropy() - self.entropies / self.count).clamp(min=0)
 
 
 @contextmanager
 def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar of members; what is given moves it on by one."""
+    """A progress bar of members; the block gets a function that advances it by one."""
     if not show:
         yield lambda: None
         return

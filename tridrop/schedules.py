@@ -1,4 +1,4 @@
-"""Drop rates as functions of the step, and what sets them in a model."""
+"""Drop rates as functions of the training step, and a class that sets them in a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _check_steps(steps: int) -> None:
 
 @dataclass(frozen=True)
 class Linear:
-    """From ``start`` to ``end`` in ``steps`` steps, and ``end`` from then on.
+    """A rate that goes linearly from ``start`` to ``end`` in ``steps`` steps, and then stays.
 
         p(t) = start + (end - start) * min(t / steps, 1)
 
@@ -57,7 +57,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """From ``start`` to ``end`` along half a wave, slow at both ends, and ``end`` from then on.
+    """A rate that goes from ``start`` to ``end`` along half a cosine wave, and then stays.
 
         p(t) = end + (start - end) * (1 + cos(pi * min(t / steps, 1))) / 2
 
@@ -81,11 +81,11 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """From 0 towards ``p``: training begins with the whole network, and becomes harder.
+    """A rate that rises from 0 towards ``p``: training begins with the whole network.
 
         p(t) = p * (1 - exp(-gamma * t))
 
-    Morerio et al., "Curriculum dropout", ICCV 2017. They take gamma = 10 / T for T training steps.
+    Morerio et al., "Curriculum dropout", ICCV 2017. They use gamma = 10 / T for T training steps.
 
     >>> [round(Curriculum(0.5, gamma=10 / 1000)(t), 3) for t in (0, 100, 500, 1000)]
     [0.0, 0.316, 0.497, 0.5]
@@ -105,9 +105,9 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class Early:
-    """Dropout in the first ``steps`` steps only: ``p``, or with ``linear=True`` from p down to 0.
+    """Dropout in the first ``steps`` steps only: at ``p``, or, if ``linear``, from p down to 0.
 
-    Against underfitting: early in training dropout makes the gradients of the mini-batches agree
+    This reduces underfitting: early in training, dropout makes the gradients of mini-batches agree
     better with each other. Liu et al., "Dropout reduces underfitting", ICML 2023.
 
     >>> [Early(0.1, steps=2)(t) for t in (0, 1, 2)], [Early(0.1, 2, linear=True)(t) for t in (0, 1)]
@@ -130,7 +130,7 @@ class Early:
 
 @dataclass(frozen=True)
 class Late:
-    """No dropout in the first ``steps`` steps, ``p`` after them. Liu et al. 2023 (:class:`Early`).
+    """No dropout in the first ``steps`` steps, then ``p``. Liu et al. 2023, as :class:`Early`.
 
     >>> [Late(0.1, steps=2)(t) for t in (0, 1, 2)]
     [0.0, 0.0, 0.1]
@@ -147,7 +147,7 @@ class Late:
         return 0.0 if step < self.steps else self.p
 
 
-# Modules whose forward hands a rate to a function that takes a tensor, and the rate's name.
+# Modules whose rate may be a tensor, and the name of the attribute that holds it.
 _TENSORS: dict[type[nn.Module], str] = {
     Dropout: "p",
     ActivationDropout: "p",
@@ -165,30 +165,30 @@ _TENSORS: dict[type[nn.Module], str] = {
 
 @dataclass(frozen=True)
 class _Rate:
-    """A rate in a model: an attribute of a module."""
+    """A rate in a model, which is an attribute of a module."""
 
-    name: str  # of the module
+    name: str  # the module's name
     module: nn.Module
     attribute: str
-    base: float  # before the schedule
-    tensor: bool  # whether it may be a tensor
+    base: float  # the rate before the schedule
+    tensor: bool  # whether the rate may be a tensor
 
 
 def _rate(name: str, module: nn.Module) -> _Rate | None:
-    """The rate of a module that drops; None where nobody knows where it is kept."""
-    tensor = next((a for kind, a in _TENSORS.items() if isinstance(module, kind)), None)
+    """The rate of a module that drops; None if it is not known which attribute holds the rate."""
+    tensor = next((name for cls, name in _TENSORS.items() if isinstance(module, cls)), None)
     kind = kind_of(module)
     attribute: str | None = tensor
     if tensor is None and kind is not None and kind.name == "drop_path":
         attribute = kind.names.get("p")
     elif tensor is None:
-        known = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
-        attribute = "dropout" if known else "prob" if isinstance(module, PatchDropout) else "p"
+        by_dropout = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
+        attribute = "dropout" if by_dropout else "prob" if isinstance(module, PatchDropout) else "p"
     value = getattr(module, attribute or "", None)
     if isinstance(value, Tensor):
         raise ValueError(
-            f"the rate of {name or 'the model'} is a tensor: another schedule sets it, perhaps. "
-            "Call its release() before, or give a number"
+            f"the rate of {name or 'the model'} is a tensor, perhaps set by another schedule: call "
+            "that schedule's release() first, or set the rate to a number"
         )
     if attribute is None or isinstance(value, bool) or not isinstance(value, Real):
         return None
@@ -196,32 +196,33 @@ def _rate(name: str, module: nn.Module) -> _Rate | None:
 
 
 class DropoutSchedule:
-    """Sets the drop rates of a model by a schedule, once a step.
+    """Sets the drop rates of a model by a schedule, once per step.
 
         p(t) = schedule(t),    or with relative=True    p(t) = (p of the site) * schedule(t)
 
-    Covered are the sites whose rate is above 0 when the schedule is made: the modules of
-    tridrop.nn, torch's dropouts, attention and recurrent layers, and drop paths of libraries.
-    Warned of are forwards that call a dropout function with a rate of their own.
+    It sets the rates of all sites whose rate is above 0 when the schedule is made: the modules of
+    tridrop.nn, torch's dropouts, attention and recurrent layers, and drop paths of libraries. It
+    warns of forwards that call a dropout function with a rate of their own.
 
-    The rates of tridrop's modules, and of those that :func:`tridrop.swap` made tridrop's, become
-    0-d tensors, which a step writes to: nothing is compiled again or waits for the device, and a
-    captured CUDA graph sees the new value. They are plain attributes, so the keys of a state_dict
-    stay what they are. torch's own modules take numbers only: torch.compile compiles again for
-    each new one, so swap the model before. (So it is with drop paths of libraries.)
+    The rates of tridrop's modules, and of modules that :func:`tridrop.swap` turned into them,
+    become 0-d tensors, into which a step writes. So nothing is compiled again, nothing waits for
+    the device, and a captured CUDA graph sees the new value. These tensors are plain attributes, so
+    the keys of a state_dict do not change. torch's own modules, and drop paths of libraries, take
+    numbers only, and torch.compile compiles them again for each new number: swap the model first.
 
     Call :meth:`step` after the optimizer's step. A step between forward and backward would give
     backward another rate than forward had, and torch raises there.
 
     Args:
         model: any module.
-        schedule: a function of the step, 0 at first; see :mod:`tridrop.schedules`.
-        relative: the schedule gives a factor of each site's own rate.
-        where: which sites, by their name in the model and module; by default all.
+        schedule: a function of the step, which is 0 at first; see :mod:`tridrop.schedules`.
+        relative: whether the schedule gives a factor of each site's own rate.
+        where: a function of a site's name in the model and its module, which says whether to set
+            its rate; by default all rates are set.
 
     Raises:
-        ValueError: no site; a schedule that leaves [0, 1].
-        TypeError: ``model`` is not a module or ``schedule`` not callable.
+        ValueError: the model has no such site; the schedule gives a value outside [0, 1].
+        TypeError: ``model`` is not a module, or ``schedule`` is not callable.
 
     >>> import tridrop
     >>> model = nn.Sequential(nn.Linear(4, 4), tridrop.nn.Dropout(0.5))
@@ -251,7 +252,7 @@ class DropoutSchedule:
         self._rates: list[_Rate] = []
         self._tensors: dict[tuple[torch.device, float], Tensor] = {}
         found, _ = find(model)
-        own = []
+        unscheduled = []
         for d in found:
             if not d.drops or (where is not None and not where(d.name, d.module)):
                 continue
@@ -259,14 +260,14 @@ class DropoutSchedule:
             if rate is not None and rate.base > 0:
                 self._rates.append(rate)
             elif rate is None:
-                own += _own_rates(d.name, d.module)
+                unscheduled += _other_rates(d.name, d.module)
         if not self._rates:
             raise ValueError(
                 f"no dropout of this {type(model).__name__} can be scheduled: none has a rate "
-                "above 0 now. Make the model with the rates that it is to reach"
+                "above 0 now. Make the model with the rates that the schedule is to reach"
             )
-        if own:
-            warnings.warn("rates that are not scheduled: " + ", ".join(own), stacklevel=2)
+        if unscheduled:
+            warnings.warn("rates that are not scheduled: " + ", ".join(unscheduled), stacklevel=2)
         self._apply()
 
     @property
@@ -276,7 +277,7 @@ class DropoutSchedule:
 
     @property
     def value(self) -> float:
-        """What the schedule gives now: p, or the factor of each site's rate."""
+        """The schedule's present value: p, or the factor of each site's rate."""
         value = float(self.schedule(self.steps))
         if not 0 <= value <= 1:  # also true for NaN
             raise ValueError(
@@ -285,24 +286,21 @@ class DropoutSchedule:
         return value
 
     def step(self) -> None:
-        """Go on to the next step's rates."""
+        """Set the rates of the next step."""
         self.steps += 1
         self._apply()
 
     def release(self) -> None:
-        """Give every site the rate back, as a number, that it had before the schedule."""
+        """Set every site's rate back to the number that it was before the schedule."""
         for rate in self._rates:
             setattr(rate.module, rate.attribute, rate.base)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the rates of the sites before the schedule; the function is not in it."""
+        """The step, and the rates of the sites before the schedule, but not the function itself."""
         return {"steps": self.steps, "rates": {rate.name: rate.base for rate in self._rates}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to the step of a :meth:`state_dict`, of the same sites.
-
-        Raises ValueError for one of a model with other sites.
-        """
+        """Go to the step of a :meth:`state_dict`; ValueError if that has other sites."""
         rates = state["rates"]
         if set(rates) != set(self.names):
             differ = sorted(set(rates) ^ set(self.names))
@@ -328,8 +326,8 @@ class DropoutSchedule:
                 setattr(rate.module, rate.attribute, self._tensors[key])
 
 
-def _own_rates(name: str, module: nn.Module) -> list[str]:
-    """The numbers of a module that its own forward may drop by."""
+def _other_rates(name: str, module: nn.Module) -> list[str]:
+    """The attributes of a module that its forward may use as rates, with their values."""
     prefix = f"{name}." if name else ""
     return [
         f"{prefix}{attribute} = {value}"
@@ -339,7 +337,7 @@ def _own_rates(name: str, module: nn.Module) -> list[str]:
 
 
 def _device(model: nn.Module, name: str) -> torch.device:
-    """The device of a site: that of the parameters next to it, in the module around it."""
+    """The device of a site: that of the first parameter in the smallest module around it."""
     while True:
         parameter = next(model.get_submodule(name).parameters(), None)
         if parameter is not None:

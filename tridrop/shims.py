@@ -1,7 +1,7 @@
 """Functions with the names, arguments and results of other libraries, on top of tridrop's ops.
 
-Those of Megatron-LM are in ``tridrop/integrations/megatron.py``, those of flash-attention in
-``tridrop/integrations/flash_attention.py``.
+The functions of Megatron-LM are in ``tridrop/integrations/megatron.py``, and those of
+flash-attention in ``tridrop/integrations/flash_attention.py``.
 """
 
 from .integrations.flash_attention import layer_norm_fn, rms_norm_fn

@@ -333,7 +333,7 @@ def test_numbers_of_kinds_and_functions_are_the_kernels():
     from tridrop.backends.cpu.loops import storage as loop_storage
 
     for name, dtype in (("FP32", "float32"), ("BF16", "bfloat16"), ("FP16", "float16")):
-        assert getattr(loop_storage, name) == cpu_memory.KINDS[getattr(torch, dtype)]
+        assert getattr(loop_storage, name) == cpu_memory.CODES[getattr(torch, dtype)]
     for name, forms in loop_math.FUNCTIONS.items():
         assert tuple(loop_math.FORMS[number] for number in loop_math.NUMBERS[name]) == forms
 
@@ -579,7 +579,7 @@ def test_an_unknown_choice_raises(monkeypatch):
 
 def test_numba_asked_for_but_absent_says_what_to_do(monkeypatch):
     monkeypatch.setattr(serving, "_has_numba", False)
-    assert tridrop.backends.choose(torch.device("cpu")) == "reference"
+    assert tridrop.backends.name_for(torch.device("cpu")) == "reference"
     assert "numba is not installed" in info.render(info.collect())
     monkeypatch.setenv("TRIDROP_CPU", "numba")
     with pytest.raises(ImportError, match="pip install numba"):
@@ -606,7 +606,7 @@ def test_torch_by_choice(monkeypatch):
     assert not serving.serves()
     assert "default on cpu: reference" in info.render(info.collect())
     with tridrop.backend("cpu"):  # what is named goes before it
-        assert tridrop.backends.choose(torch.device("cpu")) == "cpu"
+        assert tridrop.backends.name_for(torch.device("cpu")) == "cpu"
 
 
 LAZY = """

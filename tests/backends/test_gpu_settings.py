@@ -48,9 +48,9 @@ def machine(monkeypatch):
     for name in vars(attention_launch):
         if name.endswith("_kernel"):
             monkeypatch.setattr(attention_launch, name, own)
-    gpu._there.cache_clear()
+    gpu._present.cache_clear()
     yield own
-    gpu._there.cache_clear()
+    gpu._present.cache_clear()
 
 
 def test_each_device_is_asked_for_its_own_figures(machine):
@@ -82,12 +82,12 @@ def test_tiles_are_those_of_the_operands_device(machine, current):
                        SHARED[machine.archs[index]])  # fmt: skip
         choices = ("forward_tile", "dquery_tile", "dkey_tile")
         tiles = [getattr(attention_launch, name)(256, 4, kind) for name in choices]
-        assert [(b.M, b.N, b.AGAIN) for b in blocks] == [
-            (t.queries, t.keys, t.again) for t in tiles
+        assert [(b.M, b.N, b.RELOAD) for b in blocks] == [
+            (t.queries, t.keys, t.reload) for t in tiles
         ]
         # only the GPU with little of it cannot hold keys and values beside the products' operands
         small = machine.archs[index] == "sm_86"
-        assert bool(blocks[2].AGAIN) is small
+        assert bool(blocks[2].RELOAD) is small
 
 
 def test_tiles_of_16_bits_follow_the_generation(machine):

@@ -194,7 +194,7 @@ def _keep_of_a_wrong_kernel(row, group, origin, rule, path_threshold, MAYBE_ZERO
 @pytest.mark.parametrize(
     ("plain", "name", "wrong", "found"),
     [
-        ("PLAIN_RULE", "load_rule", _rule_of_a_wrong_kernel, {"value", "grad x"}),
+        ("PLAIN_RULE", "load_criterion", _rule_of_a_wrong_kernel, {"value", "grad x"}),
         ("PLAIN_KEEP", "keep_tile", _keep_of_a_wrong_kernel, {"value", "masks"}),
     ],
 )

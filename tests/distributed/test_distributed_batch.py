@@ -127,7 +127,7 @@ def test_what_has_no_place_in_a_batch_raises():
         lambda: tridrop.drop_block2d(x[None], 0.5, 3),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="have no place in a larger batch"), batch_slice(4, 4):
+        with pytest.raises(ValueError, match="would give another result"), batch_slice(4, 4):
             call()
     with pytest.raises(ValueError, match="3 indices in its first dimension"), batch_slice(2, 2):
         tridrop.dropout(torch.ones(3, 8), P)

@@ -285,7 +285,7 @@ def test_a_model_of_another_backend_is_no_module(monkeypatch):
 def test_an_ensemble_of_a_keras_model_is_made_by_rng():
     model = mlp(layers.Dropout(0.5))
     with (
-        pytest.raises(ValueError, match=r"model\(x, training=True\) inside of tridrop\.rng"),
+        pytest.raises(ValueError, match=r"model\(x, training=True\) inside tridrop\.rng"),
         tridrop.mc_dropout(model),
     ):
         pass

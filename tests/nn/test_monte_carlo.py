@@ -350,7 +350,7 @@ def test_half_precision_is_summed_in_float32():
         ({"members": [-1]}, ValueError, "0 or more"),
         ({"chunk": 0}, ValueError, "1 or more"),
         ({"seed": 1.5}, TypeError, "seed is 1.5"),
-        ({"output": "probabilities"}, ValueError, "they are not"),
+        ({"output": "probabilities"}, ValueError, "the outputs have values below 0"),
         ({"output": "logits", "dim": 0}, ValueError, "give dim"),
         ({"x": "text"}, TypeError, "give a tensor"),
         ({"x": torch.ones(0, 6)}, ValueError, "one or more"),

@@ -519,7 +519,7 @@ def test_cells_refuse_what_does_not_fit():
     cell = VariationalCell(nn.LSTMCell(4, 8), 0.5, 0.5)
     with pytest.raises(ValueError, match=r"takes \[B, C\] or \[C\]"):
         cell(torch.ones(2, 2, 4))
-    with pytest.raises(ValueError, match=r"shape \(1, 8\); with this input \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 8\); with this input it must be \(2, 8\)"):
         cell(torch.ones(2, 4), (torch.ones(2, 8), torch.ones(1, 8)))
 
 

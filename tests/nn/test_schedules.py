@@ -268,7 +268,7 @@ def test_rate_zero_and_evaluation_are_the_identity():
         (
             lambda: [DropoutSchedule(m, Early(0.1, 2)) for m in [mlp()] * 2],
             ValueError,
-            "Call its release",
+            "call that schedule's release",
         ),
     ],
 )

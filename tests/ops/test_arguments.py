@@ -188,9 +188,9 @@ def test_nested_tensors_that_do_not_fit():
     with pytest.raises(ValueError, match="give each key a value"):
         model(x, x, y)
     other = nested((3, 5, 1), torch.strided)
-    with pytest.raises(ValueError, match="query has 2 samples and key 3"):
+    with pytest.raises(ValueError, match="query has 2 samples and key has 3"):
         model(x, other, other)
-    with pytest.raises(ValueError, match="take no attn_mask"):
+    with pytest.raises(ValueError, match="take neither attn_mask"):
         model(x, x, x, attn_mask=torch.zeros(5, 5))
     with pytest.raises(ValueError, match="batch_first=True"):
         tridrop.nn.MultiheadAttention(8, 2)(x, x, x)

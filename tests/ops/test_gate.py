@@ -311,7 +311,7 @@ X = torch.ones(2, 3, 4)
         (X, {"gate": torch.ones(2, 3, 4)}, ValueError, "gate has shape (2, 3, 4)"),
         (X, {"gate": torch.ones(6, 4)}, ValueError, "gate has shape (6, 4)"),
         (X, {"gate": torch.ones(())}, ValueError, "gate has shape ()"),
-        (X[:, 0], {"gate": torch.ones(4)}, ValueError, "it must be (2, 4), a gain"),
+        (X[:, 0], {"gate": torch.ones(4)}, ValueError, "it must be (2, 4), one gain"),
         (X[0, 0], {"gate": torch.ones(4)}, ValueError, "gate scales samples"),
         (X, {"gate": torch.ones(2, 4, dtype=torch.int64)}, TypeError, "gate has dtype torch.int64"),
         (X, {"gate": torch.ones(2, 4, device="meta")}, ValueError, "gate is on meta"),

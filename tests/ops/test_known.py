@@ -252,7 +252,7 @@ def test_a_saved_tensor_that_was_changed_is_noticed():
 
 def test_the_choice_of_a_backend_is_asked_each_time(monkeypatch):
     x, calls = X.to(DEVICE), []
-    usual = backends.choose(x.device)
+    usual = backends.name_for(x.device)
     other = "triton" if usual == PLAIN else PLAIN
     for name in (PLAIN, "triton"):
         module = backends.load(name)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import tridrop
-from tridrop.base.strides import laid, order_of
+from tridrop.base.strides import laid_out, order_of
 from tridrop.functional import known
 
 BACKENDS = ["cpu", "reference", "triton"] if PLAIN == "cpu" else ["reference", "triton"]
@@ -55,7 +55,7 @@ def test_the_rule_is_torchs():
         shape = [choose.choice([1, 2, 2, 3, 4]) for _ in range(choose.randint(1, 5))]
         given = [anyhow(shape, choose) for _ in range(count)]
         expected = [torch.neg, torch.add, torch.addcmul][count - 1](*given)
-        found = laid(torch.zeros(shape), order_of(*given))
+        found = laid_out(torch.zeros(shape), order_of(*given))
         assert significant(found) == significant(expected), [t.stride() for t in given]
         differ += not found.is_contiguous()
     assert differ > 1000
@@ -328,7 +328,7 @@ def test_vmap(randomness):
         relaid = torch.stack([LAYOUTS[layout](t) for t in x])
         relaid = relaid.new_empty(relaid.shape).copy_(relaid)
         order = order_of(LAYOUTS[layout](x[0]))
-        relaid = laid(relaid, (0, *(1 + d for d in order))).movedim(0, in_dim)
+        relaid = laid_out(relaid, (0, *(1 + d for d in order))).movedim(0, in_dim)
 
         def call(t, dropout, in_dim=in_dim):
             return torch.vmap(dropout, in_dim, randomness=randomness)(t)

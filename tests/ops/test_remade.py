@@ -29,7 +29,7 @@ from tridrop.functional.linear import (
     remade_rms_norm,
     remade_value,
 )
-from tridrop.ops.remade import rule_of
+from tridrop.ops.remade import recipe_of
 
 ROWS, WIDTH, OUT = 24, 32, 16
 
@@ -213,7 +213,7 @@ def test_a_gate_is_made_again_from_both_factors():
         made.append(None)
         return F.silu(x)
 
-    linear(remade_product(remade_value(F.silu, gate, again=again), up), weight).sum().backward()
+    linear(remade_product(remade_value(F.silu, gate, recompute=again), up), weight).sum().backward()
     assert len(made) == 1  # for the product, and for its own backward
     other = up.detach()  # nobody else would keep it
     _, sizes = kept(lambda: linear(remade_product(remade_value(F.silu, gate), other), weight))
@@ -288,7 +288,7 @@ def test_it_is_made_once_for_all_layers_and_forgotten():
         made.append(F.silu(x))
         return made[-1]
 
-    hidden = remade_value(F.silu, x, again=again)
+    hidden = remade_value(F.silu, x, recompute=again)
     outs = [linear(hidden, w) for w in weights]
     seen = weakref.ref(hidden)
     del hidden
@@ -344,7 +344,7 @@ def test_what_is_written_to_is_an_error_or_kept():
         wide += 1
     with pytest.raises(RuntimeError, match="changed in place"):
         out.sum().backward()
-    # A result that was written to is no longer what its rule makes: the layer keeps it.
+    # A result that was written to is no longer what its recipe makes: the layer keeps it.
     hidden = remade_value(F.silu, x)
     hidden += 1
     compare(lambda: linear(hidden, weight), lambda: F.linear(F.silu(x) + 1, weight), (weight,))
@@ -365,7 +365,7 @@ def test_vmap_and_func_grad():
     torch.testing.assert_close(grads, w.grad)
 
 
-def test_a_tensor_with_a_rule_is_pickled_and_viewed_like_any_other():
+def test_a_tensor_with_a_recipe_is_pickled_and_viewed_like_any_other():
     x, weight = draw(ROWS, WIDTH), draw(OUT, WIDTH)
     hidden = remade_value(F.silu, x)
     assert torch.equal(pickle.loads(pickle.dumps(hidden)), hidden)
@@ -378,7 +378,7 @@ def test_a_tensor_with_a_rule_is_pickled_and_viewed_like_any_other():
 
 
 def test_layers_with_adapters_and_of_other_kinds():
-    """Whatever saves the tensor in the call keeps its rule."""
+    """Whatever saves the tensor in the call keeps its recipe."""
     x, weight, A = draw(ROWS, WIDTH), draw(OUT, WIDTH).detach(), draw(4, WIDTH)
     B = draw(OUT, 4)
 
@@ -428,7 +428,7 @@ def test_a_norm_that_there_is_not(options, message):
         tridrop.norm_linear(torch.ones(2, 8), [torch.ones(3, 8)] * 2, [None])
 
 
-def test_modules_of_a_block_keep_their_results_rules():
+def test_modules_of_a_block_keep_their_results_recipes():
     torch.manual_seed(0)
     block = tridrop.nn.TransformerBlock(WIDTH, 4, p=0.1, activation_p=0.2, remake=True).to(DEVICE)
     twin = tridrop.nn.TransformerBlock(WIDTH, 4, p=0.1, activation_p=0.2).to(DEVICE)
@@ -463,9 +463,9 @@ REMADE = {
 @pytest.mark.parametrize("name", REMADE)
 def test_what_is_made_again_is_the_tensor_to_the_bit(name, backend):
     hidden = REMADE[name](draw(ROWS, WIDTH))
-    rule = rule_of(hidden)
+    recipe = recipe_of(hidden)
     with torch.no_grad():
-        again = rule.again.make(*rule.kept())
+        again = recipe.maker.make(*recipe.kept())
     assert torch.equal(hidden, again)
     assert again.dtype == hidden.dtype
 
@@ -485,7 +485,7 @@ class Inner(nn.Module):
 @pytest.mark.parametrize("shape", [(4, 8), (2, 4, 8)])
 @pytest.mark.parametrize("around", ["nothing", "a checkpoint", "save_on_cpu"])
 def test_a_checkpoint_inside_of_other_hooks_saves_what_it_recomputes(shape, around):
-    """A recomputation has the activation from the hooks around: another tensor, without a rule."""
+    """A recomputation gets the activation from the hooks around, without a recipe."""
     torch.manual_seed(0)
     up, inner = nn.Linear(8, 16), Inner()
 
@@ -529,11 +529,11 @@ def test_a_layer_that_writes_to_its_input_saves_what_it_wrote():
         assert torch.equal(a, b)
 
 
-def test_data_that_is_replaced_has_no_rule():
+def test_data_that_is_replaced_has_no_recipe():
     h = remade_value(F.gelu, torch.randn(3, 8, requires_grad=True))
-    assert rule_of(h) is not None
+    assert recipe_of(h) is not None
     h.data = h.data.clamp(max=0.1)
-    assert rule_of(h) is None
+    assert recipe_of(h) is None
 
 
 def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alone():
@@ -551,7 +551,7 @@ def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alo
     def look(name):
         with backends.in_this_thread(name):
             ready.wait()
-            seen.append(backends.choose(torch.device("cpu")) == name)
+            seen.append(backends.name_for(torch.device("cpu")) == name)
             ready.wait()
 
     ready = threading.Barrier(2)
@@ -564,7 +564,7 @@ def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alo
     assert backends.explicit() is None
 
 
-def test_a_write_before_the_rule_was_cast_is_seen():
+def test_a_write_before_the_recipe_was_cast_is_seen():
     h = torch.randn(3, 8, requires_grad=True) * 1
     a = remade_value(torch.sin, h)
     with torch.no_grad():
@@ -596,10 +596,10 @@ def test_a_layer_may_save_what_is_no_plain_view(kind):
         assert torch.equal(a, b)
 
 
-def test_a_result_with_a_rule_is_saved_and_copied_without(tmp_path):
+def test_a_result_with_a_recipe_is_saved_and_copied_without(tmp_path):
     x = torch.randn(3, 8, requires_grad=True)
     out = remade_layer_norm(x, None, None, 1e-5)
-    assert rule_of(out) is not None
+    assert recipe_of(out) is not None
     torch.save(out, tmp_path / "out.pt")
     assert torch.equal(torch.load(tmp_path / "out.pt"), out)
 

@@ -98,7 +98,7 @@ def test_every_element_is_kept_as_often_as_any_other_and_every_pair():
 
 
 def test_kept_indices_refuses():
-    with pytest.raises(ValueError, match=r"k = 9 of shape \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"k = 9 for shape \(2, 8\)"):
         tridrop.kept_indices(1, (2, 8), 9)
     with pytest.raises(ValueError, match="the last dimension"):
         tridrop.kept_indices(1, (), 0)

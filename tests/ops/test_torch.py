@@ -189,7 +189,7 @@ def test_export_in_eval():
 
 def arguments(activation: str, **kwargs):
     options = tridrop.spec.elementwise.Options(activation=activation, **kwargs)
-    return tridrop.ops.pack(options, tridrop.backends.choose(torch.device(DEVICE)))
+    return tridrop.ops.pack(options, tridrop.backends.name_for(torch.device(DEVICE)))
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "swiglu"])

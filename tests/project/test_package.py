@@ -188,7 +188,7 @@ def test_import_and_reference_work_without(program):
 def test_backend_choice(monkeypatch):
     import torch
 
-    choose = tridrop.backends.choose
+    choose = tridrop.backends.name_for
     monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
     assert choose(torch.device("cpu")) == "cpu"
     assert choose(torch.device("cuda")) == "triton"

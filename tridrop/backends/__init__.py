@@ -1,9 +1,10 @@
 """Which backend serves a call: explicit > ``TRIDROP_BACKEND`` > the device of its tensors.
 
-Triton serves CUDA tensors where it is installed, the cpu backend CPU tensors where numba is, and
-the reference what is left. A backend is a module with the functions of :class:`Backend`. None
-imports another but the cpu backend the reference, to which it hands what its loops do not take; and
-nothing outside ``backends/triton`` imports triton, nothing outside ``backends/cpu`` numba.
+Triton serves CUDA tensors where it is installed, the cpu backend serves CPU tensors where numba is
+installed, and the reference serves all others. A backend is a module with the functions of
+:class:`Backend`. Only the cpu backend imports another one, the reference, to which it hands the
+calls that its loops do not take. Only ``backends/triton`` imports triton, and only ``backends/cpu``
+imports numba.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ ENVIRONMENT = "TRIDROP_BACKEND"
 
 
 class _Thread(threading.local):
-    name: str | None = None  # of in_this_thread
+    name: str | None = None  # the backend that in_this_thread names
 
 
 class _State:
-    # Process-wide, as torch's own backend flags are: backward runs in threads of its own.
+    # Process-wide, as torch's own backend flags are, because backward runs in other threads.
     explicit: str | None = None
 
 
@@ -44,15 +45,15 @@ _has_triton = importlib.util.find_spec("triton") is not None
 def backend(name: str) -> AbstractContextManager[None]:
     """Run the calls inside the block on the backend ``name``: "triton", "cpu" or "reference".
 
-    It goes before ``TRIDROP_BACKEND`` in the environment and before the default, which is Triton
-    for CUDA tensors where triton is installed, the cpu backend (compiled loops) for CPU tensors
-    where numba is, and the reference, plain torch, otherwise. A choice that cannot be
-    met raises when an op is called. The backward of a call runs on the backend of its forward.
+    It overrides ``TRIDROP_BACKEND`` in the environment and the default, which is Triton for CUDA
+    tensors where triton is installed, the cpu backend (compiled loops) for CPU tensors where numba
+    is installed, and otherwise the reference, plain torch. Where the named backend cannot serve, an
+    op raises when it is called. The backward of a call runs on the backend of its forward.
 
     The setting is process-wide: do not enter it in several threads at once.
 
     Raises:
-        ValueError: another name, at once.
+        ValueError: another name; raised at once, not at the first call.
 
     >>> import tridrop
     >>> with tridrop.backend("reference"):
@@ -80,8 +81,10 @@ def _check_name(name: str, source: str) -> None:
 
 @contextmanager
 def in_this_thread(name: str) -> Iterator[None]:
-    """Run the block's calls on the backend ``name``, in this thread alone: for what a backward, in
-    a thread of torch's, computes as its forward did."""
+    """Run the block's calls on the backend ``name``, in this thread alone.
+
+    A backward, which runs in a thread of torch, uses it to compute as its forward did.
+    """
     before, _thread.name = _thread.name, name
     try:
         yield
@@ -89,8 +92,8 @@ def in_this_thread(name: str) -> Iterator[None]:
         _thread.name = before
 
 
-def choose(device: torch.device) -> str:
-    """The name of the backend for tensors on ``device``."""
+def name_for(device: torch.device) -> str:
+    """The name of the backend that serves tensors on ``device``."""
     name = explicit()
     if name is None:
         name = os.environ.get(ENVIRONMENT) or None
@@ -104,12 +107,12 @@ def choose(device: torch.device) -> str:
 
 
 def explicit() -> str | None:
-    """The backend that is named for what is being run, by :func:`backend` as a rule."""
+    """The backend that :func:`backend` or :func:`in_this_thread` names here; None where neither."""
     return _thread.name or _state.explicit
 
 
 def load(name: str) -> Backend:
-    """The backend module ``name``; ImportError, saying what to do, where it cannot be imported."""
+    """The backend module ``name``; ImportError with the remedy where it cannot be imported."""
     _check_name(name, "the backend argument")
     if name == "triton" and not _has_triton:
         raise ImportError(
@@ -130,7 +133,7 @@ def _module(name: str) -> Backend:
 
 
 def serving(name: str, *tensors: Tensor | None) -> Backend:
-    """The backend ``name`` if it can serve these tensors; RuntimeError, saying why, if not."""
+    """The backend ``name`` if it can serve these tensors; RuntimeError with the reason if not."""
     module = load(name)
     given = [t for t in tensors if t is not None]
     reason = module.why_not(given[0].device, [t.dtype for t in given])
@@ -147,17 +150,17 @@ def prepare(
     operands: Operands,
     wanted: Sequence[Any] = (),
 ) -> Prepared:
-    """The backend ``name``, prepared for such calls: see :meth:`Backend.prepare`.
+    """The op that backend ``name`` prepares for such calls: see :meth:`Backend.prepare`.
 
     Raises as :func:`serving` does.
     """
-    *tensors, _ = operands  # the last is p, whose dtype does not matter
+    *tensors, _ = operands  # the last operand is p, whose dtype does not matter
     module = serving(name, *(t for t in tensors if t is not None and t.is_floating_point()))
     return module.prepare(family, shape, options, operands, wanted)
 
 
 def report() -> list[dict[str, Any]]:
-    """What ``tridrop info`` says of each backend: its name, whether it is available, and why."""
+    """What ``tridrop info`` says about each backend: its name, whether it is available, and why."""
     rows: list[dict[str, Any]] = [
         {"name": "reference", "available": True, "why": "plain torch, on any device"},
         {"name": "cpu", "available": loops.can_serve(), "why": loops.report()},

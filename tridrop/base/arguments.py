@@ -1,8 +1,8 @@
 """The checks of single arguments that all ops and modules share.
 
-Each raises a TypeError or ValueError that names the argument, and gives back, where the value is a
-number, the plain one: what is compared with another call's options, and what a loop is compiled
-for, is never a look-alike such as ``Fraction(0)`` or an ``IntEnum``.
+Each check raises a TypeError or ValueError that names the argument. Checks of numbers return a
+plain int or float, since a look-alike such as ``Fraction(0)`` or an ``IntEnum`` must neither be
+compared with another call's options nor become a type that a loop is compiled for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .modules import is_keras
 
 
 def given(value: object, name: str) -> str:
-    """How a message begins: the argument, what it is and of which type."""
+    """The beginning of a message: the argument's name, value and type."""
     shown = repr(value)
     if len(shown) > 80:
         shown = f"{shown[:77]}..."
@@ -42,7 +42,7 @@ def check_tensor(t: Tensor, name: str) -> None:
             f"with torch.nested.to_padded_tensor({name}, 0.0), or give its values, "
             f"torch.cat({name}.unbind())"
         )
-    # Dynamo refuses a question for the layout inside the backward of an autograd.Function.
+    # Dynamo cannot trace `.layout` inside the backward of an autograd.Function.
     if not torch.compiler.is_compiling() and t.layout is not torch.strided:
         raise TypeError(
             f"{name} has the layout {t.layout}, and ops read plain memory: use {name}.to_dense()"
@@ -58,16 +58,16 @@ def check_flag(value: bool, name: str) -> None:
 
 
 def check_flags(**values: bool) -> None:
-    """:func:`check_flag` of several, by their names."""
+    """:func:`check_flag` for several arguments."""
     for name, value in values.items():
         if value is not True and value is not False:
             check_flag(value, name)
 
 
 def check_whole(value: Any, name: str, least: int | None = None, wanted: str = "an int") -> int:
-    """``value`` as a plain int, or one of a compiler; TypeError for another type.
+    """``value`` as a plain int, or as a compiler's SymInt; TypeError for another type.
 
-    ValueError for one below ``least``. ``wanted`` says what to give.
+    Raises ValueError for a number below ``least``. ``wanted`` tells the reader what to give.
     """
     if isinstance(value, torch.SymInt):
         number: Any = value
@@ -95,28 +95,28 @@ def check_finite(value: Any, name: str) -> float:
     return number
 
 
-def check_choice(value: Any, name: str, known: Collection[str]) -> None:
+def check_choice(value: Any, name: str, allowed: Collection[str]) -> None:
     """Raise unless ``value`` is one of these words."""
     if not isinstance(value, str):
-        words = ", ".join(map(repr, known))
+        words = ", ".join(map(repr, allowed))
         raise TypeError(f"{given(value, name)}; give one of {words}")
-    if value not in known:
-        raise ValueError(f"{name} = {value!r}; known: {', '.join(map(repr, known))}")
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r}; known: {', '.join(map(repr, allowed))}")
 
 
 def check_sequence(value: Any, name: str, wanted: str) -> None:
-    """Raise unless ``value`` is a list, a tuple or another sequence, and no word."""
+    """Raise unless ``value`` is a list, a tuple or another sequence, but not a string."""
     if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Sequence):
         raise TypeError(f"{given(value, name)}; give {wanted}")
 
 
 def check_module(module: nn.Module, name: str = "model") -> None:
-    """Raise unless ``module`` is one."""
+    """Raise unless ``module`` is a torch.nn.Module."""
     if not isinstance(module, nn.Module):
-        kind = type(module).__name__
+        found = type(module).__name__
         if is_keras(module):
             raise TypeError(
-                f"{name} is a {kind} of Keras on another backend than torch's: set "
+                f"{name} is a {found} of Keras on another backend than torch's: set "
                 'os.environ["KERAS_BACKEND"] = "torch" before keras is imported'
             )
-        raise TypeError(f"{name} is a {kind}; give a torch.nn.Module")
+        raise TypeError(f"{name} is a {found}; give a torch.nn.Module")

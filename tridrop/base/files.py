@@ -1,4 +1,4 @@
-"""Files that are whole, or as they were: written beside their place, then moved there."""
+"""Files that are replaced as a whole or not at all: a draft is written, then moved in place."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The path of a draft, which takes the place of ``path`` when the block ends well.
+    """The path of a draft, which replaces ``path`` when the block ends without an exception.
 
-    The draft lies in the same folder and ends alike, so that whoever writes it knows the format.
-    Where the block raises, for instance since the disk is full, the draft is removed and what was
-    at ``path`` stays. The target of a link is replaced, not the link; a device or a pipe, which has
-    no place to move a file to, is written to as it stands.
+    The draft lies in the same folder and has the same suffix, by which writers recognise the
+    format. Where the block raises, for instance because the disk is full, the draft is removed and
+    ``path`` stays as it was. The target of a link is replaced, not the link. A device or a pipe
+    cannot be replaced, so the block writes to it directly.
 
         with replacing("table.json") as draft:
             draft.write_text(text)

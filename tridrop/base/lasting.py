@@ -1,4 +1,4 @@
-"""Tensors that outlive the block in which they are made: seeds, tables of them, rates."""
+"""Tensors that outlive the block in which they are made: seeds, tables of seeds, rates."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _is_compiling, _is_inference = torch.compiler.is_dynamo_compiling, torch.is_infe
 
 
 def lasting(made: Tensor) -> Tensor:
-    """What was just made, as a tensor that may be saved for backward: under inference_mode a copy.
+    """``made`` as a tensor that may be saved for backward: under inference_mode, a copy.
 
     >>> with torch.inference_mode():
     ...     lasting(torch.ones(2)).is_inference()
     False
     """
-    if _is_compiling() or not _is_inference():  # Dynamo does not trace the second
+    if _is_compiling() or not _is_inference():  # Dynamo cannot trace the second call
         return made
     with torch.inference_mode(False):
         return made.clone()

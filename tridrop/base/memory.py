@@ -1,9 +1,9 @@
-"""Memory that is a tensor's own: what is looked at before loops and kernels go by addresses.
+"""The checks of a tensor's memory that come before loops and kernels use its address.
 
-A tensor can lose its memory behind the back of its shape: a storage is resized, as FSDP frees what
-it will gather again; a hook on saved tensors gives back what it likes; ``x.data`` is replaced.
-Loops that believe the shape would read what is another's, as many of torch's own operators do. So
-an address is given out by :func:`place` alone, and only of memory that is there.
+A tensor can lose its memory while its shape stays: FSDP resizes a storage to free what it will
+gather again; a hook on saved tensors returns another tensor; ``x.data`` is replaced. A loop that
+trusts the shape would then read memory that is not the tensor's, as many of torch's own operators
+do. So :func:`place` alone gives out addresses, and only of memory that the tensor has.
 """
 
 from __future__ import annotations
@@ -16,54 +16,56 @@ from torch import Tensor
 
 from .torch_private import transformation
 
-Matrix = tuple[int, int]  # how the kernels take one: (address, kind); an address of 0 is none
+Matrix = tuple[int, int]  # what loops take: (address, dtype code); the address 0 means absent
 
-PLAIN = (Tensor, torch.nn.Parameter)  # the types that are what they hold
-_DEVICES = ("cpu", "cuda")  # devices whose tensors are their storage
+PLAIN = (Tensor, torch.nn.Parameter)  # the types of tensors that are nothing but their data
+_DEVICES = ("cpu", "cuda")  # devices on which a tensor's data is in its storage
 
 
-# How loops take a dtype, as in loops/storage.py, and the bytes of an element.
+# The number by which loops/storage.py knows a dtype, and the bytes of an element.
 Stored = dict[torch.dtype, tuple[int, int]]
 STORED: Stored = {torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2)}
 SEEDS: Stored = {torch.int64: (0, 8)}
 
 
 def place(t: Tensor, count: int, name: str, stored: Stored = STORED) -> tuple[Tensor, Matrix]:
-    """``t``, or a contiguous copy, and where ``count`` elements of it lie: (address, kind).
+    """``t``, or a contiguous copy of it, and the place of its elements: (address, dtype code).
 
-    Raises as :func:`whole`; TypeError for a dtype that is not among ``stored``, and ValueError
-    where there are fewer elements.
+    Raises as :func:`whole` does, TypeError for a dtype that is not among ``stored``, and ValueError
+    where ``t`` has fewer than ``count`` elements.
     """
     try:
-        kind, size = stored[t.dtype]
+        code, size = stored[t.dtype]
         at = t.data_ptr()
         if (
             at
             and t.is_contiguous()
             and (t.storage_offset() + count) * size <= t.untyped_storage().nbytes()
         ):
-            return t, (at, kind)
+            return t, (at, code)
     except KeyError:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in stored)
-        raise TypeError(f"{name} is {_words(t)}; give {known}") from None
-    except RuntimeError:  # a kind of tensor that has no address: whole() says what it is
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in stored)
+        raise TypeError(f"{name} is {_words(t)}; give {dtypes}") from None
+    except RuntimeError:  # some tensors have no address: whole() says what they are
         pass
     t = whole(t, name).detach().contiguous()
     if t.device.type != "cpu":
         raise ValueError(f"{name} is on {t.device}; loops for CPUs take tensors on the CPU")
     if t.numel() < count:
         raise ValueError(f"{name} is {_words(t)}, {t.numel()} elements, and the call takes {count}")
-    return t, (t.data_ptr(), kind)
+    return t, (t.data_ptr(), code)
 
 
 def whole(t: Tensor, name: str) -> Tensor:
-    """``t``, whose memory is there, whatever its strides; zeros that have none, as zeros.
+    """``t``, after a check that its storage holds all of its elements, whatever its strides.
+
+    The zeros that torch makes without memory are copied to memory.
 
     Raises:
         TypeError: a tensor that is not strided.
-        ValueError: its storage was freed or is too small for its shape and strides.
+        ValueError: the storage was freed, or is too small for the shape and strides.
     """
-    try:  # what nearly all are, in few questions
+    try:  # a few quick checks that nearly all tensors pass
         if (
             t.is_contiguous()
             and t.data_ptr()
@@ -71,7 +73,7 @@ def whole(t: Tensor, name: str) -> Tensor:
             and t.nbytes <= t.untyped_storage().nbytes()
         ):
             return t
-    except RuntimeError:  # a kind of tensor that has no address, or no storage
+    except RuntimeError:  # some tensors have no address, or no storage
         pass
     if t.layout is not torch.strided:
         raise TypeError(f"{name} is {_words(t)} in layout {t.layout}; give a strided tensor")
@@ -93,18 +95,18 @@ def whole(t: Tensor, name: str) -> Tensor:
 
 
 def readable(seed: Tensor | None) -> bool:
-    """Whether the host can read the seed: a CPU tensor with data, not one of a transformation."""
+    """Whether the host can read the seed: it is a CPU tensor with data, or None."""
     return (
         (seed is None or (type(seed) is Tensor and seed.device.type == "cpu"))
-        # Inside torch.func's transformations what torch.empty makes has no storage either.
+        # Inside torch.func's transformations even the result of torch.empty has no storage.
         and transformation() is None
     )
 
 
 def all_whole(arguments: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ...]:
-    """The arguments, whose tensors are :func:`whole`."""
+    """The arguments, after :func:`whole` of each tensor among them."""
     try:
-        for a in arguments:  # what nearly all are, in few questions, and in one loop
+        for a in arguments:  # the quick checks of whole(), in one loop
             if a is not None and not (
                 a.is_contiguous()
                 and a.data_ptr()
@@ -116,11 +118,11 @@ def all_whole(arguments: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ..
                 break
         else:
             return arguments
-    except RuntimeError:  # a kind of tensor that has no address, or no storage
+    except RuntimeError:  # some tensors have no address, or no storage
         pass
     return tuple(
         [
-            # isinstance() takes a while to say no
+            # None is asked for first: isinstance() takes longer
             a if a is None or not isinstance(a, Tensor) else whole(a, name)
             for a, name in zip(arguments, names, strict=True)
         ]
@@ -131,41 +133,41 @@ def _words(t: Tensor) -> str:
     return f"a {str(t.dtype).removeprefix('torch.')} tensor of shape {list(t.shape)}"
 
 
-class Given(NamedTuple):
-    """What a tensor was when something was prepared for it."""
+class Facts(NamedTuple):
+    """The shape, dtype and device that a tensor had when it was saved for backward."""
 
-    place: int  # among those that were saved with it
+    place: int  # its index among the tensors that were saved together
     shape: tuple[int, ...]
     dtype: torch.dtype
-    device: Any  # True for a CPU, which takes less time to ask than the device itself
+    device: Any  # True for the CPU: `is_cpu` takes less time than `device`
     name: str
 
 
-def given(names: Iterable[str], tensors: Iterable[Tensor | None]) -> tuple[Given, ...]:
-    """What those of the tensors are now that there are."""
+def facts_of(names: Iterable[str], tensors: Iterable[Tensor | None]) -> tuple[Facts, ...]:
+    """The facts of those tensors that are not None."""
     return tuple(
-        Given(i, t.shape, t.dtype, t.is_cpu or t.device, name)
+        Facts(i, t.shape, t.dtype, t.is_cpu or t.device, name)
         for i, (name, t) in enumerate(zip(names, tensors, strict=True))
         if t is not None
     )
 
 
-def still(t: Tensor | None, then: Given) -> Tensor:
-    """``t`` where it is what it was; ValueError, which says what it is now, where it is not."""
+def as_saved(t: Tensor | None, saved: Facts) -> Tensor:
+    """``t`` if its shape, dtype and device are those that were saved; else ValueError."""
     if t is None:
-        _refuse(then, "nothing")
-    if t.shape != then.shape or t.dtype != then.dtype:
-        _refuse(then, _words(t))
-    if (t.is_cpu or t.device) != then.device:
-        _refuse(then, f"{_words(t)} on {t.device}")
+        _refuse(saved, "nothing")
+    if t.shape != saved.shape or t.dtype != saved.dtype:
+        _refuse(saved, _words(t))
+    if (t.is_cpu or t.device) != saved.device:
+        _refuse(saved, f"{_words(t)} on {t.device}")
     return t.resolve_neg() if t.is_neg() else t
 
 
-def _refuse(then: Given, now: str) -> NoReturn:
-    was = f"a {str(then.dtype).removeprefix('torch.')} tensor of shape {list(then.shape)}"
-    on = "cpu" if then.device is True else then.device
+def _refuse(saved: Facts, now: str) -> NoReturn:
+    was = f"a {str(saved.dtype).removeprefix('torch.')} tensor of shape {list(saved.shape)}"
+    on = "cpu" if saved.device is True else saved.device
     raise ValueError(
-        f"backward is given {then.name} as {now}; forward saved {was} on {on}. Either its .data "
+        f"backward is given {saved.name} as {now}; forward saved {was} on {on}. Either its .data "
         "was replaced between forward and backward, or a hook on saved tensors gave back another: "
         "both must leave shape, dtype and device as they were"
     )

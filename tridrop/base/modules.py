@@ -1,8 +1,8 @@
-"""The modules of a model, also those of Keras, which torch does not know of; who hears of calls.
+"""All modules of a model, Keras' layers included; and whether anything listens to a module's call.
 
 On its torch backend a Keras layer is a torch.nn.Module. But Keras keeps the layers of a functional
-model in lists of its own, where torch's ``modules()`` does not find them, and registers with torch
-what else it needs; so of a Keras layer its own list is what counts.
+model in lists of its own, where torch's ``modules()`` does not find them, and registers other
+modules with torch as well. So for a Keras layer its own list counts.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from torch.compiler import is_compiling
 
 from .torch_private import has_global_hook
 
-CALL = nn.Module.__call__  # torch's, where nobody took its place before
+CALL = nn.Module.__call__  # torch's own, unless something replaced it before this import
 
 
 def heard(module: nn.Module) -> bool:
-    """Whether somebody has to see the module called: its hooks, or who took the place of torch's
-    own ``__call__``, as torch.fx.symbolic_trace does (and torch.export, which sees ops as well)."""
+    """Whether anything listens to calls of the module, which therefore must be called.
+
+    These are hooks, and whatever replaces torch's own ``__call__``, as torch.fx.symbolic_trace does
+    (and torch.export, which also sees the ops inside).
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -33,7 +36,7 @@ def heard(module: nn.Module) -> bool:
 
 
 def is_keras(module: Any) -> bool:
-    """Whether something is a layer or a model of Keras 3, on any backend. It imports nothing."""
+    """Whether ``module`` is a layer or a model of Keras 3, on any backend. It imports nothing."""
     layer = getattr(sys.modules.get("keras"), "Layer", None)
     return layer is not None and isinstance(module, layer)
 
@@ -41,10 +44,10 @@ def is_keras(module: Any) -> bool:
 def named_parts(
     model: nn.Module, prefix: str = "", remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    """What ``model.named_modules`` gives, and the layers of Keras models.
+    """The modules of ``model.named_modules``, and the layers of Keras models.
 
-    Keras' layers have their names in Keras, ``transformer_layer_0.self_attention_dropout``; where
-    two beside each other have the same, the second ends in ``_1``.
+    Keras' layers have their names in Keras, ``transformer_layer_0.self_attention_dropout``. Where
+    two layers beside each other have the same name, ``_1`` is added to the second.
     """
     if any(map(is_keras, model.modules())):
         yield from _walk(model, prefix, set(), remove_duplicate)
@@ -53,7 +56,7 @@ def named_parts(
 
 
 def all_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """What ``model.modules`` gives, and the layers of Keras models."""
+    """The modules of ``model.modules``, and the layers of Keras models."""
     for _, module in named_parts(model):
         yield module
 

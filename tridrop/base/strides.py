@@ -1,9 +1,9 @@
-"""The order in which a result's dimensions lie in memory: that of torch's elementwise functions.
+"""The order in which a result's dimensions lie in memory, as torch's elementwise functions have it.
 
-A dense tensor, of whatever order, gives a result of the same strides: channels last stays channels
-last, and the transpose of a transposed result is contiguous. Masks know nothing of it: they are
-functions of coordinates. Backends return contiguous tensors; the autograd functions lay them out,
-so that every backend, torch.compile, vmap and DTensors have one rule.
+A dense operand, in whatever order, gives a result of the same strides: channels last stays channels
+last, and the transpose of a transposed result is contiguous. Masks do not depend on the order,
+since they are functions of coordinates. Backends return contiguous tensors, and the autograd
+functions lay them out, so that every backend, torch.compile, vmap and DTensors agree.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ Order = tuple[int, ...]  # the dimensions, outermost first
 def order_of(*operands: Tensor | Order | None) -> Order | None:
     """The order of the result of operands with equally many dimensions; None if it is contiguous.
 
-    The first operand whose strides tell two dimensions apart decides on them; a stride of 0 tells
-    nothing. This is what torch's TensorIterator does. An order stands for a dense tensor that has
-    it, and is asked where the tensors are not all contiguous.
+    As in torch's TensorIterator, the first operand whose strides differ in two dimensions decides
+    which of them lies further in; a stride of 0 decides nothing. An operand may also be an order,
+    which stands for a dense tensor in that order and counts only where some tensor is not
+    contiguous.
     """
     for t in operands:
         if isinstance(t, Tensor) and not t.is_contiguous():
@@ -39,7 +40,8 @@ def order_of(*operands: Tensor | Order | None) -> Order | None:
     dims = len(strides[0])
     found: list[int] = []  # innermost first
     for dim in reversed(range(dims)):
-        # Inwards, changing places with what lies further out; what is not told apart is passed by.
+        # The dimension moves inwards past those that lie further out than it. Where no operand
+        # decides between two dimensions, the next one is compared.
         at = len(found)
         found.append(dim)
         for i in reversed(range(at)):
@@ -53,7 +55,7 @@ def order_of(*operands: Tensor | Order | None) -> Order | None:
 
 
 def _inside(a: int, b: int, shape: Sequence[int], strides: list[Sequence[int]]) -> bool | None:
-    """Whether dimension ``a`` lies inside ``b``; None where no operand says."""
+    """Whether dimension ``a`` lies inside ``b``; None where no operand decides."""
     for stride in strides:
         if stride[a] == 0 or stride[b] == 0:
             continue
@@ -64,8 +66,8 @@ def _inside(a: int, b: int, shape: Sequence[int], strides: list[Sequence[int]]) 
     return None
 
 
-def laid(t: Tensor, order: Order | None) -> Tensor:
-    """``t``, dense and in that order; a copy where it is not. None: as it is."""
+def laid_out(t: Tensor, order: Order | None) -> Tensor:
+    """``t``, dense and in ``order``, copied where it is not yet; None leaves ``t`` as it is."""
     if order is None:
         return t
     back = [order.index(dim) for dim in range(len(order))]
@@ -73,8 +75,8 @@ def laid(t: Tensor, order: Order | None) -> Tensor:
 
 
 def where_kept(keep: Tensor, t: Tensor) -> Tensor:
-    """``where(keep, t, 0)``, laid out as ``t``; ``keep`` broadcasts to it."""
+    """``where(keep, t, 0)`` with the strides of ``t``, to which ``keep`` broadcasts."""
     if torch.compiler.is_compiling() or not t.is_contiguous():
-        # The mask is torch.where's first operand, whose strides would decide.
+        # torch.where would take the strides of its first operand, which is the mask.
         keep = torch.empty_like(t, dtype=torch.bool).copy_(keep)
     return torch.where(keep, t, 0)

@@ -1,4 +1,4 @@
-"""What commands say: progress on a terminal, tables for whoever reads, one line after Ctrl-C."""
+"""The output of commands: progress bars, tables, and one line after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def live() -> Console:
-    """Where a progress bar can be drawn.
+    """A console on which a progress bar can be drawn.
 
     In a notebook rich draws with ipywidgets, and only warns where these are missing. A bar of one
-    line needs no more than what a notebook's cell makes of a carriage return.
+    line needs nothing but a carriage return, which a notebook's cell understands.
     """
     console = Console()
     if console.is_jupyter and importlib.util.find_spec("ipywidgets") is None:
@@ -30,8 +30,10 @@ def live() -> Console:
 
 
 def bar() -> Progress:
-    """A progress bar on standard error, which is gone at the end; nothing where that is no
-    terminal."""
+    """A progress bar on standard error that disappears at the end.
+
+    Where standard error is not a terminal, nothing is drawn.
+    """
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -45,9 +47,9 @@ def bar() -> Progress:
 
 
 def show(grids: Iterable[Table], plain: Callable[[], Table] | None = None) -> None:
-    """Print tables; into a pipe or a file, tab-separated lines in their place.
+    """Print tables; into a pipe or a file, print one table as tab-separated lines.
 
-    ``plain`` makes the one table that goes there, where it is not the first of ``grids``.
+    That table is the first of ``grids``, or the one that ``plain`` makes.
     """
     if sys.stdout.isatty():
         console = Console(highlight=False)
@@ -58,7 +60,7 @@ def show(grids: Iterable[Table], plain: Callable[[], Table] | None = None) -> No
 
 
 def lines(grid: Table) -> list[str]:
-    """A table as lines: its headings, its rows, and its caption behind a "#"; cells part at tabs.
+    """A table as lines with tabs between cells: headings, rows, and the caption after a "#".
 
     >>> grid = Table("op", "x eager", caption="times as fast")
     >>> grid.add_row("dropout", "[red]0.9[/]")
@@ -74,12 +76,12 @@ def lines(grid: Table) -> list[str]:
 
 def _plain(cell: object) -> str:
     text = cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain
-    # A heading's word may be parted for a narrow column.
+    # Narrow columns have headings with a word split over two lines.
     return re.sub(r"\s+", " ", text.replace("-\n", "")).strip()
 
 
 def html(content: Any) -> str:
-    """What a notebook shows of something that can be printed."""
+    """The HTML that a notebook shows for anything that rich can print."""
     console = Console(record=True, width=110, file=io.StringIO(), force_jupyter=False)
     console.print(content)
     code = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
@@ -87,6 +89,6 @@ def html(content: Any) -> str:
 
 
 def interrupted(command: str, rest: str = "") -> int:
-    """Say that Ctrl-C came, in one line; the exit status."""
+    """Print one line about the interrupt by Ctrl-C, and return the exit status."""
     print(f"tridrop {command}: interrupted{rest}", file=sys.stderr)
     return INTERRUPTED

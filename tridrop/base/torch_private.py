@@ -1,13 +1,13 @@
-"""Everything of torch that is not public and that tridrop touches, in one place.
+"""All private names of torch that tridrop uses, in one place.
 
-Each name is here because no public one tells or does the same; :data:`INTERFACES` says what for.
-Where a torch has one no longer, importing tridrop raises an ImportError that names it, since what
-would be left is a mask that a recomputation draws wrongly, or a call that a transformation does not
-see. ``tests/project/test_torch_private.py`` holds that each does what is written here, and that no
-other module of tridrop reaches for a private name of torch's.
+Each name is here because no public name does the same; :data:`INTERFACES` says what it is for.
+Where a version of torch lacks one, importing tridrop raises an ImportError that names it: without
+it a recomputation would draw a wrong mask, or a transformation would not see a call.
+``tests/project/test_torch_private.py`` checks that each name does what is written here, and that no
+other module of tridrop uses a private name of torch.
 
-The attributes of an ``nn.Module`` in :data:`MODULE_ATTRIBUTES` are used where they are needed: they
-are private by their names only, as libraries of all kinds lean on them.
+The attributes of an ``nn.Module`` in :data:`MODULE_ATTRIBUTES` are used where they are needed.
+Only their names are private: many libraries rely on them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad, profiler
 
-# tests/project/test_torch_private.py passes with each.
+# The versions of torch with which tests/project/test_torch_private.py passes.
 CHECKED = ("2.11", "2.12", "2.13", "2.14", "2.15")
 
 
 class Interface(NamedTuple):
-    """A private name of torch's: where it is, and what tridrop needs it for."""
+    """A private name of torch: where it is, and what tridrop needs it for."""
 
     path: str
     purpose: str
@@ -32,7 +32,7 @@ class Interface(NamedTuple):
 INTERFACES = tuple(
     Interface(*line)
     for line in (
-        # What a call has to know of its surroundings.
+        # What a call must know about its surroundings.
         ("torch._C._len_torch_dispatch_stack", "count the dispatch modes"),
         ("torch._C._functorch.peek_interpreter_stack", "see torch.func at work"),
         ("torch._C._get_tracing_state", "see torch.jit.trace and the ONNX exporter"),
@@ -59,7 +59,7 @@ INTERFACES = tuple(
     )
 )
 
-# Of an nn.Module: who has to see a call of it, and what it holds.
+# Private attributes of an nn.Module: its hooks, and the modules and buffers that it holds.
 MODULE_ATTRIBUTES = (
     "_backward_hooks", "_backward_pre_hooks", "_buffers", "_compiled_call_impl", "_forward_hooks",
     "_forward_hooks_always_called", "_forward_pre_hooks", "_modules",
@@ -67,7 +67,7 @@ MODULE_ATTRIBUTES = (
 
 
 def require(interface: Interface) -> None:
-    """Raise an ImportError where torch has no such name."""
+    """Raise an ImportError where torch lacks the name."""
     try:
         reduce(getattr, interface.path.split(".")[1:], torch)
     except AttributeError:
@@ -112,8 +112,11 @@ __all__ = [
 
 
 def watched() -> bool:
-    """Whether more than the backend has to see calls: torch.compile, tracing, a dispatch mode,
-    torch.func, forward-mode derivatives, a profiler."""
+    """Whether more than the backend must see a call.
+
+    That is so for torch.compile, tracing, a dispatch mode, torch.func, forward-mode derivatives and
+    a profiler.
+    """
     return (
         _is_compiling()
         or dispatch_modes() > 0
@@ -131,13 +134,13 @@ def forward_mode() -> bool:
 
 def partitioner_redraws() -> bool:
     """Whether torch.compile may compute random numbers again in backward to save memory."""
-    from torch._functorch import config  # what only torch.compile imports
+    from torch._functorch import config  # imported here, since only torch.compile imports it
 
     return bool(config.activation_memory_budget < 1 or config.aggressive_recomputation)
 
 
 def functional_collectives() -> Any:
-    """The collectives that torch.compile traces; torch.distributed's own change their arguments."""
+    """The collectives that torch.compile can trace: torch.distributed's own work in place."""
     from torch.distributed import _functional_collectives
 
     return _functional_collectives
@@ -149,9 +152,9 @@ def schema_of(operator: OpOverload) -> Any:
 
 
 def cpu_attention(backward: bool) -> Any:
-    """The operator by which torch's attention runs on a CPU, or None where it is another by now.
+    """The operator by which torch's attention runs on a CPU; None where its arguments have changed.
 
-    Without it attention that drops nothing is computed by tridrop's own formulas.
+    Without it, tridrop's own formulas compute attention that drops nothing.
     """
     name = "_scaled_dot_product_flash_attention_for_cpu" + ("_backward" if backward else "")
     found = getattr(getattr(torch.ops.aten, name, None), "default", None)
@@ -160,5 +163,5 @@ def cpu_attention(backward: bool) -> Any:
 
 
 def sleep(cycles: int) -> None:
-    """Keep a GPU busy for so many of its cycles, so that a queue fills before it is timed."""
+    """Keep a GPU busy for ``cycles``, so that its queue fills before a measurement."""
     torch.cuda._sleep(cycles)

@@ -72,7 +72,7 @@ def collect() -> Info:
 
 def _choice(device: str) -> str:
     try:
-        return backends.choose(torch.device(device))
+        return backends.name_for(torch.device(device))
     except (ImportError, ValueError) as error:  # the environment names a backend that cannot run
         return f"none: {error}"
 

@@ -1,6 +1,7 @@
-"""The mask contract: the only place of tridrop where a bit is drawn.
+"""The mask contract: how every mask follows from a seed.
 
-Masks are functions of a seed and coordinates (``mask.py``, ``choice.py``, ``noise.py``), and seeds
-belong to calls (``seeds.py``, ``recomputation.py``). The compiled loops and the Triton kernels have
-twins of these functions, which tests hold to them bit for bit.
+A mask is a function of a seed and of coordinates (``mask.py``, ``choice.py``, ``noise.py``).
+``seeds.py`` gives each call its seed, and ``recomputation.py`` gives a recomputation in backward
+the seed of its forward. The compiled loops and the Triton kernels have twins of these functions,
+which tests compare with them bit for bit.
 """

@@ -1,8 +1,8 @@
-"""A fixed number of elements, chosen by the mask contract's own bits.
+"""The choice of exactly k elements, by the same random bits as a mask.
 
-A mask keeps the elements whose 32 bits are at least T, so raising p drops them in the order of
-their bits. The k that last longest are a uniformly random subset: the mask at a rate that keeps
-just so many.
+A mask keeps the elements whose 32 bits are at least T, so a rising p drops elements in the order of
+their bits. The k elements that are dropped last are a uniformly random subset: they are what the
+mask keeps at a rate that keeps k of them.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ def bits(seed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def largest(found: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row of the last dimension are: int64, [..., k].
+    """The indices of the k largest numbers of each row (the last dimension): int64, [..., k].
 
-    In falling order; of equal ones the earlier goes first.
+    The largest comes first; of equal numbers the earlier one comes first.
 
     >>> largest(bits(mask.as_seed(1), (2, 6)), 3)
     tensor([[2, 0, 4],
             [1, 3, 5]])
     """
-    # stable: ties (once in 2^16, of two that share a word) are decided alike on every device
+    # A stable sort breaks ties in the same way on every device. Two elements that share a Philox
+    # word have equal bits once in 2^16.
     order = found.argsort(dim=-1, descending=True, stable=True)
     return order[..., :k].contiguous()
 
 
 def left(n: int, p: float) -> int:
-    """How many of n are kept at the rate p < 1, as timm and DINOv2 count them: one at least.
+    """How many of n elements the rate p < 1 keeps, at least one, as timm and DINOv2 count them.
 
     >>> left(196, 0.5), left(3, 0.9), left(0, 0.5)
     (98, 1, 0)

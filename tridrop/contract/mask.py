@@ -1,10 +1,10 @@
 """The mask contract in torch: seeds, thresholds, coordinates and the keep decision.
 
-The executable form of docs/mask-contract.md, of which ``backends/triton/mask.py`` and
-``backends/cpu/loops/mask.py`` are twins. All of it is pure but :func:`new_seed`, which draws from
-torch's generator. The random bits are Philox4x32-10's (Salmon, Moraes, Dror, Shaw: "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011). torch has no full set of unsigned operations, so words are
-held in int64 tensors whose values lie in [0, 2^32).
+This is the executable form of docs/mask-contract.md; ``backends/triton/mask.py`` and
+``backends/cpu/loops/mask.py`` are its twins. Its functions are pure, except :func:`new_seed`, which
+draws from torch's generator. The random bits come from Philox4x32-10 (Salmon, Moraes, Dror, Shaw:
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011). torch lacks some unsigned operations, so
+32-bit words are int64 tensors whose values lie in [0, 2^32).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
 
-# Multipliers of the stream in the key and of the old stream in fold_in: 2^64 / golden ratio, which
-# spreads the multiples of small integers as far apart as any constant can, and an odd constant
-# unrelated to it. docs/mask-contract.md states what follows for collisions.
+# The key multiplies the stream by the first constant, 2^64 / golden ratio, which spreads the
+# multiples of small integers as far apart as any constant can. fold_in multiplies the old stream by
+# the second one, an unrelated odd constant. docs/mask-contract.md says when two seeds collide.
 STREAM_MULTIPLIER = 0x9E3779B97F4A7C15
 FOLD_MULTIPLIER = 0xD1342543DE82EF95
 
 # Which family of masks a counter belongs to: the top four bits of its last word.
 DOMAINS = {"elements": 0, "drop_path": 1, "attention": 2, "normal": 3}
 
-LANES = 8  # decisions a Philox call: for eight consecutive columns, or eight keys of one query
-TILE = 32  # attention: four calls decide on 32 consecutive keys
+LANES = 8  # decisions per Philox call: for eight consecutive columns, or eight keys of one query
+TILE = 32  # in attention, four calls decide on 32 consecutive keys
 ONE = 1 << 32  # a threshold of ONE drops everything
 _WORD = ONE - 1
 
@@ -44,8 +44,8 @@ def philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of four counter words and two key words.
 
-    Arguments are int64 tensors with values in [0, 2^32), of shapes that broadcast together; the
-    result is four such tensors.
+    The words are int64 tensors with values in [0, 2^32), whose shapes broadcast together; so are
+    the four results.
 
     >>> zero = torch.tensor(0)
     >>> [hex(int(w)) for w in philox((zero,) * 4, (zero,) * 2)]
@@ -54,8 +54,8 @@ def philox(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
-        # An int64 product wraps as a uint64 one does; the arithmetic shift's copies of the sign
-        # bit are cut off by the mask.
+        # An int64 product wraps around as a uint64 product does. The shift is arithmetic: `& _WORD`
+        # cuts off the copies of the sign bit.
         a = c0 * PHILOX_M0
         b = c2 * PHILOX_M1
         c0 = ((b >> 32) ^ (c1 ^ k0)) & _WORD
@@ -76,10 +76,10 @@ def _wrap(value: int) -> int:
 
 
 def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """The seed tensor (seed, stream): int64, shape [2]. An int means ``(seed, 0)``.
+    """The seed tensor (seed, stream): int64, shape [2]. An int stands for ``(seed, 0)``.
 
-    Raises TypeError for anything but an int or an int64 tensor, ValueError for an int outside
-    int64, a tensor of another shape or on another device than ``device``.
+    Raises TypeError for anything but an int or an int64 tensor, and ValueError for an int outside
+    int64 or for a tensor of another shape or on another device than ``device``.
 
     >>> as_seed(7)
     tensor([7, 0])
@@ -113,7 +113,7 @@ def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Ten
 
 
 def _with_index(device: torch.device | str) -> torch.device:
-    """ "cuda" names the current CUDA device: tensors always carry the number."""
+    """The device with its index, as tensors have it: "cuda" means the current CUDA device."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -125,22 +125,22 @@ def new_seed(
 ) -> Tensor:
     """Draw a seed tensor, int64 of shape [2], from torch's generator of ``device``.
 
-    One launch, no host-device synchronisation; torch.manual_seed, torch.utils.checkpoint, CUDA
-    graph capture and the random-state trackers of parallel frameworks govern it as they govern
-    torch.nn.functional.dropout. Both entries are drawn.
+    This takes one launch and does not synchronise the host with the device. torch.manual_seed,
+    torch.utils.checkpoint, CUDA graph capture and the random-state trackers of parallel frameworks
+    govern it as they govern torch.nn.functional.dropout. Both entries are drawn.
 
     Args:
-        device: where the seed lives; it must be the device of the data it is used for.
-        generator: draws from this generator instead of the device's default one.
+        device: the device of the seed, which must be that of the data it is used for.
+        generator: the generator to draw from, instead of the device's default one.
 
     >>> _ = torch.manual_seed(0)
     >>> new_seed("cpu").shape
     torch.Size([2])
     """
     if generator is None and torch.compiler.is_compiling():
-        # Inductor's randint has a generator of its own; an opaque operator draws as eager code
-        # does. It takes an empty tensor, which the compiler never merges with another: equal calls
-        # of an operator without arguments would become one draw.
+        # Inductor's randint has a generator of its own, but an opaque operator draws as eager code
+        # does. The operator takes an empty tensor because the compiler never merges two of these:
+        # two calls of an operator without arguments would become one draw.
         place = torch.empty(2, dtype=torch.int64, device=device)
         return torch.ops.tridrop.new_seed(place)
     return lasting(torch.randint((1 << 63) - 1, (2,), device=device, generator=generator))
@@ -150,9 +150,9 @@ def fold_in(seed: int | Tensor, stream: int | Tensor) -> Tensor:
     """A seed for call site ``stream`` under ``seed``: ``(seed, old_stream * K + stream)``.
 
     Arithmetic is modulo 2^64 and K = 0xD1342543DE82EF95, so an int seed gives ``(seed, stream)``.
-    Use it to give ranks, steps, layers or samples masks of their own, nested as deep as needed:
-    ``fold_in(fold_in(seed, step), site)``. Nest to the same depth everywhere: a stream of 0 leaves
-    no trace, so ``fold_in(fold_in(seed, 0), site)`` is ``fold_in(seed, site)``.
+    Use it to give each rank, step, layer or sample masks of its own, and nest it as deep as needed:
+    ``fold_in(fold_in(seed, step), site)``. Nest to the same depth everywhere, because a stream of 0
+    leaves no trace: ``fold_in(fold_in(seed, 0), site)`` equals ``fold_in(seed, site)``.
 
     Args:
         seed: an int or a seed tensor.
@@ -187,12 +187,12 @@ def key_of(seed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def threshold(p: float) -> int:
-    """``T = round(p * 2^32)``, ties to even: an element is dropped iff its 32 bits are below T.
+    """``T = round(p * 2^32)``, ties to even; an element is dropped iff its 32 bits are below T.
 
     >>> threshold(0.1), threshold(1.0)
     (429496730, 4294967296)
     """
-    return round(p * ONE)  # exact: the product only moves the exponent
+    return round(p * ONE)  # the product is exact, since it only changes the exponent
 
 
 def scale(drop_threshold: int) -> float:
@@ -203,8 +203,8 @@ def scale(drop_threshold: int) -> float:
 def rate_table(p: Tensor) -> Tensor:
     """(T, scale) of a 0-d tensor ``p`` as a float64 tensor of shape [2], without synchronising.
 
-    ``p`` outside [0, 1], or NaN, cannot be raised for without waiting for the device. Such a p
-    keeps everything with a scale of NaN, so that the mistake shows in the loss at once.
+    A ``p`` that is NaN or outside [0, 1] cannot raise, since looking at it would wait for the
+    device: it keeps everything with a scale of NaN, so that the loss shows the mistake at once.
     """
     p64 = p.double()
     valid = (p64 >= 0) & (p64 <= 1)
@@ -219,10 +219,10 @@ def rate_table(p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a local tensor lies in the whole one: masks of shards are pieces of the whole mask.
+    """Where a local tensor lies in a larger one: a shard's mask is that piece of the whole mask.
 
-    ``global_shape`` is the shape of the whole tensor, ``origin`` the index in it of the local
-    tensor's first element.
+    ``global_shape`` is the shape of the whole tensor, and ``origin`` is the index that the local
+    tensor's first element has in it.
 
     >>> whole = keep_mask(as_seed(1), (4, 6), threshold(0.5))
     >>> part = keep_mask(as_seed(1), (2, 3), threshold(0.5), shard=Shard((4, 6), origin=(2, 3)))
@@ -233,19 +233,19 @@ class Shard:
     global_shape: tuple[int, ...]
     origin: tuple[int, ...]
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:  # for functions that take the pair
+    def __iter__(self) -> Iterator[tuple[int, ...]]:  # for functions that take a pair of tuples
         return iter((self.global_shape, self.origin))
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """How the local index (row, col) of a tensor becomes its coordinate in the contract.
+    """How the local index (row, col) of an element becomes its coordinate in the contract.
 
     ``leading`` lists (size, origin, weight) from the innermost leading dimension outwards:
 
         coordinate(row) = sum over i of ((row // prod(size[:i])) % size[i] + origin[i]) * weight[i]
 
-    It is empty where the coordinate is the row itself. A shared dimension has weight 0.
+    It is empty where the coordinate is the row itself. Dimensions that share a mask have weight 0.
     """
 
     rows: int
@@ -274,8 +274,8 @@ def coordinates(
             continue
         if merged:
             inner_size, inner_start, inner_step = merged[-1]
-            # Two dimensions are one where the outer one steps just past the end of the inner one,
-            # and where both are shared.
+            # Two dimensions become one where the outer one's step is the inner one's whole extent,
+            # and where the mask is shared along both.
             if step == inner_size * inner_step:
                 size, start, step = size * inner_size, start * inner_size + inner_start, inner_step
                 merged.pop()
@@ -305,12 +305,12 @@ def row_coordinates(where: Coordinates, device: torch.device | str | None) -> Te
 
 # ---------------------------------------------------------------------------------------- masks
 
-# Philox calls computed at a time: the temporaries of a block stay in a core's cache.
+# How many Philox calls are computed at a time: the temporaries of so many fit a core's cache.
 _BLOCK = 1 << 16
 
 
 def lanes(words: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The 32 bits of each of the eight decisions of a Philox call: every word, and it rotated."""
+    """The 32 bits of each of a call's eight decisions: every word, and every word rotated."""
     for word in words:
         yield word
         yield ((word << 16) & _WORD) | (word >> 16)
@@ -325,8 +325,8 @@ def counter_of(domain: int, rows: Tensor, groups: Tensor) -> tuple[Tensor, Tenso
 def _decisions(
     counter: Sequence[Tensor], rows: int, groups: int, key: tuple[Tensor, Tensor], t: int | Tensor
 ) -> Tensor:
-    """The eight decisions of each counter: bool, [rows, groups, 8]. Counter words are [rows or 1,
-    groups or 1]."""
+    """The eight decisions of each counter, whose words are [rows or 1, groups or 1]: bool, [rows,
+    groups, 8]."""
     keep = torch.empty((rows, groups, LANES), dtype=torch.bool, device=key[0].device)
     step = max(1, _BLOCK // max(1, groups))
     for start in range(0, rows, step):
@@ -348,8 +348,8 @@ def keep_mask(
 ) -> Tensor:
     """The mask of a tensor of ``shape``: bool, True where an element is kept.
 
-    This is the contract itself; :func:`tridrop.keep_mask` is its public face, which checks its
-    arguments and takes ``p`` and ``noise_shape``.
+    This is the contract itself. The public :func:`tridrop.keep_mask` checks its arguments and takes
+    ``p`` and ``noise_shape``.
 
     Args:
         seed: a seed tensor; the mask is made on its device.
@@ -383,9 +383,9 @@ def attention_keep_mask(
 ) -> Tensor:
     """The mask of attention probabilities: bool, ``[batch, heads, queries, keys]``.
 
-    The coordinates of an element are its indices plus ``origin``. A Philox call serves one query
-    and eight of 32 consecutive keys, the pairs (2i, 2i + 1) of its four octets: what one thread
-    holds of a row of a tensor core's accumulator, so that kernels need not move decisions.
+    The coordinates of an element are its indices plus ``origin``. A Philox call decides for one
+    query on eight of 32 consecutive keys, the pair (2i, 2i + 1) of each octet. One thread holds
+    just these of a row of a tensor core's accumulator, so kernels need not move decisions.
     """
     device = seed.device
     start, tile, keys = origin[3] % TILE, origin[3] // TILE, shape[3]

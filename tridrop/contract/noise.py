@@ -1,11 +1,12 @@
-"""Kinds of dropout by what stands in the place of a mask: the moments, and normal numbers.
+"""The three noises of dropout, their scales, and the normal numbers of Gaussian dropout.
 
-    mask        keep * scale            scale = 1 / (1 - p): dropped is 0, the mean is kept
-    alpha       a * (x where kept, ALPHA elsewhere) + b: the mean and the variance are kept
+    mask        keep * scale            scale = 1 / (1 - p); dropped elements are 0, the mean stays
+    alpha       a * (x where kept, ALPHA elsewhere) + b; the mean and the variance stay
     gaussian    1 + sigma * n           n standard normal, sigma^2 = p / (1 - p)
 
-"alpha" has the mask of "mask". The normal numbers of "gaussian" are a domain of their own of the
-contract; docs/mask-contract.md defines their words bit for bit, and the functions of them.
+"alpha" keeps the same elements as "mask". The normal numbers of "gaussian" have a domain of their
+own in the contract; docs/mask-contract.md defines their random words bit for bit, and how they
+become numbers.
 """
 
 from __future__ import annotations
@@ -19,35 +20,35 @@ from torch import Tensor
 from . import mask
 from .mask import DOMAINS, ONE, Shard
 
-KINDS = ("mask", "alpha", "gaussian")
+NOISES = ("mask", "alpha", "gaussian")
 
-# What SELU tends to for large negative x, -lambda * alpha, in whose place dropped elements are put
-# (Klambauer et al., "Self-normalizing neural networks", 2017).
+# The limit of SELU for large negative x, -lambda * alpha, which alpha dropout puts in the place of
+# dropped elements (Klambauer et al., "Self-normalizing neural networks", 2017).
 ALPHA = -1.7580993408473766
-PAIR = 4  # normal numbers a Philox call: two pairs of Box and Muller
+PAIR = 4  # normal numbers per Philox call: two pairs of Box and Muller
 
 
-def scale(kind: str, drop_threshold: int) -> float:
-    """The scale of kept elements, ``a`` of alpha dropout, or ``sigma`` of Gaussian dropout.
+def scale(noise: str, drop_threshold: int) -> float:
+    """The scale of kept elements, or ``a`` of alpha dropout, or ``sigma`` of Gaussian dropout.
 
     >>> scale("alpha", mask.threshold(0.5)), scale("gaussian", mask.threshold(0.2))
     (0.886404894665932, 0.4999999999272404)
     """
-    if kind == "mask":
+    if noise == "mask":
         return mask.scale(drop_threshold)
     p = drop_threshold / ONE
-    if kind == "gaussian":
+    if noise == "gaussian":
         return math.sqrt(p / (1 - p)) if p < 1 else math.inf
     return ((1 - p) * (1 + p * ALPHA**2)) ** -0.5 if p < 1 else 0.0
 
 
-def rate_table(kind: str, p: Tensor) -> Tensor:
-    """(T, scale) of a 0-d tensor ``p``, as :func:`mask.rate_table`, with the scale of the kind."""
+def rate_table(noise: str, p: Tensor) -> Tensor:
+    """(T, scale) of a 0-d tensor ``p``, as :func:`mask.rate_table`, with the scale of the noise."""
     table = mask.rate_table(p)
-    if kind == "mask":
+    if noise == "mask":
         return table
     rate = table[0] / ONE
-    if kind == "gaussian":
+    if noise == "gaussian":
         wanted = torch.sqrt(rate / (1 - rate))
     else:
         wanted = torch.rsqrt((1 - rate) * (1 + rate * ALPHA**2))
@@ -58,7 +59,7 @@ def rate_table(kind: str, p: Tensor) -> Tensor:
 def normals(
     seed: Tensor, shape: Sequence[int], shared: Sequence[int] = (), shard: Shard | None = None
 ) -> Tensor:
-    """Standard normal numbers of a tensor of ``shape``: fp32, functions of seed and coordinate."""
+    """Standard normal numbers for a tensor of ``shape``: fp32, functions of seed and coordinate."""
     where = mask.coordinates(shape, shared, shard)
     key, rows = mask.key_of(seed), mask.row_coordinates(where, seed.device)
     first = 0 if where.col_shared else where.col_origin
@@ -66,7 +67,7 @@ def normals(
     group = torch.arange(first // PAIR, -(-(first + cols) // PAIR), device=seed.device)[None, :]
     size = (where.rows, group.shape[1], PAIR)
     found = torch.empty(size, dtype=torch.float32, device=seed.device)
-    step = max(1, (1 << 16) // max(1, group.shape[1]))  # as for masks: temporaries that stay cached
+    step = max(1, (1 << 16) // max(1, group.shape[1]))  # as for masks
     for start in range(0, where.rows, step):
         row = rows[start : start + step, None]
         low, high = row & mask._WORD, (row >> 32) & mask._WORD
@@ -79,11 +80,11 @@ def normals(
 
 
 def box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two normal numbers of two words (Box and Muller 1958), by fp32 arithmetic alone.
+    """Two normal numbers from two words (Box and Muller 1958), by fp32 arithmetic alone.
 
-    r = sqrt(-2 ln u), u = (first + 1/2) / 2^32; the angle is a quarter turn, the upper two bits of
-    the second word, and its other bits as a signed part of at most an eighth. The polynomials are
-    those of Cephes (Moshier), so that no backend depends on a library's idea of a logarithm.
+    r = sqrt(-2 ln u) with u = (first + 1/2) / 2^32. The upper two bits of the second word choose a
+    quarter of the circle, and its other bits are a signed angle of at most an eighth of a turn. The
+    polynomials are those of Cephes (Moshier), so that no backend depends on a library's logarithm.
     """
     u = (first.to(torch.float32) + 0.5) * 2.0**-32
     mantissa, exponent = torch.frexp(u)

@@ -1,17 +1,17 @@
-"""What a recomputation has to know of its forward: the blocks that were open then.
+"""A recomputation in backward runs inside the ``rng`` and ``batch_slice`` blocks of its forward.
 
 torch.utils.checkpoint computes a part of the forward once more while backward runs. By then other
-blocks of ``rng`` and ``batch_slice`` may be open, or none, and the thread may be another. So the
-blocks go with the checkpointed call, as torch's own state of the generators and of autocast does:
-they are noted where the call begins, and open again for as long as it is recomputed.
+``rng`` and ``batch_slice`` blocks may be active, or none, and the thread may be another one. So the
+checkpointed call carries its blocks along, as it carries torch's state of the generators and of
+autocast: they are copied where the call begins, and are active again while it is recomputed.
 
-torch has no public way to add to that state but ``context_fn``, which whoever calls ``checkpoint``
-would have to pass, and which the reentrant kind does not have. So the two places where torch's
-checkpoints keep what they will recompute are wrapped, here and nowhere else:
+The only public way to add to that state is ``context_fn``, which the caller of ``checkpoint`` would
+have to pass, and which reentrant checkpoints do not take. So this file, and no other, wraps the two
+places where torch's checkpoints keep the function that they will recompute:
 
-- ``_CheckpointFrame(recompute_fn, ...)``, made once a call of the kind without reentrant autograd,
-  whose ``recompute_fn`` is a closure over ``preserve_rng_state``;
-- ``CheckpointFunction.forward(ctx, run_function, preserve_rng_state, *args)``, of the reentrant.
+- ``_CheckpointFrame(recompute_fn, ...)``, made once per call without reentrant autograd, whose
+  ``recompute_fn`` is a closure over ``preserve_rng_state``;
+- ``CheckpointFunction.forward(ctx, run_function, preserve_rng_state, *args)``, for reentrant calls.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _thread = threading.get_ident
 
 
 class Blocks:
-    """The blocks that are open, of the process or of a recomputation."""
+    """The blocks that are active in the process, or in one recomputation."""
 
     def __init__(self) -> None:
         self.context: Any = None  # the seeds of the innermost rng
-        self.batch: tuple[int, int] | None = None  # of the innermost batch_slice
-        self.call: Carried | None = None  # what is being recomputed, if anything is
-        self.number: int | None = None  # of that recomputation: each has another
-        self.counts: dict[Counter, int] = {}  # where counters stand in it
+        self.batch: tuple[int, int] | None = None  # (origin, size) of the innermost batch_slice
+        self.call: Carried | None = None  # the function that is being recomputed, if one is
+        self.number: int | None = None  # a number that no other recomputation has
+        self.counts: dict[Counter, int] = {}  # how far each counter has come in it
 
 
 class _Contested:
-    """What compiled code sees while recomputations in several threads have blocks of their own."""
+    """The blocks that compiled code sees while several threads recompute, each under its own."""
 
     @property
     def context(self) -> Any:
@@ -54,13 +54,13 @@ class _Contested:
 
 
 class _State:
-    # What compiled code sees. It cannot ask for the thread: Dynamo would take the answer that it
-    # gets while it traces for a constant.
+    # The blocks that compiled code sees. It cannot look them up by thread: Dynamo would treat the
+    # thread that traces as a constant.
     shown: Any
 
 
 _process = Blocks()
-_recomputed: dict[int, Blocks] = {}  # those of the recomputations that are being run, by thread
+_recomputed: dict[int, Blocks] = {}  # the blocks of the running recomputations, by thread
 _state = _State()
 _state.shown = _process
 _lock = threading.Lock()
@@ -68,9 +68,9 @@ _numbers = itertools.count()
 
 
 class Counter:
-    """Numbers the calls of something that has a sequence of seeds, such as a layer of Keras.
+    """Numbers the calls of a layer that has a sequence of seeds, such as a layer of Keras.
 
-    A recomputation counts from where its forward began, so that each call has its number again.
+    A recomputation counts from where its forward began, so that each call gets the same number.
     """
 
     def __init__(self) -> None:
@@ -78,20 +78,21 @@ class Counter:
         _counters.add(self)
 
     def next(self) -> int:
-        """Count a call. One of a forward gives 0; a recomputed one how many calls ago it was.
+        """Count a call, and return how many calls ago its forward was: 0 for a forward itself.
 
-        Raises RuntimeError in a backward that is not torch.utils.checkpoint's.
+        Raises RuntimeError where backward computes the call by other means than
+        torch.utils.checkpoint.
         """
         blocks = now()
         if blocks.call is not None:
-            number = blocks.counts.get(self, 0)  # 0 where it was made after the forward began
+            number = blocks.counts.get(self, 0)  # 0 if the counter was made after the forward began
             blocks.counts[self] = number + 1
             return self.calls - number
         if backward_task() != -1:
             raise RuntimeError(
                 "a layer with a sequence of seeds is computed in backward, by other means than "
-                "torch.utils.checkpoint: it cannot be told which mask of the sequence its forward "
-                "had. Use tridrop.rng(seed) around forward and backward"
+                "torch.utils.checkpoint, so tridrop cannot know which mask of the sequence its "
+                "forward had. Use tridrop.rng(seed) around forward and backward"
             )
         self.calls += 1
         return 0
@@ -101,12 +102,12 @@ _counters: weakref.WeakSet[Counter] = weakref.WeakSet()
 
 
 def _counted(blocks: Blocks) -> dict[Counter, int]:
-    """Where all counters stand."""
+    """How far each counter has come."""
     return {c: c.calls if blocks.call is None else blocks.counts.get(c, 0) for c in _counters}
 
 
 def now() -> Blocks:
-    """The blocks in which the caller is: of its recomputation, or else of the process."""
+    """The blocks around the caller: those of its recomputation, or else those of the process."""
     if _is_compiling():
         shown: Blocks = _state.shown
         return shown
@@ -114,9 +115,9 @@ def now() -> Blocks:
 
 
 def number() -> int | None:
-    """The number of the recomputation that is being run; None outside.
+    """The number of the running recomputation; None outside of one.
 
-    One that is not torch.utils.checkpoint's has that of the backward that it is part of.
+    A recomputation by other means than torch.utils.checkpoint has the number of its backward.
     """
     if _is_compiling():
         return None
@@ -128,7 +129,7 @@ def number() -> int | None:
 
 
 def _place(blocks: Blocks | None) -> Blocks | None:
-    """Set the blocks of this thread's recomputation; returns those that it had."""
+    """Set the blocks of this thread's recomputation, and return those that it had before."""
     with _lock:
         before = _recomputed.pop(_thread(), None)
         if blocks is not None:
@@ -142,13 +143,13 @@ def _place(blocks: Blocks | None) -> Blocks | None:
 
 
 class Carried:
-    """A function that will be computed again, with the blocks that are open as this is made.
+    """A function that will be computed again, with a copy of the blocks that are active now.
 
     Args:
-        function: what is computed again.
-        restores: whether torch's generators are then as they are now; None: as ``function``, a
-            closure of torch.utils.checkpoint, has it.
-        in_forward: whether the first call is that of the forward.
+        function: the function.
+        restores: whether torch restores the state of its generators for the recomputation; None
+            where ``function``, a closure of torch.utils.checkpoint, knows.
+        in_forward: whether the first call is the forward itself.
     """
 
     def __init__(
@@ -157,8 +158,9 @@ class Carried:
         blocks = now()
         self.function, self.in_forward = function, in_forward
         self._restores = restores
-        # A copy, which knows how many calls were counted and which tables of seeds were made: so
-        # all is done again in the same order, which selective checkpointing counts on.
+        # The copy holds the number of calls so far and the tables of seeds that exist already, so
+        # that the recomputation runs the same operators in the same order: selective checkpointing
+        # counts them.
         self.context = None if blocks.context is None else blocks.context.copy()
         self.batch = blocks.batch
         self.counts = _counted(blocks) if _counters else {}
@@ -180,7 +182,7 @@ class Carried:
 
     @property
     def restores(self) -> bool:
-        """Whether torch's generators are as they were in the forward."""
+        """Whether torch's generators have the state that they had in the forward."""
         if self._restores is not None:
             return self._restores
         function: Any = self.function

@@ -1,6 +1,6 @@
-"""How a call comes by its seed: an explicit one, that of the active ``rng``, or a drawn one.
+"""Where a call's seed comes from: it is given, or the active ``rng`` block has it, or it is drawn.
 
-This is bookkeeping of the host; the arithmetic of seeds is in mask.py.
+This file is bookkeeping on the host; the arithmetic of seeds is in mask.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from . import recomputation
 from .mask import as_seed, fold_in, new_seed
 from .recomputation import now
 
-# Sites whose seeds are made ahead, in a few launches a context and not a few launches a call.
+# The seeds of so many sites are made at once: a few launches per block instead of a few per call.
 _TABLE = 1024
-# Calls without a site number are counted in a branch of the streams of their own.
+# Calls without a site number have streams of their own, folded under this number.
 _UNNUMBERED = -1
 
 _is_compiling = torch.compiler.is_dynamo_compiling
@@ -34,22 +34,22 @@ class _Context:
     """The seeds of one ``with rng(seed)`` block."""
 
     def __init__(self, seed: int | Tensor, rank: int | None) -> None:
-        # What as_seed makes of an int is kept beside it: compiled code must not look at the int,
-        # or it would be compiled anew for each.
+        # An int is kept together with its seed tensor: compiled code reads the tensor, since it
+        # would be compiled again for each new int.
         self.compiled = _is_compiling()
         self.seed, self.base, self.rank = seed, as_seed(seed), rank
         self.calls = 0
-        self.sites: set[tuple[int, int]] = set()  # and the batch's origins there
+        self.sites: set[tuple[int, int]] = set()  # (site, origin in the batch) of the calls so far
         self.tables: dict[tuple[bool, torch.device], Tensor] = {}
         self.captured = _capturing()
-        # Where the device is known nothing is left to do inside a compiled call.
+        # A seed tensor has a device, so its tables can be made now and not in a compiled call.
         self.ready = isinstance(seed, Tensor) and not self.compiled
         if self.ready:
             for numbered in (True, False):
                 self.tables[numbered, self.base.device] = self._table(self.base, numbered)
 
     def copy(self) -> _Context:
-        """The same block, where the count of its calls and its tables stand now."""
+        """The block with its present count of calls and its present tables."""
         other = copy.copy(self)
         other.tables = dict(self.tables)
         return other
@@ -66,10 +66,10 @@ class _Context:
         return lasting(torch.stack((base[0].expand(size), folded), dim=1))
 
     def take(self, index: int, numbered: bool, device: torch.device) -> Tensor:
-        """The seed of a site, or of a call by its number."""
+        """The seed of site ``index``, or, without ``numbered``, of call number ``index``."""
         compiling = _is_compiling()
         if compiling and not self.ready:
-            # Without a table: a graph would have to leave it behind in this object.
+            # No table is made here, since the graph would have to store it in this object.
             seed = as_seed(self.seed, device) if self.compiled else self.base.to(device)
             return fold_in(self._branch(seed, numbered), index)
         table = self.tables.get((numbered, device))
@@ -77,31 +77,31 @@ class _Context:
             if device.type == "cuda" and not self.captured and _capturing():
                 raise RuntimeError(
                     f"a CUDA graph is being captured, and the tridrop.rng block around it has no "
-                    f"seed number {index} on {device} yet: it would be made in the graph's own "
-                    "memory, where only replays fill it in. Give rng a seed tensor on that device, "
+                    f"seed number {index} on {device} yet: the seed would be made in the graph's "
+                    "own memory, which only replays fill. Give rng a seed tensor on that device, "
                     "make one such call before the capture, or enter rng inside the capture"
                 )
             size = max(_TABLE, 2 * index)
             if compiling:
                 return self._table(as_seed(self.base, device), numbered, size)[index]
-            # In a dispatch mode, a fake one perhaps, of tensors made in it alone.
-            known = self.base.device == device and not dispatch_modes()
-            seed = self.base if known else as_seed(self.seed, device)
+            # A dispatch mode, perhaps a fake-tensor mode, must see tensors made inside it alone.
+            reusable = self.base.device == device and not dispatch_modes()
+            seed = self.base if reusable else as_seed(self.seed, device)
             table = self._table(seed, numbered, size)
-            if type(table) is Tensor:  # not what a fake mode makes, which ends before the block
+            if type(table) is Tensor:  # a fake tensor is not kept: its mode ends before the block
                 self.tables[numbered, device] = table
         return table[index]
 
 
 def _capturing() -> bool:
-    """Whether what is launched now goes into a CUDA graph, and runs when that is replayed."""
+    """Whether launches are being captured into a CUDA graph, which runs them at each replay."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return False
     return torch.cuda.is_current_stream_capturing()
 
 
 class _State:
-    # What the warnings, each given once, have to know: whether there was a block of rng.
+    # Each warning is given once; one of them needs to know whether there was ever an rng block.
     entered = False
     warned_of_generator = False
     warned_of_others = False
@@ -112,24 +112,24 @@ _state = _State()
 
 @contextmanager
 def rng(seed: int | Tensor, *, fold_rank: Any = None) -> Iterator[None]:
-    """Give every tridrop call inside the block, that has no seed of its own, one under ``seed``.
+    """Derive the seeds of all tridrop calls inside the block, except explicit ones, from ``seed``.
 
     A module of tridrop.nn that :func:`tridrop.nn.number_sites` has numbered takes
     ``fold_in(seed, site)``: its mask does not depend on the order of calls, so activation
     checkpointing, pipelining and compilation keep it. Every other call takes the next number of a
-    count that begins anew in each block.
+    count that starts again in each block.
 
-    What torch.utils.checkpoint recomputes in backward has the seeds of its forward, wherever
-    backward is called: inside the block, behind it or in another. The setting is process-wide: do
-    not enter it in several threads at once.
+    A recomputation by torch.utils.checkpoint has the seeds of its forward wherever backward is
+    called: inside the block, after it or in another one. The setting is process-wide: do not enter
+    it in several threads at once.
 
     Args:
         seed: an int or a seed tensor. Under torch.compile a tensor on the device of the data is
             best, made outside the compiled region: it enters the graph as an input.
-        fold_rank: gives processes that share ``seed`` masks of their own, those of
-            ``fold_in(seed, rank)``: the rank as an int; True for that among all processes of
-            torch.distributed; or a process group or DeviceMesh, for that in it. For a mesh of
-            several dimensions, :func:`tridrop.distributed.mesh_seed` says which share.
+        fold_rank: gives each of the processes that share ``seed`` masks of its own, those of
+            ``fold_in(seed, rank)``. Give the rank as an int; True for the rank among all processes
+            of torch.distributed; or a process group or DeviceMesh for the rank in it. On a mesh of
+            several dimensions :func:`tridrop.distributed.mesh_seed` says which processes share.
 
     >>> import tridrop
     >>> with tridrop.rng(7):
@@ -151,7 +151,7 @@ def rng(seed: int | Tensor, *, fold_rank: Any = None) -> Iterator[None]:
 
 
 def _rank(of: Any) -> int:
-    """The number to fold for ``rng(fold_rank=of)``."""
+    """The number that ``rng(fold_rank=of)`` folds into the seed."""
     if isinstance(of, int) and of is not True:
         return of
     if of is True:
@@ -171,25 +171,25 @@ def _rank(of: Any) -> int:
 
 @contextmanager
 def batch_slice(origin: int, size: int) -> Iterator[None]:
-    """What is computed inside is samples ``origin .. origin + size - 1`` of a larger batch.
+    """Inside the block, calls get samples ``origin .. origin + size - 1`` of a larger batch.
 
-    Masks are then the rows of the masks of the whole batch: data-parallel ranks, microbatches and
-    the turns of gradient accumulation, each under the same seed, drop what one process would that
-    sees all samples at once. It holds for every tridrop call without a ``shard`` of its own, by
-    the size of the first dimension of its result (attention: of its batch):
+    Their masks are then rows of the masks of the whole batch: data-parallel ranks, microbatches and
+    the steps of gradient accumulation, all under one seed, drop exactly what a single process with
+    the whole batch would drop. This holds for every tridrop call without a ``shard`` of its own.
+    The size of its result's first dimension (in attention, of its batch) decides how:
 
     ===================  ====================================================================
     size                 one index per sample, beginning at ``origin``
-    k * size             k indices a sample, samples outermost, beginning at ``k * origin``
-    1, and size > 1      the same for all samples, such as position embeddings: as without this
+    k * size             k indices per sample, samples outermost, beginning at ``k * origin``
+    1, and size > 1      shared by all samples, such as position embeddings: as without the block
     anything else        ValueError
     ===================  ====================================================================
 
-    So samples must come first: of ``[L, N, E]`` (``batch_first=False``), and of tokens that a model
-    sorts by expert, give a ``shard`` to each call instead.
+    So samples must come first. For ``[L, N, E]`` (``batch_first=False``), and for tokens that a
+    model sorts by expert, give each call a ``shard`` instead.
 
-    What torch.utils.checkpoint recomputes in backward is the slice that it was in its forward,
-    wherever backward is called. Process-wide, as :func:`tridrop.rng`.
+    A recomputation by torch.utils.checkpoint has the slice of its forward, wherever backward is
+    called. The setting is process-wide, as that of :func:`tridrop.rng`.
 
     >>> import tridrop
     >>> x = torch.ones(4, 8)
@@ -210,22 +210,22 @@ def batch_slice(origin: int, size: int) -> Iterator[None]:
 
 
 def in_batch() -> bool:
-    """Whether a :func:`batch_slice` block is being run."""
+    """Whether a :func:`batch_slice` block is active."""
     return now().batch is not None
 
 
 def refuse_batch(name: str) -> None:
-    """Raise inside a :func:`batch_slice` block: an op's choices have no place in a batch."""
+    """Raise inside a :func:`batch_slice` block, for an op that depends on all samples it gets."""
     if in_batch():
         raise ValueError(
-            f"{name} chooses among the samples that it is given, which have no place in a larger "
-            "batch: leave it out of batch_slice, with a seed for each rank, such as "
-            "tridrop.fold_in(seed, rank)"
+            f"{name} depends on all the samples that it is given, so a slice of a batch would give "
+            "another result than the whole: call it outside of batch_slice, with a seed for each "
+            "rank, such as tridrop.fold_in(seed, rank)"
         )
 
 
 def batch_origin(count: int) -> int:
-    """Where the first of ``count`` indices of a first dimension lies, of a whole batch."""
+    """The place in the whole batch of a first dimension that has ``count`` indices."""
     batch = now().batch
     if batch is None:
         return 0
@@ -235,21 +235,21 @@ def batch_origin(count: int) -> int:
     if count == 1:
         return 0
     raise ValueError(
-        f"a tensor with {count} indices in its first dimension, inside batch_slice(origin={origin},"
-        f" size={size}): it has neither one for each sample, nor a multiple, nor one for all. Give "
-        "the call a shard=, or leave it out of the block"
+        f"a tensor has {count} indices in its first dimension, inside batch_slice(origin={origin},"
+        f" size={size}), where it needs one index per sample, a multiple of that, or one for all "
+        "samples. Give the call a shard=, or make it outside of the block"
     )
 
 
 def active() -> bool:
-    """Whether a :func:`rng` block is being run."""
+    """Whether an :func:`rng` block is active."""
     return now().context is not None
 
 
 def seed_for(device: torch.device, seed: int | Tensor | None, site: int | None = None) -> Tensor:
-    """The seed tensor of one call: the given one, or the active rng's, or a drawn one.
+    """The seed tensor of one call: the given seed, or one from the active rng, or a drawn one.
 
-    Raises RuntimeError where a recomputation in backward could not have the mask of its forward.
+    Raises RuntimeError where a recomputation in backward would get another mask than its forward.
     """
     if seed is not None:
         return as_seed(seed, device)
@@ -272,15 +272,15 @@ def seed_for(device: torch.device, seed: int | Tensor | None, site: int | None =
 
 
 def host_seed(seed: int | Tensor | None, site: int | None = None) -> Tensor:
-    """The seed of a decision that the host takes: on the CPU, drawn from the CPU's generator.
+    """A seed for the host's own decisions: on the CPU, drawn from the CPU's generator.
 
-    It waits for an accelerator only where the seed that is given, or that of the active rng, is a
-    tensor there.
+    It waits for an accelerator only where the given seed, or that of the active rng, is a tensor
+    on one.
     """
     context = now().context
     given = seed if seed is not None or context is None else context.base
     device = given.device if isinstance(given, Tensor) else torch.device("cpu")
-    return seed_for(device, seed, site).cpu().resolve_neg()  # its memory is read
+    return seed_for(device, seed, site).cpu().resolve_neg()  # callers read its memory
 
 
 def _use(blocks: recomputation.Blocks, site: int) -> tuple[int, int]:
@@ -292,23 +292,23 @@ def _note_use(blocks: recomputation.Blocks, site: int) -> None:
     if use in sites:
         warnings.warn(
             f"site {site} was called twice in one tridrop.rng block: both calls have the same "
-            "mask. Give each place in the model a module of its own, and each step a seed of its "
-            "own: tridrop.fold_in(seed, step)",
+            "mask. Use a separate module at each place of the model, and a separate seed in each "
+            "step: tridrop.fold_in(seed, step)",
             stacklevel=5,
         )
     sites.add(use)
 
 
 def _check_unknown(blocks: recomputation.Blocks, site: int | None) -> None:
-    """Of a call inside backward that is not torch.utils.checkpoint's, which carries no blocks."""
+    """Check a call in backward that torch.utils.checkpoint does not run, and so without blocks."""
     if blocks.context is None:
         if _state.entered and not _state.warned_of_others:
             _state.warned_of_others = True
             warnings.warn(
                 "a tridrop call is computed in backward, by other means than torch.utils."
-                "checkpoint, and draws its seed. If it is a recomputation whose forward ran inside "
-                "tridrop.rng, its mask is another and gradients are wrong: call backward() inside "
-                "the same block, or give the call an explicit seed",
+                "checkpoint, and draws a new seed. If it recomputes a forward that ran inside "
+                "tridrop.rng, it has another mask than that forward and the gradients are wrong: "
+                "call backward() inside the same block, or give the call an explicit seed",
                 stacklevel=4,
             )
     elif site is None or _use(blocks, site) not in blocks.context.sites:
@@ -327,7 +327,7 @@ def _check_unknown(blocks: recomputation.Blocks, site: int | None) -> None:
 
 
 def _check_generator(call: recomputation.Carried) -> None:
-    """Of a recomputation that draws its seed from torch's generator."""
+    """Warn of a recomputation that draws its seed from a generator with another state."""
     if _state.warned_of_generator or call.restores:
         return
     _state.warned_of_generator = True
@@ -341,13 +341,13 @@ def _check_generator(call: recomputation.Carried) -> None:
 
 
 def number_sites(model: nn.Module, first: int = 0) -> int:
-    """Number the dropout sites of ``model`` by their place in it; returns the next free number.
+    """Number the dropout sites of ``model`` by their place in it; return the next free number.
 
     A site is a module with an attribute ``site``, as all modules of tridrop.nn that drop have, or a
     place in the forward of a module that :func:`tridrop.swap` has rewritten (and numbered). The
-    numbers follow ``model.modules()``, those of Keras' layers its own order; call it once the model
-    is whole, since copies of a module copy its number. It is what gives a module the same stream of
-    :func:`tridrop.rng` in every run, whatever the order of calls.
+    numbers follow the order of ``model.modules()``; Keras' layers are numbered in Keras' own order.
+    Call it when the model is complete, since a copy of a module copies its number. The number gives
+    a module the same stream of :func:`tridrop.rng` in every run, whatever the order of calls.
 
     >>> import tridrop
     >>> model = nn.Sequential(tridrop.nn.Dropout(0.1), nn.ReLU(), tridrop.nn.Dropout(0.1))
@@ -357,12 +357,12 @@ def number_sites(model: nn.Module, first: int = 0) -> int:
     check_module(model)
     first = check_whole(first, "first", 0)
     for module in all_modules(model):
-        own = module.__dict__
-        if "_tridrop_count" in own:
-            if "_tridrop_attention_site" in own:
-                own["_tridrop_attention_site"] += first - own.get("_tridrop_site", 0)
-            own["_tridrop_site"] = first
-            first += own["_tridrop_count"]
+        attributes = module.__dict__
+        if "_tridrop_count" in attributes:
+            if "_tridrop_attention_site" in attributes:
+                attributes["_tridrop_attention_site"] += first - attributes.get("_tridrop_site", 0)
+            attributes["_tridrop_site"] = first
+            first += attributes["_tridrop_count"]
         if hasattr(module, "site"):
             module.site = first  # type: ignore[assignment]
             first += 1

@@ -1,4 +1,4 @@
-"""The public functions: validate, draw the seed, call autograd."""
+"""The public functions: they check their arguments, draw the seed and call the op."""
 
 from .attention import scaled_dot_product_attention, scaled_dot_product_attention_backward
 from .depth import drop_path_subset, layer_drop, stochastic_depth

@@ -30,7 +30,7 @@ def _same_batch(
     tensors = [t[None] if t.dim() == 2 else t for t in (query, key, value)]
     first, *others = (t.shape[:-3] for t in tensors)
     try:
-        same = all(other == first for other in others)  # that is usual, and the other call slow
+        same = all(other == first for other in others)  # as usual; broadcast_shapes is slow
         batch = first if same else torch.broadcast_shapes(first, *others)
     except RuntimeError:
         raise ValueError(
@@ -52,9 +52,9 @@ def _same_batch(
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as torch's own function takes them under torch.autocast."""
+    """The tensors, cast under torch.autocast as torch's own function casts them."""
     if not all(isinstance(t, Tensor) for t in tensors):
-        return list(tensors)  # refused below
+        return list(tensors)  # the checks refuse them
     dtype = spec.autocast_dtype(tensors[0].device)
     if dtype is None:
         return list(tensors)
@@ -66,9 +66,9 @@ class _Checked(NamedTuple):
 
     # Query, key, value, mask, key_mask, sinks and both offsets, in the op's dimensions.
     tensors: tuple[Tensor | None, ...]
-    options: AttentionOptions  # all but the rate
+    options: AttentionOptions  # without the rate
     outer: tuple[int, ...]  # the result's dimensions before the queries
-    batch: int | None  # the number of sequences, None where a shard says which they are
+    batch: int | None  # the number of sequences; None where a shard says which ones they are
 
 
 def _checked(
@@ -87,7 +87,7 @@ def _checked(
     packing: tuple[Tensor | None, Tensor | None, int | None, int | None],
     shard: ShardLike | None,
 ) -> _Checked:
-    """The call as the op takes it; raises where it may not be made."""
+    """The call in the form that the op takes; raises where an argument is not allowed."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
     spec_attention.check_dtypes(query, key=key, value=value)
     spec_values.check_flag(is_causal, "is_causal")
@@ -114,11 +114,11 @@ def _checked(
         keys = spec_attention.resolve_longest(max_seqlen_k, keys, cu_seqlens_k, "max_seqlen_k")
     lower, upper = spec_attention.resolve_band(is_causal, window)
     mask = attn_mask
-    if type(mask).__name__ == "CausalBias":  # its module imports triton, so it is not named here
+    if type(mask).__name__ == "CausalBias":  # the import of the class would import triton
         if is_packed or shard is not None or upper is not None or lower is not None:
             raise ValueError(
-                "attn_mask is a CausalBias, which goes with none of is_causal, window, shard and "
-                "cu_seqlens: use is_causal=True or a bool mask"
+                "attn_mask is a CausalBias, which cannot be combined with is_causal, window, shard "
+                "or cu_seqlens: use is_causal=True or a bool mask"
             )
         lower_right = mask.variant.name == "LOWER_RIGHT"  # type: ignore[union-attr]
         upper = keys - queries if lower_right else 0
@@ -128,18 +128,18 @@ def _checked(
     spec_attention.check_sinks(sinks, heads, query)
     local = (batch, heads, 0, 0) if is_packed else (batch, heads, queries, keys)
     origin = spec_attention.resolve_origin(shard, local)
-    apart = origin[2] - origin[3]  # local indices differ by this from those of the whole
+    offset = origin[2] - origin[3]  # key - query in local indices is larger by this
     options = AttentionOptions(
         scale=spec_attention.resolve_scale(scale, 1 / math.sqrt(query.shape[-1])),
-        lower=None if lower is None else lower + apart,
-        upper=None if upper is None else upper + apart,
+        lower=None if lower is None else lower + offset,
+        upper=None if upper is None else upper + offset,
         softcap=spec_attention.resolve_softcap(softcap),
         origin=origin,
         max_query=queries,
         max_key=keys,
     )
-    alone = query.dim() < 4 and not is_packed  # no batch dimension
-    sequences = None if shard is not None or alone else batch
+    unbatched = query.dim() < 4 and not is_packed
+    sequences = None if shard is not None or unbatched else batch
     tensors = (q, k, v, as_four(mask, leading), key_mask, sinks, cu_seqlens_q, cu_seqlens_k)
     return _Checked(tensors, options, outer, sequences)
 
@@ -147,7 +147,7 @@ def _checked(
 def _settled(
     call: _Checked, p: float | Tensor, seed: int | Tensor | None
 ) -> tuple[AttentionInputs, AttentionOptions]:
-    """All tensors of a checked call, and its options, with what is random in them."""
+    """All tensors of a checked call, with its seed, and its options, with the rate."""
     query = call.tensors[0]
     assert query is not None
     options, p_tensor, drawn = settle_attention(
@@ -179,55 +179,56 @@ def scaled_dot_product_attention(
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention with dropout of its probabilities, in memory linear in the lengths.
+    """Attention with dropout on its probabilities, in memory that grows linearly with the lengths.
 
         score = scale * query key^T;   score = softcap * tanh(score / softcap) + attn_mask
         P = exp(score - lse),   lse = log(sum over keys of exp(score) + exp(sink))
         out = where(keep, P / (1 - p), 0) value
 
     The first eight parameters are those of
-    :func:`torch.nn.functional.scaled_dot_product_attention` and mean the same. Neither pass holds
-    anything of the size of the scores: forward keeps a running maximum and sum (Milakov,
-    Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
-    2022), backward starts from ``lse`` and draws the mask again. Gradients are deterministic: every
-    sum has one order and no atomics.
+    :func:`torch.nn.functional.scaled_dot_product_attention` and mean the same. Neither forward nor
+    backward holds a tensor of the size of the scores: forward keeps a running maximum and sum
+    (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al.,
+    "FlashAttention", 2022), and backward starts from ``lse`` and draws the mask again. Gradients
+    are deterministic: every sum has one order, and there are no atomics.
 
     Args:
         query: ``[..., H, L, E]``; float16, bfloat16, float32, or float64 (reference backend).
             Under torch.autocast query, key and value are cast as for torch's function.
         key, value: ``[..., H, S, E]`` and ``[..., H, S, Ev]`` of the same dtype. Any strides.
             The Triton backend takes E and Ev up to 256.
-        attn_mask: bool (True takes part) or floating-point (added to the scores), broadcastable to
-            ``[..., H, L, S]``; it is read through its strides, never expanded, and its gradient is
-            summed over the dimensions that it shares. A causal bias of torch.nn.attention.bias,
-            upper left or lower right, is understood, too.
-        dropout_p: the probability of dropping; like torch's function, this one drops whenever it is
-            not 0, so pass 0.0 in evaluation. A 0-d tensor serves schedules.
-        is_causal: query i sees the keys j <= i, also where L != S. May be combined with every mask.
+        attn_mask: bool (True: the key takes part) or floating-point (added to the scores),
+            broadcastable to ``[..., H, L, S]``. It is read through its strides and never expanded,
+            and its gradient is summed over the dimensions along which it is broadcast. A causal
+            bias of torch.nn.attention.bias, upper left or lower right, is accepted too.
+        dropout_p: the probability of dropping. As in torch's function, dropout happens whenever it
+            is not 0, so pass 0.0 in evaluation. Give schedules a 0-d tensor.
+        is_causal: query i sees the keys j <= i, also where L != S. It combines with every mask.
         scale: by default ``1 / sqrt(E)``.
         enable_gqa: key and value have fewer heads, each shared by ``H / Hkv`` query heads.
-        window: ``(left, right)``: query i sees the keys from i - left to i + right, None for no
-            bound, an int for both.
-        key_mask: bool ``[batch, S]``, True where a key takes part: padding.
-        sinks: ``[H]``, one logit per head, that takes part in the softmax and has no value (Xiao et
+        window: ``(left, right)``: query i sees the keys from i - left to i + right. None stands for
+            no bound, and an int for both.
+        key_mask: bool ``[batch, S]``, True where a key takes part and False for padding.
+        sinks: ``[H]``, one logit per head that takes part in the softmax but has no value (Xiao et
             al., "Efficient streaming language models with attention sinks", 2023; GPT-OSS).
         softcap: bounds the scores to (-softcap, softcap), before the mask (Gemma 2).
-        cu_seqlens_q, cu_seqlens_k: int32 offsets, sequences + 1, of sequences packed along the
-            tokens of ``[1, H, tokens, E]`` (or without the 1). A token sees its own sequence alone;
-            masks, windows and the dropout's coordinates count from the sequence's start, with the
-            sequence for the batch: ``attn_mask`` then broadcasts to [sequences, H, longest,
-            longest]. Tokens behind the last offset give zeros. Offsets on an accelerator are not
-            checked, for that would wait for it.
+        cu_seqlens_q, cu_seqlens_k: int32 tensors with sequences + 1 offsets, for sequences that are
+            packed along the tokens of ``[1, H, tokens, E]`` (or without the 1). A token sees only
+            its own sequence. Masks, windows and the dropout's coordinates count from the start of a
+            sequence, and the number of the sequence takes the place of the batch index:
+            ``attn_mask`` then broadcasts to [sequences, H, longest, longest]. Tokens behind the
+            last offset give zeros. Offsets on an accelerator are not checked, because reading them
+            would wait for it.
         max_seqlen_q, max_seqlen_k: bounds of the packed lengths, by default the number of tokens; a
-            tight one saves empty blocks.
+            tight bound saves empty blocks.
         return_lse: also return ``lse``, ``[..., H, L]`` in float32, differentiable.
         shard: where the scores lie in a larger ``[B, H, L, S]``: ``tridrop.Shard(global_shape,
-            origin)``. The dropout mask, is_causal and window then are those of the whole.
+            origin)``. The dropout mask, is_causal and window are then those of the larger tensor.
         seed: as in :func:`tridrop.dropout`; :func:`tridrop.attention_keep_mask` exports the mask.
 
     Returns:
-        ``[..., H, L, Ev]`` of query's dtype. A query with nothing to attend to gives zeros, has
-        ``lse`` -inf and gradients of zero, as torch's function gives zeros for it.
+        ``[..., H, L, Ev]`` of query's dtype. A query whose keys are all excluded gives zeros, as in
+        torch's function; its ``lse`` is -inf and its gradients are zeros.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; dropout_p outside [0, 1];
@@ -242,13 +243,13 @@ def scaled_dot_product_attention(
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     operands = (query, key, value, attn_mask, key_mask, sinks)
     kept = None
-    # One by one: Dynamo of torch 2.11 cannot compare tuples with tensors in them.
-    whole = cu_seqlens_q is None and cu_seqlens_k is None
+    # Each is compared by itself: Dynamo of torch 2.11 cannot compare tuples that hold tensors.
+    unpacked = cu_seqlens_q is None and cu_seqlens_k is None
     flags = (is_causal is False or is_causal is True) and (
         enable_gqa is False or enable_gqa is True
     )
-    if flags and whole and max_seqlen_q is None and max_seqlen_k is None:
-        # True and 1.0 equal 1, and only one of them may be refused.
+    if flags and unpacked and max_seqlen_q is None and max_seqlen_k is None:
+        # The types are part of the key: True and 1.0 equal 1, but True is refused.
         numbers = (type(scale), scale, type(softcap), softcap, spec_attention.typed(window))
         settings = ("attention", *numbers, is_causal, enable_gqa)
         kept = known.key_of(settings, dropout_p, None, shard, *operands)
@@ -273,7 +274,7 @@ def scaled_dot_product_attention(
     inputs, options = _settled(call, dropout_p, seed)
     alone = None if return_lse else torchs_attention(inputs, options)
     if alone is None:
-        packed = ops.pack_attention(options, backends.choose(query.device))
+        packed = ops.pack_attention(options, backends.name_for(query.device))
         results = apply(Attention, *inputs, packed)
     else:
         results = (alone,)
@@ -301,22 +302,22 @@ def scaled_dot_product_attention_backward(
     shard: ShardLike | None = None,
     seed: int | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a block of keys adds to the gradients of attention over many blocks.
+    """The part of one block of keys in the gradients of attention over many blocks.
 
         P = exp(score - lse);    dP = where(keep, grad value^T / (1 - p), 0)
         dS = P * (dP - sum(grad * out));    dq = scale * dS key,    dk = scale * dS^T query
         dv = where(keep, P / (1 - p), 0)^T grad
 
-    ``out`` and ``lse`` are those of all keys, combined from the blocks' own, as ring attention does
-    (Liu, Zaharia, Abbeel, "Ring attention with blockwise transformers", 2023; docs/distributed.md
-    has one): a block's gradients need nothing else of the others. The gradients of the query sum
-    over the blocks of keys, those of keys and values over the blocks of queries. Not
-    differentiable.
+    ``out`` and ``lse`` are the results over all keys, combined from those of the blocks, as in ring
+    attention (Liu, Zaharia, Abbeel, "Ring attention with blockwise transformers", 2023;
+    docs/distributed.md has an example). A block's gradients need nothing else from the other
+    blocks. Sum the gradients of the query over the blocks of keys, and those of keys and values
+    over the blocks of queries. The function is not differentiable.
 
     Args:
         grad, out: ``[B, H, L, Ev]``; lse: ``[B, H, L]``.
         query, key, value: ``[B, H, L, E]``, ``[B, Hkv, S, E]`` and ``[B, Hkv, S, Ev]``.
-        seed: the one of the forward; the others as there, too.
+        seed: the seed of the forward. All other arguments are as in the forward too.
 
     Returns:
         The gradients of query, key and value, in their dtypes.
@@ -348,7 +349,7 @@ def scaled_dot_product_attention_backward(
             None, softcap, (None,) * 4, shard,
         )  # fmt: skip
         inputs, options = _settled(call, dropout_p, seed)
-        packed = ops.pack_attention(options, backends.choose(query.device))
+        packed = ops.pack_attention(options, backends.name_for(query.device))
         needs = [True, True, True, False, False]
         given = (grad, None, out, lse, *inputs, *packed, needs, True)
         dquery, dkey, dvalue, *_ = ops.attention.attention_backward(*given)

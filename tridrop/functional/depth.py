@@ -28,11 +28,11 @@ def stochastic_depth(
     *,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Drop a residual branch, of single samples or of the whole batch; torchvision's function.
+    """Drop a residual branch, for single samples or for the whole batch; torchvision's function.
 
         out = where(keep, input / (1 - p), 0)
 
-    with a decision for each index of the first dimension (``mode="row"``) or one for all
+    with one decision per index of the first dimension (``mode="row"``) or one for all
     (``mode="batch"``). Huang et al., "Deep networks with stochastic depth", ECCV 2016. The masks
     are those of :func:`tridrop.dropout` with a ``noise_shape`` of ``(None, 1, ...)`` or
     ``(1, 1, ...)``.
@@ -61,24 +61,24 @@ def drop_path_subset(
     *,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """A residual branch that is computed for the samples that keep it, and for no others.
+    """A residual branch that is computed only for the samples that keep it.
 
         kept = k of the b samples,    k = max(1, floor(b (1 - p)))
         out = x;    out[kept] += b / k * branch(x[kept])
 
-    Stochastic depth with a fixed number of samples, which saves the work of the others (Oquab et
-    al., "DINOv2: learning robust visual features without supervision", 2023, section 5). The
-    expectation is that of ``x + branch(x)`` whatever p. ``kept`` is :func:`tridrop.kept_indices` of
-    ``(b,)``, in rising order. Backward keeps the indices.
+    This is stochastic depth with a fixed number of samples, which saves the work for the others
+    (Oquab et al., "DINOv2: learning robust visual features without supervision", 2023, section 5).
+    For every p the expectation is that of ``x + branch(x)``. ``kept`` is
+    :func:`tridrop.kept_indices` of ``(b,)``, in rising order. Backward keeps the indices.
 
-    Dropouts inside the branch see the k samples as their batch: their masks are those of the
-    positions in it. A batch norm sees the k samples, too.
+    The k samples are the batch of dropouts inside the branch, whose masks belong to the positions
+    in it, and of batch norms.
 
     Args:
         x: the stream, [b, ...].
         branch: a function of [k, ...] that gives [k, ...].
-        p: the rate of dropping, a number in [0, 1]. At 1 no sample keeps its branch, which is then
-            not called; below, at least one does.
+        p: the rate of dropping, a number in [0, 1]. At 1 no sample keeps its branch, and the branch
+            is not called; below 1 at least one sample keeps it.
         training: False gives ``x + branch(x)``, as p = 0 does.
         seed: as in :func:`tridrop.dropout`.
 
@@ -115,7 +115,7 @@ def drop_path_subset(
         )
     dtype = torch.promote_types(x.dtype, out.dtype)  # as x + branch(x) promotes
     scaled = out.to(dtype) * (batch / k)
-    # Not index_add, which keeps the branch's result for backward, to know its shape.
+    # index_add would keep the branch's result for backward, to know its shape.
     return x.to(dtype).index_put((kept,), scaled, accumulate=True)
 
 
@@ -126,16 +126,17 @@ def layer_drop(
     *,
     seed: int | Tensor | None = None,
 ) -> list[_T]:
-    """The layers that are left of a stack in which each is skipped with probability ``p``.
+    """The layers that remain of a stack in which each layer is skipped with probability ``p``.
 
     Fan, Grave, Joulin, "Reducing transformer depth on demand with structured dropout", ICLR 2020.
     Nothing is scaled, in training or in evaluation. A skipped layer costs nothing, and a network
-    trained so can do with fewer. Layer i stays where ``tridrop.keep_mask(seed, (n,), p)[i]``.
+    that was trained in this way also works with fewer layers. Layer i remains where
+    ``tridrop.keep_mask(seed, (n,), p)[i]`` is True.
 
-    The host must know which layers to run. A seed that is an int (also that of
-    :func:`tridrop.rng`), or that is drawn, which here happens from the CPU's generator, costs no
-    wait; a seed tensor on an accelerator does. torch.compile breaks its graph here, and a captured
-    CUDA graph repeats one choice.
+    The host must know which layers to run. It does not wait for an accelerator if the seed is an
+    int (here or in :func:`tridrop.rng`) or is drawn, which happens from the CPU's generator; it
+    does wait for a seed tensor on an accelerator. torch.compile breaks its graph here, and a
+    captured CUDA graph always runs the same layers.
 
     Args:
         layers: any sequence.
@@ -158,8 +159,8 @@ def layer_drop(
 
 
 def left_layers(layers: Sequence[_T], p: float, seed: Tensor) -> list[_T]:
-    """What :func:`layer_drop` leaves, by a seed tensor on the CPU."""
-    # The reference serves the host always; the chosen backend perhaps an accelerator alone.
+    """The result of :func:`layer_drop` for a seed tensor on the CPU."""
+    # The reference can always run on the host; the named backend perhaps only on an accelerator.
     reference = backends.load("reference")
     keep = reference.keep_mask(seed, (len(layers),), None, Options(p=float(p)), "elements")
     return [layer for layer, kept in zip(layers, keep.tolist(), strict=True) if kept]

@@ -35,15 +35,15 @@ def drop_block2d(
         gamma = p * (H W / block_size^2) / ((H - block_size + 1) (W - block_size + 1))
 
     (Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks", NeurIPS
-    2018.) Blocks may overlap, so that less than p is dropped, even where p is 1: about 1 - exp(-p)
-    where blocks are much smaller than the map. The starts are ``~tridrop.keep_mask(seed, (N, C,
-    H - block_size + 1, W - block_size + 1), gamma)``. The scale is that of the whole batch.
+    2018.) Blocks may overlap, so that a smaller part than p is dropped, even where p is 1: about
+    1 - exp(-p) where blocks are much smaller than the map. The starts are ``~tridrop.keep_mask(
+    seed, (N, C, H - block_size + 1, W - block_size + 1), gamma)``. The whole batch has one scale.
     Backward draws the blocks again and stores none.
 
     Args:
         input: [N, C, H, W]; float16, bfloat16, float32 or float64.
-        p: about the part to drop, a number in [0, 1].
-        block_size: the side of a block, odd; that of the map where this is smaller.
+        p: approximately the part to drop, a number in [0, 1].
+        block_size: the side of a block, odd; a smaller map has blocks of its own size.
         inplace: write the result into ``input`` and return it.
         eps: keeps the scale finite where everything is dropped; finite, 0 or more.
         training: False returns ``input`` itself, as p = 0 does.
@@ -119,7 +119,7 @@ def _drop_block(
 def _blocks(
     seed: Tensor, shape: Sequence[int], p: float, size: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The rule of DropBlock."""
+    """(keep, scale) of DropBlock."""
     dims = len(shape) - 2
     starts = [n - size + 1 for n in shape[2:]]
     gamma = p * (math.prod(shape[2:]) / (size**dims * math.prod(starts)))

@@ -1,4 +1,4 @@
-"""DropConnect: weights dropped in the place of activations."""
+"""DropConnect: dropout on weights instead of activations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from .. import backends
 from ..contract.seeds import seed_for
-from ..ops.remade import Remade, remade
+from ..ops.remade import Recipe, remade
 from ..spec import elementwise as spec
 from ..spec.product import check_matrix, check_same_dtype, product_dtype
 from .elementwise import dropout, in_batch
 from .product import dropped_product
 
-# Rows of x up to which the mask is applied as the product loads the weight, on the Triton backend.
-# A dropped weight in memory costs writing and reading it once more each way, whatever the batch; a
-# product of the kernel's kind is made for few rows.
+# With at most so many rows of x, the Triton backend applies the mask while the product loads the
+# weight. A dropped weight in memory would be written and read once more in forward and in backward,
+# whatever the batch; the fused product is made for few rows.
 FUSED_ROWS = 64
 
 
@@ -35,9 +35,10 @@ def dropconnect_linear(
         out = x @ dropout(weight)^T + bias
 
     (Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of neural networks using DropConnect", ICML
-    2013; scaled in training by 1 / (1 - p), so that evaluation takes the weights as they are.) The
-    dropped weight is never kept for backward, which draws it again; up to 64 rows of x the Triton
-    backend applies the mask as the product loads the weight, and writes no dropped weight at all.
+    2013; scaled in training by 1 / (1 - p), so that evaluation uses the weights as they are.) The
+    dropped weight is never kept for backward, which draws it again. For up to 64 rows of x the
+    Triton backend applies the mask while the product loads the weight, and never writes the dropped
+    weight to memory.
 
     Args:
         x: [..., in].
@@ -70,25 +71,25 @@ def dropconnect_linear(
         return F.linear(x, weight, bias)
     seed = seed_for(x.device, seed)
     rows = x.numel() // max(1, x.shape[-1])
-    fused = backends.choose(x.device) == "triton" and 0 < rows <= FUSED_ROWS
+    fused = backends.name_for(x.device) == "triton" and 0 < rows <= FUSED_ROWS
     if fused:
-        # The roles of a LoRA's product are exchanged: the weight is the matrix that is dropped.
+        # Compared with LoRA's product the roles are exchanged: the weight is the dropped matrix.
         whole = in_batch(weight.shape, dim=None)
         out = dropped_product(weight, (x.reshape(rows, -1),), p, True, shard=whole, seeds=(seed,))
         out = out.T.reshape(*x.shape[:-1], weight.shape[0])
         return out if bias is None else out + bias.to(out.dtype)
-    if autocast:  # first, as what a linear layer keeps is the weight that autocast has made
+    if autocast:  # cast before dropping: a linear layer keeps the weight that autocast has cast
         weight = weight.to(product_dtype(x, weight))
-    dropped, rule = drop_weight(weight, p, seed)
-    with remade([(dropped, rule)]):
+    dropped, recipe = drop_weight(weight, p, seed)
+    with remade([(dropped, recipe)]):
         return F.linear(x, dropped, bias)
 
 
-def drop_weight(weight: Tensor, p: float | Tensor, seed: int | Tensor) -> tuple[Tensor, Remade]:
-    """A weight, dropped, and the rule that draws it again: for :func:`ops.remade`."""
+def drop_weight(weight: Tensor, p: float | Tensor, seed: int | Tensor) -> tuple[Tensor, Recipe]:
+    """A dropped copy of a weight, and the recipe that draws it again: for ``ops.remade``."""
     draw = partial(_draw, p=p, seed=seed)
-    what = "a weight whose dropped copy backward draws again"
-    return draw(weight), Remade(draw, (weight,), ("weight",), what)
+    what = "a dropped weight is drawn again in backward"
+    return draw(weight), Recipe(draw, (weight,), ("weight",), what)
 
 
 def _draw(weight: Tensor, p: float | Tensor, seed: int | Tensor) -> Tensor:

@@ -30,9 +30,9 @@ _O = TypeVar("_O", bound=Options)
 
 
 def in_batch(shape: Sequence[int], shard: Shard | None = None, dim: int | None = 0) -> Shard | None:
-    """Where a tensor of ``shape`` lies, whose samples may be a slice of a batch.
+    """The shard of a tensor of ``shape`` whose samples may be a slice of a batch.
 
-    ``dim`` is the dimension of the samples; None where there are none, as in weights.
+    ``dim`` is the dimension of the samples, or None for a tensor without samples, such as a weight.
     """
     if shard is not None or not shape or not seeds.in_batch():
         return shard
@@ -44,7 +44,7 @@ def in_batch(shape: Sequence[int], shard: Shard | None = None, dim: int | None =
 
 
 def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:
-    """The seed of a call on ``x``. The processes that share a DTensor agree on a drawn one."""
+    """The seed of a call on ``x``. Processes that share a DTensor agree on a drawn seed."""
     drawn = seed_for(x.device, seed)
     if seed is None and is_dtensor(x) and not seeds.active():
         return agree(drawn, x.device_mesh)  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ def seed_of(x: Tensor, seed: int | Tensor | None) -> Tensor:
 
 
 def rated(p: float | Tensor, training: bool, options: _O) -> tuple[_O, Tensor | None, bool]:
-    """The options with their rates, p where it is a tensor, and whether anything drops."""
+    """(the options with their rates, p if it is a tensor, whether anything is dropped)."""
     spec_values.check_flag(training, "training")
     if not training:
         return replace(options, drop_path=0.0), None, False
@@ -65,7 +65,7 @@ def rated(p: float | Tensor, training: bool, options: _O) -> tuple[_O, Tensor | 
 def settle(
     x: Tensor, p: float | Tensor, training: bool, seed: int | Tensor | None, options: _O
 ) -> tuple[_O, Tensor | None, Tensor | None]:
-    """The options with their rates, p where it is a tensor, and the seed where anything drops."""
+    """(the options with their rates, p if it is a tensor, the seed if anything is dropped)."""
     spec.check_rate(p, x.device)
     options, p_tensor, drops = rated(p, training, options)
     if not drops:
@@ -77,7 +77,7 @@ def settle(
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, a repeated one as a view: Dynamo takes no tensor twice in one call."""
+    """The tensors, with views of repeated ones: Dynamo does not take a tensor twice in one call."""
     if not torch.compiler.is_compiling():
         return list(tensors)
     found: list[Tensor | None] = []
@@ -98,9 +98,9 @@ def fused(
     options: Options,
     key: known.Key | None = None,
 ) -> Tensor:
-    """The checked call: ``options`` holds everything but p, which may be a tensor.
+    """The call after its checks; ``options`` holds everything but p, which may be a tensor.
 
-    ``key`` is that of the call, where it may be remembered.
+    ``key`` is the call's key, or None where the call cannot become a known one.
     """
     spec.check_vector(bias, "bias", x.shape[-1] if x.dim() else 1, x)
     operands = (x, bias, layer_scale, residual)
@@ -112,7 +112,7 @@ def fused(
         out = known.call(_FAMILY, found, seed, *operands)
         return out
     options, p_tensor, drawn = settle(x, p, training, seed, options)
-    packed = ops.pack(options, backends.choose(x.device))
+    packed = ops.pack(options, backends.name_for(x.device))
     out = apply(Fused, *distinct(*operands), drawn, p_tensor, packed)
     return out
 
@@ -136,22 +136,22 @@ def dropout(
 
     Args:
         x: any shape and strides; float16, bfloat16, float32, or float64 (reference backend).
-        p: the probability of dropping, in [0, 1]. A 0-d floating-point tensor serves schedules:
-            a new value neither recompiles nor synchronises. On an accelerator its value cannot be
-            checked; one outside [0, 1] makes the result NaN.
+        p: the probability of dropping, in [0, 1]. Give schedules a 0-d floating-point tensor: a new
+            value in it causes neither recompilation nor synchronisation. On an accelerator the
+            value cannot be checked; a value outside [0, 1] makes the result NaN.
         training: False returns ``x`` itself, as p = 0 does, and draws nothing.
         noise_shape: as in Keras and TensorFlow: for each dimension its size (or None), or 1 for one
             decision shared along it. ``(B, 1, C)`` drops whole channels of ``[B, T, C]``;
             ``(B, 1, 1)`` is stochastic depth.
         shard: where ``x`` lies in a larger tensor: ``tridrop.Shard(global_shape, origin)``. The
-            masks of the shards are then the pieces of the mask of the whole.
-        seed: None draws one from torch's generator of the device of x (or takes it from an active
-            :func:`tridrop.rng`); an int, or a seed tensor, fixes the mask.
+            masks of the shards are then pieces of the larger tensor's mask.
+        seed: an int or a seed tensor fixes the mask. None takes a seed from an active
+            :func:`tridrop.rng`, or else draws one from torch's generator of x's device.
 
     Returns:
-        A tensor of x's shape and dtype, with the strides that torch gives: those of x where x is
-        dense (channels last stays so). A dropped element is exactly 0, even where x is NaN or
-        infinite.
+        A tensor of x's shape and dtype. Its strides are those of torch's dropout: if x is dense,
+        those of x (channels last stays channels last). A dropped element is exactly 0, even where x
+        is NaN or infinite.
 
     Raises:
         ValueError: p outside [0, 1], a noise_shape or shard that does not fit x.
@@ -192,7 +192,7 @@ def activation_dropout(
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """``dropout(f(x + bias))`` in one kernel, the middle of a transformer's feed-forward part.
+    """``dropout(f(x + bias))`` in one kernel: the middle of a transformer's feed-forward part.
 
     Gated activations (Dauphin et al. 2017; Shazeer, "GLU variants improve transformer", 2020) halve
     the last dimension, ``[..., 2 * D] -> [..., D]``:
@@ -205,15 +205,15 @@ def activation_dropout(
     Args:
         x: any shape and strides; float16, bfloat16, float32, or float64 (reference backend).
         p: the probability of dropping, as in :func:`dropout`.
-        training: False is p = 0.
+        training: False stands for p = 0.
         activation: None, "relu", "gelu" (exact), "gelu_tanh", "silu", "quick_gelu" (CLIP's
             x * sigmoid(1.702 x)), or gated "reglu", "geglu", "swiglu".
         bias: a vector of x's last size, of any floating-point dtype.
         noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
 
     Returns:
-        A tensor of x's dtype, with the dimensions in x's order in memory; computed in fp32 and
-        rounded once.
+        A tensor of x's dtype, whose dimensions lie in memory in x's order. It is computed in fp32
+        and rounded once.
 
     Raises:
         ValueError, TypeError: as :func:`dropout`; a bias of another shape, an unknown activation,
@@ -242,7 +242,7 @@ def activation_dropout(
 
 
 def _by_sample(gate: Tensor) -> Tensor:
-    """[B, 1, ..., C] as [B, C]: to the backends, a layer_scale per sample."""
+    """[B, 1, ..., C] as [B, C], which is one layer_scale per sample to the backends."""
     return gate if gate.dim() < 3 else gate.flatten(0, -2)
 
 
@@ -267,20 +267,21 @@ def dropout_add(
 
     ``drop_path`` is stochastic depth (Huang et al. 2016): it drops a whole sample, an index of the
     first dimension, with that probability and scales the others by the reciprocal of the keep
-    rate. ``layer_scale`` is a gain a channel (Touvron et al., CaiT, 2021). The two masks share the
-    seed and are independent.
+    rate. ``layer_scale`` is one gain per channel (Touvron et al., CaiT, 2021). The two masks share
+    the seed and are independent.
 
-    ``gate`` is a gain per sample and channel, and takes the place of ``layer_scale``: the gated
-    residual ``residual + gate * dropout(x)`` of diffusion transformers, whose conditioning makes
-    the gate (adaLN-Zero: Peebles and Xie, "Scalable diffusion models with transformers", 2023). Its
-    gradient is a sum over the dimensions between, in fp32 and in an order that sizes decide.
+    ``gate`` is one gain per sample and channel, in the place of ``layer_scale``. It gives the gated
+    residual ``residual + gate * dropout(x)`` of diffusion transformers, which compute the gate from
+    the conditioning (adaLN-Zero: Peebles and Xie, "Scalable diffusion models with transformers",
+    2023). Its gradient is a sum over the dimensions between samples and channels, in fp32 and in an
+    order that depends on sizes alone.
 
     Args:
         x: the branch, any shape and strides.
         residual: of the result's shape (x's, or half as wide for a gated activation). It may have
-            another dtype, and the result has the residual's: an fp32 stream stays fp32.
+            another dtype than x; the result has the residual's, so that an fp32 stream stays fp32.
         p: the probability of dropping an element, as in :func:`dropout`.
-        training: False is p = 0 and drop_path = 0.
+        training: False stands for p = 0 and drop_path = 0.
         bias: a vector of x's last size. ``layer_scale``: a vector of the result's last size.
         gate: for a result of shape [B, ..., C], [B, C] or [B, 1, ..., C]; any floating-point dtype.
             On a CPU a call with a gate is computed by torch's operators, not by compiled loops.
@@ -289,9 +290,9 @@ def dropout_add(
         noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
 
     Returns:
-        A tensor of the residual's dtype and with the strides of torch's ``residual + branch``;
-        computed in fp32 and rounded once. The gradient
-        of the residual is the incoming gradient itself, without a kernel.
+        A tensor of the residual's dtype with the strides of torch's ``residual + branch``, computed
+        in fp32 and rounded once. The residual's gradient is the incoming gradient itself, which
+        takes no kernel.
 
     Raises:
         ValueError, TypeError: as :func:`activation_dropout`; a residual or gate of another shape or

@@ -1,4 +1,4 @@
-"""Dropout of words: of their vectors, word by word of the vocabulary, and of their numbers."""
+"""Dropout of words: of whole rows of an embedding, and of the numbers of words."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def embedding_dropout(
     sparse: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Look words up in an embedding of which whole rows, words of the vocabulary, are dropped.
+    """Look up words in an embedding in which whole rows, words of the vocabulary, are dropped.
 
         out[..., :] = where(keep[input], weight[input] * scale, 0)
 
-    A dropped word is dropped wherever it stands in the batch, so the model cannot lean on single
+    A dropped word is dropped wherever it occurs in the batch, so the model cannot depend on single
     words (Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
     networks", 2016). ``keep`` is ``tridrop.keep_mask(seed, weight.shape, p, noise_shape=(V, 1))``.
-    No dropped matrix is made: the rows are looked up, then dropped. Backward keeps what
-    torch.nn.functional.embedding keeps, and the seed.
+    No dropped matrix is made: rows are looked up and then dropped. Backward keeps the seed and what
+    torch.nn.functional.embedding keeps.
 
     Args:
         input: numbers of words, any shape, as torch.nn.functional.embedding takes them.
         weight: ``[V, D]``.
-        p, training, seed: as in :func:`tridrop.dropout`; p is the probability that a word drops.
+        p, training, seed: as in :func:`tridrop.dropout`; p is the probability of dropping a word.
         padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse: as in
             torch.nn.functional.embedding. ``max_norm`` bounds the norm before the scaling.
 
@@ -79,22 +79,22 @@ def word_dropout(
     exempt: Sequence[int] = (),
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Replace numbers of words by ``token``, that of the unknown word, each with probability p.
+    """Replace each number of a word with probability p by ``token``, such as the unknown word's.
 
         out = where(keep | input in exempt, input, token)
 
-    Each occurrence is decided by itself, and nothing is scaled. A decoder that cannot see its last
-    word has to use its latent state (Bowman et al., "Generating sentences from a continuous space",
-    2016), and a classifier sees many shorter texts (Iyyer et al., "Deep unordered composition
-    rivals syntactic methods for text classification", 2015). ``keep`` is
+    Each occurrence has a decision of its own, and nothing is scaled. A decoder that does not see
+    its last word must use its latent state (Bowman et al., "Generating sentences from a continuous
+    space", 2016), and a classifier sees many shorter texts (Iyyer et al., "Deep unordered
+    composition rivals syntactic methods for text classification", 2015). ``keep`` is
     ``tridrop.keep_mask(seed, input.shape, p)``.
 
     Args:
         input: numbers of words, of any shape and integer dtype.
         p, training, seed: as in :func:`tridrop.dropout`; at p = 0, and without training, the result
             is ``input`` itself.
-        token: what takes a dropped word's place.
-        exempt: words that are never replaced, such as padding and the marks of begin and end.
+        token: the number that replaces a dropped word.
+        exempt: words that are never replaced, such as padding and the markers of beginning and end.
 
     Raises:
         ValueError: p outside [0, 1]; a token or an exempt word outside input's dtype.

@@ -1,4 +1,4 @@
-"""The dropout family: of whole feature maps, alpha, Gaussian; functions of one tensor."""
+"""Dropout of whole feature maps, alpha dropout and Gaussian dropout: functions of one tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .masks import seed_on
 
 
 def _feature_shape(x: Tensor) -> tuple[int | None, ...]:
-    """The noise_shape of a decision a feature map, of x: [N, C, ...]."""
+    """The noise_shape for one decision per feature map of x, [N, C, ...]."""
     if x.dim() < 2:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; feature dropout drops channels and takes two "
@@ -40,10 +40,10 @@ def dropout1d(
 ) -> Tensor:
     """Zero whole channels of ``[N, C, L]``, or of one sample ``[C, L]``.
 
-    One decision for each (sample, channel), shared along L: what is left of a channel cannot be
-    guessed from its neighbours, as it can with element-wise dropout of a smooth signal (Tompson et
-    al., "Efficient object localization using convolutional networks", CVPR 2015). The mask is that
-    of :func:`tridrop.dropout` with ``noise_shape=(None, None, 1)``.
+    Each (sample, channel) has one decision, shared along L. With element-wise dropout of a smooth
+    signal, a dropped element could be guessed from its neighbours (Tompson et al., "Efficient
+    object localization using convolutional networks", CVPR 2015). The mask is that of
+    :func:`tridrop.dropout` with ``noise_shape=(None, None, 1)``.
 
     Args, raises: as :func:`tridrop.dropout`; ValueError for other than 2 or 3 dimensions.
 
@@ -65,8 +65,8 @@ def dropout2d(
 ) -> Tensor:
     """Zero whole channels of ``[N, C, H, W]``: :func:`dropout1d` for images.
 
-    As torch.nn.functional.dropout2d does, it takes ``[N, C, L]`` too, with a warning, and not
-    ``[C, H, W]``; input of other dimensions is taken as ``[N, C, ...]``, with a warning.
+    As torch.nn.functional.dropout2d, it takes 3-D input as ``[N, C, L]`` and not as ``[C, H, W]``,
+    and input of other dimensions as ``[N, C, ...]``, both with a warning.
 
     Args, raises: as :func:`tridrop.dropout`; ValueError for fewer than two dimensions.
 
@@ -77,7 +77,7 @@ def dropout2d(
     spec.check_input(x)
     if x.dim() == 3:
         warnings.warn(
-            "dropout2d takes this 3-D input for [N, C, L], as torch does, and not for one image "
+            "dropout2d takes this 3-D input as [N, C, L], as torch does, and not as one image "
             "[C, H, W]: use dropout1d, or add a batch dimension",
             stacklevel=2,
         )
@@ -91,8 +91,8 @@ def dropout3d(
 ) -> Tensor:
     """Zero whole channels of ``[N, C, D, H, W]``, or of one sample: :func:`dropout1d` for volumes.
 
-    As torch.nn.functional.dropout3d does, it takes input of other than 5 dimensions for one sample
-    without a batch dimension, with a warning where it has not 4.
+    As torch.nn.functional.dropout3d, it takes input of other than 5 dimensions as one sample
+    without a batch dimension, with a warning unless there are 4.
 
     Args, raises: as :func:`tridrop.dropout`; ValueError for a scalar.
 
@@ -134,8 +134,8 @@ def alpha_dropout(
     a^2 (1 - p) (v + p (m - alpha)^2).
 
     Args:
-        x, p, noise_shape, shard, seed: as in :func:`tridrop.dropout`, and the same mask.
-        training: as in torch.nn.functional.alpha_dropout, False by default: ``x`` itself.
+        x, p, noise_shape, shard, seed: as in :func:`tridrop.dropout`, whose mask this is.
+        training: as in torch.nn.functional.alpha_dropout; False, the default, returns ``x`` itself.
 
     Returns:
         A tensor of x's shape and dtype, with strides as of :func:`tridrop.dropout`; zeros for p =
@@ -148,7 +148,7 @@ def alpha_dropout(
     >>> alpha_dropout(torch.zeros(4), 0.5, True, seed=1)
     tensor([ 0.7792, -0.7792,  0.7792, -0.7792])
     """
-    return _kind("alpha", x, p, training, noise_shape, shard, seed)
+    return _noisy("alpha", x, p, training, noise_shape, shard, seed)
 
 
 def feature_alpha_dropout(
@@ -166,7 +166,7 @@ def feature_alpha_dropout(
              [ 0.7792,  0.7792,  0.7792]]])
     """
     spec.check_input(x)
-    return _kind("alpha", x, p, training, _feature_shape(x), None, seed)
+    return _noisy("alpha", x, p, training, _feature_shape(x), None, seed)
 
 
 def gaussian_dropout(
@@ -178,7 +178,7 @@ def gaussian_dropout(
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Multiply by normal noise of mean 1, with the mean and variance that dropout's noise has.
+    """Multiply by normal noise with the mean, 1, and the variance of dropout's own noise.
 
         out = x * (1 + sigma * n),    sigma = sqrt(p / (1 - p)),    n standard normal
 
@@ -202,11 +202,11 @@ def gaussian_dropout(
     """
     if not isinstance(p, Tensor) and isinstance(p, Real) and p <= 1 and p > 1 - 2**-33:
         raise ValueError(f"p = {p}; Gaussian dropout has infinite noise there: give p in [0, 1)")
-    return _kind("gaussian", x, p, training, noise_shape, shard, seed)
+    return _noisy("gaussian", x, p, training, noise_shape, shard, seed)
 
 
-def _kind(
-    kind: str,
+def _noisy(
+    noise_name: str,
     x: Tensor,
     p: float | Tensor,
     training: bool,
@@ -214,14 +214,14 @@ def _kind(
     shard: ShardLike | None,
     seed: int | Tensor | None,
 ) -> Tensor:
-    """The checked call of a kind of noise."""
+    """Dropout with another noise than a mask; see ``contract/noise.py``."""
     spec.check_input(x)
     spec.check_probability(p, tensor_allowed=True)
     shared = spec.resolve_noise_shape(noise_shape, x.shape)
     where = spec.resolve_shard(shard, x.shape)
     if not spec.drops(p, training):
         return x
-    options = Options(shared=shared, shard=where, noise=kind)
+    options = Options(shared=shared, shard=where, noise=noise_name)
     return fused(x, None, None, None, p, True, seed, options)
 
 
@@ -235,9 +235,9 @@ def normal_noise(
 ) -> Tensor:
     """The standard normal numbers ``n`` of :func:`gaussian_dropout`: fp32.
 
-    A function of the seed and the coordinate alone. docs/mask-contract.md defines their random
-    words bit for bit and the arithmetic on them. These are computed by torch, whatever the backend;
-    a kernel's agree with them to a few units in the last place.
+    They are functions of the seed and the coordinates alone. docs/mask-contract.md defines their
+    random words bit for bit, and the arithmetic on these. This function computes them with torch on
+    any backend; a kernel's numbers agree with them to a few units in the last place.
 
     Args:
         seed, shape, noise_shape, shard, device: as in :func:`tridrop.keep_mask`.

@@ -1,9 +1,9 @@
-"""Calls that differ from an earlier one in their data alone are not checked again.
+"""Known calls: a call that differs from an earlier one in its data alone is not checked again.
 
-A model calls an op with the same shapes, dtypes and options in every step. What the checks of a
-call and its backend look at is a key: while it is the same, so is what they found, and the first
-call goes on as the later ones do. On a CPU the checks, and not the arithmetic, are most of the time
-of a small call.
+A model calls an op with the same shapes, dtypes and options in every step. Everything that the
+checks and the backend look at makes up a key; calls with equal keys need the checks only once. The
+first call with a key continues like the later ones. On a CPU the checks, and not the arithmetic,
+take most of the time of a small call.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from ..ops.library import Known
 
 Key = tuple[Any, ...]
 
-_MOST = 1024  # calls that are known at a time: the lengths of sentences, say, times sites
+_MOST = 1024  # known calls at a time: for instance lengths of sentences times sites
 _known: dict[Key, Known] = {}
 
-# The variables that choose what serves a call. Where one is not set, os.environ.get takes a
-# microsecond to raise and catch a KeyError; the dictionary behind it, where there is one, does not.
+# The environment variables that name a backend. os.environ.get takes a microsecond for a variable
+# that is not set, to raise and catch a KeyError; the dictionary behind it, if there is one, is
+# faster.
 _BACKEND: Any = backends.ENVIRONMENT
 _CPU: Any = serving.ENVIRONMENT
 _variable: Callable[[Any], Any] = os.environ.get
@@ -47,13 +48,13 @@ def key_of(
     shard: Any,
     *tensors: Tensor | None,
 ) -> Key | None:
-    """All that a call depends on but its data and seed; None where that is more than is seen here.
+    """Everything that a call depends on except its data and seed; None if it cannot become known.
 
-    ``settings`` are the name of the function and its other options, each of one type or beside its
-    type: what only compares equal to an option that has been checked is checked itself, and refused
-    perhaps, and an option without a hash is not looked up. A ``p`` that is a tensor has a
-    value of its own each time, and one that is not a float may be True, which equals 1.0 and is no
-    probability: such calls are checked again, as are those with a noise_shape or a shard.
+    ``settings`` are the name of the function and its other options, each of a fixed type or
+    together with its type: an option that only compares equal to one that was checked must be
+    checked itself, and may be refused. Calls with a noise_shape, a shard, or a ``p`` that is not a
+    float are always checked: a tensor has a new value each time, and True equals 1.0 but is no
+    probability.
     """
     if type(p) is not float or noise_shape is not None or shard is not None:
         return None
@@ -68,7 +69,7 @@ def key_of(
                 return None
             else:
                 key += (t.shape, t.dtype, t.is_cpu or t.device)
-    except RuntimeError:  # a nested tensor has no shape
+    except RuntimeError:  # nested tensors have no shape
         return None
     if tensors[0] is None or tensors[0].is_meta:
         return None
@@ -76,21 +77,21 @@ def key_of(
 
 
 def recall(key: Key | None) -> Known | None:
-    """What is known of the calls of a key."""
+    """The known call with a key; None if there is none."""
     try:
         return None if key is None else _known.get(key)
-    except TypeError:  # an option that has no hash: it is checked, and perhaps refused
+    except TypeError:  # an option without a hash goes to the checks, which may refuse it
         return None
 
 
 class Family(NamedTuple):
     """What the ops of a family share."""
 
-    name: str  # as backends.prepare takes it
-    function: type[Function]  # of the operands and packed options
-    pack: Callable[[Any, str], tuple[Any, ...]]  # options and a backend, as operators take them
-    operands: type[Any]  # the tuple of the tensors, which ends in a seed and p
-    labels: Mapping[str, str] = MappingProxyType({})  # fields that have another name in messages
+    name: str  # the family's name for backends.prepare
+    function: type[Function]  # the autograd function of the operands and packed options
+    pack: Callable[[Any, str], tuple[Any, ...]]  # packs options and the name of a backend
+    operands: type[Any]  # the tuple of the tensors, whose last fields are seed and p
+    labels: Mapping[str, str] = MappingProxyType({})  # fields with another name in messages
 
 
 def learn(
@@ -101,11 +102,11 @@ def learn(
     draws: bool,
     *operands: Tensor | None,
 ) -> Known:
-    """Prepare the backend for the calls of a key, which has results of ``shape``, and keep it.
+    """Prepare the backend for calls with a key, whose results have ``shape``, and remember it.
 
-    The operands are all but the seed and p, and the first is a tensor.
+    The operands are all tensors but the seed and p; the first one is not None.
     """
-    name = backends.choose(operands[0].device)  # type: ignore[union-attr]
+    name = backends.name_for(operands[0].device)  # type: ignore[union-attr]
     given = family.operands(*operands, seed=None, p=None)
     prepared = backends.prepare(name, family.name, shape, options, given)
     if len(_known) >= _MOST:
@@ -120,7 +121,7 @@ def call(
     seed: int | Tensor | None,
     *operands: Tensor | None,
 ) -> Any:
-    """The call itself; the first operand is a tensor."""
+    """Make a known call; the first operand is not None."""
     function = family.function
     try:
         drawn = seeds.seed_for(operands[0].device, seed) if known.draws else None  # type: ignore[union-attr]
@@ -132,7 +133,8 @@ def call(
                     return unbound(function)(*operands, drawn, None, known)
         return function.forward(*operands, drawn, None, known)
     except RuntimeError:
-        # A key says nothing of layouts: to ask for them would take longer than to fail.
+        # A key does not contain layouts, since asking for them in each call would take too long. So
+        # a sparse tensor fails here, and check_tensor says why.
         for name, t in zip(family.operands._fields, operands, strict=False):
             if t is not None:
                 check_tensor(t, family.labels.get(name, name))

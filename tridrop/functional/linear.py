@@ -1,8 +1,8 @@
-"""Linear layers whose input is not kept for backward: it is made again from what is kept anyway.
+"""Linear layers whose input is not kept for backward, which makes it again from other tensors.
 
 The weight's gradient needs the layer's input. Where that is an activation, dropped or not, or the
-result of a norm, what it was made of is kept as well, by the activation and the norm: with it the
-input is computed once more in backward, for all layers that take it, and forgotten again.
+result of a norm, the activation or the norm keeps the tensors that it was made from. From these,
+backward computes the input once more, for all layers that take it, and releases it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.arguments import given
-from ..ops.remade import Remade, attach, remade, rule_of, rules
+from ..ops.remade import Recipe, attach, recipe_of, recipes_allowed, remade
 from ..spec import elementwise as spec
 from ..spec.product import check_matrix, check_same_dtype
 from .elementwise import ShardLike, activation_dropout, dropout, in_batch, seed_of
@@ -25,9 +25,9 @@ _WHAT = "the input of a linear layer is made again in backward"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear, which keeps the rule of an input that has one, and not the input.
+    """torch.nn.functional.linear, but if its input has a recipe, that is kept and not the input.
 
-    Under autocast too: the copy of x that autocast makes is not kept either.
+    Under autocast the copy of x that autocast makes is not kept either.
     """
     return of_remade(partial(_linear, weight, bias), x, casts=True)
 
@@ -37,17 +37,17 @@ def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def of_remade(call: Callable[[Tensor], Any], x: Tensor, casts: bool = False) -> Any:
-    """``call(x)``, in which whatever saves x keeps its rule instead, where it has one.
+    """``call(x)``, in which ops that save x keep its recipe instead, if it has one.
 
-    ``casts`` says that autocast makes a copy of x in it and takes x for nothing else.
+    ``casts`` says that under autocast the call uses x only to make a cast copy of it.
     """
-    rule = rule_of(x)
-    if rule is None:
+    recipe = recipe_of(x)
+    if recipe is None:
         return call(x)
     dtype = spec.autocast_dtype(x.device) if casts else None
     if dtype is not None and dtype != x.dtype and x.dtype != torch.float64:
-        x, rule = x.to(dtype), rule.cast(dtype)
-    with remade([(x, rule)]):
+        x, recipe = x.to(dtype), recipe.cast(dtype)
+    with remade([(x, recipe)]):
         return call(x)
 
 
@@ -64,18 +64,18 @@ def activation_dropout_linear(
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """A linear layer on a dropped activation, of which x and the seed alone are kept.
+    """A linear layer on a dropped activation, for which backward keeps only x and the seed.
 
         hidden = activation_dropout(x, p, activation=activation, bias=bias)
         out = hidden @ weight^T + linear_bias
 
-    The second half of a transformer's feed-forward part. The weight's gradient needs ``hidden``,
-    as large as x (half as large for a gated activation); it is computed again in backward, one
-    elementwise pass under the same mask, where :func:`activation_dropout` followed by a linear
-    layer keeps it. Values and gradients are theirs to the bit. Where the weight is frozen nothing
-    is kept for it, as in torch.
+    This is the second half of a transformer's feed-forward part. The weight's gradient needs
+    ``hidden``, which is as large as x (half as large for a gated activation).
+    :func:`activation_dropout` followed by a linear layer keeps it; here backward computes it again,
+    in one elementwise pass under the same mask. Values and gradients are the same to the bit. If
+    the weight is frozen nothing is kept for it, as in torch.
 
-    Under torch.compile and torch.func it is that composition, and what is kept is their choice.
+    Under torch.compile and torch.func it is that composition, and they decide what is kept.
 
     Args:
         x: [..., K], or [..., 2 * K] for a gated activation.
@@ -114,32 +114,33 @@ def norm_linear(
     eps: float | None = 1e-5,
     zero_centered_weight: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Linear layers on one norm, whose result is not kept: x is, and one or two numbers a row.
+    """Linear layers on one norm, for which backward keeps x and one or two numbers per row.
 
         normed = layer_norm(x) * weight + norm_bias        or rms_norm(x) * weight
         out_i = normed @ weights_i^T + linear_biases_i
 
-    Query, key and value of a pre-norm block, or gate and up. The gradients of ``weights`` need
-    ``normed``; it is computed again in backward, once for all of them. Values and gradients are
-    those of the norm followed by the layers.
+    Examples are query, key and value of a pre-norm block, or the gate and up projections. The
+    gradients of ``weights`` need ``normed``, which backward computes again, once for all layers.
+    Values and gradients are those of the norm followed by the layers.
 
-    Under torch.compile and torch.func it is that composition, and what is kept is their choice.
+    Under torch.compile and torch.func it is that composition, and they decide what is kept.
 
     Args:
         x: [..., D].
-        weights: one [out, D], or a sequence of them. ``linear_biases``: of each [out], or None.
+        weights: one matrix [out, D], or a sequence of them.
+        linear_biases: None, or for each matrix a vector [out] or None.
         norm: "layer_norm", torch's, or "rms_norm" in one op (:func:`tridrop.rms_norm_dropout`).
-        weight, norm_bias: of the norm, [D] or None; "rms_norm" takes no norm_bias.
+        weight, norm_bias: the norm's vectors, [D] or None; "rms_norm" takes no norm_bias.
         eps: added to the variance, or the mean square; None for the machine epsilon of x's dtype,
             as torch's RMSNorm has by default.
-        zero_centered_weight: multiply by ``1 + weight``; "rms_norm" alone.
+        zero_centered_weight: multiply by ``1 + weight``; for "rms_norm" only.
 
     Returns:
-        [..., out]; of a sequence a tuple.
+        [..., out], or, for a sequence of weights, a tuple of such tensors.
 
     Raises:
         ValueError, TypeError: operands that do not fit, or that the norm does not take.
-        RuntimeError: in backward, where x or a vector of the norm was changed in place since.
+        RuntimeError: in backward, if x or a vector of the norm was changed in place since forward.
 
     >>> import torch
     >>> x = torch.tensor([[1.0, 7.0]])
@@ -184,7 +185,7 @@ def norm_linear(
 def _check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, name: str, bias_name: str, what: str
 ) -> None:
-    """Raise unless a linear layer takes x."""
+    """Raise unless x, the weight and the bias fit a linear layer."""
     if x.dim() == 0:
         raise ValueError("x is a scalar; a linear layer takes [..., in]")
     check_matrix(weight, name, None, x.shape[-1], x, f"{what} has {x.shape[-1]} features")
@@ -193,61 +194,63 @@ def _check_linear(
         check_same_dtype(x, weight, (what, name))
 
 
-# ------------------------------------------------------------------------- tensors with a rule
+# ----------------------------------------------------------------------- tensors with a recipe
 
 
 def remade_value(
-    function: Callable[..., Tensor], *sources: Tensor, again: Callable[..., Tensor] | None = None
+    function: Callable[..., Tensor],
+    *sources: Tensor,
+    recompute: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """``function(*sources)``, with the rule to compute that once more.
+    """``function(*sources)``, with a recipe to compute it once more.
 
-    Its backward must keep the sources, whatever happens; ``again`` is what is called in the place
-    of the function, where that is another one.
+    The function's own backward must keep the sources. ``recompute`` is called to make the value
+    again, where that is another function.
     """
     out = function(*sources)
     names = [f"operand {i}" for i in range(len(sources))]
-    return attach(out, lambda: Remade(again or function, sources, names, _WHAT))
+    return attach(out, lambda: Recipe(recompute or function, sources, names, _WHAT))
 
 
 def remade_product(first: Tensor, second: Tensor) -> Tensor:
-    """``first * second`` with its rule: the first one, an activation, has a rule of its own.
+    """``first * second`` with a recipe, where ``first``, an activation, has a recipe of its own.
 
-    Neither the activation nor the product is kept, but what the activation was made of, and the
-    second one. Both of these must have gradients: else nobody else keeps them.
+    Neither the activation nor the product is kept, but the activation's sources and ``second`` are.
+    The sources and ``second`` must have gradients, or no other op would keep them.
     """
-    rule = rule_of(first)
-    if rule is None or not second.requires_grad or first.shape != second.shape:
+    recipe = recipe_of(first)
+    if recipe is None or not second.requires_grad or first.shape != second.shape:
         return of_remade(partial(torch.mul, second), first)
-    with remade([(first, rule)]):
+    with remade([(first, recipe)]):
         out = first * second
     if out.dtype != first.dtype or out.dtype != second.dtype:
         return out
-    activation = rule.again
+    activation = recipe.maker
 
     def make(other: Tensor, *sources: Tensor) -> Tensor:
-        return activation.lent(*sources) * other
+        return activation.borrow(*sources) * other
 
-    names = ("the other factor", *rule.names)
-    return attach(out, lambda: Remade(make, (second, *rule.sources), names, _WHAT, rule))
+    names = ("the other factor", *recipe.names)
+    return attach(out, lambda: Recipe(make, (second, *recipe.sources), names, _WHAT, recipe))
 
 
 def remade_dropout(
     x: Tensor, p: float | Tensor, seed: int | Tensor | None, training: bool = True
 ) -> Tensor:
-    """``dropout(x)`` with its rule, where x has one."""
-    rule = rule_of(x)
-    if rule is None or not spec.drops(p, training):
+    """``dropout(x)``, with a recipe if x has one."""
+    recipe = recipe_of(x)
+    if recipe is None or not spec.drops(p, training):
         return dropout(x, p, training, seed=seed)
     where, drawn = in_batch(x.shape), seed_of(x, seed)
     out = dropout(x, p, training, shard=where, seed=drawn)
-    inner, tensor = rule.again.make, isinstance(p, Tensor)
+    inner, tensor = recipe.maker.make, isinstance(p, Tensor)
 
     def make(drawn: Tensor, rate: Tensor | None, *sources: Tensor) -> Tensor:
         return dropout(inner(*sources), rate if tensor else p, True, shard=where, seed=drawn)  # type: ignore[arg-type]
 
-    given = (drawn, p if isinstance(p, Tensor) else None, *rule.sources)
-    names = ("the seed", "p", *rule.names)
-    return attach(out, lambda: Remade(make, given, names, _WHAT, rule))
+    sources = (drawn, p if isinstance(p, Tensor) else None, *recipe.sources)
+    names = ("the seed", "p", *recipe.names)
+    return attach(out, lambda: Recipe(make, sources, names, _WHAT, recipe))
 
 
 def remade_activation(
@@ -261,9 +264,9 @@ def remade_activation(
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """:func:`tridrop.activation_dropout` with its rule: made again under the same mask."""
+    """:func:`tridrop.activation_dropout`, with a recipe that makes it again under the same mask."""
     options: dict[str, Any] = {"activation": activation, "noise_shape": noise_shape}
-    if not rules():
+    if not recipes_allowed():
         return activation_dropout(x, p, training, bias=bias, shard=shard, seed=seed, **options)
     drawn, where = None, shard
     if isinstance(x, Tensor) and not x.is_nested and spec.drops(p, training):
@@ -275,45 +278,45 @@ def remade_activation(
     tensor = isinstance(p, Tensor)
 
     def make(x: Tensor, bias: Tensor | None, drawn: Tensor | None, rate: Tensor | None) -> Tensor:
-        again: Any = rate if tensor else p
-        return activation_dropout(x, again, training, bias=bias, shard=where, seed=drawn, **options)
+        value: Any = rate if tensor else p
+        return activation_dropout(x, value, training, bias=bias, shard=where, seed=drawn, **options)
 
     sources = (x, bias, drawn, p if isinstance(p, Tensor) else None)
-    return attach(out, lambda: Remade(make, sources, ("x", "bias", "the seed", "p"), _WHAT))
+    return attach(out, lambda: Recipe(make, sources, ("x", "bias", "the seed", "p"), _WHAT))
 
 
 def remade_layer_norm(
     x: Tensor, weight: Tensor | None, norm_bias: Tensor | None, eps: float
 ) -> Tensor:
-    """torch.nn.functional.layer_norm over the last dimension, with its rule."""
+    """torch.nn.functional.layer_norm over the last dimension, with a recipe."""
     out = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, norm_bias, eps)
-    return attach(out, lambda: _layer_norm_again(x, weight, norm_bias, eps, out.dtype))
+    return attach(out, lambda: _layer_norm_recipe(x, weight, norm_bias, eps, out.dtype))
 
 
-def _layer_norm_again(
+def _layer_norm_recipe(
     x: Tensor, weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> Remade:
+) -> Recipe:
     def make(x: Tensor, weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
-        if x.dtype != dtype:  # autocast had the operands cast
+        if x.dtype != dtype:  # autocast cast the operands in the forward
             x = x.to(dtype)
             weight = None if weight is None else weight.to(dtype)
             norm_bias = None if norm_bias is None else norm_bias.to(dtype)
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, norm_bias, eps)
 
-    return Remade(make, (x, *lasting(weight, norm_bias)), ("x", "weight", "norm_bias"), _WHAT)
+    return Recipe(make, (x, *lasting(weight, norm_bias)), ("x", "weight", "norm_bias"), _WHAT)
 
 
 def remade_rms_norm(
     x: Tensor, weight: Tensor | None, eps: float | None, zero_centered: bool = False
 ) -> Tensor:
-    """RMSNorm in one op, which keeps x and a number a row, with its rule."""
+    """RMSNorm in one op, which keeps x and one number per row, with a recipe."""
     options: dict[str, Any] = {"eps": eps, "zero_centered_weight": zero_centered}
 
     def make(x: Tensor, weight: Tensor | None) -> Tensor:
         return rms_norm_dropout(x, weight, 0.0, True, **options)
 
     out = make(x, weight)
-    return attach(out, lambda: Remade(make, (x, *lasting(weight)), ("x", "weight"), _WHAT))
+    return attach(out, lambda: Recipe(make, (x, *lasting(weight)), ("x", "weight"), _WHAT))
 
 
 def remade_add_norm(
@@ -329,34 +332,34 @@ def remade_add_norm(
     zero_centered_weight: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``function``, :func:`tridrop.dropout_add_layer_norm` or its RMSNorm: (out, stream).
+    """(out, stream) of :func:`tridrop.dropout_add_layer_norm` or its RMSNorm, ``function``.
 
-    out has a rule: it is the norm of the stream, which backward keeps.
+    out has a recipe: it is the norm of the stream, which backward keeps.
     """
-    own: dict[str, Any] = {"eps": eps, "zero_centered_weight": zero_centered_weight}
-    found = function(x, residual, weight, norm_bias, p, training, prenorm=True, **own, **options)
+    norm: dict[str, Any] = {"eps": eps, "zero_centered_weight": zero_centered_weight}
+    found = function(x, residual, weight, norm_bias, p, training, prenorm=True, **norm, **options)
     out, stream = found
     dtype = out.dtype
     if torch.float64 in (dtype, stream.dtype) and dtype != stream.dtype:
-        return out, stream  # computed more exactly than from the stream
+        return out, stream  # out is more exact than a norm of the stream would be
 
     def make(stream: Tensor, weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
-        again = function(stream, None, weight, norm_bias, 0.0, False, out_dtype=dtype, **own)
-        assert isinstance(again, Tensor)
-        return again
+        normed = function(stream, None, weight, norm_bias, 0.0, False, out_dtype=dtype, **norm)
+        assert isinstance(normed, Tensor)
+        return normed
 
-    def rule() -> Remade:
+    def make_recipe() -> Recipe:
         names = ("the stream", "weight", "norm_bias")
-        return Remade(make, (stream, *lasting(weight, norm_bias)), names, _WHAT)
+        return Recipe(make, (stream, *lasting(weight, norm_bias)), names, _WHAT)
 
-    return attach(out, rule), stream
+    return attach(out, make_recipe), stream
 
 
 def lasting(*vectors: Tensor | None) -> list[Tensor | None]:
-    """A norm's vectors for the time until backward.
+    """A norm's vectors in a form that lasts until backward: copies where processes share a model.
 
-    Where processes share a model its wrapper may have freed them by then: a layer's backward comes
-    after that of the layers which take its result. So they are copied there.
+    There the model's wrapper may have freed the vectors when the layers that take the norm's result
+    run their backward.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -1,4 +1,4 @@
-"""LoRA's branch: dropout, the way down and the way up, without a dropped copy of the input."""
+"""LoRA's branch: dropout and two small products, without a dropped copy of the input."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ def lora_delta(
         delta = scaling * (dropout(x) @ A^T @ B^T + bias)
 
     (Hu et al., "LoRA: low-rank adaptation of large language models", arXiv 2106.09685; dropout as
-    in PEFT.) The mask is applied while x is loaded for the product, and drawn again in backward:
-    what is saved is x, ``dropout(x) @ A^T``, and 16 bytes. Adapters of one x save it once.
+    in PEFT.) The mask is applied while x is loaded for the product, and backward draws it again.
+    Backward keeps x, ``dropout(x) @ A^T`` and the seed's 16 bytes; adapters of the same x keep it
+    once.
 
     Args:
         x: [..., in], any strides; float16, bfloat16, float32, or float64 (reference backend).
-        A: [r, in], with r from 1 to 256. The products are computed in A's dtype, to which x is
-            converted as it is loaded, not in memory; under autocast, in autocast's dtype.
+        A: [r, in], with r from 1 to 256. The products are computed in A's dtype (under autocast, in
+            autocast's dtype); x is converted to it while it is loaded, and not in memory.
         B: [out, r], of A's dtype.
         p: the probability of dropping an element of x, as in :func:`tridrop.dropout`.
-        training: False is p = 0.
-        scaling: a number: alpha / r, or alpha / sqrt(r).
-        bias: [out], where the adapter has one.
+        training: False stands for p = 0.
+        scaling: a number, alpha / r or alpha / sqrt(r).
+        bias: [out], if the adapter has one.
         shard, seed: as in :func:`tridrop.dropout`, for x. The mask is
             ``tridrop.keep_mask(seed, x.shape, p)``.
 
@@ -54,7 +55,7 @@ def lora_delta(
 
     Raises:
         ValueError, TypeError: as :func:`tridrop.dropout`; A, B or bias that do not fit, or of two
-            dtypes; a scaling that is no finite number.
+            dtypes; a scaling that is not a finite number.
 
     >>> import torch
     >>> x, A, B = torch.ones(2, 4), torch.ones(1, 4), torch.ones(3, 1)
@@ -81,10 +82,10 @@ def lora_linear(
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """``base_out`` + :func:`lora_delta`, the sum made by the second product where dtypes allow it.
+    """``base_out`` + :func:`lora_delta`; where dtypes allow it, the second product adds the two.
 
     Args:
-        base_out: [..., out], what the base layer made of x, in any floating-point dtype.
+        base_out: [..., out], the base layer's result for x, in any floating-point dtype.
         x, A, B, p, training, scaling, bias, shard, seed: as in :func:`lora_delta`.
 
     Returns:
@@ -123,17 +124,18 @@ def lora_deltas(
 ) -> tuple[Tensor, ...]:
     """:func:`lora_delta` of several adapters on one x, which is read once for all of them.
 
-    Once for each three of them, or for fewer where they have more than 192 rows together: the sums
-    of a pass are held in registers.
+    x is read once for up to three adapters, or for fewer if these have more than 192 rows together,
+    because the sums of a pass are held in registers.
 
     Args:
         x, p, training, shard: as in :func:`lora_delta`.
-        As, Bs, biases: those of each adapter. The As have one dtype.
-        scaling: a number for all, or one for each.
-        shared_mask: False gives every adapter a mask of its own, as separate layers have in PEFT;
-            True one mask for all, which costs one draw per element and not one for each adapter.
+        As, Bs, biases: one entry per adapter. All As have the same dtype.
+        scaling: one number for all adapters, or one per adapter.
+        shared_mask: False gives each adapter a mask of its own, as separate layers have in PEFT.
+            True gives all adapters one mask, with one decision per element of x in place of one per
+            element and adapter.
         seed: adapter i has the mask of ``tridrop.fold_in(seed, i)``; with ``shared_mask`` all have
-            that of ``seed``. A list gives each mask a seed of its own.
+            the mask of ``seed``. A list gives each mask a seed of its own.
 
     Returns:
         A tuple of [..., out_i].
@@ -194,7 +196,7 @@ def _seeds(
     p: float | Tensor,
     training: bool,
 ) -> Sequence[int | Tensor | None]:
-    """A seed for each of ``count`` masks, or, of None, for the one that is shared."""
+    """The seeds of ``count`` masks; for None, the seed of the mask that all adapters share."""
     if isinstance(seed, (list, tuple)):
         if len(seed) != (count or 1):
             raise ValueError(f"seed has {len(seed)} entries for {count or 1} masks: give one each")
@@ -235,6 +237,6 @@ def _way_down(
 
 def _way_up(down: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
     """down @ B^T + scaling * bias"""
-    # Of a float: torch takes no whole number of more than 64 bits.
+    # The scaling is a float here, since torch takes no int of more than 64 bits.
     shift = None if bias is None else (bias * _check_scaling(scaling)).to(B.dtype)
     return F.linear(down, B.to(down.dtype), None if shift is None else shift.to(down.dtype))

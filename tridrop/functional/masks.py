@@ -16,12 +16,12 @@ from .elementwise import ShardLike
 
 
 def seed_on(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
-    """The seed tensor, on whose device the mask is made: an int's on the CPU by default."""
+    """The seed tensor, which decides the mask's device: for an int this is the CPU by default."""
     return as_seed(seed, device if isinstance(seed, Tensor) or device is not None else "cpu")
 
 
 def _rate(p: float | Tensor, seed: Tensor) -> tuple[float, Tensor | None]:
-    """(p, None), or (0, p) where it is a tensor; checked, also beside the seed."""
+    """(p, None), or (0, p) if p is a tensor, after checks of p and of its device."""
     spec.check_probability(p, tensor_allowed=True)
     spec.check_rate(p, seed.device)
     return (0.0, p) if isinstance(p, Tensor) else (float(p), None)
@@ -42,14 +42,15 @@ def keep_mask(
     docs/mask-contract.md defines every bit of it.
 
     Args:
-        seed: an int or a seed tensor, such as an op was given.
-        shape: the shape of the op's result (of the local piece, where ``shard`` is given).
+        seed: the op's seed, an int or a seed tensor.
+        shape: the shape of the op's result (with ``shard``, of the local piece).
         p: the probability of dropping, as in :func:`tridrop.dropout`; for ``domain="drop_path"``
-            that of dropping a sample.
-        noise_shape, shard: as the op was given them.
-        device: where to make an int's mask, "cpu" by default; a seed tensor's is made on its own.
-        domain: "elements", or "drop_path" for the mask of :func:`tridrop.dropout_add`'s samples,
-            which is constant over all but the first dimension.
+            the probability of dropping a sample.
+        noise_shape, shard: those of the op.
+        device: the mask's device for an int seed, "cpu" by default; a seed tensor's own device
+            decides otherwise.
+        domain: "elements", or "drop_path" for the mask of the samples in
+            :func:`tridrop.dropout_add`, which is constant along all but the first dimension.
 
     >>> keep_mask(1, (8,), 0.5)
     tensor([ True, False,  True, False,  True, False,  True,  True])
@@ -62,13 +63,14 @@ def keep_mask(
     if domain == "drop_path":
         if noise_shape is not None or len(shape) < 2:
             raise ValueError(
-                f"domain = 'drop_path' has one mask per sample of two dimensions or more and no "
-                f"noise_shape; given shape {shape} and noise_shape {noise_shape}"
+                f"domain = 'drop_path' has one decision per sample, for a shape of two dimensions "
+                f"or more and without noise_shape; given shape {shape} and noise_shape "
+                f"{noise_shape}"
             )
         shared = tuple(range(1, len(shape)))
     where = spec.resolve_shard(shard, shape)
     *_, whole, origin, _, name = ops.pack(
-        Options(shared=shared, shard=where), backends.choose(seed.device)
+        Options(shared=shared, shard=where), backends.name_for(seed.device)
     )
     mask: Tensor = torch.ops.tridrop.keep_mask(
         seed, list(shape), p_tensor, rate, domain, list(shared), whole, origin, name
@@ -81,10 +83,10 @@ def kept_indices(
 ) -> Tensor:
     """The k elements of each row that a rising p would drop last: int64, ``[..., k]``.
 
-    Of the elements of the last dimension of ``shape``, those whose bits in :func:`keep_mask` are
-    the largest, in falling order: a uniformly random subset of exactly k, in a random order, and a
-    function of the seed alone. :func:`tridrop.patch_dropout` and :func:`tridrop.drop_path_subset`
-    keep these.
+    A row is the last dimension of ``shape``. The result holds the indices of the elements with the
+    largest random bits in :func:`keep_mask`, the largest first. They are a uniformly random subset
+    of exactly k elements, in random order, and a function of the seed alone.
+    :func:`tridrop.patch_dropout` and :func:`tridrop.drop_path_subset` keep these elements.
 
     Raises:
         ValueError: k outside [0, shape[-1]]; a shape without dimensions or with negative sizes.
@@ -97,9 +99,11 @@ def kept_indices(
     shape = spec.check_shape(shape)
     k = spec_values.check_whole(k, "k", wanted="how many to keep, an int")
     if not shape or not 0 <= k <= shape[-1]:
-        raise ValueError(f"k = {k} of shape {shape}; give from 0 to the size of the last dimension")
+        raise ValueError(
+            f"k = {k} for shape {shape}; give a number from 0 to the size of the last dimension"
+        )
     seed = seed_on(seed, device)
-    chosen: Tensor = torch.ops.tridrop.choose(seed, list(shape), k, backends.choose(seed.device))
+    chosen: Tensor = torch.ops.tridrop.choose(seed, list(shape), k, backends.name_for(seed.device))
     return chosen
 
 
@@ -116,26 +120,27 @@ def attention_keep_mask(
         out = where(keep, softmax(scores) * scale, 0) @ value
 
     The decision at (batch, head, query, key) is a function of the seed, p and these four
-    coordinates alone; docs/mask-contract.md defines every bit. A position that a causal or another
-    mask excludes has a decision too, which attention does not look at.
+    coordinates alone; docs/mask-contract.md defines every bit. A position that an attention mask or
+    causal order excludes has a decision too, which attention ignores.
 
     Args:
-        seed: an int or a seed tensor, such as attention was given.
-        shape: (batch, heads of the queries, queries, keys); of the local piece, where ``shard`` is
-            given. Of packed sequences, batch counts them and queries and keys count from the start
-            of each: the longest sequences give the shape.
+        seed: the seed of the attention, an int or a seed tensor.
+        shape: (batch, heads of the queries, queries, keys); with ``shard``, those of the local
+            piece. For packed sequences, the batch is the number of sequences, and queries and keys
+            count from the start of each sequence: give the lengths of the longest ones.
         p: the probability of dropping, as in :func:`tridrop.dropout`.
         shard: where ``shape`` lies in the whole attention: ``tridrop.Shard(global_shape, origin)``,
-            each of four numbers. Any dimension may be cut, anywhere.
-        device: where to make an int's mask, "cpu" by default; a seed tensor's is made on its own.
+            both with four numbers. Any dimension may be cut anywhere.
+        device: the mask's device for an int seed, "cpu" by default; a seed tensor's own device
+            decides otherwise.
 
     Returns:
         True where a probability is kept. It takes one byte per element, which attention itself
-        never spends: cut out a shard of a long one.
+        never needs: for long sequences, ask for a shard of the mask.
 
     Raises:
-        ValueError: p outside [0, 1], a shape that is not of four non-negative integers, a shard
-            that does not fit it, coordinates past the contract's: 2^32 sequences, 2^28 heads, 2^32
+        ValueError: p outside [0, 1], a shape that is not four non-negative integers, a shard that
+            does not fit it, coordinates beyond the contract's: 2^32 sequences, 2^28 heads, 2^32
             queries, 2^35 keys.
         TypeError: p, seed, shape or shard of another type.
 
@@ -157,6 +162,6 @@ def attention_keep_mask(
         spec.check_attention_coordinates(where.global_shape)
         origin = list(where.origin)
     mask: Tensor = torch.ops.tridrop.attention_keep_mask(
-        seed, list(shape), p_tensor, rate, origin, backends.choose(seed.device)
+        seed, list(shape), p_tensor, rate, origin, backends.name_for(seed.device)
     )
     return mask

@@ -43,7 +43,7 @@ def _fused_norm(
 ) -> tuple[Tensor, Tensor]:
     """The checked call: (out, stream)."""
     operands = (x, bias, layer_scale, residual, weight, norm_bias)
-    # Backward reads the stream; without one, only the next block would.
+    # Backward reads the stream; where there is no backward, only the next block does.
     keep_stream = prenorm is True or torch.is_grad_enabled()
     key = None
     numbers = type(drop_path) is float and (eps is None or type(eps) is float)
@@ -77,7 +77,7 @@ def _fused_norm(
     if where is not None and where.global_shape[-1] != x.shape[-1]:
         raise ValueError(
             f"shard cuts the last dimension ({x.shape[-1]} of {where.global_shape[-1]}), which the "
-            "norm needs whole: split another one"
+            "norm needs whole: split another dimension"
         )
     if eps is None:
         eps = torch.finfo(x.dtype).eps
@@ -104,7 +104,7 @@ def _fused_norm(
         found = known.learn(_FAMILY, key, tuple(x.shape), options, drops, *operands)
         return known.call(_FAMILY, found, seed, *operands)[:2]
     options, p_tensor, drawn = settle(x, p, training, seed, options)
-    packed = ops.pack_norm(options, backends.choose(x.device))
+    packed = ops.pack_norm(options, backends.name_for(x.device))
     results: tuple[Tensor, ...] = apply(FusedNorm, *distinct(*operands), drawn, p_tensor, packed)
     return results[0], results[1]
 
@@ -135,8 +135,8 @@ def dropout_add_layer_norm(
         out = (stream - mean) / sqrt(var + eps) * weight + norm_bias
 
     over the last dimension (Ba, Kiros, Hinton, "Layer normalization", 2016). ``stream`` is rounded
-    to its dtype before it is normalised. Backward keeps the stream, two numbers a row and the
-    seed; no mask, and no normalised copy.
+    to its dtype before it is normalised. Backward keeps the stream, two numbers per row and the
+    seed, but neither a mask nor a normalised copy.
 
     Args:
         x: the branch, ``[..., D]``, of any strides.
@@ -149,17 +149,17 @@ def dropout_add_layer_norm(
         prenorm: return (out, stream), for blocks whose residual goes around the norm.
         residual_in_fp32: make the stream float32 whatever the dtypes of x and the residual.
         zero_centered_weight: multiply by ``1 + weight``.
-        out_dtype: the dtype of out, x's by default: of the same values, rounded once. The stream
-            and the gradients keep theirs.
+        out_dtype: the dtype of out, x's by default. The values are the same, rounded once; the
+            dtypes of the stream and the gradients do not change.
 
     Returns:
         out, of x's dtype or ``out_dtype``; with ``prenorm`` also the stream, of the residual's
         dtype (x's without a residual, float32 with ``residual_in_fp32``). The dtypes of the vectors
-        do not matter. Computed in fp32, or fp64 where an operand is.
+        do not matter. It is computed in fp32, or in fp64 if an operand is fp64.
 
     Raises:
         ValueError, TypeError: operands whose shape, dtype or device does not fit; an ``out_dtype``
-            that is no floating-point dtype, or wider than the arithmetic; p, drop_path, eps,
+            that is not floating-point, or wider than the arithmetic; p, drop_path, eps,
             noise_shape or shard as in :func:`tridrop.dropout_add`.
 
     >>> x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
@@ -229,11 +229,11 @@ def layer_norm_dropout(
     shard: ShardLike | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """``residual + drop_path(dropout(layer_norm(x)))``: the norm first.
+    """``residual + drop_path(dropout(layer_norm(x)))``: the norm comes first.
 
-    Without a residual, the end of an embedding; with one, the sandwich order of T5Gemma and others.
-    Arguments as in :func:`dropout_add_layer_norm`. The result has the residual's dtype, or x's.
-    Backward keeps x, two numbers a row and the seed.
+    Without a residual this is the end of an embedding; with one, the sandwich order of T5Gemma and
+    others. Arguments are as in :func:`dropout_add_layer_norm`. The result has the residual's dtype,
+    or x's without a residual. Backward keeps x, two numbers per row and the seed.
 
     >>> x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
     >>> layer_norm_dropout(x, None, None, 0.5, seed=1)

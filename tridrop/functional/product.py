@@ -1,4 +1,4 @@
-"""Products with a dropped matrix: what LoRA and DropConnect share."""
+"""Products with a dropped matrix, which LoRA and DropConnect share."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def dropped_product(
     shard: ShardLike | None = None,
     seeds: Sequence[int | Tensor | None] = (None,),
 ) -> Tensor:
-    """gain * drop_i(x) @ weight_i^T side by side, for checked weights, in the weights' dtype.
+    """gain * drop_i(x) @ weight_i^T for each i, side by side, in the weights' dtype.
 
-    There is a seed for each mask.
+    The weights are checked already. There is one seed per mask.
     """
     where = in_batch(x.shape, spec.resolve_shard(shard, x.shape))
     dtype = product_dtype(x, weights[0])
@@ -50,7 +50,7 @@ def dropped_product(
         if not isinstance(p, Tensor):
             options = replace(options, p=float(p))
     p_tensor = p if drops and isinstance(p, Tensor) else None
-    packed = pack_product(options, backends.choose(x.device))
+    packed = pack_product(options, backends.name_for(x.device))
     operands = distinct(x, weight)
     out = apply(DroppedProduct, *operands, drawn, p_tensor, packed)
     return out

@@ -25,25 +25,26 @@ def locked_dropout(
     batch_first: bool = False,
     seed: int | Tensor | None = None,
 ) -> Sequences:
-    """Dropout of a sequence with one mask for all of its time steps.
+    """Dropout of sequences with one mask for all time steps of a sequence.
 
         out[t, b, c] = where(keep[b, c], input[t, b, c] * scale, 0)
 
     Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
     networks", 2016; the LockedDropout of Merity, Keskar and Socher, "Regularizing and optimizing
     LSTM language models", 2018. ``keep`` is ``tridrop.keep_mask(seed, (batch, features), p)``,
-    whatever the layout and the number of steps: padded, time first or batch first, or packed in
-    any order, a sample has the mask of its place in the batch, and a sequence that comes in pieces
-    keeps its mask under one seed.
+    whatever the layout and the number of steps. Whether padded (time first or batch first) or
+    packed in any order, a sample has the mask of its place in the batch, and a sequence that is
+    processed in pieces has the same mask under one seed.
 
     Args:
-        input: ``[T, B, C]``, or ``[T, C]`` without a batch, or a PackedSequence. Of this the order
-            before packing counts, as pack_sequence or pack_padded_sequence was given it.
+        input: ``[T, B, C]``, or ``[T, C]`` without a batch, or a PackedSequence. A sample's place
+            in a PackedSequence is its place before pack_sequence or pack_padded_sequence.
         p, training, seed: as in :func:`tridrop.dropout`.
         batch_first: tensors are ``[B, T, C]``.
 
     Returns:
-        As input; ``input`` itself where nothing drops. Strides are as of :func:`tridrop.dropout`.
+        The same type and shape as input, with the strides that :func:`tridrop.dropout` gives;
+        ``input`` itself if nothing is dropped.
 
     Raises:
         ValueError: p outside [0, 1], a tensor of other than 2 or 3 dimensions.
@@ -75,7 +76,7 @@ def locked_dropout(
     if x.dim() == 2:
         return dropout(x, p, noise_shape=(1, None), shard=in_batch(x.shape, dim=None), seed=seed)
     if batch_first:
-        # Time first, so that a sample's coordinate does not depend on the number of steps.
+        # With time first, a sample's coordinate does not depend on the number of steps.
         return locked_dropout(x.transpose(0, 1), p, seed=seed).transpose(0, 1)
     where = in_batch(x.shape, dim=1)
     return dropout(x, p, noise_shape=(1, None, None), shard=where, seed=seed)
@@ -84,7 +85,7 @@ def locked_dropout(
 def _packed(input: PackedSequence, p: float | Tensor, seed: int | Tensor | None) -> PackedSequence:
     data, sizes, order, _ = input
     batch, width = int(sizes[0]), data.shape[1]
-    # A step's rows are the first samples of the order by length.
+    # A step has one row for each of the first samples, which are sorted by length.
     places = torch.arange(batch)
     rows = torch.cat([places[:size] for size in sizes.tolist()]).to(data.device)
     if order is not None:

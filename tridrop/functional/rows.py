@@ -1,4 +1,4 @@
-"""Dropout whose rows name their own coordinates: of packed sequences, of looked-up words."""
+"""Dropout in which each row says which row of a mask it takes: packed sequences, embeddings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def drop_rows(
 ) -> Tensor:
     """``where(keep[rows], x * scale, 0)`` with the mask ``keep`` of shape [count, width].
 
-    ``x`` is [..., last], ``rows`` [...] and ``width`` the last size, or 1 for one decision per row.
-    Arguments are checked already; p is above 0.
+    ``x`` is [..., last] and ``rows`` [...]; ``width`` is x's last size, or 1 for one decision per
+    row. The arguments are checked already, and p is above 0.
     """
     check_rate(p, x.device)
     drawn = seed_for(x.device, seed)
     p_tensor, rate = (p, 0.0) if isinstance(p, Tensor) else (None, float(p))
     out: Tensor = apply(
-        DropRows, x, rows, drawn, p_tensor, rate, count, width, backends.choose(x.device)
+        DropRows, x, rows, drawn, p_tensor, rate, count, width, backends.name_for(x.device)
     )
     return out

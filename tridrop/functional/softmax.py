@@ -1,4 +1,4 @@
-"""Softmax and dropout of attention scores, and what all attention ops settle alike."""
+"""Softmax and dropout of attention scores, and functions that all attention ops share."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _FAMILY = known.Family("softmax", SoftmaxDropout, ops.pack_softmax, Softmax)
 def as_four(mask: Tensor | None, leading: Sequence[int]) -> Tensor | None:
     """``mask``, which broadcasts to scores [*leading, queries, keys], in four dimensions.
 
-    A view for up to four dimensions. Of more, those before the heads become one: a view as well,
-    but for a mask that is shared along some of them and not along others.
+    If there are more than four, the dimensions before the heads become one. The result is a view,
+    unless the mask is broadcast along some of these dimensions and not along others.
 
     >>> import torch
     >>> as_four(torch.zeros(5, 1), (2, 3)).shape
@@ -47,7 +47,7 @@ def as_four(mask: Tensor | None, leading: Sequence[int]) -> Tensor | None:
 def rated_attention(
     p: float | Tensor, training: bool, options: _O
 ) -> tuple[_O, Tensor | None, bool]:
-    """The options with their rate, p where it is a tensor, and whether anything drops."""
+    """(the options with their rate, p if it is a tensor, whether anything is dropped)."""
     spec_values.check_flag(training, "training")
     if not training:
         return options, None, False
@@ -66,9 +66,9 @@ def settle_attention(
     batch: int | None,
     name: str = "p",
 ) -> tuple[_O, Tensor | None, Tensor | None]:
-    """The options with their rate, p where it is a tensor, and the seed where anything drops.
+    """(the options with their rate, p if it is a tensor, the seed if anything is dropped).
 
-    ``batch`` is the number of sequences, None where a shard says which they are.
+    ``batch`` is the number of sequences, or None where a shard says which ones they are.
     """
     spec.check_rate(p, x.device, name)
     options, p_tensor, drops = rated_attention(p, training, options)
@@ -127,31 +127,31 @@ def softmax_dropout(
 
     over the keys, the last dimension. The dropout mask is that of
     :func:`tridrop.scaled_dot_product_attention` and :func:`tridrop.attention_keep_mask`, at the
-    coordinates (batch, head, query, key): the dimension before the queries is the head, those
-    before it are one, the batch. Backward keeps the scores, the mask, one number per row and the
-    seed; neither probabilities nor decisions.
+    coordinates (batch, head, query, key): the dimension before the queries is the head, and all
+    dimensions before it together are the batch. Backward keeps the scores, ``mask``, one number per
+    row and the seed, but neither probabilities nor decisions.
 
     Args:
         scores: ``[..., Sq, Sk]`` of any strides; float16, bfloat16, float32, or float64 (reference
             backend).
         p: the probability of dropping, as in :func:`tridrop.dropout`.
-        training: False is p = 0.
-        mask: bool (True takes part) or floating-point (added to the scores), broadcastable to
-            scores. It is read through its strides, never expanded; its gradient is summed in fp32
-            over the dimensions that it shares.
-        is_causal: query i sees the keys j <= i only; together with a mask, what both allow. Of a
-            shard, i and j count in the whole.
+        training: False stands for p = 0.
+        mask: the attention mask: bool (True: the key takes part) or floating-point (added to the
+            scores), broadcastable to scores. It is read through its strides and never expanded; its
+            gradient is summed in fp32 over the dimensions along which it is broadcast.
+        is_causal: query i sees only the keys j <= i; with a mask, only those that both allow. In a
+            shard, i and j are indices of the larger tensor.
         scale: the factor of the scores, 1 by default.
         return_softmax: return (out, softmax), the second before dropout. Both have gradients.
         shard: where ``scores``, of four dimensions, lie in larger ones:
-            ``tridrop.Shard(global_shape, origin)``. The dropout masks of the shards are then the
-            pieces of the mask of the whole. The softmax is over the keys that are given.
+            ``tridrop.Shard(global_shape, origin)``. The dropout masks of the shards are then pieces
+            of the mask of the larger tensor. The softmax is over the given keys alone.
         seed: as in :func:`tridrop.dropout`.
 
     Returns:
-        A contiguous tensor of scores' shape and dtype; computed in fp32 and rounded once. A key
-        that takes no part has probability 0, exactly; so have all keys of a row without any. On a
-        CPU that holds beside a score that is NaN, too.
+        A contiguous tensor of scores' shape and dtype, computed in fp32 and rounded once. An
+        excluded key has exactly the probability 0, and so have all keys of a row in which every key
+        is excluded. On a CPU this is so even in a row with a score that is NaN.
 
     Raises:
         ValueError: scores of fewer than two dimensions, or of other than four with a shard; a mask
@@ -196,7 +196,7 @@ def softmax_dropout(
     origin = spec_attention.resolve_origin(shard, scores.shape)
     _, upper = spec_attention.resolve_band(is_causal, None)
     if upper is not None:
-        upper += origin[2] - origin[3]  # local indices differ from those of the whole
+        upper += origin[2] - origin[3]  # key - query in local indices
     options = SoftmaxOptions(
         scale=spec_attention.resolve_scale(scale, 1.0),
         upper=upper,
@@ -210,6 +210,6 @@ def softmax_dropout(
         return (out, softmax) if return_softmax else out
     batch = None if shard is not None or scores.dim() < 4 else math.prod(scores.shape[:-3])
     options, p_tensor, drawn = settle_attention(scores, p, training, seed, options, batch)
-    packed = ops.pack_softmax(options, backends.choose(scores.device))
+    packed = ops.pack_softmax(options, backends.name_for(scores.device))
     out, softmax, _ = apply(SoftmaxDropout, *distinct(scores, mask), drawn, p_tensor, packed)
     return (out, softmax) if return_softmax else out

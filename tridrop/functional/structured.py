@@ -1,4 +1,4 @@
-"""Structured drops of width: tokens, attention heads."""
+"""Structured dropout along the width of a model: tokens and attention heads."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def patch_dropout(
     return_indices: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Keep a random subset of each sample's tokens, so that what follows is shorter.
+    """Keep a random subset of each sample's tokens, so that later layers get shorter sequences.
 
         out = concat(x[:, :prefix], x[:, prefix:][kept]),    k = max(1, floor(n (1 - p))) of n
 
@@ -63,13 +63,13 @@ def patch_dropout(
     :func:`tridrop.kept_indices` of ``(B, n)``. Backward keeps the indices and no copy of x.
 
     Args:
-        x: tokens, [B, prefix + n, ...], of any dtype; positions must be in them already.
-        p: the rate of dropping tokens, a number in [0, 1): at least one is kept.
+        x: tokens, [B, prefix + n, ...], of any dtype; position embeddings must be added before.
+        p: the rate of dropping tokens, a number in [0, 1). At least one token is kept.
         training: False returns ``x`` itself, as p = 0 does.
-        num_prefix_tokens: class and register tokens, in front, all of which are kept.
-        ordered: keep the order of the tokens, which costs a sort. Otherwise it is random.
-        return_indices: return (out, indices): which of the n tokens were kept, [B, k], or None
-            where all were.
+        num_prefix_tokens: the number of class and register tokens in front, which are all kept.
+        ordered: keep the tokens in their order, which costs a sort. Otherwise the order is random.
+        return_indices: return (out, indices), where indices says which of the n tokens were kept,
+            [B, k], or is None if all were.
         seed: as in :func:`tridrop.dropout`.
 
     Raises:
@@ -101,8 +101,8 @@ def patch_dropout(
     kept = kept_indices(seed_for(x.device, seed), (batch, n), choice.left(n, p))
     if ordered:
         kept = kept.sort(dim=-1).values
-    # One gather for all, by positions in the flattened tokens: its backward needs no more of x
-    # than the shape.
+    # One index_select for all, by positions in the flattened tokens: its backward needs only the
+    # shape of x.
     prefix = torch.arange(num_prefix_tokens, device=x.device).expand(batch, -1)
     starts = torch.arange(batch, device=x.device)[:, None] * tokens
     at = torch.cat((prefix, kept + num_prefix_tokens), dim=1) + starts
@@ -119,22 +119,22 @@ def head_dropout(
     rescale: str = "expected",
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Drop whole attention heads, for each sample its own.
+    """Drop whole attention heads, with separate decisions for each sample.
 
         out = where(keep, x * scale, 0),    keep of shape [B, H]
 
     Zhou et al., "Scheduled DropHead: a regularization method for transformer models", 2020. ``x``
-    is what the heads attended to, before they are concatenated and projected; dropping a head's
-    queries or keys would leave it its values. The mask is that of :func:`tridrop.dropout` with a
-    ``noise_shape`` of None for the samples and the heads and 1 elsewhere.
+    holds the heads' results, before they are concatenated and projected; if queries or keys were
+    dropped, a head would still pass on its values. The mask is that of :func:`tridrop.dropout` with
+    a ``noise_shape`` of None for the samples and the heads and 1 elsewhere.
 
     Args:
         x: [B, H, L, D], or any shape with the samples first and the heads at ``dim``.
         p: as in :func:`tridrop.dropout`; a number for ``rescale="kept"``.
         training: False returns ``x`` itself, as p = 0 does.
         dim: the dimension of the heads: 2 for [B, L, H, D].
-        rescale: "expected": scale is 1 / (1 - p). "kept": H / (number of heads that the sample
-            kept), as in the paper; the expected value then is 1 - p^H of x.
+        rescale: with "expected", scale is 1 / (1 - p). With "kept", it is H / (number of heads that
+            the sample kept), as in the paper; the expected result is then (1 - p^H) x.
         seed: as in :func:`tridrop.dropout`.
 
     Raises:
@@ -150,8 +150,8 @@ def head_dropout(
     dim = spec_values.check_whole(dim, "dim")
     if not (1 <= dim < x.dim() or 1 - x.dim() <= dim < 0):
         raise ValueError(
-            f"dim = {dim} of shape {tuple(x.shape)}; give the dimension of the heads, which is not "
-            "the first, that of the samples"
+            f"dim = {dim} for shape {tuple(x.shape)}; give the dimension of the heads, not the "
+            "first, which is the dimension of the samples"
         )
     dim %= x.dim()
     if rescale == "expected":
@@ -169,9 +169,9 @@ def _head_shape(dims: int, dim: int) -> tuple[int | None, ...]:
 
 
 def _heads(seed: Tensor, shape: Sequence[int], p: float, dim: int) -> tuple[Tensor, Tensor]:
-    """The rule of head dropout by the number of heads kept."""
+    """(keep, scale) of head dropout that scales by the number of heads kept."""
     noise_shape = _head_shape(len(shape), dim)
-    # The decisions of the whole tensor's first row of each sample and head.
+    # One decision per sample and head: that of its first row in the whole tensor.
     small = tuple(1 if n == 1 else size for n, size in zip(noise_shape, shape, strict=True))
     whole = Shard(tuple(shape), (0,) * len(shape))
     keep = keep_mask(seed, small, p, noise_shape=noise_shape, shard=whole)

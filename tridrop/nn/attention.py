@@ -1,4 +1,4 @@
-"""Attention as modules: scores, softmax, dropout and the values."""
+"""Attention as modules."""
 
 from __future__ import annotations
 
@@ -58,20 +58,21 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
 
     for q = query Wq^T + bq and so on, cut into H heads of D = E / H. Vaswani et al., "Attention is
     all you need", 2017. The constructor's arguments, the names and the initial values of the
-    parameters are torch's: a state_dict can be loaded either way. ``need_weights=False`` runs on
-    :func:`tridrop.scaled_dot_product_attention` and holds nothing of the size of the scores;
-    ``need_weights=True`` on :func:`tridrop.softmax_dropout`, which draws the same mask for the same
-    seed. One forward takes one seed; :func:`tridrop.attention_keep_mask` exports its mask.
+    parameters are torch's: a state_dict can be loaded either way. With ``need_weights=False`` the
+    layer uses :func:`tridrop.scaled_dot_product_attention` and holds no tensor of the size of the
+    scores; with ``need_weights=True`` it uses :func:`tridrop.softmax_dropout`, which draws the same
+    mask for the same seed. One forward takes one seed; :func:`tridrop.attention_keep_mask` exports
+    its mask.
 
     What differs from torch:
 
     - A query whose keys are all masked out attends to nothing: its weights and its heads are
-      zeros, its output is out_proj's bias. torch gives NaN in some cases.
-    - With ``need_weights=False`` the hint ``is_causal`` is taken beside a key_padding_mask as well,
-      and attn_mask is not read then; with add_bias_kv or add_zero_attn it is never taken.
-    - Dtypes of float masks are free.
-    - Nested tensors, with ``batch_first``, are taken in training and for cross-attention, too. They
-      are padded within the layer.
+      zeros, and its output is out_proj's bias. torch gives NaN in some cases.
+    - With ``need_weights=False`` the hint ``is_causal`` is used beside a key_padding_mask as well,
+      and attn_mask is not read then. With add_bias_kv or add_zero_attn the hint is never used.
+    - Float masks may have any dtype.
+    - Nested tensors, with ``batch_first``, are accepted in training and for cross-attention, too.
+      They are padded within the layer.
 
     Args:
         embed_dim, num_heads: E, the width of queries and results, and H, which divides it.
@@ -129,24 +130,26 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
         """Attend from query [L, N, E] to key [S, N, kdim] and value [S, N, vdim].
 
         Without a batch these are [L, E], [S, kdim] and [S, vdim]; with ``batch_first`` N is the
-        first. All are of the parameters' dtype, or run under autocast. All three may be nested
-        tensors: then so is out, and the weights are those of padded samples, zeros where padded.
+        first dimension. All have the parameters' dtype, or run under autocast. All three may be
+        nested tensors: then out is nested too, and the weights are those of the padded samples,
+        with zeros for padding.
 
         Args:
-            key_padding_mask: [N, S], or [S] without a batch: bool, True where a key is left out,
+            key_padding_mask: [N, S], or [S] without a batch: bool, True where a key is excluded,
                 or float, added to the scores of every query.
             need_weights: whether to return the weights, which takes memory of their size.
-            attn_mask: [L, S] or [N * H, L, S], bool (True is left out) or float, differentiable.
-                Beside a key_padding_mask of float the two are added, to [N, 1 or H, L, S].
-            average_attn_weights: the mean of the weights over the heads.
+            attn_mask: [L, S] or [N * H, L, S], bool (True: excluded) or float, differentiable.
+                With a float key_padding_mask the two are added, to [N, 1 or H, L, S].
+            average_attn_weights: return the mean of the weights over the heads.
             is_causal: says that attn_mask, which must be given, is the causal mask.
 
         Returns:
-            (out, weights): out of query's shape; weights [N, L, S], or [N, H, L, S] if not
-            averaged, after dropout, with a column more for each appended key, or None.
+            (out, weights). out has query's shape. weights, after dropout, are [N, L, S], or [N, H,
+            L, S] if not averaged, with one more column per appended key; or None.
 
         Raises:
-            TypeError, ValueError: nested tensors beside others, with masks or lengths first.
+            TypeError, ValueError: nested tensors together with other tensors, with masks, or
+                without ``batch_first``.
             AssertionError, RuntimeError: shapes or dtypes that do not fit, and ``is_causal``
                 without attn_mask, as torch raises.
         """
@@ -157,8 +160,8 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
             masked = key_padding_mask is not None or attn_mask is not None or is_causal
             if masked or not self.batch_first:
                 raise ValueError(
-                    "nested tensors take no attn_mask, key_padding_mask and is_causal, and have "
-                    "their batch first: pad them, or make the layer with batch_first=True"
+                    "nested tensors take neither attn_mask, key_padding_mask nor is_causal, and "
+                    "have their batch first: pad them, or make the layer with batch_first=True"
                 )
             forward = partial(
                 MultiheadAttention.forward, self, average_attn_weights=average_attn_weights
@@ -179,8 +182,9 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
         batch, _, queries, _ = q.shape
         _check_shapes(key_padding_mask, attn_mask, (batch, self.num_heads, queries, k.shape[2]))
         k, v, appended = self._append(k, v)
-        # The hint spares reading the mask. Appended keys stand behind all others, where a causal
-        # mask would hide them. The weights are of the mask's size anyway: there it is read.
+        # With the hint, the mask need not be read. Appended keys come after all others, where
+        # causal order would hide them, so the hint cannot be used with them. If weights are
+        # returned, they have the mask's size anyway, and the mask is read.
         hint = is_causal and not need_weights and not appended
         if key_padding_mask is not None:
             key_padding_mask = _convert(key_padding_mask, appended)
@@ -202,7 +206,7 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, length: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [N, H, length, D]; dimension ``length`` of 3 is the length."""
+        """Queries, keys and values, [N, H, length, D]; the index of the length is ``length``."""
         self._check_inputs(query, key, value)
         dim = self.embed_dim
 
@@ -253,7 +257,7 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
                 )
 
     def _check_bias(self, name: str, bias: Tensor, query: Tensor) -> None:
-        """torch adds one of another dtype by some roads and raises by others."""
+        """Raise for a bias of another dtype, which torch accepts on some paths only."""
         wanted = self.out_proj.weight.dtype
         if bias.dtype != wanted and not torch.is_autocast_enabled(query.device.type):
             raise TypeError(
@@ -262,7 +266,7 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
             )
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Keys and values with the learnt pair and that of zeros; how many were appended."""
+        """(keys, values, number of pairs appended): a learnt pair and a pair of zeros are."""
         shape = (k.shape[0], self.num_heads, 1, self.head_dim)
         keys, values = [k], [v]
         if self.bias_k is not None and self.bias_v is not None:
@@ -286,15 +290,15 @@ class MultiheadAttention(nn.MultiheadAttention, _Site):
         need_weights: bool,
         hint: bool,
     ) -> tuple[Tensor | None, Tensor]:
-        """The weights, where they are wanted, and the heads, [N, H, L, D].
+        """(weights or None, heads), the heads [N, H, L, D].
 
-        ``padding`` [N, S] and ``mask`` have tridrop's meaning: True takes part.
+        ``padding`` [N, S] and ``mask`` have tridrop's convention: True takes part.
         """
         seed = self._seed(q)
         if need_weights:
             if padding is not None:
                 mask = merge_masks(padding[:, None, None, :], mask)
-            # Scaled before the product, which keeps within float16.
+            # The query is scaled before the product, so that scores stay within float16's range.
             scores = q * math.sqrt(1 / self.head_dim) @ k.transpose(-2, -1)
             weights = F.softmax_dropout(scores, self.dropout, self.training, mask=mask, seed=seed)
             return weights, weights @ v
@@ -337,7 +341,7 @@ def _check_dtypes(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> 
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(
-                f"{name} has dtype {mask.dtype}; give bool (True: is left out) or floating-point "
+                f"{name} has dtype {mask.dtype}; give bool (True: excluded) or floating-point "
                 f"(added to the scores): use {name}.bool()"
             )
     if (
@@ -348,7 +352,7 @@ def _check_dtypes(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> 
     ):
         warnings.warn(
             "key_padding_mask and attn_mask of different dtypes are deprecated in torch: give both "
-            "in one",
+            "the same dtype",
             stacklevel=3,
         )
 
@@ -366,20 +370,20 @@ def _check_shapes(
         wanted = ((queries, keys), (batch * heads, queries, keys))[attn_mask.dim() - 2]
         if tuple(attn_mask.shape) != wanted:
             raise RuntimeError(
-                f"attn_mask has shape {tuple(attn_mask.shape)}; of {attn_mask.dim()} dimensions it "
-                f"must be {wanted}"
+                f"attn_mask has shape {tuple(attn_mask.shape)}; with {attn_mask.dim()} dimensions "
+                f"it must be {wanted}"
             )
 
 
 def _convert(mask: Tensor, appended: int) -> Tensor:
-    """A mask of torch.nn in tridrop's meaning, with columns for keys that no mask leaves out."""
+    """A mask of torch.nn in tridrop's convention, with columns that never exclude appended keys."""
     if appended:
         mask = nn.functional.pad(mask, (0, appended))
     return ~mask if mask.dtype == torch.bool else mask
 
 
 def merge_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """One mask for two, in tridrop's meaning; bool only where both are."""
+    """One mask from two, in tridrop's convention; it is bool only if both are."""
     if first is None or second is None:
         return second if first is None else first
     if first.dtype == second.dtype == torch.bool:

@@ -1,6 +1,6 @@
-"""The branches of torch's transformer layers, with their dropouts fused into what stands around.
+"""The branches of torch's transformer layers, with each dropout fused with the ops next to it.
 
-With ``remake`` the linear layers keep none of their inputs that backward can make again.
+With ``remake`` the linear layers keep no input that backward can make again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..functional.linear import linear, remade_activation, remade_add_norm, rema
 from ..spec import elementwise as spec
 
 
-def is_heard(module: nn.Module) -> bool:
-    """Whether somebody listens to a module."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks listen to calls of the module, which therefore must be called."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -28,15 +28,15 @@ def is_heard(module: nn.Module) -> bool:
 
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm of x, of which a linear layer keeps none."""
-    if type(norm) is nn.LayerNorm and not is_heard(norm) and x.shape[-1:] == norm.normalized_shape:
+    """The norm of x, with a recipe if the norm is torch's: linear layers then do not keep it."""
+    if type(norm) is nn.LayerNorm and not has_hooks(norm) and x.shape[-1:] == norm.normalized_shape:
         return remade_layer_norm(x, norm.weight, norm.bias, norm.eps)
     out: Tensor = norm(x)
     return out
 
 
 def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """The name of the activation where :func:`tridrop.activation_dropout` has it."""
+    """The activation's name in :func:`tridrop.activation_dropout`; None if it is not there."""
     if activation is relu or activation is torch.relu or type(activation) is nn.ReLU:
         return "relu"
     if activation is gelu:
@@ -77,7 +77,7 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def add(x: Tensor, residual: Tensor, last: nn.Linear, drop: Any) -> Tensor:
-    """The end of a pre-norm layer."""
+    """The end of a pre-norm layer, whose ``last`` linear still lacks its bias."""
     return F.dropout_add(
         x, residual, drop.p, drop.training, bias=last.bias, seed=drop._seed(x)
     )  # fmt: skip
@@ -93,8 +93,8 @@ def add_norm(
     remake: bool,
 ) -> Tensor:
     """The end of a post-norm branch, whose ``last`` linear still lacks its bias."""
-    # The op's result has the branch's dtype. Under autocast, where the branch is narrow, torch's
-    # has the stream's, and on accelerators float32.
+    # The op's result has the branch's dtype. torch's result has the stream's dtype even under
+    # autocast, where the branch is narrower, and on accelerators it is float32 then.
     dtype = residual.dtype
     if x.device.type != "cpu" and spec.autocast_dtype(x.device) is not None:
         dtype = torch.promote_types(dtype, torch.float32)
@@ -112,7 +112,7 @@ def add_norm(
 def add_and_norm(
     x: Tensor, residual: Tensor, drop: Any, norm: nn.LayerNorm, *, remake: bool
 ) -> tuple[Tensor, Tensor]:
-    """The end of a pre-norm branch and the norm before the next: (normed, stream)."""
+    """The end of a pre-norm branch, and the norm before the next branch: (normed, stream)."""
     operands = (x, residual, norm.weight, norm.bias, drop.p, drop.training)
     options: dict[str, Any] = {"eps": norm.eps, "seed": drop._seed(x)}
     if remake:

@@ -1,7 +1,7 @@
 """One step of torch's recurrent layers as formulas, and the loop over a sequence's steps.
 
-What torch's fused layers lack is a place for a mask inside a step. There are two: ``hidden``, the
-state that enters the matrix product, and ``candidate``, what a step would add to the state.
+torch's fused layers have no place for a mask inside a step. Here there are two places: ``hidden``,
+the state that enters the matrix product, and ``candidate``, what a step would add to the state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..base.arguments import check_tensor, given
 
-State = tuple[Tensor, ...]  # (h,), and (h, c) of an LSTM
+State = tuple[Tensor, ...]  # (h,), or (h, c) for an LSTM
 
 
 def as_tuple(state: Any) -> State:
@@ -23,7 +23,7 @@ def as_tuple(state: Any) -> State:
 
 
 def given_state(hx: Any) -> State:
-    """:func:`as_tuple` of what a caller gives; TypeError unless it is of tensors."""
+    """:func:`as_tuple` of a caller's argument; TypeError unless it consists of tensors."""
     if not isinstance(hx, (Tensor, tuple, list)):
         raise TypeError(f"{given(hx, 'hx')}; give a tensor, or a pair of them for an LSTM")
     state = as_tuple(hx)
@@ -33,7 +33,7 @@ def given_state(hx: Any) -> State:
 
 
 def as_given(state: State) -> Any:
-    """As torch's layers take and return it: (h, c), or h alone."""
+    """The state as torch's layers take and return it: (h, c), or h alone."""
     return state if len(state) == 2 else state[0]
 
 
@@ -53,7 +53,7 @@ def _keep(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Drops:
-    """What drops inside a step; by default nothing."""
+    """The functions that drop inside a step; by default nothing is dropped."""
 
     hidden: Callable[[Tensor], Tensor] = _keep
     candidate: Callable[[Tensor], Tensor] = _keep
@@ -71,7 +71,7 @@ class Weights:
 
     @classmethod
     def of(cls, module: nn.RNNBase, given: Sequence[Tensor]) -> Weights:
-        """From a list in torch's order, which leaves out what a module does not have."""
+        """The weights from a list in torch's order, without those that the module does not have."""
         w_ih, w_hh, *rest = given
         b_ih, b_hh = rest[:2] if module.bias else (None, None)
         projected = module.proj_size > 0
@@ -79,8 +79,9 @@ class Weights:
 
 
 def project(kind: str, x: Tensor, w: Weights) -> Tensor:
-    """The inputs' part of the gates, of any number of steps: [..., gates]."""
-    # A GRU's reset gate acts on the state's part, bias included; elsewhere the biases are added.
+    """The inputs' part of the gates, for any number of steps: [..., gates]."""
+    # A GRU's reset gate multiplies the state's part with its bias. In other layers both biases are
+    # added up first.
     bias = w.b_ih
     if kind != "GRU" and w.b_ih is not None and w.b_hh is not None:
         bias = w.b_ih + w.b_hh
@@ -113,9 +114,9 @@ def scan(
 ) -> tuple[list[Tensor], State]:
     """The outputs of all steps, in their order, and the last state of every sequence.
 
-    ``steps`` are [batch, gates] each. The sequences of a packed batch are sorted by length, so that
-    a step holds the first of them: those that end leave the state from its end, and in reverse they
-    enter there.
+    Each of ``steps`` is [batch, gates]. The sequences of a packed batch are sorted by length, the
+    longest first, so each step has the first of them. Going forwards, sequences that end leave the
+    state at its end; in reverse, they enter it there.
     """
     outputs = []
     ended: list[State] = []

@@ -1,4 +1,4 @@
-"""Modules whose weights are dropped: a linear layer, and any module by its parameters' names."""
+"""DropConnect as modules: a linear layer, and a function that drops parameters of any module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..ops.remade import remade
 from ..spec.elementwise import check_probability
 from .modules import _Site
 
-_READS = 2  # that may come before a first call: of a dtype, a print
+_READS = 2  # reads of a parameter that may precede the first call, to see its dtype or to print it
 
 
 class DropConnectLinear(nn.Linear, _Site):
@@ -62,11 +62,11 @@ class DropConnectLinear(nn.Linear, _Site):
 class WeightDropped(_Site):
     """The parametrisation that :func:`weight_drop` registers, one for each parameter.
 
-    During the module's forward it gives the weight dropped, drawn once; at other times, and in
-    evaluation, the weight itself.
+    During the module's forward in training it returns a dropped copy of the weight, drawn once; at
+    other times, and in evaluation, the weight itself.
     """
 
-    reads: int = 0  # in training and outside of a call; -1 once the module has been called
+    reads: int = 0  # reads in training outside of a call; -1 once the module has been called
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ class WeightDropped(_Site):
             if self.reads > _READS:
                 warnings.warn(
                     "a parameter of weight_drop is read in training and its module is not called: "
-                    "if a parent reads module.weight and calls a function, nothing drops. Drop a "
-                    "parameter of the module that is called",
+                    "if a parent reads module.weight and calls a function, nothing is dropped. "
+                    "Apply weight_drop to a module that is called",
                     stacklevel=2,
                 )
         return weight
@@ -92,7 +92,7 @@ class WeightDropped(_Site):
 
 
 class _Call:
-    """What a module does before and after its forward: pickled and copied with it."""
+    """The hooks before and after a module's forward, pickled and copied with the module."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -131,7 +131,7 @@ def _site_of(module: nn.Module, name: str) -> tuple[WeightDropped, Tensor]:
 
 
 def _show_to_rnn(module: nn.Module) -> None:
-    """torch's recurrent modules read their weights from a list of their own."""
+    """Renew the list from which torch's recurrent modules read their weights."""
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
@@ -139,9 +139,9 @@ def _show_to_rnn(module: nn.Module) -> None:
 def weight_drop(module: nn.Module, names: str | Sequence[str], p: float = 0.5) -> nn.Module:
     """Drop parameters of a module in training: DropConnect for any module, such as an LSTM.
 
-    Each named parameter is registered as a torch.nn.utils.parametrize parametrisation. A call of
-    the module draws one mask for each, whose dropped weight backward draws again (Wan et al. 2013;
-    ``weight_hh_l0`` of an LSTM: AWD-LSTM, Merity, Keskar, Socher, arXiv 1708.02182). Outside a
+    Each named parameter gets a parametrisation of torch.nn.utils.parametrize. A call of the module
+    draws one mask for each of them, and backward draws the dropped weight again (Wan et al. 2013;
+    ``weight_hh_l0`` of an LSTM: AWD-LSTM, Merity, Keskar, Socher, arXiv 1708.02182). Outside of a
     call the attribute is the weight itself.
 
     Args:
@@ -156,12 +156,12 @@ def weight_drop(module: nn.Module, names: str | Sequence[str], p: float = 0.5) -
 
     Raises:
         ValueError: a name that is no parameter of the module, or is dropped already; p outside
-            [0, 1]; the ``out_proj`` of a MultiheadAttention, which is read and never called.
-            TypeError: names of another type.
+            [0, 1]; the ``out_proj`` of a MultiheadAttention, which is read but never called.
+        TypeError: names of another type.
 
     Warns:
-        UserWarning: the parameter is read in training, again and again, and the module is never
-            called: by a parent that takes ``module.weight`` and calls a function. Nothing drops.
+        UserWarning: the parameter is read repeatedly in training, but the module is never called,
+            because a parent takes ``module.weight`` and calls a function. Nothing is dropped then.
 
     >>> import torch, tridrop
     >>> layer = tridrop.nn.weight_drop(torch.nn.Linear(8, 8), "weight", 0.5)
@@ -210,16 +210,16 @@ def _call_of(module: nn.Module) -> _Call | None:
 
 
 def dropped_names(module: nn.Module) -> list[str]:
-    """The parameters of a module that :func:`weight_drop` drops."""
+    """The names of a module's parameters that :func:`weight_drop` drops."""
     call = _call_of(module)
     return [] if call is None else list(call.names)
 
 
 def remove_weight_drop(module: nn.Module) -> nn.Module:
-    """Undo :func:`weight_drop`: the parameters are again what and where they were.
+    """Undo :func:`weight_drop`, so that the parameters are plain parameters again.
 
-    Returns the module; one that drops nothing is left as it is. Other parametrisations of the
-    parameters have to be removed by torch.nn.utils.parametrize first: ValueError.
+    Returns the module, unchanged if it drops nothing. Raises ValueError while the parameters have
+    other parametrisations: remove these with torch.nn.utils.parametrize first.
 
     >>> import torch, tridrop
     >>> layer = tridrop.nn.weight_drop(torch.nn.Linear(2, 2), "weight", 0.5)

@@ -55,7 +55,7 @@ class EmbeddingDropout(nn.Embedding, _Site):
     def from_pretrained(
         cls, embeddings: Tensor, *args: Any, p: float = 0.1, **options: Any
     ) -> EmbeddingDropout:
-        """As torch.nn.Embedding.from_pretrained, with a ``p``."""
+        """torch.nn.Embedding.from_pretrained with an additional ``p``."""
         check_probability(p)
         layer: EmbeddingDropout = super().from_pretrained(embeddings, *args, **options)
         layer.p = p
@@ -66,7 +66,7 @@ class EmbeddingDropout(nn.Embedding, _Site):
 
 
 class WordDropout(_Site):
-    """:func:`tridrop.word_dropout` as a module: numbers of words give way to ``token``.
+    """:func:`tridrop.word_dropout` as a module: ``token`` replaces dropped numbers of words.
 
     >>> import torch, tridrop
     >>> WordDropout(1.0, token=9, exempt=[0])(torch.arange(4))

@@ -1,4 +1,4 @@
-"""torch.nn's other dropouts and Keras', as modules: each forward is one functional call."""
+"""The other dropouts of torch.nn, and those of Keras, as modules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _OneTensor(_Site):
 
 
 class _Torch(_OneTensor):
-    """One that stands in for a module of torch's, and is an instance of it."""
+    """A drop-in for a module of torch, and an instance of that module's class."""
 
     function: Function
 
@@ -81,7 +81,7 @@ class Dropout3d(_Torch, nn.Dropout3d):
 class AlphaDropout(_Torch, nn.AlphaDropout):
     """:func:`tridrop.alpha_dropout` as a module; a drop-in for torch.nn.AlphaDropout.
 
-    torch's module ignores ``inplace``; here it is meant.
+    torch's module ignores ``inplace``; this one does not.
 
     >>> import torch, tridrop
     >>> tridrop.nn.AlphaDropout(0.5).eval()(torch.ones(2))
@@ -100,7 +100,7 @@ class AlphaDropout(_Torch, nn.AlphaDropout):
 
 
 class FeatureAlphaDropout(_Torch, nn.FeatureAlphaDropout):
-    """:func:`tridrop.feature_alpha_dropout` as a module; for torch.nn.FeatureAlphaDropout.
+    """:func:`tridrop.feature_alpha_dropout`; a drop-in for torch.nn.FeatureAlphaDropout.
 
     >>> import torch, tridrop
     >>> tridrop.nn.FeatureAlphaDropout(0.5).eval()(torch.ones(1, 2))
@@ -111,11 +111,11 @@ class FeatureAlphaDropout(_Torch, nn.FeatureAlphaDropout):
 
 
 class _Keras(_OneTensor):
-    """What Keras' layers have: ``rate``, ``seed``, and ``training`` as an argument of the call.
+    """A module with the arguments of Keras' layers: ``rate``, ``seed`` and the call's ``training``.
 
-    With a ``seed`` the n-th call that drops takes ``fold_in(seed, n)``, so that two modules of the
-    same seed draw the same sequence. Such a call cannot be recomputed in backward, and raises
-    there; :func:`tridrop.rng` goes before the seed.
+    With a ``seed`` the n-th call that drops takes ``fold_in(seed, n)``, so two modules with the
+    same seed draw the same sequence of masks. A recomputation of such a call in backward raises.
+    An active :func:`tridrop.rng` overrides the seed.
     """
 
     def __init__(self, rate: float, seed: int | None = None) -> None:
@@ -124,7 +124,7 @@ class _Keras(_OneTensor):
         self.p = float(rate)
         self.base = seed
         if seed is not None:
-            as_seed(seed)  # raises for what is not a seed
+            as_seed(seed)  # raises unless it is a seed
         self.calls = 0
 
     def _seed(self, x: Tensor, training: bool | None = None) -> Tensor | None:
@@ -149,7 +149,8 @@ class GaussianDropout(_Keras):
 
     Args:
         rate: the p of :func:`tridrop.gaussian_dropout`, in [0, 1).
-        seed: None, or an int that fixes the sequence of masks; see the class above.
+        seed: None, or an int that fixes the sequence of masks: the n-th call that drops takes
+            ``fold_in(seed, n)``.
 
     >>> import torch, tridrop
     >>> layer = tridrop.nn.GaussianDropout(0.5, seed=1).eval()
@@ -162,9 +163,9 @@ class GaussianDropout(_Keras):
 
 
 class _Spatial(_Keras):
-    """Dropout of whole feature maps, channels last or first."""
+    """Dropout of whole feature maps, with channels last or first."""
 
-    dimensions = 0  # spatial ones
+    dimensions = 0  # the number of spatial dimensions
 
     def __init__(
         self, rate: float, data_format: str = "channels_last", seed: int | None = None
@@ -177,8 +178,8 @@ class _Spatial(_Keras):
         check_tensor(input, "input")
         if input.dim() != self.dimensions + 2:
             raise ValueError(
-                f"{type(self).__name__} takes {self.dimensions + 2} dimensions, the batch, "
-                f"{self.dimensions} of space and the channels; given shape {tuple(input.shape)}"
+                f"{type(self).__name__} takes {self.dimensions + 2} dimensions: batch, channels "
+                f"and {self.dimensions} of space; given shape {tuple(input.shape)}"
             )
         space = (1,) * self.dimensions
         last = self.data_format == "channels_last"
@@ -191,9 +192,9 @@ class _Spatial(_Keras):
 
 
 class SpatialDropout1D(_Spatial):
-    """Whole feature maps of ``[N, steps, C]``, as Keras' SpatialDropout1D (Tompson et al. 2015).
+    """Drops whole feature maps of ``[N, steps, C]``, as Keras' layer (Tompson et al. 2015).
 
-    The same as :func:`tridrop.dropout` with ``noise_shape=(None, 1, None)``: for a sequence model
+    It is :func:`tridrop.dropout` with ``noise_shape=(None, 1, None)``. In a sequence model this is
     also one mask for all time steps (Gal and Ghahramani 2016).
 
     Args:
@@ -201,7 +202,7 @@ class SpatialDropout1D(_Spatial):
         data_format: "channels_last" (the default, ``[N, ..., C]``) or "channels_first".
         seed: None, or an int that fixes the sequence of masks.
 
-    Called with ``training=True`` or False it drops, or not, whatever its mode.
+    Called with ``training=True`` it drops, and with False it does not, whatever the module's mode.
 
     >>> import torch, tridrop
     >>> layer = tridrop.nn.SpatialDropout1D(0.5, seed=1).eval()
@@ -214,7 +215,7 @@ class SpatialDropout1D(_Spatial):
 
 
 class SpatialDropout2D(_Spatial):
-    """Whole feature maps of ``[N, H, W, C]``; see :class:`SpatialDropout1D`.
+    """Drops whole feature maps of ``[N, H, W, C]``; see :class:`SpatialDropout1D`.
 
     >>> import torch, tridrop
     >>> tridrop.nn.SpatialDropout2D(0.5).eval()(torch.ones(1, 1, 1, 2))
@@ -225,7 +226,7 @@ class SpatialDropout2D(_Spatial):
 
 
 class SpatialDropout3D(_Spatial):
-    """Whole feature maps of ``[N, D, H, W, C]``; see :class:`SpatialDropout1D`.
+    """Drops whole feature maps of ``[N, D, H, W, C]``; see :class:`SpatialDropout1D`.
 
     >>> import torch, tridrop
     >>> tridrop.nn.SpatialDropout3D(0.5).eval()(torch.ones(1, 1, 1, 1, 2))

@@ -1,4 +1,4 @@
-"""torch's transformer layers, with the dropouts fused into what stands around them."""
+"""torch's transformer layers, with each dropout fused with the ops next to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, relu
 
 from ..base.arguments import check_flag, check_tensor
 from .attention import MultiheadAttention
-from .branches import add, add_and_norm, add_norm, attend, feed_forward, is_heard, normalised
+from .branches import add, add_and_norm, add_norm, attend, feed_forward, has_hooks, normalised
 from .modules import Dropout
 from .nested import Nested
 
@@ -31,10 +31,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     Vaswani et al., "Attention is all you need", 2017. The constructor's arguments, the names and
     the initial values of the parameters are torch's: a state_dict can be loaded either way. The
-    attention is :class:`tridrop.nn.MultiheadAttention`. Each of dropout1 and dropout2 is one op
-    with its residual and the norm that follows within the layer, dropout2 with the bias of linear2
-    as well; activation, ``dropout`` and the bias of linear1 are one op for relu and gelu. Each
-    dropout keeps its own ``p`` and ``training``, and is a site of its own.
+    attention is :class:`tridrop.nn.MultiheadAttention`. dropout1 and dropout2 are each one op with
+    the residual and with the norm that follows within the layer, dropout2 also with the bias of
+    linear2. The bias of linear1, the activation and ``dropout`` are one op for relu and gelu. Each
+    dropout keeps its own ``p`` and ``training``, and is a separate site.
 
     Where a subclass overrides ``_sa_block`` or ``_ff_block``, or a linear, norm or dropout was
     replaced or has hooks, the layer calls its blocks and modules one by one, as torch's does.
@@ -42,14 +42,14 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     What differs from torch:
 
     - Evaluation never takes torch's inference path. A nested tensor is padded within the layer.
-    - What :class:`tridrop.nn.MultiheadAttention` says of masks and hints.
+    - Masks and hints differ as :class:`tridrop.nn.MultiheadAttention` says.
 
     Args:
         d_model, nhead: the width E and the number of heads, which divides it.
         dim_feedforward: the width between linear1 and linear2.
-        dropout: the probability of dropping, everywhere; change that of a part by its ``p``.
-        activation: "relu", "gelu" or any callable. Fused are these two, as a string, a function or
-            a module.
+        dropout: the probability of dropping in all parts; change that of a part by its ``p``.
+        activation: "relu", "gelu" or any callable. relu and gelu are fused, whether given as a
+            string, a function or a module.
         layer_norm_eps: added to the variance in the norms.
         batch_first: tensors are [N, S, E] instead of [S, N, E].
         norm_first: whether the norms go before the branches or after the additions.
@@ -70,7 +70,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     torch.Size([2, 5, 16])
     """
 
-    remake = False  # of one that was pickled by an older version
+    remake = False  # for layers that an older version pickled
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         *,
         remake: bool = False,
     ) -> None:
-        # Not torch's constructor, which would draw initial values a second time. The dropouts
-        # stand where forward uses them, which is what number_sites goes by.
+        # torch's constructor is not called, since it would draw initial values a second time. The
+        # dropouts are made in the order in which forward uses them, which number_sites follows.
         super(nn.TransformerEncoderLayer, self).__init__()
         function = _activation_function(activation)
         check_flag(remake, "remake")
@@ -106,7 +106,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         self.norm1 = nn.LayerNorm(d_model, layer_norm_eps, **made)
         self.norm2 = nn.LayerNorm(d_model, layer_norm_eps, **made)
         self.dropout2 = Dropout(dropout)
-        # torch's encoder reads it: whether a layer takes nested tensors. This one always does.
+        # torch's encoder reads this to see whether a layer takes nested tensors; this one does.
         self.activation_relu_or_gelu = (
             1
             if function is relu or isinstance(function, nn.ReLU)
@@ -124,9 +124,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """[S, N, E] -> [S, N, E]; [N, S, E] with ``batch_first``; [S, E] without a batch.
 
         Args:
-            src: of the parameters' dtype, or any under autocast. A nested tensor, without masks and
-                with ``batch_first``, gives one.
-            src_mask: [S, S] or [N * H, S, S], bool (True is left out) or float (added).
+            src: of the parameters' dtype, or of any dtype under autocast. It may be a nested tensor
+                if there are no masks and ``batch_first`` is set; then the result is nested too.
+            src_mask: [S, S] or [N * H, S, S], bool (True: excluded) or float (added).
             src_key_padding_mask: [N, S], or [S] without a batch, likewise.
             is_causal: says that src_mask, which must be given, is the causal mask.
 
@@ -141,7 +141,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
         x = src
         if not _fusable(self, nn.TransformerEncoderLayer, ("_sa_block", "_ff_block"), 2):
-            # Torch's blocks get float masks, and an override may count on it.
+            # torch passes float masks to its blocks, and an override may rely on that.
             mask, padding = _added(src_mask, src.dtype), _added(src_key_padding_mask, src.dtype)
             if self.norm_first:
                 x = x + self._sa_block(self.norm1(x), mask, padding, is_causal=is_causal)
@@ -164,7 +164,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def _forward_nested(
         self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> Tensor:
-        """Torch's encoder makes nested tensors in evaluation, of padded ones."""
+        """The forward of a nested tensor, such as torch's encoder makes of a padded one in eval."""
         if mask is not None or padding is not None:
             raise ValueError("a nested src takes no src_mask and no src_key_padding_mask")
         if not self.self_attn.batch_first:
@@ -172,7 +172,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         nested = Nested.of(src, "src")
         if not nested.longest:
             return src
-        # Not self.forward: an override has already run.
+        # self.forward may be an override, which has already run.
         out = TransformerEncoderLayer.forward(
             self, nested.padded, None, nested.padding(), is_causal
         )
@@ -192,9 +192,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         x = x + dropout2(multihead_attn(norm2(x), memory))
         x = x + dropout3(linear2(dropout(activation(linear1(norm3(x))))))
 
-    What is fused, what differs from torch, the arguments and what they raise are as in
-    :class:`TransformerEncoderLayer`; ``_mha_block`` can be overridden as well. Nested tensors are
-    not taken.
+    :class:`TransformerEncoderLayer` describes what is fused, what differs from torch, the arguments
+    and the errors; ``_mha_block`` can be overridden as well. Nested tensors are not accepted.
 
     >>> layer = TransformerDecoderLayer(16, 4, 32, activation="gelu", batch_first=True)
     >>> causal = nn.Transformer.generate_square_subsequent_mask(5)
@@ -203,7 +202,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     torch.Size([2, 5, 16])
     """
 
-    remake = False  # of one that was pickled by an older version
+    remake = False  # for layers that an older version pickled
 
     def __init__(
         self,
@@ -256,8 +255,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
         Args:
             tgt, memory: of the parameters' dtype, or any under autocast.
-            tgt_mask, memory_mask: [T, T] and [T, S], or [N * H, T, T] and [N * H, T, S], bool (True
-                is left out) or float (added).
+            tgt_mask, memory_mask: [T, T] and [T, S], or [N * H, T, T] and [N * H, T, S], bool
+                (True: excluded) or float (added).
             tgt_key_padding_mask, memory_key_padding_mask: [N, T] and [N, S], likewise.
             tgt_is_causal, memory_is_causal: say that the mask, which must be given, is causal.
 
@@ -270,29 +269,32 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             if not isinstance(t, Tensor):
                 check_tensor(t, name)
         if tgt.is_nested or memory.is_nested:
-            raise TypeError("nested tensors are not taken: pad, and give key padding masks")
+            raise TypeError(
+                "tgt or memory is a nested tensor, which this layer does not take: pad both, and "
+                "give key padding masks"
+            )
         x = tgt
-        own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        itself = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         across = (memory_mask, memory_key_padding_mask, memory_is_causal)
         blocks = ("_sa_block", "_mha_block", "_ff_block")
         if not _fusable(self, nn.TransformerDecoderLayer, blocks, 3):
             if self.norm_first:
-                x = x + self._sa_block(self.norm1(x), *own)
+                x = x + self._sa_block(self.norm1(x), *itself)
                 x = x + self._mha_block(self.norm2(x), memory, *across)
                 return x + self._ff_block(self.norm3(x))
-            x = self.norm1(x + self._sa_block(x, *own))
+            x = self.norm1(x + self._sa_block(x, *itself))
             x = self.norm2(x + self._mha_block(x, memory, *across))
             return self.norm3(x + self._ff_block(x))
 
         if self.norm_first:
             normed = normalised(self.norm1, x) if self.remake else self.norm1(x)
-            attended = attend(self.self_attn, normed, normed, *own)
+            attended = attend(self.self_attn, normed, normed, *itself)
             normed, x = add_and_norm(attended, x, self.dropout1, self.norm2, remake=self.remake)
             attended = attend(self.multihead_attn, normed, memory, *across)
             normed, x = add_and_norm(attended, x, self.dropout2, self.norm3, remake=self.remake)
             return add(feed_forward(self, normed), x, self.linear2, self.dropout3)
         x = add_norm(
-            attend(self.self_attn, x, x, *own), x, self.dropout1, self.norm1, remake=self.remake
+            attend(self.self_attn, x, x, *itself), x, self.dropout1, self.norm1, remake=self.remake
         )
         attended = attend(self.multihead_attn, x, memory, *across)
         x = add_norm(attended, x, self.dropout2, self.norm2, remake=self.remake)
@@ -312,9 +314,9 @@ def _activation_function(activation: _Activation) -> Callable[[Tensor], Tensor]:
 
 
 def _fusable(layer: nn.Module, base: type, blocks: Sequence[str], branches: int) -> bool:
-    """Whether the layer still is what torch's class describes: its blocks and its modules."""
-    kind = type(layer)
-    if any(getattr(kind, b) is not getattr(base, b) or b in layer.__dict__ for b in blocks):
+    """Whether the layer's blocks and modules are still those of torch's class, without hooks."""
+    cls = type(layer)
+    if any(getattr(cls, b) is not getattr(base, b) or b in layer.__dict__ for b in blocks):
         return False
     parts: list[Any] = [layer.linear1, layer.linear2]
     if any(type(part) is not nn.Linear for part in parts):
@@ -329,11 +331,11 @@ def _fusable(layer: nn.Module, base: type, blocks: Sequence[str], branches: int)
     parts += norms + drops
     if isinstance(layer.activation, nn.Module):
         parts.append(layer.activation)
-    return not any(map(is_heard, parts))
+    return not any(map(has_hooks, parts))
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask as one that is added to the scores."""
+    """A bool mask as a float mask, which is added to the scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))

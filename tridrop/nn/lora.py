@@ -19,27 +19,28 @@ class LoRALinear(_Site):
 
     with scaling = alpha / r, or alpha / sqrt(r) where ``rslora`` is set (Kalajdzievski 2023, arXiv
     2312.03732). Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022, arXiv
-    2106.09685. Backward keeps x, which is the base layer's own input, and no dropped copy of it.
+    2106.09685. Backward keeps x, which the base layer keeps anyway, and no dropped copy of it.
 
-    Initial values are those of PEFT: A as torch.nn.Linear's weight, B and bias zero, so that the
-    layer begins as its base.
+    Initial values are those of PEFT: A is initialised as torch.nn.Linear's weight, B and bias are
+    zero, so that the layer begins as its base.
 
     Args:
-        base: the layer to adapt, which is frozen here (``requires_grad`` off): a torch.nn.Linear,
-            or any module from [..., in] to [..., out], quantised for instance.
+        base: the layer to adapt, a torch.nn.Linear or any module from [..., in] to [..., out], for
+            instance a quantised one. The constructor freezes it (``requires_grad`` is off then).
         r: the rank.
         alpha: the numerator of the scaling; None makes the scaling 1.
         p: the probability of dropping an element of x in the branch.
         rslora: divide alpha by sqrt(r).
         bias: give the branch a trainable bias.
         in_features, out_features: the sizes, where the base layer has no attributes of these names.
-        device, dtype: of the new parameters. By default the device of the base's first parameter,
-            and its dtype but float32 for half precision and quantised layers, as in PEFT.
+        device, dtype: of the new parameters. By default the device of the base's first parameter;
+            and float64 if that is float64, else float32, also for half precision and quantised
+            layers, as in PEFT.
 
     Attributes:
         lora_A, lora_B, lora_bias: [r, in], [out, r], and [out] or None.
         scaling: the factor of the branch; it may be set.
-        merged: whether the base layer's weight has the update in it; see :meth:`merge`.
+        merged: whether the base layer's weight contains the update; see :meth:`merge`.
 
     Raises:
         ValueError: a rank below 1, p outside [0, 1], unknown sizes.
@@ -96,7 +97,7 @@ class LoRALinear(_Site):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make the layer what its base is, with a new A."""
+        """Draw a new A and set B and the bias to zero, so that the layer equals its base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.lora_bias is not None:
@@ -124,16 +125,16 @@ class LoRALinear(_Site):
         return self.scaling * (self.lora_B @ self.lora_A)
 
     def merge(self) -> LoRALinear:
-        """Add the update to the base layer's weight: inference then costs what the base costs.
+        """Add the update to the base layer's weight, so that inference costs no more than the base.
 
-        The forward of a merged layer is that of the base, in training too. Raises TypeError where
-        the base has no floating-point weight [out, in], and ValueError where the branch has a bias
-        and the base none.
+        The forward of a merged layer is that of the base, in training too. Raises TypeError if the
+        base has no floating-point weight [out, in], and ValueError if the branch has a bias and the
+        base has none.
         """
         return self._shift(1, True)
 
     def unmerge(self) -> LoRALinear:
-        """Take the update out again: the weight is what it was but for rounding."""
+        """Subtract the update again, which restores the weight up to rounding."""
         return self._shift(-1, False)
 
     @torch.no_grad()

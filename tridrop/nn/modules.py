@@ -1,4 +1,4 @@
-"""The dropout modules: hyper-parameters only, each forward is one functional call."""
+"""The dropout modules: they hold hyper-parameters only, and a forward is one function call."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from ..spec.elementwise import check_activation, check_probability
 
 
 class _Site(nn.Module):
-    """A module that drops: a place in the model that :func:`number_sites` can number."""
+    """A module that drops, and that :func:`number_sites` can number as a site."""
 
     site: int | None = None
 
     def _seed(self, x: Tensor, training: bool | None = None) -> Tensor | None:
-        """This site's seed under an active tridrop.rng; None leaves the choice to the call."""
+        """This site's seed under an active tridrop.rng; otherwise None, and the op draws one."""
         if not (self.training if training is None else training) or not seeds.active():
             return None
         check_tensor(x, "the module's input")
         return seeds.seed_for(x.device, None, self.site)
 
 
-# The arguments of Keras' layers, for who writes them out of habit.
+# The arguments of Keras' layers, which users of Keras may pass out of habit.
 _KERAS = ("rate", "seed", "noise_shape", "name", "dtype", "training")
 _LAYERS = {f"Dropout{n}d": f"SpatialDropout{n}D" for n in (1, 2, 3)}  # the layers' names there
 _LAYERS["FeatureAlphaDropout"] = "AlphaDropout"
 
 
 def refuse_keras(name: str, given: Mapping[str, object]) -> None:
-    """Raise TypeError for arguments that a module of torch's has not."""
+    """Raise TypeError for arguments that torch's modules do not have."""
     for key in given:
         if key not in _KERAS:
             raise TypeError(f"{name} got an unexpected keyword argument {key!r}")
@@ -49,7 +49,10 @@ def refuse_keras(name: str, given: Mapping[str, object]) -> None:
 
 
 def refuse_mode(name: str, training: object) -> None:
-    """Raise TypeError for Keras' ``training`` in a call; torch.fx gives every argument a value."""
+    """Raise TypeError for Keras' ``training`` in a call, except for a Proxy.
+
+    torch.fx passes a Proxy for every argument.
+    """
     if not isinstance(training, Proxy):
         refuse_keras(name, {"training": training})
 
@@ -92,7 +95,7 @@ class Dropout(nn.Dropout, _Site):
         return self._dropped(input)
 
     def _dropped(self, input: Tensor) -> Tensor:
-        # Of no tensor it is another thing, or not there: torch.fx traces with such.
+        # torch.fx traces with objects whose is_nested is something else, or does not exist.
         if getattr(input, "is_nested", False) is not False:
             return self._nested(input)
         out = F.dropout(
@@ -101,7 +104,7 @@ class Dropout(nn.Dropout, _Site):
         return input.copy_(out) if self.inplace and out is not input else out
 
     def _nested(self, input: Tensor) -> Tensor:
-        """That of a nested tensor, which is left alone or raises; not so in a swapped module."""
+        """The dropout of a nested tensor: itself, or an error. Swapped modules override this."""
         return F.dropout(input, self.p, self.training)
 
     def extra_repr(self) -> str:
@@ -147,10 +150,10 @@ class DropPath(_Site):
 
 
 class ActivationDropout(_Site):
-    """:func:`tridrop.activation_dropout` as a module; ``bias`` is that of the linear before it.
+    """:func:`tridrop.activation_dropout` as a module; ``bias`` is the bias of the linear before it.
 
-    With ``remake`` a linear layer of a :class:`TransformerBlock` that takes the result keeps none
-    of it, see :func:`tridrop.activation_dropout_linear`.
+    With ``remake`` a linear layer of a :class:`TransformerBlock` that takes the result does not
+    keep it for backward, see :func:`tridrop.activation_dropout_linear`.
 
     >>> import torch, tridrop
     >>> layer = tridrop.nn.ActivationDropout("relu", p=0.1)

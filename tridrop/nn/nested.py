@@ -1,4 +1,4 @@
-"""Nested tensors in layers that compute on padded ones."""
+"""Nested tensors for layers that compute on padded tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Nested:
 
     @staticmethod
     def of(t: Tensor, name: str) -> Nested:
-        """That of ``t``; ValueError where it has no samples, or they are no matrices."""
+        """``t`` padded; ValueError if it has no samples, or samples that are not matrices."""
         samples = t.unbind()
         if not samples:
             raise ValueError(f"{name} is a nested tensor without samples: give one or more")
@@ -34,7 +34,7 @@ class Nested:
 
     @property
     def longest(self) -> int:
-        """The length that the others are padded to."""
+        """The length of the longest sample, to which the others are padded."""
         return max(self.lengths)
 
     def padding(self) -> Tensor:
@@ -55,30 +55,30 @@ def attend(
     value: Tensor,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention of nested tensors by ``forward``, that of padded ones, batch first.
+    """The attention of nested tensors, by the ``forward`` for padded tensors with the batch first.
 
-    Weights are those of padded samples, with zeros for what is padding, as torch gives them.
+    The weights are those of the padded samples, with zeros for padding, as torch returns them.
     """
     if not (query.is_nested and key.is_nested and value.is_nested):
         raise TypeError("some of query, key and value are nested tensors: make all three nested")
     queries = Nested.of(query, "query")
-    # The same object where it was: projections are joined then.
+    # Equal tensors stay one object, so that their projections can be joined.
     keys = queries if key is query else Nested.of(key, "key")
     values = keys if value is key else Nested.of(value, "value")
     if keys.lengths != values.lengths:
         raise ValueError(
-            f"key has samples of lengths {keys.lengths} and value of {values.lengths}: give each "
-            "key a value"
+            f"key has samples of lengths {keys.lengths} and value of lengths {values.lengths}: "
+            "give each key a value"
         )
     if len(keys.lengths) != len(queries.lengths):
         raise ValueError(
-            f"query has {len(queries.lengths)} samples and key {len(keys.lengths)}: give each "
-            "query sample one of keys"
+            f"query has {len(queries.lengths)} samples and key has {len(keys.lengths)}: give both "
+            "the same number"
         )
     if not queries.longest and queries is keys is values:
         return query, None
     if not (queries.longest and keys.longest):
-        raise ValueError("query or key has no rows in any sample: give one sample a row or more")
+        raise ValueError("all samples of query or of key are empty: give one sample a row or more")
     out, weights = forward(
         queries.padded, keys.padded, values.padded, keys.padding(), need_weights=need_weights
     )

@@ -16,7 +16,7 @@ from .modules import _Site
 
 
 class _DropoutAddNorm(_Site):
-    """What both norms share: all but the function and its defaults."""
+    """The base class of both modules, which differ in the function and its defaults."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -63,7 +63,7 @@ class _DropoutAddNorm(_Site):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make the affine part the identity."""
+        """Set the affine part to the identity."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 0.0 if self.zero_centered_weight else 1.0)
         if self.bias is not None:
@@ -76,7 +76,7 @@ class _DropoutAddNorm(_Site):
         bias: Tensor | None = None,
         layer_scale: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """``bias`` is that of the linear before; the norm's own is ``self.bias``."""
+        """``bias`` is the bias of the linear before; the norm's own bias is ``self.bias``."""
         options: dict[str, Any] = {
             "bias": bias,
             "layer_scale": layer_scale,
@@ -109,8 +109,8 @@ class DropoutAddLayerNorm(_DropoutAddNorm):
         eps, elementwise_affine, bias: as in torch.nn.LayerNorm.
         prenorm: return (out, stream).
         residual_in_fp32, zero_centered_weight: as in the function.
-        remake: a linear layer of a :class:`TransformerBlock` that takes out keeps none of it, see
-            :func:`tridrop.norm_linear`.
+        remake: a linear layer of a :class:`TransformerBlock` that takes the result does not keep it
+            for backward, see :func:`tridrop.norm_linear`.
 
     >>> import torch
     >>> layer = DropoutAddLayerNorm(4, p=0.1, elementwise_affine=False).eval()
@@ -124,8 +124,8 @@ class DropoutAddLayerNorm(_DropoutAddNorm):
 class DropoutAddRMSNorm(_DropoutAddNorm):
     """:func:`tridrop.dropout_add_rms_norm` as a module; its weight is that of nn.RMSNorm.
 
-    Arguments as in :class:`DropoutAddLayerNorm`, without a bias of the norm; eps None, the default,
-    is the machine epsilon, as in torch.nn.RMSNorm.
+    Arguments are as in :class:`DropoutAddLayerNorm`, but the norm has no bias; eps None, the
+    default, stands for the machine epsilon, as in torch.nn.RMSNorm.
 
     >>> import torch
     >>> layer = DropoutAddRMSNorm(2, p=0.1, elementwise_affine=False).eval()

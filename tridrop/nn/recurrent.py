@@ -64,7 +64,7 @@ class LockedDropout(_Site):
 
     @property
     def active(self) -> bool:
-        """Whether it drops now."""
+        """Whether the module drops now: it is in training and its rate is not 0."""
         return self.training and (isinstance(self.p, Tensor) or self.p > 0)
 
     def extra_repr(self) -> str:
@@ -72,34 +72,35 @@ class LockedDropout(_Site):
 
 
 class VariationalRNN(nn.Module):
-    """A recurrent layer of torch.nn with variational dropout, of its recurrent state too.
+    """A recurrent layer of torch.nn with variational dropout, also of its recurrent state.
 
         h[t] = f(x[t] * m_x, h[t-1] * m_h),    out[t] = h[t] * m_y
 
-    with masks ``m`` of [batch, features] that are drawn once a sequence, scaled by 1 / (1 - p) (Gal
-    and Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks",
-    2016). torch's own ``dropout`` draws anew for every time step, and has none for the state.
+    with masks ``m`` of [batch, features] that are drawn once per sequence and scaled by 1 / (1 - p)
+    (Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+    networks", 2016). torch's own ``dropout`` draws a new mask in every time step, and drops nothing
+    of the state.
 
-    Where only inputs, outputs or what passes between layers is dropped, torch's fused layers run: a
-    call for the whole, or one call per layer. ``recurrent_dropout`` runs a loop over the time steps
-    in Python over the same parameters, slower (docs/recurrent.md has a measured ratio).
+    Without ``recurrent_dropout``, torch's fused layers run: one call for the whole, or one call per
+    layer. ``recurrent_dropout`` needs a Python loop over the time steps, over the same parameters,
+    which is slower (docs/recurrent.md has a measured ratio).
 
     Args:
-        rnn: torch.nn.RNN, LSTM or GRU, of any arguments. It becomes the child ``rnn``.
+        rnn: a torch.nn.RNN, LSTM or GRU with any arguments. It becomes the child ``rnn``.
         input_dropout, output_dropout: rates for the inputs, and for the outputs of the last layer.
-        layer_dropout: rate for what passes from a layer to the next. None takes the rate of
-            ``rnn.dropout`` over. Either way ``rnn.dropout`` is 0 from then on.
-        recurrent_dropout: rate for the state, for all gates the same. Each layer and direction has
-            a mask of its own.
+        layer_dropout: rate for the outputs that a layer passes to the next one. None takes over the
+            rate of ``rnn.dropout``. In both cases ``rnn.dropout`` becomes 0.
+        recurrent_dropout: rate for the state, with the same mask for all gates. Each layer and
+            direction has a mask of its own.
         recurrent_place: "hidden", the state where it enters the matrix product (Gal and
             Ghahramani), or "candidate", what a step would add to the state of an LSTM or GRU, so
-            that nothing of the memory is lost (Semeniuta, Severyn and Barth, "Recurrent dropout
-            without memory loss", 2016, who draw anew at each step).
+            that the memory loses nothing (Semeniuta, Severyn and Barth, "Recurrent dropout without
+            memory loss", 2016, who draw a new mask in each step).
 
-    Called as ``rnn`` is, with the same results: ``(output, h_n)``, or ``(output, (h_n, c_n))``. The
-    states h_n, and those passed in, are whole; masks are for uses of them. The masks of inputs and
-    outputs are those of :func:`tridrop.locked_dropout`; the state's is
-    ``tridrop.keep_mask(seed, (batch, features), p)``, kept for backward, once a sequence.
+    It is called as ``rnn`` is and returns the same: ``(output, h_n)``, or ``(output, (h_n, c_n))``.
+    The states that it takes and returns are not dropped, only their uses inside are. The masks of
+    inputs and outputs are those of :func:`tridrop.locked_dropout`. The state's mask is
+    ``tridrop.keep_mask(seed, (batch, features), p)``; it is kept for backward, once per sequence.
 
     Raises:
         TypeError: ``rnn`` is none of these layers.
@@ -126,8 +127,8 @@ class VariationalRNN(nn.Module):
         super().__init__()
         if not isinstance(rnn, nn.RNNBase):
             raise TypeError(
-                f"rnn is a {type(rnn).__name__}; give a torch.nn.RNN, LSTM or GRU (for a cell "
-                "there is tridrop.nn.VariationalCell)"
+                f"rnn is a {type(rnn).__name__}; give a torch.nn.RNN, LSTM or GRU (for a cell use "
+                "tridrop.nn.VariationalCell)"
             )
         check_place(recurrent_place, rnn.mode)
         between = rnn.dropout if layer_dropout is None else layer_dropout
@@ -141,7 +142,7 @@ class VariationalRNN(nn.Module):
         rnn.dropout = 0.0
         self.rnn = rnn
         self.recurrent_place = recurrent_place
-        # A site each, whatever its rate: so their numbers do not depend on the rates.
+        # Each is a site even if its rate is 0, so that site numbers do not depend on the rates.
         self.input_dropout = LockedDropout(input_dropout, rnn.batch_first)
         self.layer_dropout = _sites(between, layers - 1)
         self.recurrent_dropout = _sites(recurrent_dropout, layers * directions)
@@ -184,7 +185,7 @@ class VariationalRNN(nn.Module):
         return output.transpose(0, 1) if rnn.batch_first else output, as_given(state)
 
     def _state(self, x: Tensor, hx: Any, batch: int, batched: bool) -> Any:
-        """The first state, [layers * directions, batch, features] each, as torch's layers take."""
+        """The first state, as torch's layers take it: [layers * directions, batch, features]."""
         rnn = self.rnn
         if hx is None:
             rows = rnn.num_layers * (1 + rnn.bidirectional)
@@ -202,9 +203,9 @@ class VariationalRNN(nn.Module):
     def _layers(
         self, x: Tensor, state: State, packing: PackedSequence | None
     ) -> tuple[Tensor, State]:
-        """The layers one after the other, of ``[T, B, C]`` or the data of ``packing``.
+        """Run the layers one after the other, on ``[T, B, C]`` or on the data of ``packing``.
 
-        States are in the order of the data.
+        The samples of the states are in the order of the data.
         """
         directions = 1 + self.rnn.bidirectional
         last: list[State] = []
@@ -243,7 +244,7 @@ class VariationalRNN(nn.Module):
         for i, site in enumerate(self.recurrent_dropout[rows]):
             weights = Weights.of(rnn, rnn.all_weights[rows][i])
             gates = project(rnn.mode, x, weights)
-            # Under autocast all states are as narrow as the gates, as torch's layers have them.
+            # Under autocast all states have the gates' dtype, as in torch's layers.
             state = tuple(s[i].to(gates.dtype) for s in first)
             drops = self._drops(site, state, None if packing is None else packing.sorted_indices)
             advance = partial(step, rnn.mode, w=weights, drops=drops)
@@ -260,11 +261,11 @@ class VariationalRNN(nn.Module):
         )
 
     def _drops(self, site: Any, state: State, order: Tensor | None) -> Drops:
-        """What drops inside a step: of the same mask for all steps."""
+        """The functions that drop inside a step, with the same mask for all steps."""
         if not site.active:
             return Drops()
         like = state[0] if self.recurrent_place == "hidden" else state[-1]
-        # In float32 at least: in half precision the scale itself would be rounded.
+        # At least float32: half precision would round the scale itself.
         ones = torch.ones_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
         factor = F.dropout(ones, site.p, seed=site._seed(ones))
         if order is not None:

@@ -1,4 +1,4 @@
-"""Structured drops as modules: branches, layers, tokens, heads, blocks of feature maps."""
+"""Structured dropout as modules: of branches, layers, tokens, heads, blocks of feature maps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StochasticDepth(_Site):
 
 
 class DropPathSubset(_Site):
-    """:func:`tridrop.drop_path_subset` as a module: ``x + branch(x)``, computed where it is kept.
+    """:func:`tridrop.drop_path_subset`: ``x + branch(x)``, computed only for samples that keep it.
 
     Args:
         branch: the residual branch, a module from [k, ...] to [k, ...].
@@ -69,23 +69,23 @@ class DropPathSubset(_Site):
 
 
 class LayerDrop(_Site, nn.ModuleList):
-    """A list of layers each of which a forward in training skips with probability ``p``.
+    """A list of layers, each of which a forward in training skips with probability ``p``.
 
-    :func:`tridrop.layer_drop` of a torch.nn.ModuleList, and one: its state_dict is that of the
-    list. Called with an input it runs the layers one after the other, with the arguments behind the
-    input given to each. A forward that does something else between layers runs over :meth:`kept`::
+    It is a torch.nn.ModuleList with :func:`tridrop.layer_drop`, and has the list's state_dict.
+    Called with an input, it runs the layers one after the other, and passes all further arguments
+    to each of them. A forward that does something else between layers iterates over :meth:`kept`::
 
         for layer in self.layers.kept():
             x = layer(x, mask)
 
-    (fairseq's LayerDropModuleList drops whenever it is iterated over; this one does not, so that
-    printing or initialising a model sees all layers.) :func:`tridrop.layer_drop` says when the host
-    waits for the seed. Under DistributedDataParallel skipped layers have no gradient:
-    ``find_unused_parameters=True``; under FSDP all ranks must skip the same layers: one seed for
-    all.
+    (fairseq's LayerDropModuleList drops layers whenever it is iterated over. This class does not,
+    so that printing or initialising a model sees all layers.) :func:`tridrop.layer_drop` says when
+    the host waits for the seed. Under DistributedDataParallel skipped layers have no gradient, so
+    set ``find_unused_parameters=True``; under FSDP all ranks must skip the same layers, so give all
+    of them one seed.
 
     Args:
-        layers: modules.
+        layers: the modules.
         p: the probability of skipping a layer.
 
     >>> import tridrop
@@ -101,13 +101,13 @@ class LayerDrop(_Site, nn.ModuleList):
         self.p = p
 
     def kept(self) -> list[nn.Module]:
-        """The layers to run in this forward. Each call in training draws anew."""
+        """The layers to run in this forward. Each call in training draws again."""
         if not self.training or self.p == 0:
             return list(self)
         return left_layers(list(self), self.p, host_seed(None, self.site))
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layers that are kept, one after the other."""
+        """Run the layers that are kept, one after the other."""
         for layer in self.kept():
             x = layer(x, *args, **kwargs)
         return x
@@ -166,7 +166,7 @@ class PatchDropout(_Site):
 
 
 class HeadDropout(_Site):
-    """:func:`tridrop.head_dropout` as a module, behind the attention and before its projection.
+    """:func:`tridrop.head_dropout` as a module, between an attention and its output projection.
 
     >>> import torch, tridrop
     >>> layer = HeadDropout(0.5, rescale="kept")

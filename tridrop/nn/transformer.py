@@ -25,26 +25,27 @@ class TransformerBlock(nn.Module):
         x = norm2(x + drop_path(dropout(fc2(dropout(activation(fc1(x)))))))
 
     Dropout, residual and the norm that follows are one op, which also adds the bias of ``proj`` or
-    ``fc2``; that of ``fc1`` is added with the activation. The attention is
-    :func:`tridrop.scaled_dot_product_attention`: it holds no scores and no mask, and
-    :func:`tridrop.rng` and :func:`number_sites` cover its dropout as they do the others.
+    ``fc2``; the bias of ``fc1`` is added in the op of the activation. The attention is
+    :func:`tridrop.scaled_dot_product_attention`: it holds neither scores nor a mask, and
+    :func:`tridrop.rng` and :func:`number_sites` cover its dropout like the others.
 
     Args:
         dim: the width of the residual stream.
-        num_heads: attention heads; divides dim.
+        num_heads: the number of attention heads, which divides dim.
         mlp_dim: the width of the feed-forward part, by default ``4 * dim``.
-        p: drops elements of both branches' outputs.
-        attention_p: drops attention probabilities. ``activation_p``: drops hidden units of the
-            feed-forward part, after the activation.
-        drop_path: drops whole branches of a sample.
-        activation: as in :func:`tridrop.activation_dropout`, gated ones too.
+        p: the rate for elements of both branches' outputs.
+        attention_p: the rate for attention probabilities.
+        activation_p: the rate for hidden units of the feed-forward part, after the activation.
+        drop_path: the rate for whole branches of a sample.
+        activation: as in :func:`tridrop.activation_dropout`, including gated ones.
         norm_first: whether the norms go before the branches or after the additions.
-        is_causal: whether a token sees only those before it.
+        is_causal: whether a token sees only itself and those before it.
         remake: keep no input of a linear layer that is a norm's result or a dropped activation;
             backward makes it again, see :func:`tridrop.norm_linear` and
-            :func:`tridrop.activation_dropout_linear`. Values and gradients stay the same. (The norm
-            that begins a block of ``norm_first`` is one of them; post-norm, its input is made again
-            where the block before it has ``remake`` too.)
+            :func:`tridrop.activation_dropout_linear`. Values and gradients stay the same. (With
+            ``norm_first`` this includes the norm at the beginning of the block. In a post-norm
+            block the input comes from the block before, and is made again if that block has
+            ``remake`` too.)
 
     >>> import torch
     >>> block = TransformerBlock(16, 2, p=0.1)
@@ -90,11 +91,11 @@ class TransformerBlock(nn.Module):
         self.drop_hidden = ActivationDropout(activation, activation_p, remake=remake)
         width = (
             2 * hidden if ACTIVATIONS[check_activation(activation)][1] else hidden
-        )  # a gated one halves it
+        )  # a gated activation halves the width
         self.fc1 = nn.Linear(dim, width)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop2 = DropoutAdd(p, drop_path) if norm_first else None
-        # The last in the order of sites.
+        # It is the last child, so that the other sites keep their numbers.
         self.attention = ScaledDotProductAttention(attention_p, is_causal)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Variational dropout of recurrent cells, for loops over time steps of one's own."""
+"""Variational dropout of recurrent cells, for users who write the loop over time steps."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _Seeds = tuple[Tensor | None, Tensor | None]
 
 
 class VariationalCell(nn.Module):
-    """A recurrent cell of torch.nn with variational dropout: masks that last for a sequence.
+    """A recurrent cell of torch.nn with variational dropout: its masks last for a sequence.
 
-    For loops over time steps of one's own. The step is that of :class:`VariationalRNN`, with masks
-    for the input and the state, or the candidate.
+    Use it in a loop over time steps. A step is that of :class:`VariationalRNN`, with masks for the
+    input and for the state or the candidate.
 
-    Whoever passes ``seed`` says which masks a step has: those of ``fold_in(seed, 0)`` for the input
-    and ``fold_in(seed, 1)`` for the state; so steps can be recomputed in any order. Without it, a
-    call without ``hx`` begins a sequence: it draws seeds, or takes them from
-    :func:`tridrop.rng`, and they last until the next such call or :meth:`reset`. Kept are 16 bytes
-    a mask. Of such a sequence torch.utils.checkpoint may recompute the whole, from the call without
+    An explicit ``seed`` fixes the masks of a step: those of ``fold_in(seed, 0)`` for the input and
+    of ``fold_in(seed, 1)`` for the state. Steps can then be recomputed in any order. Without
+    ``seed``, a call without ``hx`` begins a sequence: it draws seeds, or takes them from
+    :func:`tridrop.rng`, and these last until the next such call or :meth:`reset`. A mask takes 16
+    bytes. torch.utils.checkpoint can recompute such a sequence as a whole, from the call without
     ``hx`` on; recomputing a later step alone raises.
 
     Args:
@@ -67,12 +67,12 @@ class VariationalCell(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the masks: the next call draws new ones, with or without ``hx``."""
+        """Forget the masks, so that the next call draws new ones, with or without ``hx``."""
         self._kept: _Seeds | None = None
         self._recomputed: tuple[int, _Seeds] | None = None
 
     def forward(self, input: Tensor, hx: Any = None, *, seed: int | Tensor | None = None) -> Any:
-        """``[B, C]`` or ``[C]``, and the last state: as torch's cells, and what they return."""
+        """The next state from ``[B, C]`` or ``[C]`` and the last state, as in torch's cells."""
         if not (self.input_dropout.active or self.recurrent_dropout.active):
             return self.cell(input, hx)
         check_tensor(input, "input")
@@ -88,7 +88,9 @@ class VariationalCell(nn.Module):
             state = given_state(hx) if batched else tuple(s[None] for s in given_state(hx))
         for s in state:
             if tuple(s.shape) != shape:
-                raise ValueError(f"a state has shape {tuple(s.shape)}; with this input {shape}")
+                raise ValueError(
+                    f"a state has shape {tuple(s.shape)}; with this input it must be {shape}"
+                )
         cell = self.cell
         x = F.dropout(x, self.input_dropout.p, self.input_dropout.training, seed=first)
 
@@ -102,7 +104,7 @@ class VariationalCell(nn.Module):
         return as_given(state if batched else tuple(s[0] for s in state))
 
     def _seeds(self, x: Tensor, hx: Any, seed: int | Tensor | None) -> _Seeds:
-        """The seeds of the input's and the state's mask."""
+        """The seeds of the input's mask and of the state's mask."""
         if seed is not None:
             base = as_seed(seed, x.device)
             return fold_in(base, 0), fold_in(base, 1)
@@ -111,7 +113,7 @@ class VariationalCell(nn.Module):
             if hx is None or self._kept is None:
                 self._kept = self._draw(x)
             return self._kept
-        # Being recomputed in backward. What is kept may be another sequence's by now.
+        # This is a recomputation in backward, when the kept seeds may belong to another sequence.
         if hx is None:
             self._recomputed = task, self._draw(x)
         if self._recomputed is None or self._recomputed[0] != task:
@@ -141,5 +143,5 @@ def _cell_kind(cell: nn.RNNCellBase) -> str:
         return f"RNN_{cell.nonlinearity.upper()}"
     raise TypeError(
         f"cell is a {type(cell).__name__}; give a torch.nn.LSTMCell, GRUCell or RNNCell (for a "
-        "whole layer there is tridrop.nn.VariationalRNN)"
+        "whole layer use tridrop.nn.VariationalRNN)"
     )

@@ -1,4 +1,4 @@
-"""The ops that torch sees, a module per family: operators, their shapes, and autograd functions."""
+"""The ops that torch sees, one file per family: operators, their shapes, and autograd functions."""
 
 from . import masks
 from .attention import Attention, pack_attention, torchs_attention

@@ -1,4 +1,4 @@
-"""Attention: its operators, and its autograd functions."""
+"""The operators and the autograd functions of attention."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS = (
 
 
 class PackedAttention(NamedTuple):
-    """The options as the arguments that an operator takes."""
+    """The options in the form that operators take."""
 
     p: float
     scale: float
@@ -60,7 +60,7 @@ def pack_attention(options: AttentionOptions, backend: str) -> PackedAttention:
 
 
 def score_options(packed: Any) -> dict[str, Any]:
-    """What :func:`pack_attention` packed, of the options of attention and of the softmax."""
+    """The options that :func:`pack_attention` packed, which attention and the softmax share."""
     return {
         "p": packed.p,
         "scale": packed.scale,
@@ -82,12 +82,12 @@ _OPERANDS, _INCOMING = len(AttentionInputs._fields), len(Incoming._fields)
 
 
 def _differentiable(inputs: Any) -> tuple[Any, ...]:
-    """What may have a gradient, of the inputs or of what goes with each."""
+    """The entries that may have a gradient, of the inputs or of a tuple with one entry for each."""
     return inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks
 
 
 def _at_inputs(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> tuple[Any, ...]:
-    """Gradients at the places of the inputs they belong to."""
+    """The gradients at the places of their inputs."""
     return AttentionInputs(query, key, value, mask=mask, sinks=sinks)
 
 
@@ -132,8 +132,8 @@ attention_forward = define(
     _forward,
     _forward_fake,
 )
-# Gradients of query, key, value, mask and sinks; empty tensors for those that are not wanted.
-# ``block`` is whether the keys are some of those that out and lse are of.
+# Gradients of query, key, value, mask and sinks; empty tensors for those that are not needed.
+# ``block`` says that out and lse were computed from more keys than these.
 attention_backward = define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
     f"{_INPUTS}, {OPTIONS}, bool[] needs, bool block) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -143,9 +143,10 @@ attention_backward = define(
 
 
 def torchs_attention(inputs: AttentionInputs, options: AttentionOptions) -> Tensor | None:
-    """The heads by torch's own attention, for exported graphs; it knows no forward mode.
+    """The result of torch's own attention, for exported graphs.
 
-    None where it cannot compute them, and where nobody asks for torch's own operators.
+    None where torch's function cannot compute the call, as in forward mode, and where the call need
+    not consist of torch's own operators.
     """
     if inputs.seed is not None or not composes(None) or forward_mode():
         return None
@@ -215,7 +216,7 @@ class Attention(Function):
 
 @by_sample
 class AttentionBackward(Function):
-    """The gradients of :class:`Attention`. out and lse are functions of the other tensors."""
+    """The gradients of :class:`Attention`; out and lse count as functions of the other tensors."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,8 @@
-"""vmap of the elementwise and norm ops in one call for all samples.
+"""vmap of the elementwise and norm ops, in one call for all samples.
 
-Under vmap a sample has the mask that it would have alone. Where all samples have one seed that is a
-mask shared along the dimension of the samples: it has index 0 there, and so the coordinates that
-are left are those of a sample by itself.
+Under vmap a sample has the mask that it would have alone. Where all samples have one seed, this is
+a mask that is shared along the dimension of the samples: the index there counts as 0, and the other
+coordinates are those of a single sample.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ def all_samples(
 ) -> tuple[Any, Any]:
     """The vmap rule of a forward, ``function(*operands, packed)``.
 
-    Samples with seeds or vectors of their own, those with a mask of drop_path or a gate, whose
-    first dimension would no longer be the first, and numbers are left to :func:`each_sample`.
+    :func:`each_sample` serves samples that have seeds or vectors of their own, and scalars. It also
+    serves drop_path and gates, which refer to the first dimension: a dimension of samples in front
+    would change that.
     """
     *tensors, packed = args
     given = operands(*tensors)
-    # Options have dimensions of their own, so only those of tensors are looked at.
+    # in_dims also has entries for the options, which zip leaves out.
     dims = dict(zip(operands._fields, in_dims, strict=False))
     batched = {name for name, dim in dims.items() if dim is not None}
-    numbers = given.x.dim() == ("x" in batched)
+    scalars = given.x.dim() == ("x" in batched)
     gain = given.layer_scale
     by_sample = packed.drop_path > 0 or (gain is not None and gain.dim() > 1)
-    if not batched <= {"x", "residual"} or by_sample or numbers:
+    if not batched <= {"x", "residual"} or by_sample or scalars:
         return each_sample(function, info, in_dims, args)
     batch = info.batch_size
 
@@ -49,12 +50,12 @@ def all_samples(
     results = function(*moved, _with_samples(packed, batch))
     if isinstance(results, Tensor):
         return results, 0
-    # A norm: a stream that is not kept is empty, of one dimension.
+    # These are the results of a norm, whose stream is an empty vector where it is not kept.
     return results, tuple(0 if t.dim() == results[0].dim() else None for t in results)
 
 
 def _with_samples(packed: Any, batch: int) -> Any:
-    """Packed options with a dimension of samples in front, along which the mask is shared."""
+    """Packed options for a dimension of samples in front, along which the mask is shared."""
     packed = packed._replace(shared=[0, *(dim + 1 for dim in packed.shared)])
     if not packed.global_shape:
         return packed

@@ -1,8 +1,8 @@
-"""What the autograd functions of all families share: what is saved, what is returned.
+"""What the autograd functions of all families share.
 
-Forward and backward are opaque operators. Backward saves the seed, and inputs only where the
-derivative needs them; the mask is drawn again. The derivative of backward is a composition of plain
-torch operations, so it can be differentiated any number of times.
+Forward and backward are opaque operators. Forward saves the seed, and inputs only where the
+derivative needs them; backward draws the mask again. The derivative of backward is a composition of
+plain torch operations, so it can be differentiated any number of times.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from torch import Tensor
 from ..backends.reference import elementwise
 from ..base import memory
 from ..base.memory import PLAIN
-from ..base.strides import laid, order_of
+from ..base.strides import laid_out, order_of
 from ..base.torch_private import watched
 from ..distributed import dtensor
 from .library import Known, plain, unobserved
 
 
 class Function(torch.autograd.Function):
-    """What the functions of all families are.
+    """The base class of the autograd functions of all families.
 
-    The ``forward`` of one that is applied inside of another's names its arguments: to one with a
-    starred argument Dynamo passes the context as well.
+    Where a function is applied inside another one, its ``forward`` must name its arguments: Dynamo
+    passes the context too to a forward with a starred argument.
     """
 
     @staticmethod
     def composed(*arguments: Any) -> Any:
-        """The same in torch's own operators; None where the op itself is to be called."""
+        """The result by torch's own operators; None where the op itself should be called."""
         return None
 
 
 @cache
 def unbound(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` without what torch does first.
+    """``function.apply`` without the binding of arguments that torch does first.
 
-    torch binds the arguments to the signature of ``forward``, anew in each call: a third of the
-    host's time of a call on a CPU. That is for default values, which there are none of.
+    torch binds them to the signature of ``forward`` in each call, for the sake of default values,
+    which these functions do not have. It takes a third of the host's time of a call on a CPU.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)``, on the shortest way that gives the same.
+    """``function.apply(*arguments)``, by the shortest path with the same result.
 
-    Where no gradient is wanted, no autograd function is needed. Of DTensors each process computes
-    its piece, as the function's ``sharding`` says.
+    Where no gradient is needed, the autograd function is left out. For DTensors, each process
+    computes its piece, as the function's ``sharding`` says.
     """
     if not unobserved(arguments):
         if any(map(dtensor.is_dtensor, arguments)):
@@ -67,15 +67,15 @@ def apply(function: type[Function], *arguments: Any) -> Any:
 
 
 def whole(t: Tensor, name: str) -> Tensor:
-    """:func:`tridrop.base.memory.whole` of a function in torch's own operators."""
+    """:func:`tridrop.base.memory.whole`, for a function that is made of torch's own operators."""
     return memory.whole(t, name) if not watched() and plain(t) else t
 
 
 def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
-    """The same, inside the backward of another.
+    """:func:`apply`, inside the backward of another function.
 
-    Dynamo cannot trace one autograd function there, and what it compiles has no second derivative
-    anyway.
+    Dynamo cannot trace an autograd function there, so the compiler gets its forward alone: compiled
+    code has no second derivative anyway.
     """
     if torch.compiler.is_compiling():
         return function.forward(*arguments)
@@ -83,10 +83,10 @@ def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
 
 
 def resume(ctx: Any, packed: tuple[Any, ...] | Known) -> bool:
-    """Give ``ctx`` the packed options of a call, and what :func:`save` noted of an earlier one.
+    """Give ``ctx`` the packed options of a call, and the attributes that :func:`save` noted for it.
 
-    Returns whether there was one: a call with the same key, of which the same gradients are asked,
-    differs from it in its tensors alone.
+    Returns whether some were noted, by an earlier call with the same key that needed the same
+    gradients: such calls differ in their tensors alone.
     """
     if type(packed) is not Known:
         ctx.packed, ctx.prepared = packed, None
@@ -105,32 +105,33 @@ def save(
     names: Any,
     *tensors: Tensor | None,
 ) -> None:
-    """``ctx.save_for_backward(*tensors)``, with what these are, for :func:`unchanged` to compare.
+    """``ctx.save_for_backward(*tensors)``, and their facts, with which :func:`unchanged` compares.
 
-    ``packed`` is a known call, or the options of another. What has been written to the ctx of a
-    known call by now is noted for :func:`resume`. ``names`` are those of the tensors, or a tuple of
-    operands whose last fields they are.
+    ``packed`` is a known call or the options of another call. For a known call, all attributes that
+    ctx has now are noted for :func:`resume`. ``names`` are the tensors' names, or the type of a
+    tuple of operands whose last fields they are.
     """
     ctx.save_for_backward(*tensors)
     known = type(packed) is Known
-    if known and "given" in ctx.__dict__:  # resumed
+    if known and "facts" in ctx.__dict__:  # resumed
         return
     if isinstance(names, type):
         names = names._fields[-len(tensors) :]  # type: ignore[attr-defined]
-    # Under torch.compile what is saved is the compiler's business.
-    ctx.given = () if torch.compiler.is_compiling() else memory.given(names, tensors)
+    # Under torch.compile, the compiler decides what a graph saves.
+    ctx.facts = () if torch.compiler.is_compiling() else memory.facts_of(names, tensors)
     if known:
         packed.noted[ctx.needs_input_grad] = dict(ctx.__dict__)  # type: ignore[union-attr]
 
 
 def unchanged(ctx: Any, saved: Sequence[Tensor | None]) -> list[Any]:
-    """``saved``, which is ``ctx.saved_tensors``, where it is what was saved; else ValueError.
+    """``saved``, the ``ctx.saved_tensors``, if they are as they were saved; else ValueError.
 
-    autograd looks for changes in place, and sees neither a new ``.data`` nor what hooks give back.
+    autograd itself detects changes in place, but neither a new ``.data`` nor a tensor that a hook
+    returns instead.
     """
     found = list(saved)
-    for then in ctx.given:
-        found[then.place] = memory.still(found[then.place], then)
+    for facts in ctx.facts:
+        found[facts.place] = memory.as_saved(found[facts.place], facts)
     return found
 
 
@@ -141,10 +142,10 @@ def prepared_backward(
     saved: Sequence[Tensor | None],
     needed: Any,
 ) -> Any:
-    """The gradients, where the call is known and nothing but the backend has to see them.
+    """The gradients, where the call is known and nothing but the backend must see it; else None.
 
-    ``operands`` is the tuple of what comes in and what was saved. ``needed`` tells the backend
-    which gradients: their dtypes, or whether they are wanted.
+    ``operands`` is the type of the tuple that holds ``incoming`` and ``saved``. ``needed`` tells
+    the backend which gradients to compute: by their dtypes, or by bools.
     """
     if ctx.prepared is None or torch.is_grad_enabled() or watched():
         return None
@@ -152,9 +153,9 @@ def prepared_backward(
         if grad is not None and not plain(grad):
             return None
     t: Any
-    for place, shape, dtype, device, _ in ctx.given:
+    for place, shape, dtype, device, _ in ctx.facts:
         t = saved[place]
-        if (  # as unchanged() says where it is not so
+        if (  # a changed tensor takes the other path, where unchanged() raises
             type(t) not in PLAIN
             or t.shape != shape
             or t.dtype is not dtype
@@ -168,10 +169,10 @@ def prepared_backward(
 def each_sample(
     function: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
 ) -> tuple[Any, Any]:
-    """vmap by calling ``function`` once a sample: coordinates are those of the sample alone.
+    """A vmap rule that calls ``function`` once per sample, with the coordinates of a single sample.
 
-    Every sample then has the mask that the same call has outside vmap. Samples whose seeds differ
-    (randomness="different") have masks of their own.
+    Every sample then has the mask that the same call has outside vmap. Samples with different seeds
+    (randomness="different") have different masks.
     """
     outputs = []
     for i in range(info.batch_size):
@@ -199,16 +200,16 @@ def by_sample(function: type[Function]) -> type[Function]:
 
 
 def _stack(samples: Sequence[Tensor]) -> Tensor:
-    """The samples in one tensor, each laid out as it is."""
+    """The samples stacked in one tensor, in which each keeps its strides' order."""
     order = None if samples[0].is_contiguous() else order_of(samples[0])
     found = torch.stack(tuple(samples))
-    return found if order is None else laid(found, (0, *(1 + dim for dim in order)))
+    return found if order is None else laid_out(found, (0, *(1 + dim for dim in order)))
 
 
 def wanted(
     results: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that were asked for; an operator returns an empty tensor for the others."""
+    """The gradients that are needed; for the others, an operator returned an empty tensor."""
     return tuple(
         None if dtype is None else result for result, dtype in zip(results, dtypes, strict=True)
     )
@@ -222,9 +223,10 @@ def differentiate(
     options: Any,
     dtypes: Sequence[torch.dtype | None],
 ) -> list[Tensor | None]:
-    """The derivative of an op's gradients: of the reference composition, in plain torch.
+    """The derivative of an op's gradients, by differentiating the reference's formula for them.
 
-    ``given`` holds the differentiable arguments of ``gradients``; the result has an entry for each.
+    ``given`` holds the differentiable arguments of ``gradients``; the result has one entry for each
+    of them.
     """
     names = [name for name, tensor in given.items() if tensor is not None]
     needs = tuple(dtype is not None for dtype in dtypes)

@@ -1,4 +1,4 @@
-"""The elementwise family: its operators, and its autograd functions."""
+"""The operators and the autograd functions of the elementwise family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import elementwise as reference
-from ..base.strides import laid, order_of
+from ..base.strides import laid_out, order_of
 from ..contract.mask import Shard
 from ..distributed import layouts
 from ..spec.elementwise import Options, output_shape
@@ -28,7 +28,7 @@ from .common import (
 )
 from .library import Known, composes, define, filled, prepared
 
-# What every op of the family is told besides its tensors: the fields of Packed.
+# The arguments of the family's operators besides tensors: the fields of Packed.
 OPTIONS = (
     "str activation, float p, float drop_path, int[] shared, "
     "SymInt[] global_shape, SymInt[] origin, str noise, str backend"
@@ -36,10 +36,7 @@ OPTIONS = (
 
 
 class Packed(NamedTuple):
-    """The options as the arguments that an operator takes.
-
-    An empty ``global_shape`` means that the tensor is whole.
-    """
+    """The options in the form that operators take. An empty ``global_shape`` means no shard."""
 
     activation: str
     p: float
@@ -67,7 +64,7 @@ def pack(options: Options, backend: str) -> Packed:
 
 
 def shared_options(packed: Any) -> dict[str, Any]:
-    """What :func:`pack` packed, of the options of this family and of those that extend them."""
+    """The options that :func:`pack` packed, for this family and for those that extend it."""
     whole = tuple(packed.global_shape)
     return {
         "activation": packed.activation,
@@ -95,7 +92,7 @@ def _forward(*arguments: Any) -> Tensor:
     out = op.forward(operands)
     if x.is_contiguous() and (residual is None or residual.is_contiguous()):
         return out.contiguous()
-    return laid(out.contiguous(), order_of(residual, x))
+    return laid_out(out.contiguous(), order_of(residual, x))
 
 
 def _forward_fake(*arguments: Any) -> Tensor:
@@ -103,7 +100,7 @@ def _forward_fake(*arguments: Any) -> Tensor:
     x, residual = operands.x, operands.residual
     dtype = x.dtype if residual is None else residual.dtype
     out = torch.empty(output_shape(x, packed.activation), dtype=dtype, device=x.device)
-    return laid(out, order_of(residual, x))
+    return laid_out(out, order_of(residual, x))
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -116,9 +113,9 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
     dx, *vectors = op.backward(operands, dtypes)
     if dx is not None:
-        dx = reference.own(dx, grad)
+        dx = reference.unaliased(dx, grad)
         if not grad.is_contiguous():
-            dx = laid(dx, order_of(grad, order))
+            dx = laid_out(dx, order_of(grad, order))
     return filled((dx, *vectors), grad)
 
 
@@ -133,7 +130,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         None if dtype is None else torch.empty(shape, dtype=dtype, device=grad.device)
         for shape, dtype in zip(shapes, (x_dtype, bias_dtype, layer_scale_dtype), strict=True)
     )
-    return filled((None if dx is None else laid(dx, order_of(grad, order)), *vectors), grad)
+    return filled((None if dx is None else laid_out(dx, order_of(grad, order)), *vectors), grad)
 
 
 forward = define(
@@ -184,7 +181,7 @@ class Fused(Function):
         out = packed.prepared.forward(operands)
         if x.is_contiguous() and (residual is None or residual.is_contiguous()):
             return out
-        return laid(out, order_of(residual, x))
+        return laid_out(out, order_of(residual, x))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -196,10 +193,10 @@ class Fused(Function):
                 bias.dtype if needs[1] else None,
                 layer_scale.dtype if needs[2] else None,
             )
-        # The strides that the kept mask of torch's dropout would have: of x, by which a gradient
-        # that has none of its own, such as that of a sum, is laid out.
+        # torch's dropout keeps a mask with the strides of x, and so they decide the strides of dx
+        # where the incoming gradient has none of its own, such as the gradient of a sum.
         order = None if x.is_contiguous() else order_of(x)
-        # Without an activation, x matters only to the gradient of layer_scale.
+        # Without an activation, only the gradient of layer_scale needs x.
         if ctx.packed.activation == "none" and not needs[2]:
             x = bias = None
         save(ctx, packed, ElementwiseBackward, x, bias, layer_scale, seed, p)
@@ -215,8 +212,8 @@ class Fused(Function):
                 given = (grad, *unchanged(ctx, saved), ctx.packed, ctx.order, ctx.dtypes)
                 found = apply_in_backward(FusedBackward, *given)
             elif not (grad.is_contiguous() or found[0] is None or found[0] is grad):
-                found = (laid(found[0], order_of(grad, ctx.order)), *found[1:])
-        # The residual is added as it is, so its gradient is the incoming one, unread.
+                found = (laid_out(found[0], order_of(grad, ctx.order)), *found[1:])
+        # The residual is added as it is, so its gradient is the incoming gradient itself.
         dresidual = grad if ctx.needs_input_grad[3] else None
         return *found, dresidual, None, None, None
 
@@ -227,7 +224,7 @@ class Fused(Function):
 
 @by_sample
 class FusedBackward(Function):
-    """The gradients of :class:`Fused` as a function of the incoming gradient, x and the vectors."""
+    """The gradients of :class:`Fused`, as functions of the incoming gradient, x and the vectors."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor | None, ...]:

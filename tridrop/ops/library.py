@@ -1,8 +1,9 @@
 """The operator library that torch sees as torch.ops.tridrop.*
 
-Operators are schemas, shape functions and the way to a backend; no math. They are opaque so that
-torch.compile, export and the autograd engine treat a call as one node, with the same random bits
-everywhere. The derivative is an autograd function beside them.
+An operator is a schema, a function for the shapes of its results, and a call of a backend; it does
+no arithmetic. Operators are opaque, so that torch.compile, export and the autograd engine treat a
+call as one node, with the same random bits everywhere. Derivatives are autograd functions that call
+the operators.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from ..spec.operands import Prepared
 
 _library = torch.library.Library("tridrop", "DEF")
 _O = TypeVar("_O")
-_NAMES = re.compile(r"(\w+)(?=[,)])")  # of a schema's arguments
+_NAMES = re.compile(r"(\w+)(?=[,)])")  # the names of a schema's arguments
 
 _is_exporting = torch.compiler.is_exporting
 
 
 def composes(seed: Tensor | None) -> bool:
-    """Whether a call that more than the backend sees is made of torch's own operators.
+    """Whether a call that torch observes must consist of torch's own operators.
 
-    Forward-mode derivatives know no others. Neither does who runs an exported or traced graph
-    without tridrop: that is what a call without a seed, which draws nothing, gives there.
+    Forward-mode derivatives need them. So does an exported or traced graph that runs without
+    tridrop; there a call without a seed, which draws nothing, consists of them.
     """
     if forward_mode():
         return True
@@ -42,17 +43,18 @@ def composes(seed: Tensor | None) -> bool:
 
 
 def plain(t: Tensor) -> bool:
-    """Whether a tensor is its data: not meta, wrapped, negated lazily or of a subclass."""
+    """Whether a tensor is nothing but its data: not meta, wrapped, lazily negated or a subclass."""
     return type(t) in PLAIN and not (
-        t.is_meta or t.is_neg() or is_wrapped(t) or is_legacy_batched(t)  # of is_grads_batched
+        # legacy batched tensors come from torch.autograd.grad(is_grads_batched=True)
+        t.is_meta or t.is_neg() or is_wrapped(t) or is_legacy_batched(t)
     )
 
 
 def unobserved(arguments: Iterable[Any]) -> bool:
-    """Whether nothing but the backend has to see a call of these arguments.
+    """Whether nothing but the backend must see a call with these arguments.
 
-    Where it is so, torch's dispatcher and the bookkeeping of autograd functions change nothing in a
-    result: they only cost time, on a CPU as much as a small op itself.
+    In that case torch's dispatcher and the bookkeeping of autograd functions do not change the
+    result, and only take time: on a CPU as much as a small op itself.
     """
     return not (watched() or any(isinstance(a, Tensor) and not plain(a) for a in arguments))
 
@@ -63,13 +65,14 @@ def define(
     fake: Callable[..., Any],
     tags: Sequence[torch.Tag] = (),
 ) -> Callable[..., Any]:
-    """Define an operator: its schema, what it does on any device, and the shapes it returns.
+    """Define an operator by its schema, its function for all devices, and its shape function.
 
-    The result calls it, on the shortest way: the function itself where nobody watches.
+    Returns a function that calls the operator, or, where torch need not observe the call, the
+    operator's function directly.
     """
     name = schema.split("(")[0]
     names = _NAMES.findall(schema.partition("->")[0])
-    # Results are laid out by the strides of operands: a compiler must pass those it was told of.
+    # The strides of results depend on those of operands, so a compiler must not change the latter.
     _library.define(schema, tags=(*tags, torch.Tag.needs_exact_strides))
 
     def checked(*arguments: Any) -> Any:
@@ -95,7 +98,7 @@ def define(
 
 
 def _refuse_onnx(name: str) -> None:
-    """Raise where an operator would become a part of an ONNX graph."""
+    """Raise where an operator would become part of an ONNX graph."""
     onnx = sys.modules.get("torch.onnx")
     if onnx is not None and onnx.is_in_onnx_export():
         raise RuntimeError(
@@ -107,7 +110,7 @@ def _refuse_onnx(name: str) -> None:
 
 
 def each_seed(name: str, function: Callable[..., Tensor]) -> None:
-    """Give an operator, whose first argument is a seed, its vmap rule: once for each seed."""
+    """Give an operator whose first argument is a seed a vmap rule: one call per seed."""
 
     def rule(info: Any, in_dims: Sequence[int | None], seed: Tensor, *rest: Any) -> Any:
         assert in_dims[0] is not None
@@ -124,14 +127,14 @@ def prepared(
     operands: _O,
     wanted: Sequence[Any] = (),
 ) -> tuple[Prepared, _O]:
-    """A backend's op for a call, and the operands as it takes them: see ``backends.prepare``."""
+    """A backend's op for a call, and the operands with p read: see ``backends.prepare``."""
     p, options = read_rate(operands.p, options)  # type: ignore[attr-defined]
     operands = operands._replace(p=p)  # type: ignore[attr-defined]
     return backends.prepare(backend, family, tuple(shape), options, operands, wanted), operands
 
 
 def read_rate(p_tensor: Tensor | None, options: _O) -> tuple[Tensor | None, _O]:
-    """A tensor p that the host can read becomes a float, checked as any other."""
+    """Turn a tensor p on the CPU into a float in the options, checked as any other p."""
     if p_tensor is None or p_tensor.device.type != "cpu":
         return p_tensor, options
     p = float(p_tensor)
@@ -140,15 +143,15 @@ def read_rate(p_tensor: Tensor | None, options: _O) -> tuple[Tensor | None, _O]:
 
 
 class Known(NamedTuple):
-    """What is left of a call once it has been checked, for calls that differ in data alone."""
+    """A call that has been checked before, for later calls that differ from it in data alone."""
 
-    packed: tuple[Any, ...]  # the options, as operators take them
-    prepared: Prepared  # its backend
-    draws: bool  # whether it takes a seed
-    # What else backward is told, by the gradients that are asked for.
+    packed: tuple[Any, ...]  # the options in the form that operators take
+    prepared: Prepared  # the backend's op
+    draws: bool  # whether the call needs a seed
+    # needs_input_grad -> the attributes that backward needs on ctx, besides saved tensors
     noted: dict[tuple[bool, ...], dict[str, Any]]
 
 
 def filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """The results with empty tensors for those that are absent: an operator cannot return None."""
+    """The results, with an empty tensor for each None, which an operator cannot return."""
     return tuple(like.new_empty(0) if t is None else t for t in results)

@@ -39,7 +39,7 @@ def _new_seed_fake(place: Tensor) -> Tensor:
 
 
 def _serving(backend: str, seed: Tensor) -> Backend:
-    """The backend, if it can make masks where the seed is."""
+    """The backend, if it can draw masks on the seed's device; else RuntimeError."""
     module = backends.load(backend)
     reason = module.why_not(seed.device, [FLOATS[0]])
     if reason is not None:

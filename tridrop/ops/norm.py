@@ -1,4 +1,4 @@
-"""The norm family: its operators, and its autograd functions."""
+"""The operators and the autograd functions of the norm family."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.reference import elementwise
 from ..backends.reference import norm as reference
-from ..base.strides import laid, order_of
+from ..base.strides import laid_out, order_of
 from ..distributed import layouts
 from ..spec.elementwise import NormOptions
 from ..spec.operands import Norm, NormBackward
@@ -36,7 +36,7 @@ _NORM = (
 
 
 class PackedNorm(NamedTuple):
-    """The options of the norm family as the arguments that its operators take."""
+    """The options of the norm family in the form that operators take."""
 
     activation: str
     p: float
@@ -83,25 +83,25 @@ def unpack_norm(packed: PackedNorm) -> NormOptions:
     )
 
 
-def laid_norm(
+def norm_laid_out(
     results: Sequence[Any], x: Tensor, residual: Tensor | None, packed: Any
 ) -> tuple[Any, ...]:
-    """The results, contiguous ones, in the order in which eager's lie.
+    """The contiguous results, laid out in memory as those of the eager composition.
 
-    A sum and an RMSNorm are elementwise functions of what goes into them; torch's LayerNorm gives a
-    contiguous tensor whatever it gets.
+    A sum and an RMSNorm have the strides of an elementwise function of their operands; torch's
+    LayerNorm returns a contiguous tensor whatever its operand is.
     """
     out, stream, statistics = results
     rms = packed.norm == "rms_norm"
     if packed.after:
         if rms:
-            return laid(out, order_of(residual, x)), stream, statistics
+            return laid_out(out, order_of(residual, x)), stream, statistics
         order = None if residual is None else order_of(residual, tuple(range(x.dim())))
-        return laid(out, order), stream, statistics
+        return laid_out(out, order), stream, statistics
     order = order_of(residual, x)
     if order is not None and stream is not None and stream.shape == x.shape:  # kept
-        stream = laid(stream, order)
-    return laid(out, order) if rms else out, stream, statistics
+        stream = laid_out(stream, order)
+    return laid_out(out, order) if rms else out, stream, statistics
 
 
 _OPERANDS, _INCOMING = len(Norm._fields), len(NormBackward._fields)
@@ -112,7 +112,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     operands, packed = Norm(*arguments[:_OPERANDS]), PackedNorm(*arguments[_OPERANDS:])
     x, residual = operands.x, operands.residual
     op, operands = prepared("norm", x.shape, unpack_norm(packed), packed.backend, operands)
-    return filled(laid_norm(op.forward(operands), x, residual, packed), x)
+    return filled(norm_laid_out(op.forward(operands), x, residual, packed), x)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -122,7 +122,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     has_stream = packed.keep_stream and not packed.after
     stream = x.new_empty(x.shape if has_stream else 0, dtype=packed.stream_dtype)
     out = x.new_empty(x.shape, dtype=packed.out_dtype)
-    return laid_norm((out, stream, statistics), x, operands.residual, packed)
+    return norm_laid_out((out, stream, statistics), x, operands.residual, packed)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -198,7 +198,7 @@ class FusedNorm(Function):
         results = packed.prepared.forward(operands)
         if x.is_contiguous() and (residual is None or residual.is_contiguous()):
             return results
-        return laid_norm(results, x, residual, packed.packed)
+        return norm_laid_out(results, x, residual, packed.packed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -212,7 +212,7 @@ class FusedNorm(Function):
                 x.dtype if needs[0] else None,
                 bias.dtype if needs[1] else None,
                 layer_scale.dtype if needs[2] else None,
-                residual.dtype if needs[3] and not after else None,  # else it is the incoming one
+                residual.dtype if needs[3] and not after else None,  # with after, it is dout
                 weight.dtype if needs[4] else None,
                 norm_bias.dtype if needs[5] else None,
             )
@@ -266,7 +266,7 @@ class FusedNormBackward(Function):
         operands = NormBackward(*unchanged(ctx, ctx.saved_tensors))
         shape, options = tuple(operands.dout.shape), unpack_norm(ctx.packed)
         drop = elementwise.multiplier(shape, operands.seed, operands.p, options)
-        # The statistics are functions of the stream, and are computed from it again.
+        # The statistics are functions of the stream, and the formula computes them from it again.
         given = operands._asdict()
         del given["statistics"], given["seed"], given["p"]
         found = differentiate(

@@ -1,6 +1,6 @@
-"""Products with a dropped matrix: their operators, and their autograd functions.
+"""The operators and the autograd functions of products with a dropped matrix.
 
-A product is bilinear in x and the weight, so its derivatives are such products again.
+A product is linear in x and in the weight, so its derivatives are such products again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPTIONS = f"{ELEMENTWISE_OPTIONS}, int[] ranks, float gain, bool one_mask"
 
 
 class PackedProduct(NamedTuple):
-    """The options as the arguments that an operator takes."""
+    """The options in the form that operators take."""
 
     activation: str
     p: float

@@ -1,8 +1,8 @@
-"""Tensors that any op of torch saves for backward, and that are not kept: they are made again.
+"""Tensors that torch's ops save for backward, and that backward makes again instead.
 
-What is kept in their place is a rule: a function, and the tensors that it takes, which are kept for
-other reasons anyway. A dropped weight is drawn again from the weight, the input of a linear layer
-computed again from what its activation or norm keeps.
+A recipe is kept in the place of such a tensor: a function, and its sources, which are tensors that
+are kept for other reasons anyway. A dropped weight is drawn again from the weight; the input of a
+linear layer is computed again from the tensors that its activation or norm keeps.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
-from ..base.memory import PLAIN, given, still
+from ..base.memory import PLAIN, as_saved, facts_of
 from ..base.torch_private import forward_mode, saved_tensor_hooks, transformation
 
-_CHECKPOINTS = "torch.utils.checkpoint"  # where the hooks of those that do not re-enter come from
+_CHECKPOINTS = "torch.utils.checkpoint"  # the module of the hooks of non-reentrant checkpoints
 
-# Of tensors, while they live. An attribute of theirs would be saved and copied with them.
-_rules: Any = WeakTensorKeyDictionary()
+# tensor -> its recipe, as long as the tensor lives. An attribute would be saved and copied with it.
+_recipes: Any = WeakTensorKeyDictionary()
 
 
-class _Again:
-    """What all who wait for one tensor share: how it is made, and the tensor while others wait.
+class _Maker:
+    """Makes a tensor again, once for all saved views of it, and keeps it while views are waiting.
 
-    It holds nothing that the rule takes: what has been saved decides how long that lives.
+    It holds none of the sources: they live as long as the saved views that refer to them.
     """
 
     __slots__ = ("backend", "device", "made", "make", "waiting")
 
     def __init__(self, make: Callable[..., Tensor], device: torch.device) -> None:
         self.make, self.device = make, device.type
-        self.backend = backends.choose(device)
-        self.waiting = 0  # views that a graph has saved and backward has not asked for
+        self.backend = backends.name_for(device)
+        self.waiting = 0  # views that a graph has saved and that backward has not taken yet
         self.made: Tensor | None = None
 
-    def tensor(self, sources: Callable[[], tuple[Any, ...]]) -> Tensor:
-        """The tensor, made once for all that wait for it."""
+    def take(self, sources: Callable[[], tuple[Any, ...]]) -> Tensor:
+        """The tensor for one waiting view; it is made for the first and kept for the others."""
         made = self.made
         if made is None:
-            # By the backend of the forward, and as outside of autocast: a rule says its dtypes.
+            # It runs on the forward's backend, and without autocast: a recipe names its dtypes.
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(backends.in_this_thread(self.backend))
@@ -54,23 +54,24 @@ class _Again:
         self.made = made if self.waiting > 0 else None
         return made
 
-    def lent(self, *sources: Tensor | None) -> Tensor:
-        """The tensor for a rule that takes it on its way; kept where others wait for it."""
+    def borrow(self, *sources: Tensor | None) -> Tensor:
+        """The tensor for another recipe that is computed from it; kept only for waiting views."""
         made = self.make(*sources) if self.made is None else self.made
         self.made = made if self.waiting > 0 else None
         return made
 
 
-class Remade:
-    """A rule: ``make(*sources)`` is the tensor again.
+class Recipe:
+    """How a tensor is made again: ``make(*sources)``.
 
-    ``names`` are those of the sources in messages; ``what`` says there what is made of them. A
-    source that is changed in place before backward is an error, as it is of what autograd saves:
-    also one of another rule, ``of``, whose sources are the last ones here, since that was made.
+    ``names`` are the names of the sources in messages, and ``what`` says there what is made from
+    them. A source that was changed in place before backward is an error, as a tensor that autograd
+    saves would be. If the tensor is made from one with a recipe of its own, ``of``, the last
+    sources are those of ``of``, and changes count from when ``of`` was made.
     """
 
     __slots__ = (
-        "again", "casts", "given", "names", "place", "sources", "version", "versions", "what",
+        "casts", "facts", "maker", "names", "place", "sources", "version", "versions", "what",
     )  # fmt: skip
 
     def __init__(
@@ -78,59 +79,59 @@ class Remade:
         make: Callable[..., Tensor],
         sources: Sequence[Tensor | None],
         names: Sequence[str],
-        what: str = "a tensor that backward makes again",
-        of: Remade | None = None,
+        what: str = "a tensor is made again in backward",
+        of: Recipe | None = None,
     ) -> None:
-        # Detached, they share memory and version with the tensors, and hold no graph.
+        # Detached tensors share memory and version counter with the originals, but hold no graph.
         self.sources = tuple(None if t is None else t.detach() for t in sources)
         device = next(t.device for t in self.sources if t is not None)
-        self.again = _Again(make, device)
+        self.maker = _Maker(make, device)
         versions = [None if t is None else t._version for t in self.sources]
         if of is not None:
             versions[len(versions) - len(of.versions) :] = of.versions
         self.versions: tuple[int | None, ...] = tuple(versions)
         self.names = tuple(names)
-        self.given = given(names, self.sources)
+        self.facts = facts_of(names, self.sources)
         self.what = what
-        self.version = 0  # of the value that has this rule
-        self.place = 0  # in memory, of that value
-        self.casts: dict[torch.dtype, Remade] = {}
+        self.version = 0  # the version counter of the tensor that has this recipe
+        self.place = 0  # that tensor's address
+        self.casts: dict[torch.dtype, Recipe] = {}
 
-    def cast(self, dtype: torch.dtype) -> Remade:
-        """The rule of the same tensor in another dtype, one for all who want that."""
+    def cast(self, dtype: torch.dtype) -> Recipe:
+        """The recipe of the same tensor in another dtype; all callers share one per dtype."""
         found = self.casts.get(dtype)
         if found is None:
-            make = self.again.make
-            found = Remade(lambda *s: make(*s).to(dtype), self.sources, self.names, self.what, self)
+            make = self.maker.make
+            found = Recipe(lambda *s: make(*s).to(dtype), self.sources, self.names, self.what, self)
             self.casts[dtype] = found
         return found
 
     def kept(self) -> tuple[Any, ...]:
-        """The sources, where nobody has written to them since."""
-        for then in self.given:
-            t = self.sources[then.place]
+        """The sources; RuntimeError if one was changed in place since its forward."""
+        for facts in self.facts:
+            t = self.sources[facts.place]
             assert t is not None
-            if t._version != self.versions[then.place]:
+            if t._version != self.versions[facts.place]:
                 raise RuntimeError(
-                    f"{self.what}, of {then.name}, which was changed in place since its forward "
-                    f"(version {self.versions[then.place]}, now {t._version}): call backward "
+                    f"{self.what}, from {facts.name}, which was changed in place since its forward "
+                    f"(version {self.versions[facts.place]}, now {t._version}): call backward "
                     "before optimizer.step(), and write to no tensor that backward needs"
                 )
-        return _checked(self.sources, self.given)
+        return _checked(self.sources, self.facts)
 
 
-def _checked(sources: Sequence[Any], then: Sequence[Any]) -> tuple[Any, ...]:
+def _checked(sources: Sequence[Any], saved: Sequence[Any]) -> tuple[Any, ...]:
     found = list(sources)
-    for each in then:
-        found[each.place] = still(found[each.place], each)
+    for facts in saved:
+        found[facts.place] = as_saved(found[facts.place], facts)
     return tuple(found)
 
 
 def possible() -> bool:
-    """Whether hooks can be put around what is saved here.
+    """Whether hooks on saved tensors can be used here.
 
-    Not under torch.compile, whose partitioner chooses what a compiled graph saves, nor under
-    torch.func, which takes no hooks; nor where nothing is saved.
+    They cannot under torch.compile, whose partitioner decides what a compiled graph saves, nor
+    under torch.func, which takes no hooks; and they have no use where nothing is saved.
     """
     return not (
         torch.compiler.is_compiling()
@@ -140,11 +141,11 @@ def possible() -> bool:
     )
 
 
-def rules() -> bool:
-    """Whether tensors have rules here: not inside of a checkpoint's hooks either.
+def recipes_allowed() -> bool:
+    """Whether tensors can have recipes here: not inside a checkpoint either.
 
-    It computes a forward once more, from tensors that came through the hooks around it and so are
-    others, without a rule; and it must save what the forward saved, in the same order.
+    A checkpoint computes its forward once more, from tensors that its hooks return: these are other
+    objects, without recipes. But it must save the same tensors in the same order both times.
     """
     if not possible():
         return False
@@ -152,14 +153,14 @@ def rules() -> bool:
     return around is None or getattr(around[0], "__module__", None) != _CHECKPOINTS
 
 
-def attach(value: Tensor, rule: Callable[[], Remade]) -> Tensor:
-    """``value``, which remembers its rule where it has a gradient, and lies in memory as made.
+def attach(value: Tensor, make_recipe: Callable[[], Recipe]) -> Tensor:
+    """``value``, with a recipe where it has a gradient and its storage holds nothing else.
 
-    Those who call linear layers ask for it by :func:`rule_of`. A tensor without a gradient would
-    be kept by nobody but the layer, and what it is made of by nobody at all.
+    :func:`recipe_of` returns the recipe to callers of linear layers. A tensor without a gradient
+    gets none: no op would keep its sources for backward.
     """
     if (
-        rules()
+        recipes_allowed()
         and value.requires_grad
         and type(value) is Tensor
         and value.is_contiguous()
@@ -167,76 +168,78 @@ def attach(value: Tensor, rule: Callable[[], Remade]) -> Tensor:
         and value.numel()
         and value.untyped_storage().nbytes() == value.nbytes
     ):
-        made = rule()
+        made = make_recipe()
         made.version, made.place = value._version, value.data_ptr()
-        _rules[value] = made
+        _recipes[value] = made
     return value
 
 
-def rule_of(x: Any) -> Remade | None:
-    """The rule of a tensor that has one; None where none serves.
+def recipe_of(x: Any) -> Recipe | None:
+    """The recipe of a tensor; None where it has none that is valid.
 
-    None does where somebody has written to the tensor since, or replaced its ``.data``. What is
-    written into ``.data`` nobody can see.
+    A recipe is no longer valid once the tensor was written to, or its ``.data`` replaced. Writes
+    into ``.data`` cannot be detected.
     """
-    if not rules() or type(x) not in PLAIN:
+    if not recipes_allowed() or type(x) not in PLAIN:
         return None
-    found: Remade | None = _rules.get(x)
+    found: Recipe | None = _recipes.get(x)
     if found is None or found.version != x._version or found.place != x.data_ptr():
         return None
     return found
 
 
 @contextmanager
-def remade(values: Sequence[tuple[Tensor, Remade]]) -> Iterator[None]:
-    """Inside, what torch saves of these values is their rules and not the numbers.
+def remade(values: Sequence[tuple[Tensor, Recipe]]) -> Iterator[None]:
+    """Inside the block, torch saves the recipes of these values instead of the values.
 
-    Other tensors, and what the rules take, go to the hooks around, such as those of a checkpoint.
+    All other tensors, and the sources of the recipes, go to the hooks around the block, such as
+    those of a checkpoint.
     """
     if not possible():
         yield
         return
-    known = {v.untyped_storage()._cdata: (rule, v.dtype, v._version) for v, rule in values}
+    recipes = {v.untyped_storage()._cdata: (recipe, v.dtype, v._version) for v, recipe in values}
     around = saved_tensor_hooks(False)
 
-    def rule_for(t: Tensor) -> Remade | None:
-        """The rule of a view of one of the values, as that was when the call began."""
+    def recipe_for(t: Tensor) -> Recipe | None:
+        """The recipe of a view of one of the values, if the value was not written to since."""
         if type(t) not in PLAIN or t.layout is not torch.strided or not t.numel():
             return None
-        rule, dtype, version = known.get(t.untyped_storage()._cdata, (None, None, None))
+        recipe, dtype, version = recipes.get(t.untyped_storage()._cdata, (None, None, None))
         same = t.dtype == dtype and t._version == version
-        return rule if same and not t.is_neg() and not t.is_conj() else None
+        return recipe if same and not t.is_neg() and not t.is_conj() else None
 
     def pack(t: Tensor) -> Any:
-        rule = rule_for(t)
-        if rule is None:
+        recipe = recipe_for(t)
+        if recipe is None:
             return None, t if around is None else around[0](t), None
         view = t.shape, t.stride(), t.storage_offset()
         if around is None:
-            rule.again.waiting += 1
-            return rule.again, rule.kept, view
-        # Each who waits packs them anew: a checkpoint gives what it packed back once.
-        packed = [None if s is None else around[0](s) for s in rule.sources]
-        rule.again.waiting += 1
-        then, unpack = rule.given, around[1]
+            recipe.maker.waiting += 1
+            return recipe.maker, recipe.kept, view
+        # The sources are packed for each view, since a checkpoint unpacks what it packed only once.
+        packed = [None if s is None else around[0](s) for s in recipe.sources]
+        recipe.maker.waiting += 1
+        facts, unpack = recipe.facts, around[1]
 
         def sources() -> tuple[Any, ...]:
-            return _checked([None if p is None else unpack(p) for p in packed], then)
+            return _checked([None if p is None else unpack(p) for p in packed], facts)
 
-        return rule.again, sources, view
+        return recipe.maker, sources, view
 
     def unpack(packed: Any) -> Tensor:
-        again, what, view = packed
-        if again is not None:
-            made: Tensor = again.tensor(what)
+        maker, content, view = packed
+        if maker is not None:
+            made: Tensor = maker.take(content)
             return made.as_strided(*view)
-        found: Tensor = what if around is None else around[1](what)
+        found: Tensor = content if around is None else around[1](content)
         return found
 
     with ExitStack() as stack:
-        stack.callback(known.clear)  # what was saved holds both functions, and is to hold no source
+        # Saved tensors keep both functions alive, which must not keep the sources alive.
+        stack.callback(recipes.clear)
         try:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
         except RuntimeError:
-            known.clear()  # somebody disabled such hooks: then torch saves the value itself
+            recipes.clear()  # such hooks are disabled here, so torch saves the value itself
         yield

@@ -1,4 +1,4 @@
-"""The autograd function of dropout whose rows name their own coordinates."""
+"""The autograd function of a dropout in which each row says which row of a mask it takes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _X, _ROWS = 0, 1
 class DropRows(Function):
     """``where(keep[rows], x * scale, 0)``: row i of x has the decisions of row ``rows[i]``.
 
-    ``keep`` is the mask of shape [count, width], with a width of x's last size or of 1, one
-    decision a row. ``x`` is [..., last] and ``rows`` [...]. Saved are the rows' numbers and the
-    seed. The function is linear in x, so that its backward is itself.
+    ``x`` is [..., last] and ``rows`` [...]. ``keep`` is the mask of shape [count, width], where
+    width is x's last size, or 1 for one decision per row. Backward needs the rows' numbers and the
+    seed. The function is linear in x, so it is its own backward.
     """
 
     @staticmethod
@@ -39,7 +39,7 @@ class DropRows(Function):
         keep = keep_mask(seed, [count, width], p_tensor, p, "elements", [], [], [], backend)
         if p_tensor is None:
             scaled = x * mask.scale(mask.threshold(p))
-        else:  # beside a tensor of half precision a 0-d tensor would be rounded to it first
+        else:  # in fp32, since torch would round the 0-d scale to x's half precision first
             wide = torch.promote_types(x.dtype, torch.float32)
             scaled = (x.to(wide) * mask.rate_table(p_tensor)[1]).to(x.dtype)
         return where_kept(keep[rows], scaled)
@@ -56,7 +56,7 @@ class DropRows(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        """In one call, since a sample's rows know their coordinates; a seed each takes a call."""
+        """All samples in one call, since rows name their coordinates; one call per seed or rate."""
         if any(dim is not None for dim in in_dims[_ROWS + 1 :]):
             return each_sample(DropRows.apply, info, in_dims, args)
         x, rows = (

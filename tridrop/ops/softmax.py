@@ -1,4 +1,4 @@
-"""The softmax of scores: its operators, and its autograd functions."""
+"""The operators and the autograd functions of the softmax of scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .library import Known, composes, define, filled, prepared
 
 
 class PackedSoftmax(NamedTuple):
-    """The options as the arguments that an operator takes."""
+    """The options in the form that operators take."""
 
     p: float
     scale: float
@@ -149,8 +149,8 @@ class SoftmaxDropout(Function):
         unused = () if returned or softmax is None else (softmax,)
         ctx.mark_non_differentiable(lse, *unused)
         ctx.set_materialize_grads(False)
-        # Where the result is the softmax of the scores, masked at most, and only they have a
-        # gradient, backward is torch's, and keeps what torch's would.
+        # Where the result is the softmax of the scores, at most with an attention mask, and only
+        # the scores have a gradient, backward is torch's own, which needs the result alone.
         ctx.plain = (
             seed is None and p is None and ctx.dtypes[1] is None and not returned
             and ctx.packed.backend != "triton" and ctx.packed.scale == 1
@@ -178,7 +178,7 @@ class SoftmaxDropout(Function):
 
 @by_sample
 class SoftmaxDropoutBackward(Function):
-    """The gradients of :class:`SoftmaxDropout`. lse is a function of the scores and the mask."""
+    """The gradients of :class:`SoftmaxDropout`; lse counts as a function of scores and mask."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor | None, ...]:

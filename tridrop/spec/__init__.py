@@ -1,1 +1,1 @@
-"""What may be asked of an op, by family, and the errors that say what may not."""
+"""The operands and options of each family, and every error message about them."""

@@ -1,6 +1,6 @@
-"""What attention may be asked for, and every error message about it.
+"""The options and operands of attention, and every error message about them.
 
-The attention ops share one description: what happens to a score before the softmax, which
+All attention ops share one description: what happens to a score before the softmax, which
 probabilities are dropped, and where the coordinates of the mask begin.
 """
 
@@ -35,10 +35,10 @@ class AttentionOptions:
     """The options of one call of the attention ops, after validation.
 
     A score is ``scale * query . key``, then ``softcap * tanh(score / softcap)`` where softcap is
-    not 0, then has the mask added; it counts where ``lower <= key - query <= upper``, both indices
-    local. ``origin`` is what the coordinates (batch, head, query, key) of the dropout mask begin
-    at. ``max_query`` and ``max_key`` bound the lengths of packed sequences. ``block`` tells
-    backward that the keys are some of those that its ``out`` and ``lse`` are of.
+    not 0; then the attention mask is added. A key takes part where ``lower <= key - query <=
+    upper``, both of them local indices. The coordinates (batch, head, query, key) of the dropout
+    mask begin at ``origin``. ``max_query`` and ``max_key`` bound the lengths of packed sequences.
+    ``block`` tells backward that ``out`` and ``lse`` were computed from more keys than it is given.
     """
 
     p: float = 0.0
@@ -52,17 +52,17 @@ class AttentionOptions:
     block: bool = False
 
     def threshold(self) -> int:
-        """The threshold of the mask; 0 means there is none."""
+        """The threshold of the dropout mask; 0 means that there is no mask."""
         return threshold(self.p)
 
     def keep_scale(self) -> float:
-        """What a kept probability is multiplied by."""
+        """The factor of a kept probability."""
         return scale(self.threshold())
 
 
 @dataclass(frozen=True)
 class SoftmaxOptions(AttentionOptions):
-    """The options of the softmax of scores: ``return_softmax`` asks for what dropout is given."""
+    """The options of the softmax of scores; ``return_softmax`` also asks for it before dropout."""
 
     return_softmax: bool = False
 
@@ -70,14 +70,14 @@ class SoftmaxOptions(AttentionOptions):
 def four(shape: Sequence[int]) -> tuple[int, int, int, int]:
     """(batch, heads, queries, keys) of scores of two dimensions or more.
 
-    The dimension before the queries is the heads; those before it are one, the batch.
+    The dimension before the queries is the heads; all dimensions before it together are the batch.
     """
     heads = shape[-3] if len(shape) > 2 else 1
     return math.prod(shape[:-3]), heads, shape[-2], shape[-1]
 
 
 def check_dtypes(query: Tensor, **others: Tensor) -> None:
-    """Raise unless all are floating-point tensors of query's dtype and device."""
+    """Raise unless all tensors are floating-point and have query's dtype and device."""
     check_input(query, "query")
     for name, t in others.items():
         check_input(t, name)
@@ -160,7 +160,7 @@ def check_key_mask(mask: Tensor | None, batch: int, keys: int, x: Tensor) -> Non
 
 
 def resolve_band(is_causal: bool, window: Window | None) -> tuple[int | None, int | None]:
-    """The bounds of key - query, each or None: both what is_causal and what window allow."""
+    """The bounds of key - query that is_causal and window set together; None is no bound."""
     lower, upper = None, None
     if window is not None:
         pair = (window, window) if isinstance(window, (int, torch.SymInt)) else window
@@ -180,7 +180,7 @@ def resolve_band(is_causal: bool, window: Window | None) -> tuple[int | None, in
 
 
 def _reach(size: int | None, name: str) -> int | None:
-    """How far a window reaches; None where it leaves no key out, however far beyond all of them."""
+    """How far a window reaches; None where it has no bound, or one beyond all possible keys."""
     if size is None:
         return None
     size = check_whole(size, f"window's {name}", 0, "an int of 0 or more, or None for no bound")
@@ -190,7 +190,7 @@ def _reach(size: int | None, name: str) -> int | None:
 
 
 def typed(window: Any) -> Any:
-    """A window as a part of a key: with the types of its numbers, of which True and 1 are equal."""
+    """A window as a part of a key, with the types of its numbers: True and 1 compare equal."""
     if isinstance(window, (tuple, list)):
         return (type(window), *window, *map(type, window))
     return window, type(window)
@@ -214,7 +214,7 @@ def resolve_scale(value: float | None, default: float) -> float:
 
 
 def resolve_softcap(value: float | None) -> float:
-    """The bound of the scores; 0 where there is none."""
+    """The bound of the scores; 0 means no bound."""
     if value is None:
         return 0.0
     number = check_finite(value, "softcap")
@@ -281,7 +281,7 @@ def check_packed(
 
 
 def resolve_longest(longest: int | None, tokens: int, offsets: Tensor, name: str) -> int:
-    """A bound of the packed sequences' lengths: the number of tokens where none is given."""
+    """A bound of the packed sequences' lengths; by default the number of tokens."""
     if longest is None:
         return tokens
     longest = check_whole(longest, name, 0)
@@ -301,10 +301,11 @@ def resolve_longest(longest: int | None, tokens: int, offsets: Tensor, name: str
 class AttentionInputs(NamedTuple):
     """The tensors of one call: query [B, H, Sq, E], key [B, Hkv, Sk, E], value [B, Hkv, Sk, Ev].
 
-    ``mask`` is bool or float, of four dimensions that are each 1 or the scores'; ``key_mask`` bool
-    [B, Sk]; ``sinks`` [H]. With ``cu_query`` and ``cu_key``, the offsets of sequences packed along
-    the tokens, B is 1, and the batch of masks and coordinates is the number of sequences. ``p`` is
-    a 0-d tensor that takes the place of ``options.p``.
+    ``mask``, the attention mask, is bool or float and has four dimensions, each of size 1 or of the
+    scores' size; ``key_mask`` is bool [B, Sk]; ``sinks`` is [H]. ``cu_query`` and ``cu_key`` are
+    the offsets of sequences that are packed along the tokens: with them B is 1, and the batch of
+    masks and coordinates is the number of sequences. ``p`` is a 0-d tensor that takes the place of
+    ``options.p``.
     """
 
     query: Tensor
@@ -320,10 +321,10 @@ class AttentionInputs(NamedTuple):
 
 
 def empty_output(query: Tensor, width: int) -> Tensor:
-    """Room for the result, [B, H, Sq, width], whose memory is laid out as the query's.
+    """An empty tensor for the result, [B, H, Sq, width], laid out in memory as the query is.
 
-    Where heads lie next to each other, as projections leave them, the transpose after attention
-    then is a view.
+    Where heads lie next to each other, as projections leave them, the transpose after attention is
+    a view then.
     """
     batch, heads, length, _ = query.shape
     if query.stride(1) < query.stride(2):

@@ -1,7 +1,7 @@
-"""What an op may be asked for, and every error message about it.
+"""The options of the elementwise and norm families, and the checks that all families share.
 
 Nothing here computes on data. Public functions call the ``check_*`` and ``resolve_*`` functions
-before they draw a seed; the result of the checks is an :class:`Options`, which both backends take.
+before they draw a seed; the result of the checks is an :class:`Options`, which the backends take.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ ACTIVATIONS: dict[str, tuple[str, bool]] = {
 def check_functions(table: Collection[str], where: str) -> None:
     """Raise unless ``table`` has an entry for each function of :data:`ACTIVATIONS`, and no other.
 
-    A backend asks before it computes anything: a function that it lacks is an error that names the
-    table, never another function's numbers.
+    Each backend calls this before it computes anything, so that a missing function is an error that
+    names the table, and never the numbers of another function.
     """
-    known = {function for function, _ in ACTIVATIONS.values()}
-    for missing, has, lacks in ((known - {*table}, "spec.ACTIVATIONS", where),
-                                ({*table} - known, where, "spec.ACTIVATIONS")):  # fmt: skip
+    functions = {function for function, _ in ACTIVATIONS.values()}
+    for missing, has, lacks in ((functions - {*table}, "spec.ACTIVATIONS", where),
+                                ({*table} - functions, where, "spec.ACTIVATIONS")):  # fmt: skip
         if missing:
             names = ", ".join(sorted(missing))
             raise NotImplementedError(
@@ -56,7 +56,7 @@ def check_functions(table: Collection[str], where: str) -> None:
             )
 
 
-# The contract's coordinates of attention, and how many of each there are.
+# The coordinates of attention in the mask contract, and how many values each can have.
 ATTENTION_LIMITS = {"batch": 1 << 32, "head": 1 << 28, "query": 1 << 32, "key": 1 << 35}
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,7 +67,8 @@ class Options:
     """The options of one call of the elementwise family, after validation.
 
     ``shared`` lists the dimensions along which the mask of the elements is shared; ``p`` and
-    ``drop_path`` are drop probabilities in [0, 1]; ``noise`` is one of ``noise.KINDS``.
+    ``drop_path`` are the probabilities of dropping an element and a sample; ``noise`` is one of
+    ``noise.NOISES``.
     """
 
     activation: str = "none"
@@ -79,7 +80,7 @@ class Options:
 
     @property
     def function(self) -> str:
-        """The activation as a function of one argument."""
+        """The name of the activation's function of one argument."""
         return ACTIVATIONS[self.activation][0]
 
     @property
@@ -88,11 +89,11 @@ class Options:
         return ACTIVATIONS[self.activation][1]
 
     def thresholds(self) -> tuple[int, int]:
-        """The thresholds of the element mask and of the drop_path mask; 0 means there is none."""
+        """The thresholds of the element mask and the drop_path mask; 0 means that there is none."""
         return threshold(self.p), threshold(self.drop_path)
 
     def scales(self) -> tuple[float, float]:
-        """What the kept elements and the kept samples are multiplied by; see ``noise.scale``."""
+        """The factors of the kept elements and of the kept samples; see ``noise.scale``."""
         elements, path = self.thresholds()
         return noise.scale(self.noise, elements), scale(path)
 
@@ -101,8 +102,8 @@ class Options:
 class NormOptions(Options):
     """The options of one call of the norm family. ``activation`` is always "none".
 
-    ``after`` is whether the dropout follows the norm, residual + dropout(norm(x)), or goes before
-    it, norm(residual + dropout(x)); ``keep_stream`` whether the stream is returned or saved.
+    With ``after`` the dropout follows the norm, residual + dropout(norm(x)); else it goes before
+    the norm, norm(residual + dropout(x)). ``keep_stream`` says whether the stream is a result.
     """
 
     norm: str = "layer_norm"
@@ -115,15 +116,15 @@ class NormOptions(Options):
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What torch.autocast casts operands on ``device`` to; None where it is off.
+    """The dtype to which torch.autocast casts operands on ``device``; None where it is off.
 
-    Asked by the device's type and not by torch.amp.is_autocast_available, which torch.compile
-    cannot trace before torch 2.13: of the devices that run anything, only meta has no autocast.
+    The device's type decides and not torch.amp.is_autocast_available, which torch.compile cannot
+    trace before torch 2.13. Of the devices that tridrop serves, only meta has no autocast.
     """
-    kind = device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    name = device.type
+    if name == "meta" or not torch.is_autocast_enabled(name):
         return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(name)
 
 
 def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: bool = False) -> None:
@@ -143,7 +144,7 @@ def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: boo
                 f"pass {name}.detach()"
             )
         return
-    # The first two before Real, which NumPy's numbers are, and which takes longer to ask.
+    # float and int come first, since the check for Real, which NumPy's numbers need, takes longer.
     if isinstance(p, bool) or not isinstance(p, (float, int, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{given(p, name)}; give a number in [0, 1]")
     if not 0 <= p <= 1:  # also true for NaN
@@ -151,9 +152,9 @@ def check_probability(p: float | Tensor, name: str = "p", *, tensor_allowed: boo
 
 
 def check_rate(p: float | Tensor, device: torch.device, name: str = "p") -> None:
-    """Raise unless a ``p`` that is a tensor can be read beside data on ``device``.
+    """Raise where ``p`` is a tensor on another accelerator than the data.
 
-    One on the CPU can always be: it becomes a number.
+    A tensor on the CPU always works: it becomes a number.
     """
     if isinstance(p, Tensor) and p.device != device and p.device.type != "cpu":
         raise ValueError(
@@ -171,7 +172,7 @@ def check_eps(eps: float, name: str = "eps") -> float:
 
 
 def drops(p: float | Tensor, training: bool) -> bool:
-    """Whether a call with a checked ``p`` drops anything; it draws a seed just then."""
+    """Whether a call with a checked ``p`` drops anything, and so draws a seed."""
     check_flag(training, "training")
     return training and (isinstance(p, Tensor) or p > 0)
 
@@ -197,7 +198,7 @@ def check_vector(v: Tensor | None, name: str, size: int, x: Tensor) -> None:
 
 
 def check_device(v: Tensor, name: str, x: Tensor, other: str = "x") -> None:
-    """Raise unless ``v`` is on the device of ``x``, which messages call ``other``."""
+    """Raise unless ``v`` is on the device of ``x``, whose name in messages is ``other``."""
     if v.device != x.device:
         raise ValueError(f"{name} is on {v.device} but {other} is on {x.device}: move one of them")
 
@@ -216,9 +217,9 @@ def check_residual(
 
 
 def check_gate(gate: Tensor, shape: Sequence[int], x: Tensor) -> None:
-    """Raise unless ``gate`` has a floating-point gain per sample and channel of a branch.
+    """Raise unless ``gate`` is floating-point and has one gain per sample and channel.
 
-    The branch has ``shape`` and is on the device of x.
+    ``shape`` is that of the branch that it scales, which is on the device of x.
     """
     check_input(gate, "gate")
     check_device(gate, "gate", x)
@@ -232,12 +233,12 @@ def check_gate(gate: Tensor, shape: Sequence[int], x: Tensor) -> None:
         forms = f"{pair}" if len(shape) == 2 else f"{pair} or {spread}"
         raise ValueError(
             f"gate has shape {tuple(gate.shape)}; for a branch of shape {tuple(shape)} it must be "
-            f"{forms}, a gain per sample and channel: expand it first"
+            f"{forms}, one gain per sample and channel: expand it first"
         )
 
 
 def check_out_dtype(dtype: torch.dtype, *operands: Tensor | None) -> None:
-    """Raise unless ``dtype`` is one that a result computed from these operands can have."""
+    """Raise unless ``dtype`` is a dtype that a result of these operands can have."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{given(dtype, 'out_dtype')}; give a torch.dtype")
     if dtype not in FLOATS:
@@ -254,7 +255,7 @@ def check_out_dtype(dtype: torch.dtype, *operands: Tensor | None) -> None:
 
 
 def check_drop_path(drop_path: float, shape: Sequence[int]) -> None:
-    """Raise unless ``drop_path`` is a probability, and 0 where there are no samples to drop."""
+    """Raise unless ``drop_path`` is a probability, and ``shape`` has samples to drop if not 0."""
     check_probability(drop_path, "drop_path")
     if drop_path and len(shape) < 2:
         raise ValueError(
@@ -275,7 +276,7 @@ def check_activation(activation: str | None) -> str:
 
 
 def output_shape(x: Tensor, activation: str) -> tuple[int, ...]:
-    """The shape of ``activation(x)``; ValueError where a gated one cannot halve x."""
+    """The shape of ``activation(x)``; ValueError where a gated activation cannot halve x."""
     if not ACTIVATIONS[activation][1]:
         return tuple(x.shape)
     if x.dim() == 0 or x.shape[-1] % 2:
@@ -287,7 +288,7 @@ def output_shape(x: Tensor, activation: str) -> tuple[int, ...]:
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a mask as a tuple; ValueError unless it has non-negative integers."""
+    """The shape of a mask as a tuple; ValueError unless it consists of non-negative integers."""
     check_sequence(shape, "shape", "a tuple with the size of each dimension")
     if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
         raise ValueError(f"shape = {tuple(shape)}: give non-negative integers")
@@ -297,7 +298,7 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _beyond(shape: Sequence[int]) -> bool:
-    """Whether a size, or their product, is not an int64."""
+    """Whether a size, or the product of all sizes, exceeds int64."""
     sizes = [n for n in shape if not isinstance(n, torch.SymInt)]
     return max(math.prod(sizes), *sizes, 0) >= 1 << 63
 
@@ -305,7 +306,7 @@ def _beyond(shape: Sequence[int]) -> bool:
 def check_attention_coordinates(whole: Sequence[int]) -> None:
     """Raise unless ``whole``, (batch, heads, queries, keys), has coordinates in the mask contract.
 
-    Of a shard this is the global shape.
+    For a shard, ``whole`` is its global shape.
     """
     if len(whole) != 4:
         raise ValueError(
@@ -354,9 +355,9 @@ def resolve_shard(
     shape: Sequence[int],
     flattened: bool = True,
 ) -> Shard | None:
-    """A checked :class:`Shard`, from one or from a pair (global_shape, origin).
+    """A checked :class:`Shard`, from a Shard or from a pair (global_shape, origin).
 
-    ``flattened`` is whether coordinates come from row-major indices, which must fit 63 bits.
+    ``flattened`` says that coordinates are row-major indices, which must fit 63 bits.
     """
     if shard is None:
         return None

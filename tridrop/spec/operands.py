@@ -1,8 +1,8 @@
-"""The tensors that an op is given, by name: one tuple per family and direction.
+"""The tensors that an op takes, by name: one tuple per family and direction.
 
-Schemas of operators, autograd functions and backends all have these fields in this order. What is
-None is absent. ``seed`` is a seed tensor, None where nothing is dropped; ``p``, the last field, is
-a 0-d tensor that takes the place of ``options.p``.
+Operator schemas, autograd functions and backends all take these fields in this order. None stands
+for an absent tensor. ``seed`` is a seed tensor, or None where nothing is dropped; ``p``, the last
+field, is a 0-d tensor that takes the place of ``options.p``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _O = TypeVar("_O", bound="tuple[Any, ...]")
 class Elementwise(NamedTuple):
     """residual + drop_path(layer_scale * dropout(f(x + bias))).
 
-    ``bias`` is a vector of the size of x's last dimension, ``layer_scale`` one of the result's, or
-    one per sample, [B, C]: a gate; ``residual`` has the result's shape.
+    ``bias`` is a vector along x's last dimension. ``layer_scale`` is a vector along the result's
+    last dimension, or a gate: one such vector per sample, [B, C]. ``residual`` has the result's
+    shape.
     """
 
     x: Tensor
@@ -36,7 +37,7 @@ class Elementwise(NamedTuple):
 
 
 class ElementwiseBackward(NamedTuple):
-    """What the gradients of :class:`Elementwise` are functions of."""
+    """The tensors from which the gradients of :class:`Elementwise` are computed."""
 
     grad: Tensor
     x: Tensor | None = None
@@ -47,7 +48,7 @@ class ElementwiseBackward(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The same for dropout, add and norm; ``weight`` and ``norm_bias`` are the norm's vectors."""
+    """The operands of dropout, add and norm; ``weight`` and ``norm_bias`` are the norm's own."""
 
     x: Tensor
     bias: Tensor | None = None
@@ -60,9 +61,9 @@ class Norm(NamedTuple):
 
 
 class NormBackward(NamedTuple):
-    """``stream`` is what forward normalised; ``statistics`` its mean and rstd, fp32, [..., 2].
+    """Forward normalised ``stream``; ``statistics`` are its mean and rstd, fp32, [..., 2].
 
-    ``x`` and ``bias`` are given where layer_scale needs a gradient.
+    ``x`` and ``bias`` are present where layer_scale needs a gradient.
     """
 
     dout: Tensor
@@ -78,7 +79,7 @@ class NormBackward(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """``scores`` [..., queries, keys] of any strides, and a ``mask`` that broadcasts to them."""
+    """``scores`` [..., queries, keys], of any strides, and an attention mask that broadcasts."""
 
     scores: Tensor
     mask: Tensor | None = None
@@ -87,7 +88,7 @@ class Softmax(NamedTuple):
 
 
 class SoftmaxBackward(NamedTuple):
-    """``lse`` is what forward returned: fp32, [..., queries]."""
+    """``lse`` is the log-sum-exp that forward returned: fp32, [..., queries]."""
 
     dout: Tensor | None
     dsoftmax: Tensor | None
@@ -99,7 +100,7 @@ class SoftmaxBackward(NamedTuple):
 
 
 class AttentionBackward(NamedTuple):
-    """``out`` and ``lse`` are what forward returned; then as :class:`AttentionInputs`."""
+    """``out`` and ``lse`` are forward's results; from ``query`` on, :class:`AttentionInputs`."""
 
     dout: Tensor
     dlse: Tensor | None
@@ -118,7 +119,7 @@ class AttentionBackward(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The matrices of several products lie one below the other in ``weight``.
+    """The matrices of several products are stacked along the rows of ``weight``.
 
     ``seeds`` is [masks, 2].
     """
@@ -130,7 +131,7 @@ class Product(NamedTuple):
 
 
 class ProductBackward(NamedTuple):
-    """What the gradients of :class:`Product` are functions of."""
+    """The tensors from which the gradients of :class:`Product` are computed."""
 
     grad: Tensor
     x: Tensor
@@ -140,63 +141,63 @@ class ProductBackward(NamedTuple):
 
 
 def inputs_of(operands: AttentionBackward) -> AttentionInputs:
-    """The tensors that forward was given."""
+    """The operands of the forward."""
     return AttentionInputs._make(operands[4:])
 
 
 def checked(operands: _O) -> _O:
-    """The operands, whose tensors have their memory: see :func:`tridrop.base.memory.whole`."""
+    """The operands; ValueError where a tensor has lost its memory: see ``base.memory.whole``."""
     names = operands._fields  # type: ignore[attr-defined]
     gain = getattr(operands, "layer_scale", None)
-    if gain is not None and gain.dim() > 1:  # as its argument is called
+    if gain is not None and gain.dim() > 1:  # the public argument is called gate
         names = tuple("gate" if name == "layer_scale" else name for name in names)
     found = all_whole(operands, names)
     return operands if found is operands else operands._make(found)  # type: ignore[attr-defined]
 
 
 class Prepared(Protocol):
-    """An op that is ready for calls which differ in data and in nothing else."""
+    """An op that is prepared for calls which differ in their data alone."""
 
     def forward(self, operands: Any) -> Any:
         """The results of these operands."""
 
     def backward(self, operands: Any, wanted: Any) -> Any:
-        """The gradients; ``wanted`` tells which: their dtypes or None, or for each a bool."""
+        """The gradients; ``wanted`` has a dtype or None, or a bool, for each of them."""
 
 
 class WithOptions(NamedTuple):
-    """Two functions and the options of a call: an op of a backend that prepares nothing more."""
+    """An op of a backend that prepares nothing: two functions, and the options of a call."""
 
     run: Callable[..., Any]
     differentiate: Callable[..., Any]
     options: Any
 
     def forward(self, operands: Any) -> Any:
-        """As :class:`Prepared` says."""
+        """See :class:`Prepared`."""
         return self.run(checked(operands), self.options)
 
     def backward(self, operands: Any, wanted: Any) -> Any:
-        """As :class:`Prepared` says."""
+        """See :class:`Prepared`."""
         return self.differentiate(checked(operands), self.options, wanted)
 
 
 class Functions(NamedTuple):
-    """A family as functions ``(operands, options)`` and ``(operands, options, wanted)``."""
+    """A family as two functions: of ``(operands, options)`` and ``(operands, options, wanted)``."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
     def partial(self, **options: Any) -> Functions:
-        """Both with these keyword arguments."""
+        """Both functions with these keyword arguments."""
         return Functions(partial(self.forward, **options), partial(self.backward, **options))
 
     def prepare(self, options: Any) -> Prepared:
-        """The two, for calls with ``options``."""
+        """Both functions for calls with ``options``."""
         return WithOptions(self.forward, self.backward, options)
 
 
 def keeping_options(families: Mapping[str, Functions]) -> Callable[..., Prepared]:
-    """``prepare`` of a backend that prepares nothing more: see ``backends/protocol.py``."""
+    """``prepare`` for a backend that prepares nothing but options: see ``backends/protocol.py``."""
 
     def prepare(
         family: str, shape: tuple[int, ...], options: Any, operands: Operands, wanted: Sequence[Any]

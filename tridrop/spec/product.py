@@ -1,4 +1,4 @@
-"""What a product with a dropped matrix may be asked for."""
+"""The options of products with a dropped matrix, and the checks of their operands."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 from .elementwise import Options, autocast_dtype, check_device, check_input
 
 MAX_RANK = 256
-# Products of one call, and their rows together: what the sums leave of a thread's registers.
+# How many products a pass of the kernels makes, and of how many rows together: their sums are held
+# in registers.
 GROUP, GROUP_ROWS = 3, 192
 
 
 @dataclass(frozen=True)
 class ProductOptions(Options):
-    """The options of products of one matrix, dropped, with several others.
+    """The options of the products of one dropped matrix with several other matrices.
 
-    ``ranks`` are the numbers of rows of these, which lie one below the other in one tensor;
-    ``gain`` multiplies the results. With ``one_mask`` the products share a mask.
+    The other matrices are stacked along the rows of one tensor, and ``ranks`` are their numbers of
+    rows. ``gain`` multiplies the results. With ``one_mask`` all products share one mask.
     """
 
     ranks: tuple[int, ...] = ()
@@ -38,7 +39,7 @@ def check_matrix(
 ) -> None:
     """Raise unless ``m`` is a floating-point matrix [rows, cols] on the device of ``like``.
 
-    None stands for any size; ``why`` ends the message.
+    None allows any size. ``why`` is the end of the error message.
     """
     check_input(m, name)
     check_device(m, name, like)
@@ -53,14 +54,14 @@ def check_matrix(
 
 
 def check_rank(ranks: Sequence[int], name: str) -> None:
-    """Raise unless every rank is one that the kernels hold in registers."""
+    """Raise unless the kernels can hold each rank in registers."""
     for rank in ranks:
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"{name} has {rank} rows; ranks from 1 to {MAX_RANK} are supported")
 
 
 def groups(ranks: Sequence[int]) -> list[slice]:
-    """The products that are made in one pass: runs of neighbours that fit the registers."""
+    """The products of each pass: runs of neighbours whose sums fit the registers."""
     found: list[slice] = []
     start = 0
     for i in range(1, len(ranks) + 1):
@@ -81,6 +82,6 @@ def check_same_dtype(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that a product is computed in: the weight's; autocast's where it is on."""
+    """The dtype in which a product is computed: autocast's where that is on, else the weight's."""
     dtype = autocast_dtype(x.device)
     return weight.dtype if dtype is None or weight.dtype == torch.float64 else dtype

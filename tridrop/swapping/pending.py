@@ -109,7 +109,7 @@ def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         function = recompute
     elif name == "quick_gelu" and training:
         return remade_activation(x, 0.0, True, activation=name)
-    return function(x) if recompute is None else remade_value(function, x, again=recompute)
+    return function(x) if recompute is None else remade_value(function, x, recompute=recompute)
 
 
 def _finish(out: Tensor, b: Pending) -> Tensor:

@@ -22,7 +22,7 @@ from ..functional.linear import (
 from ..functional.linear import (
     remade_product as product_of,
 )
-from ..ops.remade import rule_of
+from ..ops.remade import recipe_of
 from .kinds import Kind, activation_name, cached_kind
 from .pending import activated, autocasts, eps_of, fits, normalises_last, value
 
@@ -49,7 +49,7 @@ def remade_linear(module: nn.Module, x: Any) -> Any:
     that the layer uses x for.
     """
     x = value(x)
-    if rule_of(x) is None:
+    if recipe_of(x) is None:
         return module(x)
     return of_remade(module, x, casts=unhooked_kind(module, "linear") is not None)
 
@@ -82,8 +82,8 @@ def remade_activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 def remade_product(first: Any, second: Any) -> Any:
     """A product with an activation: a gate."""
     first, second = value(first), value(second)
-    if rule_of(first) is not None and isinstance(second, Tensor):
+    if recipe_of(first) is not None and isinstance(second, Tensor):
         return product_of(first, second)
-    if rule_of(second) is not None and isinstance(first, Tensor):
+    if recipe_of(second) is not None and isinstance(first, Tensor):
         return product_of(second, first)
     return first * second

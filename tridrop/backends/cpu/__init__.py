@@ -1,8 +1,8 @@
 """The cpu backend: loops that numba compiles, in blocks and by several threads.
 
-It makes the numbers of the reference, to rounding, with the same masks. What the loops do not take
-(fp64, a ``p`` in a tensor, alpha and Gaussian noise, gates, sinks) is handed to the reference
-whole, with the masks from the loops.
+Its results are those of the reference up to rounding, under the same masks. Calls that the loops do
+not take (fp64, a ``p`` in a tensor, alpha and Gaussian noise, gates, sinks) are handed to the
+reference whole; only their masks come from the loops.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ __all__ = ["attention_keep_mask", "decision_bits", "keep_mask", "prepare", "why_
 keep_mask = partial(_reference.keep_mask, draw=masks)
 attention_keep_mask = partial(_reference_masks.attention_keep_mask, draw=masks)
 
-# What loops prepare, or give None of: then it is one of the reference's.
+# What the loops prepare; where they return None, the reference computes the call.
 _LOOPS: dict[str, Callable[..., Prepared | None]] = {
     "elementwise": elementwise.prepare,
     "norm": norm.prepare,
@@ -47,7 +47,7 @@ def prepare(
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
-    """Any floating-point dtype, on the CPU."""
+    """See :meth:`tridrop.backends.protocol.Backend.why_not`."""
     if device.type == "cpu":
         return None
     return (

@@ -1,6 +1,6 @@
 """Attention on a CPU: torch's own kernel where nothing is dropped, else the loops of the softmax.
 
-Everything else is the reference's: the products, the blocks, and the calls that neither serves.
+The reference computes all the rest: the products, the blocks, and the calls that neither serves.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from torch import Tensor, float32
 from ...spec.attention import AttentionInputs, AttentionOptions
 from ...spec.operands import AttentionBackward, inputs_of
 from ..reference import attention as reference
-from ..reference.attention import Gradients, ScoreGradients, as_given, as_tensors
+from ..reference.attention import Gradients, ScoreGradients, as_tensors, without_autocast
 from . import flash, softmax
 
 
 def _by_loops(inputs: AttentionInputs, *others: Tensor) -> bool:
-    """Whether compiled loops make the probabilities, and their gradient, of such a block."""
+    """Whether compiled loops compute the probabilities of such a block, and their gradient."""
     given = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.key_mask, *others)
     return inputs.sinks is None and softmax.serves(inputs.seed, inputs.p, *given)
 
 
 def _kept(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """As the reference's ``kept_probabilities``."""
+    """The reference's ``kept_probabilities``, by loops where they serve."""
     if not _by_loops(inputs):
         return reference.kept_probabilities(inputs, options, softmax.attention_multiplier)
     kept = reference.scores(inputs, softmax.without_band(options))[0].contiguous()
@@ -38,7 +38,7 @@ def _of_scores(
     inputs: AttentionInputs,
     options: AttentionOptions,
 ) -> ScoreGradients:
-    """As the reference's ``score_gradients``."""
+    """The reference's ``score_gradients``, by loops where they serve."""
     if delta is not None or not _by_loops(inputs, dkept):
         drawn = softmax.attention_multiplier
         return reference.score_gradients(dkept, delta, dlse, lse, inputs, options, drawn)
@@ -49,18 +49,18 @@ def _of_scores(
     return ScoreGradients(kept, dkept, capped, None)
 
 
-@as_given
+@without_autocast
 def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """(out, lse), as the reference's."""
+    """(out, lse), as in the reference."""
     found = flash.forward(inputs, options)
     return reference.attention_forward(inputs, options, _kept) if found is None else found
 
 
-@as_given
+@without_autocast
 def attention_backward(
     operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...]
 ) -> Gradients:
-    """The gradients, as the reference's."""
+    """The gradients, as in the reference."""
     found = flash.backward(operands, options, needs)
     if found is not None:
         return as_tensors(found, inputs_of(operands))

@@ -1,8 +1,8 @@
-"""The elementwise family on a CPU, each pass a compiled loop.
+"""The elementwise family on a CPU: one compiled loop each for forward and backward.
 
-The formulas and the rounding are those of the reference, which is handed the calls that the loops
-do not serve: fp64, a rate in a tensor, alpha and Gaussian noise, a gate. What does not depend on
-data is prepared once for each shape and set of options.
+The formulas and the rounding are those of the reference, to which calls go that the loops do not
+serve: fp64, a ``p`` in a tensor, alpha and Gaussian noise, gates. What does not depend on data is
+prepared once per shape and set of options.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _NO_SUMS = (0, 0)  # the addresses of two absent sums
 
 
 class PreparedElementwise(NamedTuple):
-    """The elementwise family, for calls with results of one shape."""
+    """The elementwise family, for calls whose results have one shape."""
 
     drop: Selection
     shape: tuple[int, ...]
     options: Options
     function: elementwise.Function
-    # The number of f in activations.FORMS, and whether it is gated: of its form of full precision
-    # and of the short one, which is the same object where f has no other.
+    # The loops' form of f: its number in activations.FORMS, and whether it is gated. ``full`` has
+    # full precision; ``short`` serves results of 16 bits, and is the same object where f has one
+    # form alone.
     full: tuple[int, bool]
     short: tuple[int, bool]
     columns: int
@@ -45,7 +46,7 @@ class PreparedElementwise(NamedTuple):
             nothing = elementwise.Multiplier(None, 1.0)
             whole = checked(operands)
             found = elementwise.compose(whole, nothing, self.options, False)
-            return found.clone() if elementwise.is_view(found, whole.x) else found
+            return found.clone() if elementwise.shares_memory(found, whole.x) else found
         columns, width, count = self.columns, self.width, self.drop.count
         x, u = place(x, count if width == columns else 2 * count, "x")
         b = g = 0
@@ -59,22 +60,22 @@ class PreparedElementwise(NamedTuple):
             residual, r = place(residual, count, "residual")
             dtype = residual.dtype
         out, o = result(x, dtype, None if width == columns else self.shape)
-        held = (x, residual, bias, layer_scale, out)
-        self.drop.call("forward", seed, held, o, u, b, g, r, self._kind(dtype))
+        keep_alive = (x, residual, bias, layer_scale, out)
+        self.drop.call("forward", seed, keep_alive, o, u, b, g, r, self._form(dtype))
         return out
 
     def backward(
         self, operands: ElementwiseBackward, dtypes: tuple[torch.dtype | None, ...]
     ) -> tuple[Tensor | None, ...]:
-        """Its gradients of x, bias and layer_scale."""
+        """The gradients of x, bias and layer_scale."""
         grad, x, bias, layer_scale, seed, _ = operands
         gated = self.options.gated
         if not self.drop.drops and not gated and layer_scale is None:
             if self.function.steps == 0 and dtypes == (grad.dtype, None, None):
                 return grad, None, None
             backward = self.function.backward
-            alike = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
-            if x is not None and alike and backward is not None:
+            by_torch = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
+            if x is not None and by_torch and backward is not None:
                 whole = checked(operands)
                 assert whole.x is not None
                 biased = whole.x if whole.bias is None else whole.x + whole.bias
@@ -95,17 +96,18 @@ class PreparedElementwise(NamedTuple):
         if dtypes[0] is not None:
             shape = (*self.shape[:-1], width) if gated else None
             dx, at = result(_grad, dtypes[0], shape)
-        given, kind = (d, u, b, g, at), self._kind(*dtypes)
-        held = (_grad, _x, _bias, _scale, dx)
+        arguments, form = (d, u, b, g, at), self._form(*dtypes)
+        keep_alive = (_grad, _x, _bias, _scale, dx)
         if dtypes[1] is None and dtypes[2] is None:
-            self.drop.call("backward", seed, held, *given, _NO_SUMS, kind)
+            self.drop.call("backward", seed, keep_alive, *arguments, _NO_SUMS, form)
             return dx, None, None
         sums = (Sum(width, dtypes[1]), Sum(columns, dtypes[2]))
-        dbias, dlayer_scale = self.drop.sum("backward", seed, grad, sums, held, *given, kind)
+        vectors = self.drop.sum("backward", seed, grad, sums, keep_alive, *arguments, form)
+        dbias, dlayer_scale = vectors
         return dx, dbias, dlayer_scale
 
-    def _kind(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
-        """The form for results of these dtypes: what is rounded to 16 bits needs no more."""
+    def _form(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
+        """The form for results of these dtypes: the short one if all are rounded to 16 bits."""
         if self.short is self.full or torch.float32 in dtypes:
             return self.full
         return self.short
@@ -131,5 +133,5 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
 def prepare(
     shape: tuple[int, ...], options: Options, operands: Operands, wanted: Sequence[Any]
 ) -> PreparedElementwise | None:
-    """Both directions of calls with results of ``shape`` and such operands, where loops serve."""
+    """Both directions for calls with such operands and results of ``shape``; None if not served."""
     return _prepare(shape, options) if serves(shape, options, operands, wanted) else None

@@ -1,9 +1,9 @@
-"""Attention that drops nothing, by the fused kernel for CPUs that torch's own function runs on.
+"""Attention that drops nothing, by the fused CPU kernel under torch's own attention function.
 
-The results are those of attention.py, which computes what the kernel cannot: anything dropped,
-softcap, sinks, packed sequences, gradients of masks and of the log-sum-exp, values of another
-width than the keys, fp64 masks of narrower tensors. What a call asks for decides, and in one case
-what the kernel gave: see :func:`forward`.
+The results are those of attention.py, which computes what the kernel cannot: dropout, softcap,
+sinks, packed sequences, gradients of attention masks and of the log-sum-exp, values of another
+width than the keys, and fp64 masks of narrower tensors. The call's options and operands decide
+which of the two runs; in a few cases the kernel's result decides, see :func:`forward`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class _Plan(NamedTuple):
-    """How the kernel is asked: is_causal, and a mask to add; and the dtype of its sums."""
+    """The arguments of the kernel: is_causal and a float mask; and the dtype of its sums."""
 
     is_causal: bool
     mask: Tensor | None
@@ -31,9 +31,9 @@ class _Plan(NamedTuple):
 
 
 def _plan(inputs: AttentionInputs, options: AttentionOptions) -> _Plan | None:
-    """None where the kernel does not compute what is asked for."""
+    """The plan for a call; None where the kernel does not compute such calls."""
     query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
-    # Causal order is an infinity that the kernel scales.
+    # For causal order the kernel multiplies an infinity by the scale.
     scales = options.scale >= torch.finfo(torch.float32).tiny
     if (
         _FORWARD is None
@@ -63,8 +63,8 @@ def _plan(inputs: AttentionInputs, options: AttentionOptions) -> _Plan | None:
     elif mask is not None:
         allowed = mask if allowed is None else allowed & mask
     if inputs.key_mask is not None:
-        there = inputs.key_mask[:, None, None, :]
-        allowed = there if allowed is None else allowed & there
+        padding = inputs.key_mask[:, None, None, :]
+        allowed = padding if allowed is None else allowed & padding
     if allowed is not None:
         hidden = torch.zeros(allowed.shape, dtype=wide).masked_fill_(~allowed, -torch.inf)
         floats = hidden if floats is None else torch.where(allowed, floats, -torch.inf)
@@ -74,12 +74,12 @@ def _plan(inputs: AttentionInputs, options: AttentionOptions) -> _Plan | None:
 
 
 def _adjacent(t: Tensor) -> Tensor:
-    """The kernel takes any strides but of the last dimension."""
+    """``t`` with adjacent elements in the last dimension; the kernel takes any other strides."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _without_keys(mask: Tensor, queries: int, keys: int, plan: _Plan) -> Tensor:
-    """The rows, [B or 1, H or 1, Sq or 1], whose keys are all left out."""
+    """Whether all keys of a row are excluded: bool, [B or 1, H or 1, Sq or 1]."""
     seen = mask > -torch.inf
     if plan.is_causal:
         seen = seen & torch.ones((queries, keys), dtype=torch.bool).tril()
@@ -87,7 +87,7 @@ def _without_keys(mask: Tensor, queries: int, keys: int, plan: _Plan) -> Tensor:
 
 
 def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) as attention.py makes them, or None where that has to."""
+    """(out, lse) as attention.py computes them, or None where attention.py must."""
     plan = _plan(inputs, options)
     if plan is None:
         return None
@@ -97,16 +97,16 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
     )
     lse = log_sum.contiguous()
     if not bool((lse < torch.inf).all()):
-        # Of a score that is NaN or infinite: a key that is left out has none of it, to which the
-        # kernel adds minus infinity; and its log-sum-exp is another than the composition's.
+        # Some score is NaN or infinite. The kernel adds minus infinity to an excluded key's score,
+        # which leaves NaN there; and its log-sum-exp differs from the composition's.
         return None
-    if bool((lse == 0).any()):  # of a row without keys, and rarely of another
+    if bool((lse == 0).any()):  # 0 stands for a row without keys, and rarely for another one
         if plan.mask is not None:
             empty = _without_keys(plan.mask, query.shape[2], key.shape[2], plan)
             lse.masked_fill_(empty, -torch.inf)
         if bool(((lse == 0) & (found == 0).all(-1)).any()):
-            return None  # perhaps of scores that are all minus infinity: of infinite operands
-    # Laid out as spec.attention.empty_output does; no copy where heads are next to each other.
+            return None  # perhaps all scores are minus infinity, from infinite operands
+    # The strides are those of spec.attention.empty_output: no copy where heads are adjacent.
     if inputs.query.stride(1) < inputs.query.stride(2):
         return found.transpose(1, 2).contiguous().transpose(1, 2), lse
     return found.contiguous(), lse
@@ -115,10 +115,10 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
 def backward(
     operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...] | None:
-    """Gradients of query, key and value, or None where attention.py has to make them.
+    """Gradients of query, key and value, or None where attention.py must compute them.
 
-    Always in fp32 or fp64: of narrower tensors the kernel would add up those of its blocks in
-    their dtype.
+    The kernel gets fp32 or fp64 operands: with narrower ones it would sum its blocks' gradients in
+    the narrow dtype.
     """
     inputs, lse = inputs_of(operands), operands.lse
     plan = None if operands.dlse is not None or needs[3] else _plan(inputs, options)
@@ -128,10 +128,10 @@ def backward(
     wide = [_adjacent(t.to(plan.wide)) for t in given]
     lse = lse.to(plan.wide)
     if plan.mask is not None:
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)  # exp(-inf) and not exp(-inf + inf)
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)  # makes exp(-inf) of exp(-inf + inf)
     found = _BACKWARD(*wide, lse, 0.0, plan.is_causal, attn_mask=plan.mask, scale=options.scale)
     if not all(map(are_finite, found)):
-        # An infinite gradient or operand makes NaN of the probability 0 of a key that is left out,
-        # whose gradient then is 0 all the same.
+        # With an infinite gradient or operand the kernel gives NaN for an excluded key, whose
+        # probability and gradient are 0.
         return None
     return (*found, None, None)

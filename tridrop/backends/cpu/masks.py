@@ -1,4 +1,4 @@
-"""The mask contract by compiled loops: twins of the functions of contract/mask.py, bit for bit."""
+"""Masks by compiled loops: twins of the functions of contract/mask.py, equal bit for bit."""
 
 from __future__ import annotations
 
@@ -16,44 +16,46 @@ from .threads import parts_of, share
 
 
 def pair_of(seed: Tensor | None) -> tuple[Tensor | None, int]:
-    """The two numbers of a seed side by side, and their address; 0 where there is none."""
+    """A seed in contiguous memory, and its address; the address is 0 without a seed."""
     if seed is None:
         return None, 0
     pair, (address, _) = place(seed, 2, "seed", SEEDS)
     return pair, address
 
 
-def rule_of(
+def constants_of(
     where: mask.Coordinates, domain: str, t: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What :func:`mask_of` says without looking at data: (lane, group) and (domain, last)."""
+    """What :func:`decisions_of` says without looking at data: (lane, group) and (domain, last)."""
     group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
     return (lane, group), (mask.DOMAINS[domain] << 28, t - 1)
 
 
-def mask_of(
+def decisions_of(
     where: mask.Coordinates, seed: Tensor | None, domain: str, t: int, factors: Tensor | None = None
 ) -> tuple[tuple[int, ...], Any]:
-    """What the kernels are told of the decisions, see ``next_piece`` of loops/mask.py, and the
-    tensors that it has addresses of."""
+    """The tuple ``decisions`` of the kernels, and the tensors to whose memory it points.
+
+    ``next_piece`` in loops/mask.py describes the tuple.
+    """
     rows = mask.row_coordinates(where, "cpu") if where.leading and t else None
-    first, rule = rule_of(where, domain, t)
+    first, criterion = constants_of(where, domain, t)
     pair, address = pair_of(seed)
     places = 0 if rows is None else rows.data_ptr()
     by_row = 0 if factors is None else factors.data_ptr()
-    return (places, *first, address, *rule, by_row), (rows, pair, factors)
+    return (places, *first, address, *criterion, by_row), (rows, pair, factors)
 
 
 def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: int) -> Tensor:
-    """The decisions of the first ``columns`` of all rows."""
+    """The decisions on the first ``columns`` columns of all rows: bool."""
     keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
-    decisions, held = mask_of(where, seed, domain, t)
+    decisions, keep_alive = decisions_of(where, seed, domain, t)
     out, loops = keep.data_ptr(), kernels()
 
     def call(_: int, start: int, stop: int) -> None:
         loops.keep_rows(start, stop, columns, decisions, out)
 
-    share(parts_of(where.rows, columns), where.rows * columns, call, (keep, held))
+    share(parts_of(where.rows, columns), where.rows * columns, call, (keep, keep_alive))
     return keep
 
 
@@ -66,7 +68,7 @@ def keep_mask(
     shard: Shard | None = None,
     domain: str = "elements",
 ) -> Tensor:
-    """:func:`tridrop.contract.mask.keep_mask`, by numba where that serves."""
+    """:func:`tridrop.contract.mask.keep_mask`, by loops where the host can read the seed."""
     loops: Any = kernels() if readable(seed) else None
     t = 0 if loops is None else int(drop_threshold)
     if t == 0:
@@ -88,7 +90,7 @@ def attention_keep_mask(
     *,
     origin: Sequence[int] = (0, 0, 0, 0),
 ) -> Tensor:
-    """:func:`tridrop.contract.mask.attention_keep_mask`, by numba where that serves."""
+    """:func:`tridrop.contract.mask.attention_keep_mask`, by loops in the same cases."""
     loops: Any = kernels() if readable(seed) else None
     t = 0 if loops is None else int(drop_threshold)
     if t == 0:

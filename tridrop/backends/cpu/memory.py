@@ -1,4 +1,4 @@
-"""Tensors as the loops take them, and new ones for results."""
+"""The addresses that the loops take of tensors, and new tensors for results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...base.memory import STORED, Matrix, place, whole
 
-NONE: Matrix = (0, 0)  # an absent one
-KINDS = {dtype: kind for dtype, (kind, _) in STORED.items()}
-# glibc maps what is larger than this anew for every allocation: DEFAULT_MMAP_THRESHOLD_MAX, see
+NONE: Matrix = (0, 0)  # stands for an absent matrix
+CODES = {dtype: code for dtype, (code, _) in STORED.items()}
+# For every allocation larger than this, glibc maps new memory: DEFAULT_MMAP_THRESHOLD_MAX, see
 # mallopt(3).
 _MAPPED_ANEW = 32 << 20
 _MADV_HUGEPAGE = 14
@@ -28,17 +28,17 @@ if sys.platform == "linux":
 def result(
     like: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None
 ) -> tuple[Tensor, Matrix]:
-    """A new contiguous tensor, and how the kernels take it: (address, kind).
+    """A new contiguous tensor, and what the kernels take of it: (address, dtype code).
 
-    It has the shape of the contiguous tensor ``like``, or ``shape``. A large one asks the kernel
-    for large pages: it is new memory, and 4 KiB at a time its page faults take longer than the op.
-    See madvise(2); a refusal changes nothing. Without it a dropout of 64 MiB takes 1.35 times as
-    long: two threads, the median of 25 pairs in turns.
+    It has the shape of the contiguous tensor ``like``, or ``shape``. For a large result this asks
+    the operating system for large pages: the memory is new, and page faults of 4 KiB each would
+    take longer than the op. See madvise(2); a refusal changes nothing. Without it a dropout of 64
+    MiB takes 1.35 times as long: two threads, the median of 25 pairs in turns.
     """
     if shape is not None:
         made = torch.empty(shape, dtype=dtype, device="cpu")
     elif like.dtype is dtype:
-        made = torch.empty_like(like)  # half the time of the others
+        made = torch.empty_like(like)  # takes half the time of the other two
     else:
         made = torch.empty_like(like, dtype=dtype)
     address = made.data_ptr()
@@ -46,7 +46,7 @@ def result(
         page = mmap.PAGESIZE
         start = -(-address // page) * page
         _madvise(start, (address + made.nbytes - start) // page * page, _MADV_HUGEPAGE)
-    return made, (address, KINDS[dtype])
+    return made, (address, CODES[dtype])
 
 
 @overload
@@ -59,7 +59,7 @@ def matrix(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, Matr
 
 
 def vector(t: Tensor | None, count: int, name: str) -> tuple[Tensor | None, int]:
-    """The same in fp32, and the address alone; 0 is none."""
+    """``t`` in fp32, or a copy of it, and its address; 0 where it is absent."""
     if t is None:
         return None, 0
     if t.dtype is not torch.float32:

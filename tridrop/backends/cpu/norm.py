@@ -1,4 +1,4 @@
-"""Dropout, add and norm on a CPU, each pass a compiled loop; as elementwise.py."""
+"""Dropout, add and norm on a CPU, in the same way as elementwise.py."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from ...base.memory import place
 from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward, Operands
-from .memory import KINDS, NONE, matrix, result, vector
+from .memory import CODES, NONE, matrix, result, vector
 from .selection import Selection, Sum, selection_of, serves
 
 
 @lru_cache(256)
 def _sums_of_norm(columns: int, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Sum, ...]:
-    """Gradients of bias, layer_scale, weight and norm_bias."""
+    """The sums over rows that are the gradients of bias, layer_scale, weight and norm_bias."""
     return tuple(Sum(columns, dtypes[i], rounded=i > 3) for i in (1, 2, 4, 5))
 
 
 class PreparedNorm(NamedTuple):
-    """The norm family, for calls with tensors of one shape."""
+    """The norm family, for calls whose tensors have one shape."""
 
     drop: Selection
     shape: tuple[int, ...]
     options: NormOptions
-    kind: tuple[bool, bool, bool]  # is RMSNorm; the dropout comes after it; adds 1 to the weight
+    flags: tuple[bool, bool, bool]  # it is RMSNorm; dropout follows the norm; 1 + weight
 
     def forward(self, operands: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
         """(out, stream, statistics)."""
@@ -37,8 +37,8 @@ class PreparedNorm(NamedTuple):
         columns, count = self.drop.where.cols, self.drop.count
         (_x, u), (_residual, r) = place(x, count, "x"), matrix(residual, count, "residual")
         out, o = result(_x, options.out_dtype)
-        # Where the stream is not kept, its kind still says how it is rounded.
-        stream, stored = None, (0, KINDS[options.stream_dtype])
+        # The dtype code says how the stream is rounded, even where the stream is not kept.
+        stream, stored = None, (0, CODES[options.stream_dtype])
         if options.keep_stream and not options.after:
             stream, stored = result(_x, options.stream_dtype)
         statistics = x.new_empty((*self.shape[:-1], 2), dtype=torch.float32)
@@ -46,9 +46,10 @@ class PreparedNorm(NamedTuple):
         _scale, g = vector(layer_scale, columns, "layer_scale")
         _weight, w = matrix(weight, columns, "weight")
         _norm_bias, n = matrix(norm_bias, columns, "norm_bias")
-        held = (_x, _residual, _bias, _scale, _weight, _norm_bias, out, stream, statistics)
-        given = (o, u, stored, r, statistics.data_ptr(), (b, g, w, n))
-        self.drop.call("norm_forward", seed, held, *given, (*self.kind, float(options.eps)))
+        keep_alive = (_x, _residual, _bias, _scale, _weight, _norm_bias, out, stream, statistics)
+        arguments = (o, u, stored, r, statistics.data_ptr(), (b, g, w, n))
+        flags = (*self.flags, float(options.eps))
+        self.drop.call("norm_forward", seed, keep_alive, *arguments, flags)
         return out, stream, statistics
 
     def backward(
@@ -70,21 +71,22 @@ class PreparedNorm(NamedTuple):
         _weight, w = matrix(weight, columns, "weight")
         _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
         sums = _sums_of_norm(columns, dtypes)
-        given = ((d, ds, s, u), m, (b, g, w), (at, further), self.kind)
-        held = (_dout, _dstream, _stream, _x, _bias, _scale, _weight, _statistics, dx, dresidual)
-        found = self.drop.sum("norm_backward", seed, dout, sums, held, *given)
+        arguments = ((d, ds, s, u), m, (b, g, w), (at, further), self.flags)
+        read = (_dout, _dstream, _stream, _x, _bias, _scale, _weight, _statistics)
+        keep_alive = (read, dx, dresidual)
+        found = self.drop.sum("norm_backward", seed, dout, sums, keep_alive, *arguments)
         dbias, dscale, dweight, dnorm_bias = found
         return dx, dbias, dscale, dresidual, dweight, dnorm_bias
 
 
 @lru_cache(256)
 def _prepare(shape: tuple[int, ...], options: NormOptions) -> PreparedNorm:
-    kind = (options.norm == "rms_norm", options.after, options.zero_centered)
-    return PreparedNorm(selection_of(shape, options), shape, options, kind)
+    flags = (options.norm == "rms_norm", options.after, options.zero_centered)
+    return PreparedNorm(selection_of(shape, options), shape, options, flags)
 
 
 def prepare(
     shape: tuple[int, ...], options: NormOptions, operands: Operands, wanted: Sequence[Any]
 ) -> PreparedNorm | None:
-    """As elementwise.py's."""
+    """See elementwise.py's ``prepare``."""
     return _prepare(shape, options) if serves(shape, options, operands, wanted) else None

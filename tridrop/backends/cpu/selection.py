@@ -1,7 +1,7 @@
-"""Calls of the elementwise and norm families by the compiled loops.
+"""How the elementwise and norm families call the compiled loops.
 
-A :class:`Selection` is what does not depend on data in the random part of calls of one shape; the
-decisions themselves are made in the kernels.
+A :class:`Selection` is the random part of the calls of one shape, as far as it does not depend on
+data. The kernels draw the decisions themselves.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ...contract.mask import Shard
 from ...spec.elementwise import Options
 from ...spec.operands import Operands
 from . import masks, serving, threads
-from .memory import KINDS
+from .memory import CODES
 
 
 class _Rows(NamedTuple):
-    """Decisions that whole rows share: drop_path's, or those of a mask shared along the columns."""
+    """One decision per row: of drop_path, or of a mask that is shared along the columns."""
 
     where: mask.Coordinates
     domain: str
@@ -33,9 +33,9 @@ class _Rows(NamedTuple):
 
 
 def _further(place: Any, bytes_: int) -> Any:
-    """The place ``bytes_`` behind ``place``, an address or a matrix.
+    """The address or matrix that lies ``bytes_`` behind ``place``.
 
-    An address of 0 stands for a sum that is absent, and stays 0.
+    The address 0 stands for an absent sum, and stays 0.
     """
     if isinstance(place, tuple):
         return _further(place[0], bytes_), place[1]
@@ -43,11 +43,11 @@ def _further(place: Any, bytes_: int) -> Any:
 
 
 class Sum(NamedTuple):
-    """A sum over the rows; its dtype is None where it is not wanted."""
+    """A sum over the rows; its dtype is None where no gradient needs it."""
 
     width: int
     dtype: torch.dtype | None
-    rounded: bool = False  # the kernel takes it as a matrix of a row, of any dtype
+    rounded: bool = False  # whether the kernel takes it as a matrix with one row, of any dtype
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,20 @@ class Selection:
 
     loops: Any  # the kernels
     where: mask.Coordinates
-    threshold: int  # of the elements' own decisions; 0 where they have none
+    threshold: int  # of the decisions on single elements; 0 where there are none
     scale: float
     rows: tuple[_Rows, ...]
     parts: threads.Parts
-    # As masks.rule_of gives it, where a row has the coordinate of its number and no factor.
+    # masks.constants_of(), where a row's coordinate is its number and rows have no factors
     fixed: tuple[tuple[int, int], tuple[int, int]] | None
-    alone: int | None  # the number of rows, where they are one part
+    alone: int | None  # the number of rows, where they make up a single part
     count: int  # elements of the result
     drops: bool  # whether anything is dropped
 
-    def call(self, name: str, seed: Tensor | None, held: Any, *arguments: Any) -> None:
+    def call(self, name: str, seed: Tensor | None, keep_alive: Any, *arguments: Any) -> None:
         """Call a kernel for all rows, by several threads, with its arguments after ``scale``.
 
-        ``held`` is what these point to.
+        ``keep_alive`` holds the tensors to whose memory the arguments point.
         """
         kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
         decisions, drawn = self._decisions(seed)
@@ -80,7 +80,7 @@ class Selection:
         def call(_: int, start: int, stop: int) -> None:
             kernel(start, stop, columns, decisions, scale, *arguments)
 
-        threads.share(self.parts, self.count, call, (held, drawn))
+        threads.share(self.parts, self.count, call, (keep_alive, drawn))
 
     def sum(
         self,
@@ -88,14 +88,14 @@ class Selection:
         seed: Tensor | None,
         like: Tensor,
         sums: Sequence[Sum],
-        held: Any,
+        keep_alive: Any,
         *arguments: Any,
     ) -> list[Tensor | None]:
-        """Call a kernel that sums over the rows as well, and give the sums.
+        """Call a kernel that sums over the rows as well, and return the sums.
 
-        ``arguments`` are those before the places of the sums, and the last; ``held`` is what they
-        point to. Sums are made in fp32 within a part of the rows, then in fp64 in the order of the
-        parts.
+        ``arguments`` are those before the addresses of the sums, and the last one; ``keep_alive``
+        holds the tensors to whose memory they point. A part of the rows is summed in fp32, and the
+        parts are then summed in fp64, in their order.
         """
         kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
         decisions, drawn = self._decisions(seed)
@@ -108,10 +108,10 @@ class Selection:
                 found.append(None)
                 places.append((0, 0) if rounded else 0)
                 continue
-            own = dtype if rounded and count == 1 else torch.float32
-            t = like.new_empty(count * width, dtype=own)
-            places.append((t.data_ptr(), KINDS[own]) if rounded else t.data_ptr())
-            if count > 1 or own is not dtype:
+            stored = dtype if rounded and count == 1 else torch.float32
+            t = like.new_empty(count * width, dtype=stored)
+            places.append((t.data_ptr(), CODES[stored]) if rounded else t.data_ptr())
+            if count > 1 or stored is not dtype:
                 unfinished.append((len(found), t, dtype))
             found.append(t)
         *before, options = arguments
@@ -120,12 +120,12 @@ class Selection:
         else:
 
             def call(number: int, start: int, stop: int) -> None:
-                own = tuple(
+                here = tuple(
                     _further(at, 4 * number * n.width) for at, n in zip(places, sums, strict=True)
                 )
-                kernel(start, stop, columns, decisions, scale, *before, own, options)
+                kernel(start, stop, columns, decisions, scale, *before, here, options)
 
-            threads.share(self.parts, self.count, call, (held, drawn, found))
+            threads.share(self.parts, self.count, call, (keep_alive, drawn, found))
         for i, t, dtype in unfinished:
             if count > 1:
                 t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))
@@ -133,13 +133,13 @@ class Selection:
         return found
 
     def _decisions(self, seed: Tensor | None) -> tuple[tuple[int, ...], Any]:
-        """What the kernels are told of them, and what that points to."""
+        """The result of masks.decisions_of() for a seed."""
         if self.fixed is not None:
-            first, rule = self.fixed
+            first, criterion = self.fixed
             if seed is None:
-                return (0, *first, 0, *rule, 0), None
+                return (0, *first, 0, *criterion, 0), None
             pair, (address, _) = place(seed, 2, "seed", SEEDS)
-            return (0, *first, address, *rule, 0), pair
+            return (0, *first, address, *criterion, 0), pair
         factors = None
         if self.rows:
             assert seed is not None
@@ -147,7 +147,7 @@ class Selection:
             factors = torch.full(shape, self.scale, dtype=torch.float32, device="cpu")
             for where, domain, t in self.rows:
                 factors *= masks.decide(where, 1, seed, domain, t)
-        return masks.mask_of(self.where, seed, "elements", self.threshold, factors)
+        return masks.decisions_of(self.where, seed, "elements", self.threshold, factors)
 
 
 def selection(
@@ -159,9 +159,9 @@ def selection(
     shard: Shard | None = None,
     path_threshold: int = 0,
 ) -> Selection:
-    """What drops elements, and samples, of a tensor of ``shape`` that has any.
+    """The :class:`Selection` for a tensor of ``shape``, which is not empty.
 
-    Thresholds of 0 drop nothing. ``scale`` is what is multiplied by where nothing drops.
+    A threshold of 0 drops nothing. Kept elements are multiplied by ``scale``.
     """
     where, rows = mask.coordinates(shape, shared, shard), []
     if where.col_shared and drop_threshold:
@@ -173,7 +173,7 @@ def selection(
     parts = threads.parts_of(where.rows, where.cols)
     fixed = None
     if not rows and (not where.leading or drop_threshold == 0):
-        fixed = masks.rule_of(where, "elements", drop_threshold)
+        fixed = masks.constants_of(where, "elements", drop_threshold)
     alone = where.rows if len(parts) == 1 else None
     return Selection(
         serving.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed, alone,
@@ -197,14 +197,14 @@ def selection_of(shape: tuple[int, ...], options: Options) -> Selection:
 def serves(
     shape: tuple[int, ...], options: Options, operands: Operands, wanted: Sequence[Any]
 ) -> bool:
-    """Whether the loops serve such calls, ``wanted`` being the dtypes of gradients.
+    """Whether the loops serve such calls; ``wanted`` holds the dtypes of the gradients.
 
-    They do with masks or nothing to drop, in fp32, for gains that rows share, and where the host
-    can read the random part.
+    They serve dropout with masks and calls that drop nothing, without fp64, with gains that all
+    rows share, and where the host can read the seed and the rate.
     """
     if 0 in shape or (options.noise != "mask" and options.p > 0) or operands.p is not None:
         return False
-    if torch.float64 in wanted:  # an operand that is not kept for backward may be fp64
+    if torch.float64 in wanted:  # an operand that was not saved for backward may be fp64
         return False
     for t in operands:
         if t is not None and (t.dtype == torch.float64 or t.device.type != "cpu"):

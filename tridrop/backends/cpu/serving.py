@@ -1,8 +1,8 @@
-"""Whether the compiled loops serve CPU tensors, and the loops.
+"""Whether the compiled loops serve CPU tensors, and the import of the loops.
 
-numba compiles them, and is optional. ``TRIDROP_CPU`` in the environment is an older way to choose
-among the backends for CPU tensors, and is asked where neither ``tridrop.backend`` nor
-``TRIDROP_BACKEND`` names one: "numba" is the cpu backend, "torch" the reference.
+numba, which compiles them, is optional. ``TRIDROP_CPU`` in the environment is an older way to name
+the backend for CPU tensors: "numba" is the cpu backend, "torch" the reference. It counts where
+neither ``tridrop.backend`` nor ``TRIDROP_BACKEND`` names a backend.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def serves() -> bool:
 
 
 def report() -> str:
-    """What ``tridrop info`` says of the loops."""
+    """What ``tridrop info`` says about the loops."""
     if not can_serve():
         return why_not()
     from importlib.metadata import version
@@ -64,7 +64,7 @@ def report() -> str:
 
 
 def kernels() -> Any:
-    """The loops by name; ImportError where numba cannot be imported."""
+    """The kernels by name; ImportError where numba cannot be imported."""
     found = _load() if _has_numba else None
     if found is None:
         raise ImportError(f"the loops of the cpu backend cannot be loaded: {why_not()}")

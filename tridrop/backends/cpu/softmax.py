@@ -1,7 +1,7 @@
-"""Softmax and dropout of scores on a CPU, each direction a compiled loop.
+"""Softmax and dropout of scores on a CPU: one compiled loop each for forward and backward.
 
-The formulas and the rounding are those of the reference, which is handed the calls that the loops
-do not serve: fp64, a rate in a tensor, and in attention sinks.
+The formulas and the rounding are those of the reference, to which calls go that the loops do not
+serve: fp64, a ``p`` in a tensor, and, in attention, sinks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ...contract import mask as contract
 from ...spec.attention import AttentionOptions, SoftmaxOptions, four
 from ...spec.operands import Functions, Prepared, Softmax, SoftmaxBackward
 from ..reference import softmax as reference
-from ..reference.elementwise import Dtypes, Multiplier, own
+from ..reference.elementwise import Dtypes, Multiplier, unaliased
 from ..reference.softmax import masked_scores, widened
 from . import masks, serving
 from .memory import matrix, result, vector
 from .threads import parts_of, share
 
-_FAR = 1 << 62  # beyond all indices
+_FAR = 1 << 62  # a bound beyond all indices
 
 
 def serves(seed: Tensor | None, p: Tensor | None, *tensors: Tensor | None) -> bool:
-    """Whether the loops take such scores and masks."""
+    """Whether the loops take such scores and attention masks."""
     for t in tensors:
         if t is not None and (t.dtype == torch.float64 or t.device.type != "cpu" or not t.numel()):
             return False
@@ -36,7 +36,7 @@ def serves(seed: Tensor | None, p: Tensor | None, *tensors: Tensor | None) -> bo
 
 
 def without_band(options: AttentionOptions) -> AttentionOptions:
-    """For scores that the loops are given: they see to the band themselves."""
+    """The options without a band, for scores that go to the loops, which apply the band."""
     return replace(options, lower=None, upper=None)
 
 
@@ -45,12 +45,12 @@ def _call(
     x: Tensor,
     seed: Tensor | None,
     options: AttentionOptions,
-    held: Any,
+    keep_alive: Any,
     *arguments: Any,
 ) -> None:
     """Call a kernel for all rows of the scores ``x``, by several threads.
 
-    ``held`` is what the arguments point to.
+    ``keep_alive`` holds the tensors to whose memory the arguments point.
     """
     batch, heads, queries, keys = four(x.shape)
     rows = batch * heads * queries
@@ -67,7 +67,7 @@ def _call(
     def call(_: int, start: int, stop: int) -> None:
         kernel(start, stop, *given)
 
-    share(parts_of(rows, keys), rows * keys, call, (held, pair))
+    share(parts_of(rows, keys), rows * keys, call, (keep_alive, pair))
 
 
 def forward(
@@ -79,9 +79,10 @@ def forward(
     probabilities: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> None:
-    """Fill ``out``, the softmax of scale * x within the band after dropout, and what else is given.
+    """Fill ``out`` with dropout(softmax(scale * x)) within the band; likewise the optional results.
 
-    All are contiguous, ``lse`` of fp32; ``out`` may be ``x``.
+    ``probabilities`` get the softmax before dropout and ``lse`` the log-sum-exp, in fp32. All are
+    contiguous, and ``out`` may be ``x``.
     """
     rows, count = x.numel() // x.shape[-1], x.numel()
     (_x, u), (_out, o) = matrix(x, count, "scores"), matrix(out, count, "out")
@@ -103,9 +104,9 @@ def backward(
     dlse: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """Fill ``dx``, the gradient of x, and ``kept``, the result of :func:`forward`, where given.
+    """Fill ``dx`` with the gradient of x, and ``kept``, where given, with forward's ``out``.
 
-    What is filled is contiguous, ``dlse`` of fp32; ``kept`` may be ``x``, ``dx`` may be ``dout``.
+    Both are contiguous, and ``dlse`` is fp32. ``kept`` may be ``x``, and ``dx`` may be ``dout``.
     """
     rows, count = x.numel() // x.shape[-1], x.numel()
     (_x, u), (_dx, o) = matrix(x, count, "scores"), matrix(dx, count, "dx")
@@ -118,10 +119,10 @@ def backward(
 
 
 class ScoreMultiplier(Multiplier):
-    """The random part of scores: a :class:`Multiplier` that is quick where nobody differentiates.
+    """The random part of scores: a :class:`Multiplier` that is faster where autograd is not used.
 
-    There the mask is laid over the bits of the numbers, which takes a fifth of the time of
-    torch.where on a CPU and is exactly 0 for a dropped NaN as well.
+    There it takes the bitwise "and" of the numbers and the mask, which takes a fifth of the time of
+    torch.where on a CPU and gives exactly 0 for a dropped NaN as well.
     """
 
     def __call__(self, value: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def attention_multiplier(
 def softmax_forward(
     operands: Softmax, options: SoftmaxOptions
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The op by the loops."""
+    """(out, softmax or None, lse) by the loops."""
     scores, mask, seed, _ = operands
     x, scale = _scaled(scores, mask, options)
     out, _ = result(x, scores.dtype)
@@ -155,7 +156,7 @@ def softmax_forward(
 def softmax_backward(
     operands: SoftmaxBackward, options: SoftmaxOptions, dtypes: Dtypes
 ) -> tuple[Tensor | None, ...]:
-    """Its gradients of scores and mask."""
+    """The gradients of scores and mask by the loops."""
     dout, dsoftmax, scores, mask, _, seed, _ = operands
     x, scale = _scaled(scores, mask, options)
     dx, _ = result(x, x.dtype)
@@ -164,7 +165,7 @@ def softmax_backward(
     if dtypes[0] is not None:
         dscores = (dx if scale == options.scale else dx * options.scale).to(dtypes[0])
     if dtypes[1] is not None and mask is not None:
-        dmask = own(dx.sum_to_size(mask.shape).to(dtypes[1]), dx)
+        dmask = unaliased(dx.sum_to_size(mask.shape).to(dtypes[1]), dx)
     return dscores, dmask
 
 
@@ -177,7 +178,7 @@ def prepare(
     operands: Softmax | SoftmaxBackward,
     wanted: Sequence[Any],
 ) -> Prepared | None:
-    """Both directions, where the loops serve such calls and have something to do in them."""
+    """Both directions; None where the loops do not serve such calls, or torch's softmax does."""
     scores, mask, seed, p = operands.scores, operands.mask, operands.seed, operands.p
     if _is_torchs(mask, options) or not serves(seed, p, scores, mask):
         return None
@@ -185,13 +186,16 @@ def prepare(
 
 
 def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
-    """Whether nothing is left of the op but torch's softmax."""
+    """Whether the op is nothing but torch's softmax."""
     whole = options.lower is None and options.upper is None
     return options.threshold() == 0 and mask is None and options.scale == 1 and whole
 
 
 def _scaled(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> tuple[Tensor, float]:
-    """Contiguous scores with their mask but not the band, and what is still their factor."""
+    """Contiguous scores with the attention mask added, and the factor that they still need.
+
+    The band is not applied, since the loops apply it.
+    """
     if mask is None:
         return scores.contiguous(), options.scale
     wide, added = widened(scores, mask)

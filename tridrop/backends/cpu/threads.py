@@ -1,4 +1,4 @@
-"""Threads of tridrop's own that share the rows of a call."""
+"""tridrop's own threads, which share the rows of a call."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import Any
 
 import torch
 
-# Elements below which a thread more costs more than it saves: 0.05 to 0.1 ms of work, where
-# handing over takes 0.02 to 0.05.
+# One more thread saves time only for so many elements: they are 0.05 to 0.1 ms of work, and handing
+# them over takes 0.02 to 0.05 ms.
 _PART = 1 << 17
-# Each part has sums of its own: a bound on their memory, and one on the rows of a sum in fp32.
+# Each part has its own sums: the first number bounds their memory, the second one the rows that are
+# summed in fp32.
 _MOST_PARTS, _LONGEST_PART = 256, 1024
 
 Parts = list[tuple[int, int]]
 
 _jobs: SimpleQueue[_Job] = SimpleQueue()
 _workers = 0  # threads that wait for jobs
-# How long a thread sleeps that has missed its waking, which only an interrupt can make it.
+# How long the calling thread sleeps if an interrupt makes it miss the signal of a helper.
 _PATIENCE = 0.01
 
 
 def _forget() -> None:
-    """A forked child has none of its parent's threads."""
+    """Reset the state in a forked child, which has none of its parent's threads."""
     global _jobs, _workers
     _jobs, _workers = SimpleQueue(), 0
 
@@ -36,81 +37,89 @@ if hasattr(os, "register_at_fork"):
 
 
 def parts_of(rows: int, columns: int) -> Parts:
-    """The ranges of rows that are worked on at a time. Sizes alone decide, so that sums over the
-    parts do not depend on the number of threads."""
+    """The ranges of rows into which a call is divided.
+
+    They depend on sizes alone, so that sums over the parts do not depend on the number of threads.
+    """
     parts = min(rows, rows * columns // _PART, _MOST_PARTS)
     step = min(-(-rows // max(1, parts)), _LONGEST_PART)
     return [(start, min(rows, start + step)) for start in range(0, rows, step or 1)]
 
 
 class _Job:
-    """Parts that several threads take, each one after another, until none is left.
+    """The parts of one call: each thread takes one after another until none is left.
 
-    To append to a list and to take the next number are atomic, and no lock is held that an
-    interrupt, or a signal handler that calls an op itself, could find taken.
+    It works without locks: appending to a list and taking the next number are atomic. So an
+    interrupt, or a signal handler that calls an op itself, never finds a lock taken.
     """
 
-    def __init__(self, parts: Parts, call: Callable[[int, int, int], object], held: Any) -> None:
+    def __init__(
+        self, parts: Parts, call: Callable[[int, int, int], object], keep_alive: Any
+    ) -> None:
         self.parts = parts
         self.call: Any = call
-        # What the kernels have addresses of lives as long as a thread may work on it.
-        self.held = held
+        # The tensors whose addresses the kernels have live as long as a thread may use them.
+        self.keep_alive = keep_alive
         self.numbers = iter(range(len(parts)))
-        self.entered: list[None] = []  # an entry for each helper that may take parts,
-        self.gone: list[None] = []  # and for each that will take no more
+        self.entered: list[None] = []  # one entry per helper that may take parts
+        self.gone: list[None] = []  # one entry per helper that will take no more
         self.errors: list[BaseException] = []
         self.wake: SimpleQueue[None] = SimpleQueue()
 
     def work(self) -> None:
-        """Do parts until none is left."""
+        """Take parts until none is left."""
         for number in self.numbers:
             self.call(number, *self.parts[number])
 
     def help(self) -> None:
-        """The same in a thread of tridrop's own."""
-        self.entered.append(None)  # before any part is taken: who finds none left sees it
+        """Take parts in one of tridrop's own threads."""
+        # The entry comes before any part is taken: the calling thread, once no part is left, then
+        # sees all helpers that are still at work.
+        self.entered.append(None)
         try:
             self.work()
         except BaseException as error:
-            self.drop()
+            self.cancel()
             self.errors.append(error)
         finally:
             self.gone.append(None)
             self.wake.put(None)
 
     def wait(self) -> None:
-        """Return when no helper works any more. There are no parts left to take."""
+        """Return when no helper is at work. It is called when no parts are left to take."""
         while len(self.gone) < len(self.entered):
             with suppress(Empty):
                 self.wake.get(timeout=_PATIENCE)
 
-    def drop(self) -> None:
-        """Let no part begin any more."""
+    def cancel(self) -> None:
+        """Let no more parts begin."""
         for _ in self.numbers:
             pass
 
-    def forget(self) -> None:
-        """Leave nothing to a helper that comes too late."""
-        self.call = self.held = None
+    def release(self) -> None:
+        """Release the function and the tensors: a helper that comes later finds no parts."""
+        self.call = self.keep_alive = None
 
 
 def _serve(jobs: SimpleQueue[_Job]) -> None:
-    """What a thread of tridrop's own does."""
+    """The main loop of tridrop's own threads."""
     while True:
         jobs.get().help()
 
 
-def share(parts: Parts, elements: int, call: Callable[[int, int, int], object], held: Any) -> None:
-    """``call(number, start, stop)`` for all parts of so many elements, on at most torch's number of
-    threads.
+def share(
+    parts: Parts, elements: int, call: Callable[[int, int, int], object], keep_alive: Any
+) -> None:
+    """Run ``call(number, start, stop)`` for all parts, on at most torch's number of threads.
 
-    ``call`` runs a kernel and nothing of torch, whose modes and threads are those of a thread.
-    ``held`` is all that it has addresses of. The threads are tridrop's own: numba's either forbid
-    two calls at a time or do not survive a fork, depending on the machine. The calling thread does
-    its part, and all of it if need be.
+    ``elements`` is the number of elements of all parts together. ``call`` runs a kernel and no
+    function of torch, whose modes differ from thread to thread. ``keep_alive`` holds all tensors
+    whose addresses it has. The threads are tridrop's own, since numba's either forbid two calls at
+    a time or do not survive a fork, depending on the machine. The calling thread takes parts too,
+    all of them if need be.
 
-    Whatever is raised meanwhile, in a part or by an interrupt (Ctrl-C, a signal's handler), no
-    thread reads or writes that memory when this function is left.
+    Whatever is raised meanwhile, in a part or by an interrupt (Ctrl-C, a signal handler), no thread
+    reads or writes the tensors' memory after this function has ended.
     """
     worthwhile = min(len(parts), elements // _PART)
     threads = min(torch.get_num_threads(), worthwhile) if worthwhile > 1 else 1
@@ -118,36 +127,36 @@ def share(parts: Parts, elements: int, call: Callable[[int, int, int], object], 
         for number, part in enumerate(parts):
             call(number, *part)
         return
-    job = _Job(parts, call, held)
+    job = _Job(parts, call, keep_alive)
     raised: BaseException | None = None
-    while True:  # until nobody works: a second interrupt comes while the first is seen to
+    while True:  # until no helper is at work: a second interrupt may come during the cleanup
         try:
             if raised is None:
                 _hand_out(job, threads - 1)
                 job.work()
             else:
-                job.drop()
+                job.cancel()
             job.wait()
             break
         except BaseException as error:
             raised = error
-    job.forget()
+    job.release()
     if raised is None and job.errors:
         raised = job.errors.pop()
     if raised is not None:
         try:
             raise raised
         finally:
-            del raised  # or its traceback would keep this frame, and that the memory
+            del raised  # or its traceback would keep this frame alive, and the frame the tensors
 
 
 def _hand_out(job: _Job, helpers: int) -> None:
-    """Ask so many threads to help."""
+    """Ask ``helpers`` threads to help, and start those that do not exist yet."""
     global _workers
     while _workers < helpers:
         try:
             Thread(target=_serve, args=(_jobs,), name="tridrop", daemon=True).start()
-        except RuntimeError:  # no more threads: the interpreter is shutting down
+        except RuntimeError:  # no thread can start: the interpreter is shutting down
             return
         _workers += 1
     for _ in range(helpers):

@@ -1,6 +1,7 @@
 """The reference backend: plain torch on any device, readable enough to be the specification.
 
-Other backends are held to it, and hand it what they do not serve.
+Tests compare the other backends with it, and the cpu backend hands it the calls that its loops do
+not take.
 """
 
 from ...spec.operands import Functions, keeping_options

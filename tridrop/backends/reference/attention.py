@@ -1,12 +1,13 @@
-"""Attention in torch: the composition that the kernels must equal, by blocks of queries.
+"""Attention in torch, computed by blocks of queries: the composition that the kernels must equal.
 
     score = scale * q k^T;   score = softcap * tanh(score / softcap);   score = score + mask
     P = exp(score - lse),   lse = log(sum over keys of exp(score) + exp(sink))
     out = (P * multiplier) v
 
-A score that a mask excludes is -inf. A query with no score left has P = 0, out = 0 and lse = -inf.
-``multiplier`` is the random part, constant for the derivative. A backend may make the scores' part
-in its own way, with the same values: :data:`Keep` and :data:`OfScores`.
+The score of a key that a mask or a band excludes is -inf. A query whose keys are all excluded has
+P = 0, out = 0 and lse = -inf. ``multiplier`` is the random part, a constant for the derivative. A
+backend may compute the part between the two products in its own way, with the same values: see
+:data:`Keep` and :data:`OfScores`.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ _R = TypeVar("_R")
 
 
 def repeat(t: Tensor, heads: int) -> Tensor:
-    """Key heads [B, Hkv, S, E], each for its group of query heads."""
+    """Key heads [B, Hkv, S, E], each repeated for its group of query heads."""
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1)
 
 
 def scores(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor | None]:
-    """(scores, tanh(score / softcap) where there is a softcap), [B, H, Sq, Sk]."""
+    """(scores, tanh(score / softcap) or None without a softcap), both [B, H, Sq, Sk]."""
     query, key, mask, key_mask = inputs.query, inputs.key, inputs.mask, inputs.key_mask
     score = (query * options.scale) @ repeat(key, query.shape[1]).transpose(-1, -2)
     capped: Tensor | None = None
@@ -62,7 +63,7 @@ def _has_float_mask(inputs: AttentionInputs) -> bool:
 
 
 def wide_of(inputs: AttentionInputs) -> AttentionInputs:
-    """The call in the dtype that is computed in."""
+    """The operands in the dtype of the arithmetic, fp32 or fp64."""
     mask = inputs.mask if _has_float_mask(inputs) else None
     q, k, v, floats, sinks = compute(inputs.query, inputs.key, inputs.value, mask, inputs.sinks)
     assert q is not None
@@ -72,15 +73,15 @@ def wide_of(inputs: AttentionInputs) -> AttentionInputs:
     return inputs._replace(query=q, key=k, value=v, mask=mask, sinks=sinks)
 
 
-def as_given(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Without autocast, which would make 16 bits of products of fp32 operands."""
+def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function with autocast off, which would compute products of fp32 operands in 16 bits."""
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with ExitStack() as stack:
-            for kind in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
     return call
@@ -100,7 +101,7 @@ def kept_probabilities(
 Keep = Callable[[AttentionInputs, AttentionOptions], tuple[Tensor, Tensor]]
 
 
-@as_given
+@without_autocast
 def attention_forward(
     inputs: AttentionInputs, options: AttentionOptions, keep: Keep = kept_probabilities
 ) -> tuple[Tensor, Tensor]:
@@ -120,9 +121,9 @@ def attention_forward(
     return out, lse
 
 
-@as_given
+@without_autocast
 def composed(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """The op in torch's own operators, of sequences that are not packed."""
+    """The op in torch's own operators, for sequences that are not packed."""
     wide = wide_of(inputs)
     score, _ = scores(wide, options)
     probabilities, lse, _ = safe_softmax(score, wide.sinks)
@@ -131,9 +132,9 @@ def composed(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor
     return to(out, inputs.query.dtype), lse
 
 
-@as_given
+@without_autocast
 def torchs(inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
-    """torch's own attention, with all that leaves keys out in one mask."""
+    """torch's own attention, with everything that excludes keys in one attention mask."""
     query, mask = inputs.query, inputs.mask
     causal = options.upper == 0 and options.lower is None
     causal = causal and mask is None and inputs.key_mask is None
@@ -156,11 +157,11 @@ def torchs(inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
 
 
 class ScoreGradients(NamedTuple):
-    """What a block's gradients are made of, beside its operands."""
+    """What a block's gradients are computed from, besides its operands."""
 
     kept: Tensor  # P * multiplier
-    dscore: Tensor  # of the scores with their mask
-    capped: Tensor | None  # as :func:`scores` gives it
+    dscore: Tensor  # the gradient of the scores after the attention mask
+    capped: Tensor | None  # the second result of scores()
     dsinks: Tensor | None  # [H]
 
 
@@ -173,9 +174,9 @@ def score_gradients(
     options: AttentionOptions,
     random_part: RandomPart = attention_multiplier,
 ) -> ScoreGradients:
-    """Of a block; ``dkept`` is the gradient of P * multiplier.
+    """The :class:`ScoreGradients` of a block; ``dkept`` is the gradient of P * multiplier.
 
-    ``delta`` and ``lse`` are given where they are those of more keys than these.
+    ``delta`` and ``lse`` are given where they come from more keys than those of the block.
     """
     score, capped = scores(inputs, options)
     drop = random_part(tuple(score.shape), inputs.seed, inputs.p, options)
@@ -185,13 +186,13 @@ def score_gradients(
         probabilities = torch.where(lse == -torch.inf, 0, torch.exp(score - lse))
     kept = drop(probabilities)
     terms = kept * dkept
-    of_these = delta is None
+    sums_here = delta is None
     if delta is None:
         delta = terms.sum(-1, keepdim=True)
     finite = are_finite(delta)
-    if not finite:  # what is dropped, or has no part, has none in the sum, and no gradient
+    if not finite:  # dropped and excluded keys must count neither in the sum nor as a gradient
         terms = (probabilities * drop(dkept)).masked_fill(probabilities == 0, 0.0)
-        delta = terms.sum(-1, keepdim=True) if of_these else delta
+        delta = terms.sum(-1, keepdim=True) if sums_here else delta
     if dlse is not None:
         delta = delta - dlse.unsqueeze(-1)
         finite = finite and are_finite(delta)
@@ -202,7 +203,7 @@ def score_gradients(
     return ScoreGradients(kept, dscore, capped, dsinks)
 
 
-# As score_gradients().
+# A function with the arguments and results of score_gradients().
 OfScores = Callable[
     [
         Tensor,
@@ -226,7 +227,7 @@ def _gradients(
     needs: tuple[bool, ...],
     of_scores: OfScores,
 ) -> Gradients:
-    """Of one block; see :func:`attention_gradients`."""
+    """The gradients of one block; see :func:`attention_gradients`."""
     query, key, mask = inputs.query, inputs.key, inputs.mask
     heads, groups = query.shape[1], key.shape[1]
     dkept = dout @ repeat(inputs.value, heads).transpose(-1, -2)
@@ -270,24 +271,25 @@ def attention_gradients(
         dq = scale * dS k;   dk = scale * dS^T q;   dv = (P * multiplier)^T dout;   dmask = dS
         dsink = - P(sink) * delta
 
-    ``options`` holds the tensors without a derivative besides the options; ``drop`` is drawn here.
-    ``out`` and ``lse`` are given where they are those of more keys than these. Gradients of what
-    several blocks share are summed in the dtype that is computed in, in the order of the blocks.
+    ``options`` is a pair: the operands, of which this takes those without a derivative, and the
+    options. ``drop`` is ignored, since each block draws its own mask. ``out`` and ``lse`` are given
+    where they come from more keys than these. Where several blocks share an operand, its gradient
+    is summed in fp32 or fp64, in the order of the blocks.
     """
-    given, its = options
-    mask = mask if _has_float_mask(given) else given.mask
-    given = given._replace(query=query, key=key, value=value, mask=mask, sinks=sinks)
+    inputs, settings = options
+    mask = mask if _has_float_mask(inputs) else inputs.mask
+    inputs = inputs._replace(query=query, key=key, value=value, mask=mask, sinks=sinks)
     like = (query, key, value, mask, sinks)
     wide = reduce(torch.promote_types, (t.dtype for t in like if t is not None), torch.float32)
-    if is_block(given):
+    if is_block(inputs):
         grad, dlse, out, lse = (None if t is None else t.to(wide) for t in (dout, dlse, out, lse))
         assert grad is not None
-        return _gradients(grad, dlse, out, lse, wide_of(given), its, needs, of_scores)
+        return _gradients(grad, dlse, out, lse, wide_of(inputs), settings, needs, of_scores)
     totals = [
         None if t is None or not need else dout.new_zeros(t.shape, dtype=wide)
         for t, need in zip(like, needs, strict=True)
     ]
-    for block in blocks(given, its):
+    for block in blocks(inputs, settings):
         grad, dlse_part, out_part, lse_part = (
             None if t is None else t[block.query].to(wide) for t in (dout, dlse, out, lse)
         )
@@ -302,31 +304,31 @@ def attention_gradients(
 
 
 def _like(t: Tensor, source: Tensor) -> Tensor:
-    """A gradient in the dtype and the layout of its tensor."""
-    room = torch.empty_like(source)
-    return t if t.dtype == room.dtype and t.stride() == room.stride() else room.copy_(t)
+    """A gradient in the dtype and with the strides of its tensor."""
+    empty = torch.empty_like(source)
+    return t if t.dtype == empty.dtype and t.stride() == empty.stride() else empty.copy_(t)
 
 
-@as_given
+@without_autocast
 def attention_backward(
     operands: AttentionBackward,
     options: AttentionOptions,
     needs: tuple[bool, ...],
     of_scores: OfScores = score_gradients,
 ) -> Gradients:
-    """Gradients of query, key, value, mask and sinks, like their tensors, or None."""
+    """Gradients of query, key, value, mask and sinks, like their tensors; None if not needed."""
     dout, dlse, out, lse, *_ = operands
     inputs = inputs_of(operands)
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
-    known_out, known_lse = (out, lse) if options.block else (None, None)
+    whole_out, whole_lse = (out, lse) if options.block else (None, None)
     results = attention_gradients(
-        dout, dlse, *like, None, (inputs, options), needs, known_out, known_lse, of_scores
+        dout, dlse, *like, None, (inputs, options), needs, whole_out, whole_lse, of_scores
     )
     return as_tensors(results, inputs)
 
 
 def as_tensors(results: Gradients, inputs: AttentionInputs) -> Gradients:
-    """The gradients in the dtypes and the layouts of their tensors."""
+    """The gradients in the dtypes and with the strides of their tensors."""
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
     return tuple(
         None if t is None or source is None else _like(t, source)

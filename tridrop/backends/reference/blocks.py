@@ -1,8 +1,8 @@
-"""Calls of attention cut into blocks of queries, each a call of its own.
+"""Attention calls cut into blocks of queries, each of which is a call of its own.
 
-A block's scores stay in a CPU's cache, and are all that is in memory at a time; the keys that its
-band leaves out are cut off. The softmax is over keys, so blocks of queries know nothing of each
-other.
+The scores of one block stay in a CPU's cache, and no others are in memory at the same time. Keys
+that a block's band excludes are cut off. The softmax is over keys, so blocks of queries are
+independent of each other.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from ...spec.attention import AttentionInputs, AttentionOptions
 
 Index = tuple[slice, ...]
 
-# Scores of a block: 4 MiB in fp32. Of 2^18 to 2^21 scores 2^20 took the least time (4 x 8 heads of
-# 512 tokens, two cores). On an accelerator it would be the launches of small blocks that cost.
+# Scores per block: 4 MiB in fp32. Of 2^18 to 2^21 scores, 2^20 took the least time (4 x 8 heads of
+# 512 tokens, two cores). On an accelerator the launches of small blocks would cost more.
 _SCORES = {"cpu": 1 << 20}
 _MOST_SCORES = 1 << 26
-# So few that a band is not worth a cut.
+# Calls with so few scores are not cut, even where a band excludes keys.
 _SMALL = 1 << 16
 _WHOLE: Index = (slice(None),)
-# Queries of a block where the keys that they see lie in a band.
+# Queries per block where a band bounds the keys that they see.
 _BAND = 128
 
 
 class Block(NamedTuple):
-    """A call, and where its tensors lie in the whole's: [B, H, Sq], [B, Hkv, Sk], the mask's."""
+    """A call, and the indices of its tensors in those of the whole call.
+
+    ``query`` indexes [B, H, Sq], ``key`` [B, Hkv, Sk], and ``mask`` the attention mask.
+    """
 
     inputs: AttentionInputs
     options: AttentionOptions
@@ -48,7 +51,7 @@ def _from(start: int, part: slice) -> slice:
 
 
 def _spans(inputs: AttentionInputs) -> Iterator[tuple[slice, slice]]:
-    """The queries and the keys of each packed sequence; or all."""
+    """The queries and the keys of each packed sequence; without packing, all of them."""
     if inputs.cu_query is None or inputs.cu_key is None:
         yield slice(0, inputs.query.shape[2]), slice(0, inputs.key.shape[2])
         return
@@ -62,25 +65,25 @@ def _cuts(
 ) -> Iterator[tuple[slice, slice, slice, slice]]:
     """(batch, heads, queries, keys) of the blocks of one sequence."""
     batch, heads = inputs.query.shape[:2]
-    group = heads // max(1, inputs.key.shape[1]) or 1  # the query heads of a key head
+    group = heads // max(1, inputs.key.shape[1]) or 1  # query heads per key head
     lower, upper = options.lower, options.upper
     rows = _SCORES.get(inputs.query.device.type, _MOST_SCORES) // max(1, keys)
     step = min(queries, rows if lower is None and upper is None else min(rows, _BAND)) or 1
     count = max(1, min(heads, rows // step))
-    # Whole groups, or parts of one.
+    # A block has whole groups of query heads, or a part of one group.
     count = count // group * group or max(n for n in range(1, count + 1) if group % n == 0)
     samples = max(1, rows // step // heads) if count == heads else 1
     for b in range(0, batch, samples):
         for h in range(0, heads, count):
             for q in range(0, queries, step):
-                its = _range(q, step, queries)
-                end = keys if upper is None else min(max(0, its.stop + upper), keys)
-                start = 0 if lower is None else min(max(0, its.start + lower), end)
-                yield _range(b, samples, batch), _range(h, count, heads), its, slice(start, end)
+                part = _range(q, step, queries)
+                end = keys if upper is None else min(max(0, part.stop + upper), keys)
+                start = 0 if lower is None else min(max(0, part.start + lower), end)
+                yield _range(b, samples, batch), _range(h, count, heads), part, slice(start, end)
 
 
 def shared(mask: Tensor | None, where: Index) -> Index:
-    """``where``, of the scores, in a mask that broadcasts to them."""
+    """The index ``where`` of the scores, for an attention mask that broadcasts to them."""
     if mask is None:
         return ()
     return tuple(
@@ -89,13 +92,13 @@ def shared(mask: Tensor | None, where: Index) -> Index:
 
 
 def is_block(inputs: AttentionInputs) -> bool:
-    """Whether the call is one block as it is: to cut it would take longer than what it saves."""
+    """Whether the call stays one block, because cutting it would cost more than it saves."""
     batch, heads, queries, _ = inputs.query.shape
     return inputs.cu_query is None and batch * heads * queries * inputs.key.shape[2] <= _SMALL
 
 
 def blocks(inputs: AttentionInputs, options: AttentionOptions) -> Iterator[Block]:
-    """The call as calls that are not packed, each with few scores; in order."""
+    """The call as a sequence of calls that are not packed and have few scores each."""
     if is_block(inputs):
         yield Block(inputs, options, _WHOLE, _WHOLE, _WHOLE, slice(None))
         return
@@ -124,13 +127,13 @@ def blocks(inputs: AttentionInputs, options: AttentionOptions) -> Iterator[Block
                 cu_query=None,
                 cu_key=None,
             )
-            apart = queries.start - keys.start  # key - query is less by this than in the whole
-            own = replace(
+            offset = queries.start - keys.start  # local key - query is larger by this
+            block_options = replace(
                 options,
-                lower=None if options.lower is None else options.lower + apart,
-                upper=None if options.upper is None else options.upper + apart,
+                lower=None if options.lower is None else options.lower + offset,
+                upper=None if options.upper is None else options.upper + offset,
                 origin=tuple(
                     o + part.start for o, part in zip(options.origin, scores, strict=True)
                 ),
             )
-            yield Block(one, own, at, from_, masked, heads)
+            yield Block(one, block_options, at, from_, masked, heads)

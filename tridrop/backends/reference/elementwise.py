@@ -4,11 +4,11 @@
     v   = f(u)                          gated: f(first half of u) * second half
     out = residual + layer_scale * v * multiplier
 
-``layer_scale`` is a vector, or has one per sample, [B, C], along the dimensions between: a gate.
-``multiplier`` is keep * scale of the elements times keep * scale of drop_path. It is constant for
-the derivative, so it is all that the random part contributes: :func:`compose` and :func:`gradients`
-are differentiable functions of their other arguments, and serve the double backward of every
-backend as well.
+``layer_scale`` is a vector or a gate: one vector per sample, [B, C], which is the same along the
+dimensions between the two. ``multiplier`` is keep * scale of the elements times keep * scale of
+drop_path. It is the whole random part of a call, and a constant for the derivative. :func:`compose`
+and :func:`gradients` are differentiable functions of their other arguments, and every backend's
+double backward uses them too.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ def _quick_gelu_grad(u: Tensor) -> Tensor:
 
 
 def _gelu(u: Tensor) -> Tensor:
-    """torch's gelu(inf) is NaN where its loop uses vectors and inf in the rest; this one is inf."""
+    """gelu with gelu(inf) = inf, where torch's vectorised loop gives NaN and its scalar one inf."""
     return torch.where(u == math.inf, u, F.gelu(u))
 
 
 class Function(NamedTuple):
-    """A function of one argument, and what torch has of its own for calls that drop nothing."""
+    """A function of one argument, and torch's own form of it for calls that drop nothing."""
 
     value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]  # its derivative; both can be differentiated by torch
+    slope: Callable[[Tensor], Tensor]  # the derivative; torch can differentiate both
     torchs: Callable[[Tensor], Tensor]  # as a model without tridrop computes it
-    steps: int = 1  # operators of torch's in that, each of which rounds its result
-    curved: bool = True  # whether it is rounded at all, so that its bits tell who computed it
-    # (grad, u) -> grad * f'(u) in one operator of torch's
+    steps: int = 1  # how many operators of torch that takes, each of which rounds its result
+    curved: bool = True  # whether results are rounded, so that implementations differ in their bits
+    # (grad, u) -> grad * f'(u) in one operator of torch
     backward: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -101,9 +101,9 @@ check_functions(FUNCTIONS, "backends/reference/elementwise.FUNCTIONS")
 
 
 class Multiplier(NamedTuple):
-    """The random part of a call: where it keeps (None: everywhere) and its scale there.
+    """The random part of a call: which elements are kept (None: all) and their scale.
 
-    A scale that is a tensor of its own accord is Gaussian noise. ``offset`` is what alpha dropout
+    For Gaussian noise, the scale is a tensor of noise. ``offset`` is the number that alpha dropout
     adds.
     """
 
@@ -112,7 +112,7 @@ class Multiplier(NamedTuple):
     offset: float | Tensor = 0.0
 
     def __call__(self, value: Tensor) -> Tensor:
-        """value * scale where kept, exactly 0 elsewhere, whatever the value is."""
+        """value * scale where kept, exactly 0 elsewhere, even where the value is not finite."""
         if self.keep is None:
             return value * self.scale if isinstance(self.scale, Tensor) else value
         return torch.where(self.keep, value, torch.zeros((), dtype=value.dtype)) * self.scale
@@ -125,9 +125,9 @@ def multiplier(
     options: Options,
     draw: ModuleType = mask,
 ) -> Multiplier:
-    """Draw both masks of a call anew: the same for the same seed, in forward and backward.
+    """Draw both masks of a call: forward and backward, with the same seed, get the same masks.
 
-    ``draw`` makes them: contract/mask.py, or a twin of it that a backend has.
+    ``draw`` is the module that draws them: contract/mask.py, or a backend's twin of it.
     """
     keep: Tensor | None = None
     scale: float | Tensor = 1.0
@@ -165,7 +165,7 @@ def _halves(u: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
 
 
 def activate(u: Tensor, options: Options, exact: bool = True) -> Tensor:
-    """v = f(u), or f(first half) * second half; without ``exact`` by torch's own function."""
+    """v = f(u), or f(first half) * second half; without ``exact``, f is torch's own function."""
     first, second = _halves(u, options)
     value = _function(first, options, exact)
     return value if second is None else value * second
@@ -177,10 +177,10 @@ def _function(first: Tensor, options: Options, exact: bool = True) -> Tensor:
 
 
 def is_torchs(function: Function, gated: bool, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether torch gives the same without dropout, in no more passes or with its own bits.
+    """Whether a call without dropout is computed by torch's own operators.
 
-    The same is one rounding: fp32 throughout, or a single operation. A function that is curved has
-    torch's bits in fp32.
+    It is where a single operation of torch does it, which rounds once as the loops do; and for
+    curved functions in fp32, so that results have torch's bits. All operands must have one dtype.
     """
     given = [t for t in others if t is not None]
     if any(t.dtype != x.dtype for t in given):
@@ -192,7 +192,7 @@ def is_torchs(function: Function, gated: bool, x: Tensor, *others: Tensor | None
 def compose(
     operands: Elementwise, drop: Multiplier, options: Options, exact: bool = True
 ) -> Tensor:
-    """The formula at the head of this file, in the dtype of its operands."""
+    """The formula at the top of this file, in the dtype of its operands."""
     x, bias, layer_scale, residual, *_ = operands
     value = activate(x if bias is None else x + bias, options, exact)
     if layer_scale is not None:
@@ -219,7 +219,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, bias and layer_scale, in the dtype of the arguments.
 
-    ``x`` may be None where the activation is "none" and layer_scale needs no gradient.
+    ``x`` may be None if the activation is "none" and layer_scale needs no gradient.
     """
     scaled = grad if layer_scale is None else grad * _along(layer_scale, grad)
     parts: list[Tensor] = [scaled]
@@ -235,21 +235,21 @@ def gradients(
             parts = [scaled * derivative(first)]
         else:
             parts = [scaled * second * derivative(first), scaled * _function(first, options)]
-    # The selection comes last: a dropped element's gradient is 0 whatever its input was.
+    # The selection comes last, so that a dropped element's gradient is 0 whatever its input was.
     dropped = [drop(part) for part in parts]
     dx = dropped[0] if len(dropped) == 1 else torch.cat(dropped, -1)
     return dx if needs[0] else None, sum_rows(dx) if needs[1] else None, dlayer_scale
 
 
 def _along(gain: Tensor, t: Tensor) -> Tensor:
-    """``gain``, a vector or one per sample, so that it broadcasts to t."""
+    """``gain``, a vector or one vector per sample, reshaped so that it broadcasts to t."""
     if gain.dim() < 2:
         return gain
     return gain.reshape(gain.shape[0], *(1 for _ in t.shape[1:-1]), gain.shape[1])
 
 
 def _sum_to(gain: Tensor, t: Tensor) -> Tensor:
-    """The gradient of such a gain, from that of the elements that it was multiplied with."""
+    """Sum ``t``, the gradient of each element's gain, to the shape of ``gain``."""
     if gain.dim() < 2:
         return sum_rows(t)
     return t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1]).sum(1)
@@ -262,7 +262,7 @@ def sum_rows(t: Tensor) -> Tensor:
 def compute(
     *tensors: Tensor | None, dtypes: Sequence[torch.dtype | None] = ()
 ) -> list[Tensor | None]:
-    """The tensors in fp32, or all of them in fp64 where any is, or one of ``dtypes``."""
+    """The tensors in fp32, or all in fp64 if one of them or of ``dtypes`` is."""
     wide = torch.float64 in dtypes
     wide = wide or any(t is not None and t.dtype == torch.float64 for t in tensors)
     dtype = torch.float64 if wide else torch.float32
@@ -270,17 +270,17 @@ def compute(
 
 
 def to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, which leaves nothing in a traced graph where there is nothing to do."""
+    """``t.to(dtype)``, but without an operator in a traced graph where nothing changes."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def forward(operands: Elementwise, options: Options, draw: ModuleType = mask) -> Tensor:
-    """The op, contiguous."""
-    return own(composed(operands, options, draw), operands.x)
+    """The op, with a contiguous result."""
+    return unaliased(composed(operands, options, draw), operands.x)
 
 
 def composed(operands: Elementwise, options: Options, draw: ModuleType = mask) -> Tensor:
-    """The same in torch's own operators, perhaps as a view of x."""
+    """The op in torch's own operators; its result may be a view of x."""
     x, bias, layer_scale, residual, seed, p = operands
     dtype = x.dtype if residual is None else residual.dtype
     drop = multiplier(output_shape(x, options.activation), seed, p, options, draw)
@@ -294,22 +294,22 @@ def composed(operands: Elementwise, options: Options, draw: ModuleType = mask) -
     return to(compose(Elementwise(u, b, g, r), drop, options), dtype)
 
 
-def own(result: Tensor, argument: Tensor) -> Tensor:
-    """The result, contiguous and in memory of its own: torch forbids an op to return its input."""
-    if is_view(result, argument):
+def unaliased(result: Tensor, argument: Tensor) -> Tensor:
+    """The result, contiguous and not in the argument's memory: torch forbids an op to return it."""
+    if shares_memory(result, argument):
         return result.clone(memory_format=torch.contiguous_format)
     return result.contiguous()
 
 
-def is_view(result: Tensor, argument: Tensor) -> bool:
-    """Whether the two share memory."""
+def shares_memory(result: Tensor, argument: Tensor) -> bool:
+    """Whether the two tensors have one storage."""
     return result.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
 
 
 def backward(
     operands: ElementwiseBackward, options: Options, dtypes: Dtypes, draw: ModuleType = mask
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, bias and layer_scale in these dtypes; None for those not wanted."""
+    """Gradients of x, bias and layer_scale in these dtypes; None where the dtype is None."""
     *tensors, seed, p = operands
     grad = operands.grad
     drop = multiplier(tuple(grad.shape), seed, p, options, draw)
@@ -318,7 +318,7 @@ def backward(
     needs = (dtypes[0] is not None, dtypes[1] is not None, dtypes[2] is not None)
     results = gradients(g, u, b, s, drop, options, needs)
     return tuple(
-        None if t is None or dtype is None else own(t.to(dtype), grad)
+        None if t is None or dtype is None else unaliased(t.to(dtype), grad)
         for t, dtype in zip(results, dtypes, strict=True)
     )
 
@@ -338,7 +338,7 @@ def keep_mask(
     keep = draw.keep_mask(
         seed, shape, threshold, shared=options.shared, shard=options.shard, domain=domain
     )
-    return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole groups
+    return keep.clone(memory_format=torch.contiguous_format)  # it may be a slice of whole groups
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:

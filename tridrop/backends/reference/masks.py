@@ -1,4 +1,4 @@
-"""The mask of attention itself, and the bits of elements; their mask is in elementwise.py."""
+"""The dropout mask of attention, and the bits of elements; their mask is in elementwise.py."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def attention_keep_mask(
     options: AttentionOptions,
     draw: ModuleType = contract,
 ) -> Tensor:
-    """The mask; arguments as in ``backends.Backend.attention_keep_mask``."""
+    """See ``backends.protocol.Backend.attention_keep_mask``; ``draw`` is the module that draws."""
     threshold: int | Tensor = options.threshold()
     if p is not None:
         threshold = contract.rate_table(p)[0].to(torch.int64)
     keep = draw.attention_keep_mask(seed, shape, threshold, origin=options.origin)
-    return keep.clone(memory_format=torch.contiguous_format)  # it may be a part of whole tiles
+    return keep.clone(memory_format=torch.contiguous_format)  # it may be a slice of whole tiles
 
 
 def decision_bits(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bits; arguments as in ``backends.Backend.decision_bits``."""
+    """See ``backends.protocol.Backend.decision_bits``."""
     return choice.bits(seed, shape)

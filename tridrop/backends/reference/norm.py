@@ -5,8 +5,8 @@
 
     affine(s) = (s - mean) * rstd * weight + norm_bias,   rstd = 1 / sqrt(var + eps)
 
-over the last dimension. RMSNorm (Zhang and Sennrich 2019) has mean 0, and the mean square for var.
-``multiplier`` is the random part of elementwise.py, constant for the derivative.
+over the last dimension. For RMSNorm (Zhang and Sennrich 2019) mean is 0 and var is the mean square.
+``multiplier`` is the random part of elementwise.py, a constant for the derivative.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 from ...contract import mask
 from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward
-from .elementwise import Dtypes, Multiplier, compute, multiplier, own, sum_rows, to
+from .elementwise import Dtypes, Multiplier, compute, multiplier, sum_rows, to, unaliased
 
 
 def moments(stream: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) of each row, keeping the last dimension; two passes over the data."""
+    """(mean, rstd) of each row, [..., 1] each, in two passes over the data."""
     if options.norm == "rms_norm":
         mean = torch.zeros_like(stream[..., :1])
     else:
@@ -60,7 +60,7 @@ def normalise_gradients(
     options: NormOptions,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of stream, weight and norm_bias through :func:`normalise`; differentiable."""
+    """The differentiable gradients of stream, weight and norm_bias in :func:`normalise`."""
     mean, rstd = moments(stream, options)
     normed = (stream - mean) * rstd
     gain = gain_of(weight, options)
@@ -85,7 +85,7 @@ def norm_compose(
     drop: Multiplier,
     options: NormOptions,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out, stream, statistics) in the dtype of the arguments, the stream in its own."""
+    """(out, stream, statistics): the stream in ``stream_dtype``, the others in the arguments'."""
     stream: Tensor | None = None
     if options.after:
         normalised = x
@@ -105,15 +105,15 @@ def _stream(
     drop: Multiplier,
     options: NormOptions,
 ) -> tuple[Tensor, Tensor]:
-    """The sum in its own dtype, and in the dtype of the arguments."""
+    """The stream in ``stream_dtype``, and the same numbers in the dtype of the arguments."""
     value = x if bias is None else x + bias
     value = drop(value if layer_scale is None else value * layer_scale)
     stream = to(value if residual is None else residual + value, options.stream_dtype)
-    return stream, to(stream, value.dtype)  # of what is stored, so that backward sees the same
+    return stream, to(stream, value.dtype)  # from the stored stream, which is what backward reads
 
 
 def composed(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor | None]:
-    """(out, stream) in torch's own operators, of which layer_norm is one."""
+    """(out, stream) in torch's own operators, layer_norm among them."""
     *tensors, seed, p = operands
     drop = multiplier(tuple(operands.x.shape), seed, p, options)
     wide, b, g, r, w, n = compute(*tensors)
@@ -134,14 +134,14 @@ def composed(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor | Non
 def norm_forward(
     operands: Norm, options: NormOptions, draw: ModuleType = mask
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out, stream, statistics); stream is None where it is x, or not kept."""
+    """(out, stream, statistics); stream is None where it is x itself or is not kept."""
     *tensors, seed, p = operands
     drop = multiplier(tuple(operands.x.shape), seed, p, options, draw)
     wide = compute(*tensors)
     out, stream, statistics = norm_compose(*wide, drop, options)  # type: ignore[arg-type, call-arg]
     return (
         out.to(options.out_dtype).contiguous(),
-        None if stream is None or not options.keep_stream else own(stream, operands.x),
+        None if stream is None or not options.keep_stream else unaliased(stream, operands.x),
         statistics.to(torch.float32),
     )
 
@@ -160,8 +160,8 @@ def norm_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, bias, layer_scale, residual, weight and norm_bias; differentiable.
 
-    ``x`` is needed only for the gradient of layer_scale. With the dropout after the norm the
-    residual's gradient is the incoming one, and is not among the results.
+    Only the gradient of layer_scale needs ``x``. With the dropout after the norm, the residual's
+    gradient is the incoming gradient, and the result has None for it.
     """
     if options.after:
         dout = drop(dout)
@@ -189,9 +189,10 @@ def norm_gradients(
 def norm_backward(
     operands: NormBackward, options: NormOptions, dtypes: Dtypes, draw: ModuleType = mask
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, bias, layer_scale, residual, weight, norm_bias; None where not wanted.
+    """Gradients of x, bias, layer_scale, residual, weight, norm_bias; None where dtypes have None.
 
-    Where the dropout comes after the norm, the residual's is the incoming one, and None here.
+    Where the dropout comes after the norm, the residual's gradient is the incoming gradient, and
+    the result has None for it.
     """
     dout, dstream, stream, _, x, bias, layer_scale, weight, seed, p = operands
     drop = multiplier(tuple(dout.shape), seed, p, options, draw)
@@ -202,5 +203,5 @@ def norm_backward(
         None if t is None or dtype is None else t.to(dtype).contiguous()
         for t, dtype in zip(results, dtypes, strict=True)
     )
-    # Without dropout the gradients of x and of the residual are the same tensor.
-    return dx, *(t if t is None or dx is None else own(t, dx) for t in others)
+    # Without dropout the gradients of x and of the residual would be the same tensor.
+    return dx, *(t if t is None or dx is None else unaliased(t, dx) for t in others)

@@ -1,8 +1,8 @@
 """Products with a dropped matrix, in torch.
 
-    out_i = gain * drop_i(x) @ weight_i^T,   the weight_i one below the other in ``weight``
+    out_i = gain * drop_i(x) @ weight_i^T,   the weight_i stacked along the rows of ``weight``
 
-The dropped matrix is a temporary: forward and backward each make it.
+The dropped matrix is a temporary, which forward and backward each make.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...contract import mask
 from ...spec.operands import Product, ProductBackward
 from ...spec.product import ProductOptions
-from .elementwise import Multiplier, compute, multiplier, own, to
+from .elementwise import Multiplier, compute, multiplier, to, unaliased
 
 
 def _drops(
@@ -25,7 +25,7 @@ def _drops(
     options: ProductOptions,
     draw: ModuleType,
 ) -> list[Multiplier]:
-    """The random part of each product; with one mask, the same one."""
+    """The random part of each product; with ``one_mask`` all have the same."""
     masks = [
         multiplier(tuple(x.shape), None if seeds is None else seeds[i], p, options, draw)
         for i in range(options.masks)
@@ -35,11 +35,11 @@ def _drops(
 
 def product_forward(operands: Product, options: ProductOptions, draw: ModuleType = mask) -> Tensor:
     """The products, side by side, in the weight's dtype."""
-    return own(composed(operands, options, draw), operands.x)
+    return unaliased(composed(operands, options, draw), operands.x)
 
 
 def composed(operands: Product, options: ProductOptions, draw: ModuleType = mask) -> Tensor:
-    """The same in torch's own operators."""
+    """The products in torch's own operators."""
     x, weight, seeds, p = operands
     wide, w = compute(x, weight)
     assert wide is not None
@@ -59,7 +59,7 @@ def product_backward(
     needs: tuple[bool, ...],
     draw: ModuleType = mask,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and weight in their dtypes; None for those not wanted."""
+    """Gradients of x and weight in their dtypes; None where not needed."""
     grad, x, weight, seeds, p = operands
     g, wide, w = compute(grad, x, weight)
     assert g is not None
@@ -77,6 +77,6 @@ def product_backward(
         if needs[1]:
             parts.append(dout.T @ drop(wide).view(-1, x.shape[-1]))
     return (
-        own(dx.to(x.dtype), grad) if needs[0] else None,
+        unaliased(dx.to(x.dtype), grad) if needs[0] else None,
         torch.cat(parts).to(weight.dtype) if needs[1] else None,
     )

@@ -1,12 +1,12 @@
 """Softmax and dropout of attention scores in torch.
 
-    s   = scale * scores + mask              -inf where a key takes no part
-    P   = exp(s - lse)                       lse = log(sum(exp(s))); 0 in a row without any key
+    s   = scale * scores + mask              -inf where a key is excluded
+    P   = exp(s - lse)                       lse = log(sum(exp(s))); P = 0 in a row without keys
     out = P * multiplier
 
-``multiplier`` is keep * scale of the probabilities, constant for the derivative. The pieces serve
-attention as well: :func:`band`, :func:`attention_multiplier`. A backend may bring a ``random_part``
-of its own, which has the same values.
+``multiplier`` is keep * scale of the probabilities, a constant for the derivative. Attention uses
+:func:`band` and :func:`attention_multiplier` too. A backend may pass a ``random_part`` of its own
+with the same values.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ...base.torch_private import aten_softmax_backward
 from ...contract import mask as contract
 from ...spec.attention import AttentionOptions, SoftmaxOptions, four
 from ...spec.operands import Softmax, SoftmaxBackward
-from .elementwise import Dtypes, Multiplier, compute, own, to
+from .elementwise import Dtypes, Multiplier, compute, to, unaliased
 
-# The random part of scores, by their shape, a seed, a p in a tensor, and options.
+# A function (shape of the scores, seed, p in a tensor, options) that gives their random part.
 RandomPart = Callable[[Sequence[int], Tensor | None, Tensor | None, AttentionOptions], Multiplier]
 
 
@@ -36,7 +36,10 @@ def attention_multiplier(
     options: AttentionOptions,
     draw: ModuleType = contract,
 ) -> Multiplier:
-    """The random part for scores of ``shape``, ``[..., queries, keys]``; ``draw`` as elsewhere."""
+    """The random part for scores of ``shape``, ``[..., queries, keys]``.
+
+    ``draw`` is the module that draws the mask: the contract's, or a backend's twin of it.
+    """
     threshold: int | Tensor = options.threshold()
     factor: float | Tensor = options.keep_scale()
     if p is not None:
@@ -50,7 +53,7 @@ def attention_multiplier(
 
 
 def band(queries: int, keys: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
-    """Whether ``lower <= key - query <= upper``: bool, [queries, keys]; None where all are."""
+    """Which keys have ``lower <= key - query <= upper``: bool, [queries, keys]; None if all do."""
     upper = keys if options.upper is None else max(options.upper, -queries)
     lower = -queries if options.lower is None else min(options.lower, keys)
     if upper >= keys - 1 and lower <= 1 - queries:
@@ -59,7 +62,7 @@ def band(queries: int, keys: int, options: AttentionOptions, device: torch.devic
 
 
 def masked_scores(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
-    """Scaled scores plus a float mask, -inf where a bool mask or the band leaves a key out."""
+    """Scaled scores plus a float attention mask; -inf where a bool mask or the band excludes."""
     allowed = band(scores.shape[-2], scores.shape[-1], options, scores.device)
     if mask is not None and mask.dtype == torch.bool:
         allowed = mask if allowed is None else allowed & mask
@@ -71,9 +74,9 @@ def masked_scores(scores: Tensor, mask: Tensor | None, options: AttentionOptions
 def safe_softmax(
     scores: Tensor, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(probabilities, log-sum-exp, the sink's probability); zeros and -inf for an empty row.
+    """(probabilities, log-sum-exp, probability of the sink); a row without keys has zeros and -inf.
 
-    ``sinks``, one for each entry of dimension -3, take part in the sum. All results can be
+    ``sinks`` has one entry per head, dimension -3, which takes part in the sum. All results can be
     differentiated any number of times.
     """
     if scores.shape[-1]:
@@ -92,7 +95,7 @@ def safe_softmax(
     empty = total == 0
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, -math.inf, largest + torch.log(total)).squeeze(-1)
-    # Of a row with NaN, too, a key that takes no part has the probability 0.
+    # An excluded key has the probability 0 even in a row with NaN.
     probabilities = torch.where(scores == -math.inf, 0.0, exponentials / total)
     return probabilities, lse, None if share is None else share / total
 
@@ -102,10 +105,10 @@ def _differentiable(scores: Tensor) -> Tensor:
 
 
 def _probabilities(scores: Tensor) -> Tensor:
-    """The same in one pass and without a derivative, in the dtype of the scores."""
+    """The probabilities without a derivative, in one pass and in the dtype of the scores."""
     if scores.device.type == "cpu" and scores.numel():
         found = torch.softmax(scores, -1)
-        # A row without keys is all NaN there, as one with a NaN is.
+        # torch gives NaN for all of a row without keys, and for all of a row with a NaN.
         if not bool(found[..., 0].isnan().any()):
             return found
     (wide,) = compute(scores)
@@ -118,7 +121,7 @@ def softmax_forward(
     options: SoftmaxOptions,
     random_part: RandomPart = attention_multiplier,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out, softmax or None, lse), lse left at 0: this file's backward makes the softmax anew."""
+    """(out, softmax or None, lse), with lse = 0: this file's backward computes it again."""
     scores, mask, seed, p = operands
     drop = random_part(scores.shape, seed, p, options)
     if drop.keep is None and options.scale == 1 and (mask is None or mask.dtype == torch.bool):
@@ -127,20 +130,20 @@ def softmax_forward(
         wide, added = widened(scores, mask)
         score = masked_scores(options.scale * wide, added, options)
     probabilities = _probabilities(score)
-    out = own(drop(probabilities).to(scores.dtype), scores)
-    softmax = own(probabilities.to(scores.dtype), out) if options.return_softmax else None
+    out = unaliased(drop(probabilities).to(scores.dtype), scores)
+    softmax = unaliased(probabilities.to(scores.dtype), out) if options.return_softmax else None
     lse = scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
     return out, softmax, lse
 
 
 def composed(operands: Softmax, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """(out, softmax) in torch's own operators."""
+    """(out, softmax), both in torch's own operators."""
     scores, mask, seed, p = operands
     wide, added = widened(scores, mask)
     scaled = wide if options.scale == 1 else options.scale * wide
     if mask is None and options.lower is None and options.upper is None:
         probabilities = torch.softmax(scaled, -1)
-    else:  # some rows may have no key
+    else:  # some rows may be without keys
         probabilities = _differentiable(masked_scores(scaled, added, options))
     drop = attention_multiplier(scores.shape, seed, p, options)
     return to(drop(probabilities), scores.dtype), to(probabilities, scores.dtype)
@@ -156,7 +159,7 @@ def softmax_gradients(
     needs: tuple[bool, ...],
     softmax: Callable[[Tensor], Tensor] = _differentiable,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the scores and of a float mask; differentiable as far as ``softmax`` is."""
+    """Gradients of the scores and a float mask; differentiable if the function ``softmax`` is."""
     probabilities = softmax(masked_scores(options.scale * scores, mask, options))
     dp = torch.zeros_like(probabilities) if dout is None else drop(dout)
     if dsoftmax is not None:
@@ -171,22 +174,22 @@ def softmax_gradients(
 def of_scores(dprobabilities: Tensor, probabilities: Tensor) -> Tensor:
     """P * (dP - sum(dP * P)) by torch's own backward of the softmax; differentiable.
 
-    It is 0 where P is, whatever dP is there or elsewhere in the row.
+    It is 0 where P is 0, whatever dP is there or elsewhere in the row.
     """
     dtype = probabilities.dtype
     found = aten_softmax_backward(dprobabilities, probabilities, -1, dtype)
-    if are_finite(found[..., :1]):  # of a row whose sum is not, none is
+    if are_finite(found[..., :1]):  # if a row's sum is not finite, none of its elements is
         return found
-    none = probabilities == 0
-    incoming = dprobabilities.masked_fill(none, 0.0)
+    excluded = probabilities == 0
+    incoming = dprobabilities.masked_fill(excluded, 0.0)
     found = aten_softmax_backward(incoming, probabilities, -1, dtype)
-    return found.masked_fill(none, 0.0)
+    return found.masked_fill(excluded, 0.0)
 
 
 def are_finite(t: Tensor) -> bool:
-    """Whether all numbers are known to be finite: those that the host can read.
+    """Whether the host can read the numbers and all of them are finite.
 
-    By their sum: one pass over numbers that may lie far apart.
+    It looks at their sum, which takes one pass whatever the strides.
     """
     return readable(t) and not t.requires_grad and math.isfinite(t.sum())
 
@@ -197,7 +200,7 @@ def softmax_backward(
     dtypes: Dtypes,
     random_part: RandomPart = attention_multiplier,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of scores and mask in these dtypes; None for those not wanted."""
+    """Gradients of scores and mask in these dtypes; None where the dtype is None."""
     dout, dsoftmax, scores, mask, _, seed, p = operands
     drop = random_part(scores.shape, seed, p, options)
     wide, added = widened(scores, mask)
@@ -208,11 +211,11 @@ def softmax_backward(
         None if t is None or dtype is None else t.to(dtype).contiguous()
         for t, dtype in zip(results, dtypes, strict=True)
     )
-    return dscores, None if dmask is None else own(dmask, scores)
+    return dscores, None if dmask is None else unaliased(dmask, scores)
 
 
 def widened(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both in the dtype that is computed in; a bool mask as it is."""
+    """Both tensors in fp32 or fp64, the dtype of the arithmetic; a bool mask stays as it is."""
     if mask is not None and mask.dtype == torch.bool:
         (wide,) = compute(scores)
         added: Tensor | None = mask

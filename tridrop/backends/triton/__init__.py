@@ -1,4 +1,4 @@
-"""The Triton backend: importing it needs triton, running it a GPU or Triton's interpreter."""
+"""The Triton backend. Its import needs triton, and its kernels a GPU or Triton's interpreter."""
 
 from ...spec.operands import Functions, keeping_options
 from .attention_launch import attention_backward, attention_forward
@@ -21,5 +21,5 @@ FAMILIES = {
     "attention": Functions(attention_forward, attention_backward),
     "product": Functions(product_forward, product_backward),
 }
-# Launch plans are kept by shape and options anyway; strides and alignment are those of a call.
+# Launch plans are cached by shape and options; strides and alignment may differ in each call.
 prepare = keeping_options(FAMILIES)

@@ -1,7 +1,7 @@
 """Activations and their derivatives as functions of fp32 tiles.
 
-Each has a row in :data:`FUNCTIONS`. Constants stand to the right of tiles: in the interpreter a
-constexpr on the left of an operator swallows the tile.
+Each has a row in :data:`FUNCTIONS`. Constants stand to the right of tiles, because in the
+interpreter a constexpr on the left of an operator makes the result a constexpr.
 """
 
 import triton
@@ -61,7 +61,7 @@ def gelu_grad(x):
 
 @triton.jit
 def gelu_tanh(x):
-    # (1 + tanh(u)) / 2 = sigmoid(2 u): no cancellation, and the interpreter has no tanh.
+    # (1 + tanh(u)) / 2 = sigmoid(2 u), which does not cancel; and the interpreter has no tanh.
     return x * tl.sigmoid((x + x * x * x * GELU_CUBIC) * SQRT_8_OVER_PI)
 
 

@@ -1,4 +1,4 @@
-"""The forward kernel of attention: online softmax, and the mask in the scores' registers."""
+"""The forward kernel of attention: online softmax, with the mask drawn where the scores are."""
 
 import triton
 import triton.language as tl
@@ -19,9 +19,9 @@ from .attention_tiles import (
     keep_tile,
     key_bases,
     key_phases,
+    load_criterion,
     load_key,
     load_query,
-    load_rule,
     load_value,
     make_scores,
     query_bases,
@@ -33,20 +33,20 @@ from .attention_tiles import (
 
 @triton.jit
 def _attend(
-    state, query, bases, problem, place, rule, q0, start, stop,
+    state, query, bases, problem, place, criterion, q0, start, stop,
     BOUNDS: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Go through the keys from start to stop: (weighted values, running maximum, running sum)."""
+    """Add the keys from start to stop: (weighted values, running maximum, running sum, words)."""
     total, largest, weight, words = state
     for padded in range(start, stop, BLOCKS.N):
         k0 = padded - problem.origin.shift
         key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
         if FEATURES.DROPS and not BLOCKS.AHEAD:
-            # Before the product, since ptxas shares more of it so (923 instructions, 997 behind).
-            keep = keep_tile(problem, place, rule, q0, padded, BLOCKS, FEATURES)
+            # Drawn before the product, since ptxas then shares more (923 instructions, 997 after).
+            keep = keep_tile(problem, place, criterion, q0, padded, BLOCKS, FEATURES)
         score = dot(query, tl.trans(key), FEATURES)
         if is_plain(problem, BOUNDS, FEATURES):
-            # The factor, which is not negative, is applied after the maximum: one fma per element.
+            # The factor is not negative, so it can follow the maximum: one fma per element.
             factor = problem.factors.scale * LOG2E
             new = tl.maximum(largest, tl.max(score, 1) * factor)
             probability = tl.exp2(score * factor - new[:, None])
@@ -61,14 +61,14 @@ def _attend(
         total = total * shrink[:, None]
         if FEATURES.DROPS:
             if BLOCKS.AHEAD:
-                keep = decide_tile(words, rule, BLOCKS, FEATURES)
-            probability = tl.where(keep, probability, rule[3])
+                keep = decide_tile(words, criterion, BLOCKS, FEATURES)
+            probability = tl.where(keep, probability, criterion[3])
         value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
         total = dot_add(probability.to(value.dtype), value, total, FEATURES)
         if FEATURES.DROPS and BLOCKS.AHEAD:
-            # ptxas moves what is written before a product behind the wait for it. Behind the second
-            # product, which nothing waits for before the next turn, it stays.
-            words = draw_next(score, problem, place, rule, q0, padded + BLOCKS.N, BLOCKS)
+            # ptxas moves code that is written before a product behind the wait for it. Here, behind
+            # the second product, which nothing waits for before the next turn, the code stays.
+            words = draw_next(score, problem, place, criterion, q0, padded + BLOCKS.N, BLOCKS)
         largest = new
     return total, largest, weight, words
 
@@ -85,7 +85,7 @@ def attention_forward_kernel(
     shape = problem.shape
     place, q0 = query_block(problem, BLOCKS, FEATURES)
     if q0 < place.queries:
-        rule = load_rule(problem, threshold, scale, FEATURES)
+        criterion = load_criterion(problem, threshold, scale, FEATURES)
         base, _ = query_bases(problem, out, place, FEATURES, LAYOUT)
         bases = key_bases(problem, place, FEATURES, LAYOUT)
         query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
@@ -98,26 +98,38 @@ def attention_forward_kernel(
         a, b, c, d = key_phases(problem, place, q0, BLOCKS, FEATURES)
         words = (0, 0, 0, 0)
         if FEATURES.DROPS and BLOCKS.AHEAD:
-            words = draw_tile(problem, place, rule, q0, a, 0, BLOCKS)
+            words = draw_tile(problem, place, criterion, q0, a, 0, BLOCKS)
         state = (tl.full([BLOCKS.M, BLOCKS.V], 0.0, tl.float32), largest, weight, words)
         if FEATURES.LOWER or FEATURES.SHIFTED:
             state = _attend(
-                state, query, bases, problem, place, rule, q0, a, b,
+                state, query, bases, problem, place, criterion, q0, a, b,
                 EDGE, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
         state = _attend(
-            state, query, bases, problem, place, rule, q0, b, c, INNER, BLOCKS, FEATURES, LAYOUT
+            state,
+            query,
+            bases,
+            problem,
+            place,
+            criterion,
+            q0,
+            b,
+            c,
+            INNER,
+            BLOCKS,
+            FEATURES,
+            LAYOUT,
         )
         state = _attend(
-            state, query, bases, problem, place, rule, q0, c, d, EDGE, BLOCKS, FEATURES, LAYOUT
+            state, query, bases, problem, place, criterion, q0, c, d, EDGE, BLOCKS, FEATURES, LAYOUT
         )
         total, largest, weight, _ = state
         empty = weight == 0
-        share = tl.where(empty, 0.0, rule[2] / tl.where(empty, 1.0, weight))
+        share = tl.where(empty, 0.0, criterion[2] / tl.where(empty, 1.0, weight))
         q_end = at_end(q0, threshold)
         row = q_end + tl.arange(0, BLOCKS.M)
         rows = statistics_at(lse, problem, place, FEATURES)
-        # log2(0) is -inf: so is the log-sum-exp of a query with nothing to attend to.
+        # log2(0) = -inf is the log-sum-exp of a query whose keys are all excluded.
         tl.store(rows + row, (largest + tl.log2(weight)) * LN2, mask=row < place.queries)
         _, base = query_bases(problem, out, place, FEATURES, LAYOUT)
         store_rows(

@@ -1,7 +1,7 @@
-"""The backward kernels of attention: one for queries, one for keys and values, one for the mask.
+"""The backward kernels of attention: for queries, for keys and values, for the attention mask.
 
-Each makes the scores of its tiles again, and the mask with them. Nothing is added by atomics: a
-program owns what it writes, and its sums have one order.
+Each computes the scores of its tiles again, and draws the dropout mask again. There are no atomics:
+only one program writes a result, and its sums have one order.
 
     P = exp(score - lse);   dP = (dout value^T) * keep * scale;   dS = P * (dP - delta)
     delta = sum over values of dout * out - dlse
@@ -24,10 +24,10 @@ from .attention_tiles import (
     keep_tile,
     key_bases,
     key_phases,
+    load_criterion,
     load_dout,
     load_key,
     load_query,
-    load_rule,
     load_value,
     make_scores,
     place_of,
@@ -40,7 +40,7 @@ from .attention_tiles import (
 )
 from .tiles import first_of
 
-# What backward is given beside the tensors of forward.
+# What backward gets besides the tensors of forward.
 Incoming = namedtuple("Incoming", "dout lse delta")
 
 
@@ -71,7 +71,7 @@ def attention_delta_kernel(
 
 @triton.jit
 def load_statistics(incoming, problem, place, q0, M: tl.constexpr, FEATURES: tl.constexpr):
-    """(lse * log2(e), delta) of queries q0 and on; without a score, lse is +inf, so that P = 0."""
+    """(lse * log2(e), delta) from query q0 on; without keys lse becomes +inf, so that P = 0."""
     row = q0 + tl.arange(0, M)
     inside = row < place.queries
     at = statistics_at(incoming.lse, problem, place, FEATURES) + row
@@ -83,12 +83,12 @@ def load_statistics(incoming, problem, place, q0, M: tl.constexpr, FEATURES: tl.
 
 @triton.jit
 def _tile(
-    query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
+    query, key, value, dout, lse, delta, problem, place, criterion, q0, padded,
     BOUNDS: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """(P * keep, dS, gradient of the product without the scale) of a tile, [M, N]."""
     if FEATURES.DROPS:
-        keep = keep_tile(problem, place, rule, q0, padded, BLOCKS, FEATURES)
+        keep = keep_tile(problem, place, criterion, q0, padded, BLOCKS, FEATURES)
     product = dot(query, tl.trans(key), FEATURES)
     capped = product
     if is_plain(problem, BOUNDS, FEATURES):
@@ -100,9 +100,9 @@ def _tile(
     dp = dot(dout, tl.trans(value), FEATURES)
     kept = probability
     if FEATURES.DROPS:
-        kept = tl.where(keep, probability, rule[3])
+        kept = tl.where(keep, probability, criterion[3])
         dp = tl.where(keep, dp, 0.0)
-    dscore = probability * (dp * rule[2] - delta[:, None])
+    dscore = probability * (dp * criterion[2] - delta[:, None])
     dproduct = dscore
     if FEATURES.SOFTCAP:
         dproduct = dscore * (1 - capped * capped)
@@ -111,7 +111,7 @@ def _tile(
 
 @triton.jit
 def _over_keys(
-    total, query, dout, lse, delta, bases, problem, place, rule, q0, start, stop,
+    total, query, dout, lse, delta, bases, problem, place, criterion, q0, start, stop,
     BOUNDS: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Add dS key over the keys from start to stop."""
@@ -120,7 +120,7 @@ def _over_keys(
         key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
         value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
         _, _, dproduct = _tile(
-            query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
+            query, key, value, dout, lse, delta, problem, place, criterion, q0, padded,
             BOUNDS, BLOCKS, FEATURES,
         )  # fmt: skip
         total = dot_add(dproduct.to(key.dtype), key, total, FEATURES)
@@ -136,7 +136,7 @@ def attention_dquery_kernel(
     shape = problem.shape
     place, q0 = query_block(problem, BLOCKS, FEATURES)
     if q0 < place.queries:
-        rule = load_rule(problem, threshold, scale, FEATURES)
+        criterion = load_criterion(problem, threshold, scale, FEATURES)
         base, dout_base = query_bases(problem, incoming.dout, place, FEATURES, LAYOUT)
         bases = key_bases(problem, place, FEATURES, LAYOUT)
         query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
@@ -146,15 +146,15 @@ def attention_dquery_kernel(
         a, b, c, d = key_phases(problem, place, q0, BLOCKS, FEATURES)
         if FEATURES.LOWER or FEATURES.SHIFTED:
             total = _over_keys(
-                total, query, dout, lse, delta, bases, problem, place, rule, q0, a, b,
+                total, query, dout, lse, delta, bases, problem, place, criterion, q0, a, b,
                 EDGE, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
         total = _over_keys(
-            total, query, dout, lse, delta, bases, problem, place, rule, q0, b, c,
+            total, query, dout, lse, delta, bases, problem, place, criterion, q0, b, c,
             INNER, BLOCKS, FEATURES, LAYOUT,
         )  # fmt: skip
         total = _over_keys(
-            total, query, dout, lse, delta, bases, problem, place, rule, q0, c, d,
+            total, query, dout, lse, delta, bases, problem, place, criterion, q0, c, d,
             EDGE, BLOCKS, FEATURES, LAYOUT,
         )  # fmt: skip
         step = dquery_strides[2]
@@ -167,15 +167,15 @@ def attention_dquery_kernel(
 
 @triton.jit
 def _over_queries(
-    state, key, value, bases, incoming, problem, place, rule, padded, start, stop,
+    state, key, value, bases, incoming, problem, place, criterion, padded, start, stop,
     BOUNDS: tl.constexpr, BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T query and (P * keep)^T dout over the queries from start to stop."""
     dkey, dvalue = state
     for q0 in range(start, stop, BLOCKS.M):
-        if BLOCKS.AGAIN:
-            # At an index that is another one each time for all the compiler knows: it would read
-            # them once, and hold them in shared memory beside what the products take.
+        if BLOCKS.RELOAD:
+            # The index depends on q0 as far as the compiler knows. Otherwise it would load keys and
+            # values once, and hold them in shared memory beside the products' operands.
             k0 = padded - problem.origin.shift + tl.minimum(q0, 0)
             key_base, value_base = key_bases(problem, place, FEATURES, LAYOUT)
             key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
@@ -184,7 +184,7 @@ def _over_queries(
         lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
         dout = load_dout(bases[1], problem, place, q0, BLOCKS, LAYOUT, BOUNDS)
         kept, _, dproduct = _tile(
-            query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
+            query, key, value, dout, lse, delta, problem, place, criterion, q0, padded,
             BOUNDS, BLOCKS, FEATURES,
         )  # fmt: skip
         dvalue = dot_add(tl.trans(kept.to(dout.dtype)), dout, dvalue, FEATURES)
@@ -212,13 +212,13 @@ def attention_dkey_kernel(
     place = place_of(problem, batch, first, FEATURES)
     k0 = padded - problem.origin.shift
     if k0 < place.keys:
-        rule = load_rule(problem, threshold, scale, FEATURES)
+        criterion = load_criterion(problem, threshold, scale, FEATURES)
         key_base, value_base = key_bases(problem, place, FEATURES, LAYOUT)
         key = load_key(key_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
         value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
         a, b, c, d = query_phases(problem, place, k0, BLOCKS, FEATURES)
-        # Queries beyond the last have P = 0 by themselves, and keys beyond the last are not
-        # stored: unless the mask has to be read within its bounds, only the band needs them.
+        # Queries beyond the last have P = 0 anyway, and keys beyond the last are not stored. So
+        # only the band needs bounds, unless an attention mask must be read within its own.
         TAIL: tl.constexpr = FEATURES.LOWER or problem.tensors.mask is not None
         if TAIL:
             if problem.tensors.mask is not None:
@@ -239,16 +239,16 @@ def attention_dkey_kernel(
             bases = query_bases(problem, incoming.dout, at, FEATURES, LAYOUT)
             if FEATURES.UPPER:
                 state = _over_queries(
-                    state, key, value, bases, incoming, problem, at, rule, padded, a, b,
+                    state, key, value, bases, incoming, problem, at, criterion, padded, a, b,
                     EDGE, BLOCKS, FEATURES, LAYOUT,
                 )  # fmt: skip
             state = _over_queries(
-                state, key, value, bases, incoming, problem, at, rule, padded, b, c,
+                state, key, value, bases, incoming, problem, at, criterion, padded, b, c,
                 ROWS, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
             if TAIL:
                 state = _over_queries(
-                    state, key, value, bases, incoming, problem, at, rule, padded, c, d,
+                    state, key, value, bases, incoming, problem, at, criterion, padded, c, d,
                     EDGE, BLOCKS, FEATURES, LAYOUT,
                 )  # fmt: skip
         start, step = place.key_start, dkey_strides[2]
@@ -261,7 +261,7 @@ def attention_dkey_kernel(
         base = rows_at(dvalue, dvalue_strides, place, start, key_head, step, FEATURES)
         store_rows(
             base, step, at_end(k0, threshold), place.keys, shape.value_width,
-            state[1] * rule[2], BLOCKS.N, BLOCKS.V,
+            state[1] * criterion[2], BLOCKS.N, BLOCKS.V,
         )  # fmt: skip
 
 
@@ -270,14 +270,15 @@ def attention_dmask_kernel(
     dmask, dmask_strides, shared, incoming, problem, threshold: tl.int64, scale: tl.float32,
     BLOCKS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the mask's gradient: dS summed over the dimensions along which it is shared.
+    """A tile of the attention mask's gradient: dS summed over the dimensions that share it.
 
-    ``shared`` holds the sizes (batches, heads, blocks of queries, blocks of keys) to sum over, 1
-    where the mask has its own, and their product; SHARED is whether the last two are summed.
+    ``shared`` holds how many (batches, heads, blocks of queries, blocks of keys) to sum over, 1
+    where the mask has an entry for each, and the product of these. SHARED says for the last two
+    dimensions whether they are summed.
     """
     shape = problem.shape
-    rule = load_rule(problem, threshold, scale, FEATURES)
-    # What the program owns, from the innermost: a block of keys, of queries, a head, a batch.
+    criterion = load_criterion(problem, threshold, scale, FEATURES)
+    # The program's place, innermost first: block of keys, block of queries, head, batch.
     program = tl.program_id(0)
     key_blocks = tl.cdiv(tl.cdiv(shape.keys + problem.origin.shift, BLOCKS.N), shared[3])
     query_blocks = tl.cdiv(tl.cdiv(shape.queries, BLOCKS.M), shared[2])
@@ -302,7 +303,7 @@ def attention_dmask_kernel(
         value = load_value(value_base, problem, place, k0, BLOCKS, LAYOUT, ROWS)
         lse, delta = load_statistics(incoming, problem, place, q0, BLOCKS.M, FEATURES)
         _, dscore, _ = _tile(
-            query, key, value, dout, lse, delta, problem, place, rule, q0, padded,
+            query, key, value, dout, lse, delta, problem, place, criterion, q0, padded,
             EDGE, BLOCKS, FEATURES,
         )  # fmt: skip
         total += dscore

@@ -1,4 +1,4 @@
-"""Launchers of attention: tiles, strides and features; everything that depends on sizes alone."""
+"""The launchers of attention, which decide tiles, strides and features by sizes alone."""
 
 from __future__ import annotations
 
@@ -38,130 +38,133 @@ from .gpu import Gpu
 class Tile(NamedTuple):
     """Queries and keys of a tile (keys a multiple of 32), warps and pipeline stages.
 
-    ``again``: the gradients of keys read keys and values again for each block of queries.
-    ``ahead``: forward draws the mask of a block while the products of the one before are under way.
-    ``loop``: the gradients of keys keep their loop over query heads also where there is but one.
+    ``reload``: the kernel for the gradients of keys loads keys and values again for each block of
+    queries. ``ahead``: forward draws a block's mask while the products of the block before are
+    running. ``loop``: the kernel for the gradients of keys keeps its loop over query heads even
+    where there is only one.
     """
 
     queries: int
     keys: int
     num_warps: int
     num_stages: int
-    again: bool = False
+    reload: bool = False
     ahead: bool = False
     loop: bool = False
 
 
-# So that sums and differences of positions fit 32 bits, those of a tile's last row included.
+# Up to this length, sums and differences of positions fit 32 bits, also for a tile's last row.
 LENGTH_LIMIT = (1 << 30) - (1 << 10)
 
 
-# The tiles are read off the machine code (docs/design.md has the figures): for bf16 at head
-# dimensions 64 and 128 the largest that spill no register, or next to none in backward, and
-# beyond that what fits the shared memory: 227 KiB, or the 99 KiB of the smallest GPU.
+# The tiles were found from the machine code (docs/design.md has the figures). For bf16 at head
+# dimensions 64 and 128 they are the largest that spill no register, or nearly none in backward; for
+# wider heads they are what fits the shared memory: 227 KiB, or the 99 KiB of the smallest GPU.
 #
-# On Hopper a product is under way by itself while its warps do something else, and a loop with two
-# stages waits at once for what it has just asked for: three keep a block of keys and values in
-# flight for a whole turn. Its forward draws a block's mask behind the products of the block before,
-# for wherever it is written before them, ptxas puts it behind the wait. Elsewhere a product holds
-# its warp, and drawing ahead would only take registers. A mask tensor takes registers and shared
-# memory of its own: with one, half the keys go into a tile of forward.
+# On Hopper a product runs asynchronously while its warps do something else. A loop with two stages
+# waits at once for the load that it has just started; three stages keep a block of keys and values
+# in flight for a whole turn. The forward there draws a block's mask after the products of the block
+# before: if it is written before them, ptxas moves it behind the wait. On other GPUs a product
+# occupies its warp, and drawing ahead would only take registers. An attention mask takes registers
+# and shared memory, so with one a tile of forward has half as many keys.
 #
-# Two of them spill at 128, with dropout: on sm_90 the gradients of keys where attention is causal,
-# 112 bytes a thread, six reloads among the 742 instructions of the loop without bounds; on sm_100
-# the forward, 368 bytes, none of it in that loop. One stage in the place of two ends both (24.0
-# instructions a score instead of 23.2, and 15.1 instead of 15.2), but then no load is asynchronous.
-# Only a GPU can tell what that costs (benchmarks/tune.py).
+# Two kernels spill at 128 with dropout. On sm_90 it is that for the gradients of keys where
+# attention is causal: 112 bytes per thread, six reloads among the 742 instructions of the loop
+# without bounds. On sm_100 it is the forward: 368 bytes, none of them in that loop. With one stage
+# instead of two neither spills (24.0 instructions per score instead of 23.2, and 15.1 instead of
+# 15.2), but then no load is asynchronous. Only a GPU can tell what that costs (benchmarks/tune.py).
 
 
-def _first_that_fits(tiles: Sequence[Tile], room: int, held: Callable[[Tile], int]) -> Tile:
-    """The first tile whose program has what it holds in ``room`` bytes, or else the last."""
-    return next((tile for tile in tiles if held(tile) <= room), tiles[-1])
+def _first_that_fits(tiles: Sequence[Tile], room: int, needs: Callable[[Tile], int]) -> Tile:
+    """The first tile that needs at most ``room`` bytes of shared memory, or else the last one."""
+    return next((tile for tile in tiles if needs(tile) <= room), tiles[-1])
 
 
-def _forward_holds(tile: Tile, width: int, element_size: int, mask: int) -> int:
-    """Bytes of shared memory of forward on Hopper; so many of dQ, which holds dout as well."""
+def _forward_needs(tile: Tile, width: int, element_size: int, mask: int) -> int:
+    """Bytes of shared memory that a program of forward needs on Hopper."""
     loaded = 2 * tile.keys * width * element_size
     masks = (tile.num_stages - 1) * tile.queries * tile.keys * mask
     return tile.queries * width * element_size + tile.num_stages * loaded + masks
 
 
-def _dquery_holds(tile: Tile, width: int, element_size: int, mask: int) -> int:
-    return _forward_holds(tile, width, element_size, mask) + tile.queries * width * element_size
+def _dquery_needs(tile: Tile, width: int, element_size: int, mask: int) -> int:
+    """The same for the gradient of queries, whose programs hold dout as well."""
+    return _forward_needs(tile, width, element_size, mask) + tile.queries * width * element_size
 
 
-def forward_tile(width: int, element_size: int, kind: Gpu, mask: int = 0) -> Tile:
-    """The forward's tile, for the larger of the padded head dimensions.
+def forward_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile:
+    """The forward's tile; ``width`` is the larger of the two padded head dimensions.
 
-    ``mask`` is the size of an element of a mask tensor, 0 without one.
+    ``mask`` is the size of an element of the attention mask, 0 without one.
     """
     if element_size == 4:
         return Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 8, 1)
     if width > 128:
-        return Tile(128, 64, 8, 2) if kind.generation >= 90 else Tile(32, 32, 4, 2)
-    if kind.generation != 90:
-        return Tile(128, 128 if kind.generation > 90 else 64, 8, 2)
+        return Tile(128, 64, 8, 2) if target.generation >= 90 else Tile(32, 32, 4, 2)
+    if target.generation != 90:
+        return Tile(128, 128 if target.generation > 90 else 64, 8, 2)
     smaller = (Tile(128, 64, 8, 3, ahead=True), Tile(128, 64, 8, 2, ahead=True))
     larger = (Tile(128, 128, 8, 3, ahead=True), Tile(128, 128, 8, 2, ahead=True))
     return _first_that_fits(
         smaller if mask else (*larger, *smaller),
-        kind.shared,
-        lambda tile: _forward_holds(tile, width, element_size, mask),
+        target.shared,
+        lambda tile: _forward_needs(tile, width, element_size, mask),
     )
 
 
-def dquery_tile(width: int, element_size: int, kind: Gpu, mask: int = 0) -> Tile:
-    """The tile of the gradient of queries, and of the mask's, ``mask`` as in forward."""
+def dquery_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile:
+    """The tile for the gradients of queries and of the attention mask; ``mask`` as in forward."""
     if element_size == 4:
         return Tile(32 if width <= 64 else 16, 32, 4, 1)
-    if kind.generation == 90 and width <= 128:
+    if target.generation == 90 and width <= 128:
         return _first_that_fits(
             (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-            kind.shared,
-            lambda tile: _dquery_holds(tile, width, element_size, mask),
+            target.shared,
+            lambda tile: _dquery_needs(tile, width, element_size, mask),
         )
-    if width <= 64 or (width <= 128 and kind.generation >= 90):
+    if width <= 64 or (width <= 128 and target.generation >= 90):
         return Tile(128, 64, 8, 2)
-    return Tile(128, 32, 8, 1) if width <= 128 or kind.generation >= 90 else Tile(64, 32, 8, 1)
+    return Tile(128, 32, 8, 1) if width <= 128 or target.generation >= 90 else Tile(64, 32, 8, 1)
 
 
-def dkey_tile(width: int, element_size: int, kind: Gpu, mask: int = 0) -> Tile:
-    """The tile of the gradients of keys and values, ``mask`` as in forward."""
+def dkey_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile:
+    """The tile for the gradients of keys and values; ``mask`` as in forward."""
     if element_size == 4:
         tile = Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
         # On NVIDIA's GPUs the operands of products in fp32 lie in shared memory: keys, values,
-        # queries and gradients, the last two twice as TF32, the other time transposed. At 256
-        # columns that is 131,072 bytes, or 102,400 with the scores where products are exact, and
-        # 99 KiB are all there is on some. Read again, it is 65,536, or up to 99,328.
-        held = (2 * tile.queries + tile.keys) * 2 * width * element_size
-        return tile._replace(again=kind.generation > 0 and held > kind.shared)
-    # Of a loop with one turn, where the compiler knows that, nothing is left, and in what remains
-    # ptxas waits for each product by itself (it says so: C7515), but where there is an upper bound.
-    # At 128 without a mask tensor it does not, and the loop would take registers for nothing.
-    loop = kind.generation == 90 and (width <= 64 or mask > 0)
+        # queries and gradients; with TF32 the last two lie there twice, once transposed. At 256
+        # columns that is 131,072 bytes, or 102,400 with the scores where products are exact, but
+        # some GPUs have only 99 KiB. With ``reload`` it is 65,536, or up to 99,328.
+        needed = (2 * tile.queries + tile.keys) * 2 * width * element_size
+        return tile._replace(reload=target.generation > 0 and needed > target.shared)
+    # If the compiler knows that a loop has one turn, it removes the loop, and in the remaining code
+    # ptxas waits for each product separately (warning C7515), except where there is an upper bound.
+    # At 128 without an attention mask it does not wait, and the loop would only take registers.
+    loop = target.generation == 90 and (width <= 64 or mask > 0)
     if width <= 64:
         return Tile(64, 64, 4, 2, loop=loop)
     if width <= 128:
-        if kind.generation == 100:
-            # 128 x 64 with one stage takes 30.1 instructions a score, 29.2 and spills 160 bytes
-            # where attention is causal; this one 27.4 and 25.3, spills none and loads ahead. With a
-            # mask in fp32 it has 230,400 bytes of shared memory, of the 232,448 that there are.
+        if target.generation == 100:
+            # 128 x 64 with one stage takes 30.1 instructions per score; where attention is causal,
+            # 29.2, and it spills 160 bytes. This tile takes 27.4 and 25.3, spills nothing and loads
+            # ahead. With an attention mask in fp32 it needs 230,400 of the 232,448 bytes of shared
+            # memory.
             return Tile(64, 128, 8, 2)
-        if kind.generation == 90:
+        if target.generation == 90:
             return Tile(128, 64, 8, 2, loop=loop)
         return Tile(32, 64, 4, 1)
-    return Tile(128, 32, 8, 2) if kind.generation == 90 else Tile(32, 32, 4, 1)
+    return Tile(128, 32, 8, 2) if target.generation == 90 else Tile(32, 32, 4, 1)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:
-    """Strides in elements; 0 along dimensions of size 1, so that a shared one is read again."""
+    """Strides in elements; 0 along dimensions of size 1, along which a mask is broadcast."""
     if t is None:
         return ()
     return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
 
 
 class Call:
-    """What the launches of one call share."""
+    """The arguments that the launches of one call share."""
 
     def __init__(self, inputs: AttentionInputs, options: AttentionOptions) -> None:
         query, key, value = (launch.adjacent(t) for t in (inputs.query, inputs.key, inputs.value))
@@ -171,7 +174,8 @@ class Call:
                 f"query and value have head dimensions {width} and {value_width}; the Triton "
                 f"backend takes up to {HEAD_DIM_LIMIT}: use tridrop.backend('reference')"
             )
-        # The kernels take the maximum of products before they scale them.
+        # The kernels take the maximum of the products before they scale it, so the scale must not
+        # be negative.
         self.sign = -1.0 if options.scale < 0 else 1.0
         if self.sign < 0:
             query = -query
@@ -198,8 +202,8 @@ class Call:
             launch.vector(inputs.cu_query), launch.vector(inputs.cu_key),
             inputs.seed if drops else None, launch.rate(inputs.p),
         )  # fmt: skip
-        # A bound that no score meets is dropped, and one beyond all scores is brought near, so
-        # that 32 bits hold its sums.
+        # A bound that excludes no score is left out, and one that excludes all scores is moved
+        # close to them, so that its sums fit 32 bits.
         lower, upper = options.lower, options.upper
         lower = None if lower is None or lower <= -self.queries else min(lower, self.keys)
         upper = None if upper is None or upper >= self.keys else max(upper, -self.queries)
@@ -219,7 +223,7 @@ class Call:
             "MAYBE_ZERO": inputs.p is not None,
             "SOFTCAP": options.softcap != 0,
             "PACKED": self.packed,
-            # fp32 is multiplied as torch.matmul would, by torch's own switch.
+            # torch's own setting decides how fp32 is multiplied, as in torch.matmul.
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }
 
@@ -237,7 +241,7 @@ class Call:
     def launch(
         self, kernel: Any, tile: Tile, programs: int, out: Tensor, *args: Any, **more: Any
     ) -> None:
-        """Launch a kernel with ``args`` and the problem; ``out`` stands for dout in backward."""
+        """Launch a kernel with ``args`` and the problem; in backward, ``out`` is dout."""
         width, value_width = self.shape.width, self.shape.value_width
         t = self.tensors
         layout = Layout(
@@ -258,7 +262,7 @@ class Call:
                     tile.keys,
                     _padded(width),
                     _padded(value_width),
-                    tile.again,
+                    tile.reload,
                     tile.ahead,
                     tile.loop,
                 ),
@@ -271,19 +275,19 @@ class Call:
             )
 
     def query_blocks(self, tile: Tile) -> int:
-        """The blocks of queries of all heads, a program each."""
+        """The number of blocks of queries of all heads, one program each."""
         return launch.cdiv(self.queries, tile.queries) * self.heads * self.batch
 
     @property
     def mask_size(self) -> int:
-        """Bytes of an element of the mask tensor, 0 without one."""
+        """Bytes of an element of the attention mask, 0 without one."""
         return 0 if self.tensors.mask is None else self.tensors.mask.element_size()
 
-    def tile(self, choose: Any, *more: int) -> Tile:
+    def tile(self, tile_for: Any, *more: int) -> Tile:
         size = torch.finfo(self.dtype).bits // 8
         widest = max(_padded(self.shape.width), _padded(self.shape.value_width))
-        chosen: Tile = choose(widest, size, gpu.of(self.device), *more)
-        return chosen
+        found: Tile = tile_for(widest, size, gpu.of(self.device), *more)
+        return found
 
 
 def _padded(n: int) -> int:
@@ -295,7 +299,7 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
     out = empty_output(inputs.query, inputs.value.shape[-1])
     lse = inputs.query.new_empty(inputs.query.shape[:-1], dtype=torch.float32)
     call = Call(inputs, options)
-    # Packed tokens behind the last sequence belong to no program.
+    # No program writes packed tokens behind the last sequence.
     if call.packed or call.empty:
         out.zero_()
         lse.fill_(-math.inf)
@@ -340,7 +344,7 @@ def attention_backward(
             )
     if needs[4] and inputs.sinks is not None:
         sinks = inputs.sinks.float()[:, None]
-        # The sink's own share of each row; a row outside every sequence has lse = -inf.
+        # The sink's probability in each row; a row outside of all sequences has lse = -inf.
         share = torch.where(lse == -math.inf, 0.0, torch.exp(sinks - lse))
         found[4] = -(share * delta).sum((0, 2)).to(inputs.sinks.dtype)
     if call.empty:
@@ -356,7 +360,7 @@ def attention_backward(
         tile = call.tile(dkey_tile, call.mask_size)
         blocks = launch.cdiv(call.keys + call.origin.shift, tile.keys)
         programs = blocks * call.shared_heads * call.batch
-        # One kernel makes both; where only one is wanted the other is made and dropped.
+        # One kernel computes both; if only one is needed, the other is computed and discarded.
         pair = (
             make(inputs.key) if dkey is None else dkey,
             make(inputs.value) if dvalue is None else dvalue,
@@ -369,19 +373,19 @@ def attention_backward(
 
 
 def _mask_gradient(call: Call, incoming: Incoming, dmask: Tensor) -> None:
-    """A program a tile of the mask: it goes through the scores that share it."""
-    # Queries and dout are read in the loop here: a third stage would not fit beside them.
+    """Launch one program per tile of the attention mask; it sums over the scores that share it."""
+    # Queries and dout are loaded in the loop here, beside which a third stage would not fit.
     tile = call.tile(dquery_tile, call.mask_size)
     tile = tile._replace(num_stages=min(2, tile.num_stages))
     query_blocks = launch.cdiv(call.queries, tile.queries)
     key_blocks = launch.cdiv(call.keys + call.origin.shift, tile.keys)
     sizes = (call.batch, call.heads, query_blocks, key_blocks)
-    own = tuple(1 if n == 1 else size for n, size in zip(dmask.shape, sizes, strict=True))
-    shared = tuple(size // n for n, size in zip(own, sizes, strict=True))
+    tiles = tuple(1 if n == 1 else size for n, size in zip(dmask.shape, sizes, strict=True))
+    shared = tuple(size // n for n, size in zip(tiles, sizes, strict=True))
     call.launch(
         attention_dmask_kernel,
         tile,
-        math.prod(own),
+        math.prod(tiles),
         incoming.dout,
         dmask,
         _strides(dmask),

@@ -1,7 +1,8 @@
 """What the attention kernels share: their arguments, and pure functions of tiles of scores.
 
-Queries are the rows of every tile, in forward and in both halves of backward: one function makes
-the scores, one the mask, and a Philox call's eight decisions lie in one thread everywhere.
+Queries are the rows of every tile, in forward and in both halves of backward. So one function
+computes the scores, one draws the mask, and a Philox call's eight decisions always lie in one
+thread.
 """
 
 from collections import namedtuple
@@ -12,29 +13,29 @@ import triton.language as tl
 from .constant import Constant
 from .mask import decide_scores, layout_of, load_rate, score_words
 from .mask import load_key as load_philox_key
-from .tiles import known, to_float
+from .tiles import multiple_of, to_float
 
 LOG2E = Constant(1.4426950408889634)
 LN2 = Constant(0.6931471805599453)
 
-# What a tile needs: nothing, bounds of the rows that it loads, or of its scores as well.
+# Which bounds a tile needs: none, those of the rows that it loads, or those of its scores as well.
 INNER = Constant(0)
 ROWS = Constant(1)
 EDGE = Constant(2)
 
 # Pointers; None where absent. `rate` is the (threshold, scale) pair on the device.
 Tensors = namedtuple("Tensors", "query key value mask key_mask sinks cu_query cu_key seed rate")
-# Strides between batches and heads of query, key, value and out or dout; of the mask between
-# batches, heads, queries and keys, 0 where it is shared; between rows of key_mask.
+# Strides between batches and heads of query, key, value and out or dout; between batches, heads,
+# queries and keys of the attention mask, 0 where it is broadcast; and between rows of key_mask.
 Strides = namedtuple("Strides", "query key value out mask key_mask")
-# `group` query heads share a key head. `tokens` are the rows of lse: the queries, or all that are
-# packed. lower <= key - query <= upper; see Features for whether.
+# `group` query heads share a key head. `tokens` is the number of rows of lse: all queries, also
+# those of packed sequences. lower <= key - query <= upper, if Features say that there are bounds.
 Shape = namedtuple("Shape", "heads group queries keys tokens width value_width lower upper")
-# Where the coordinates (batch, head, query) begin, the key's divided by 32, and the remainder.
+# Where the coordinates begin: batch, head, query, the key's divided by 32, and the remainder.
 Origin = namedtuple("Origin", "batch head query tile shift")
-# scale: of the scores; cap: of the softcap.
+# The scale of the scores, and the softcap.
 Factors = namedtuple("Factors", "scale cap")
-# All of it: what every kernel is given.
+# The arguments that all kernels take.
 Problem = namedtuple("Problem", "tensors strides shape origin factors")
 # Compile-time: whether there are bounds of key - query, whether the first key is inside a tile of
 # 32, dropout, a p that only the device knows, a softcap, packed sequences, the precision of
@@ -42,15 +43,16 @@ Problem = namedtuple("Problem", "tensors strides shape origin factors")
 Features = namedtuple(
     "Features", "LOWER UPPER SHIFTED DROPS MAYBE_ZERO SOFTCAP PACKED PRECISION VECTOR"
 )
-# Compile-time: queries, keys, width and value width of a tile; whether the gradients of keys read
-# keys and values again for each block of queries; whether forward draws a block's mask while the
-# products of the block before are under way; and whether the gradients of keys loop over the query
-# heads of a key head even where the compiler knows that there is one.
-Blocks = namedtuple("Blocks", "M N E V AGAIN AHEAD LOOP")
+# Compile-time: queries, keys, width and value width of a tile; whether the kernel for the gradients
+# of keys loads keys and values again for each block of queries; whether forward draws a block's
+# mask while the products of the block before are running; and whether the kernel for the gradients
+# of keys loops over the query heads of a key head even if there is only one.
+Blocks = namedtuple("Blocks", "M N E V RELOAD AHEAD LOOP")
 # Compile-time: the width and value width, or 0 where they are smaller than their blocks, and the
 # strides between rows of query, key, value and out or dout.
 Layout = namedtuple("Layout", "WIDTH VALUE_WIDTH QUERY KEY VALUE OUT")
-# One batch entry and head: the first token and the number of queries and of keys, and the indices.
+# One batch entry and head: the first token and the number of queries, the same for keys, and the
+# two indices.
 Place = namedtuple("Place", "query_start queries key_start keys batch head")
 
 
@@ -70,7 +72,7 @@ def place_of(problem, batch, head, FEATURES: tl.constexpr):
 
 @triton.jit
 def query_block(problem, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
-    """What this program owns, a block of queries: its place and its first query."""
+    """The program's block of queries: (place, first query)."""
     blocks = tl.cdiv(problem.shape.queries, BLOCKS.M)
     block = tl.program_id(0) % blocks
     if FEATURES.UPPER:
@@ -82,16 +84,16 @@ def query_block(problem, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
 
 @triton.jit
 def rows_at(pointer, strides, place, start, head, step, FEATURES: tl.constexpr):
-    """The first row of a batch entry's head: `start` is its first token, `step` the row stride."""
-    base = pointer + tl.cast(head, tl.int64) * known(strides[1], FEATURES.VECTOR)
+    """The address of a head's first row; `start` is its first token, `step` the row stride."""
+    base = pointer + tl.cast(head, tl.int64) * multiple_of(strides[1], FEATURES.VECTOR)
     if not FEATURES.PACKED:
-        base += tl.cast(place.batch, tl.int64) * known(strides[0], FEATURES.VECTOR)
+        base += tl.cast(place.batch, tl.int64) * multiple_of(strides[0], FEATURES.VECTOR)
     return base + start * step
 
 
 @triton.jit
 def key_bases(problem, place, FEATURES: tl.constexpr, LAYOUT: tl.constexpr):
-    """The first rows of key and value, of the key head that the place's query head shares."""
+    """The addresses of the first rows of key and value, for the place's query head."""
     t, strides, start = problem.tensors, problem.strides, place.key_start
     head = place.head // problem.shape.group
     key = rows_at(t.key, strides.key, place, start, head, LAYOUT.KEY, FEATURES)
@@ -101,7 +103,7 @@ def key_bases(problem, place, FEATURES: tl.constexpr, LAYOUT: tl.constexpr):
 
 @triton.jit
 def query_bases(problem, dout, place, FEATURES: tl.constexpr, LAYOUT: tl.constexpr):
-    """The first rows of query and dout."""
+    """The addresses of the first rows of query and dout."""
     t, strides, start = problem.tensors, problem.strides, place.query_start
     query = rows_at(t.query, strides.query, place, start, place.head, LAYOUT.QUERY, FEATURES)
     other = rows_at(dout, strides.out, place, start, place.head, LAYOUT.OUT, FEATURES)
@@ -110,7 +112,7 @@ def query_bases(problem, dout, place, FEATURES: tl.constexpr, LAYOUT: tl.constex
 
 @triton.jit
 def statistics_at(pointer, problem, place, FEATURES: tl.constexpr):
-    """The first of a head's numbers a query: lse and delta are [B, H, tokens]."""
+    """The address of a head's first number per query: lse and delta are [B, H, tokens]."""
     row = tl.cast(place.head, tl.int64)
     if not FEATURES.PACKED:
         row += tl.cast(place.batch, tl.int64) * problem.shape.heads
@@ -122,8 +124,9 @@ def load_rows(
     base, first, length, width, HEIGHT: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
     BOUNDS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` and on, [HEIGHT, COLS], zeros outside. WIDTH is the width, or 0 if not COLS."""
-    # With a constant row stride a thread needs one address, not one for each row that it loads.
+    """The rows from `first` on, [HEIGHT, COLS], zeros outside. WIDTH is the width if that is COLS,
+    else 0."""
+    # With a constant row stride a thread needs one address, and not one per row that it loads.
     row, col = tl.arange(0, HEIGHT), tl.arange(0, COLS)
     if HEIGHT * STEP + COLS < 1 << 31:
         inner = row[:, None] * STEP + col[None, :]
@@ -146,7 +149,7 @@ def load_rows(
 def load_key(
     base, problem, place, k0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
-    """Keys k0 and on, [N, E]."""
+    """The keys from k0 on, [N, E]."""
     return load_rows(
         base, k0, place.keys, problem.shape.width, BLOCKS.N, BLOCKS.E,
         LAYOUT.KEY, BOUNDS, LAYOUT.WIDTH,
@@ -157,7 +160,7 @@ def load_key(
 def load_value(
     base, problem, place, k0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
-    """Values k0 and on, [N, V]."""
+    """The values from k0 on, [N, V]."""
     return load_rows(
         base, k0, place.keys, problem.shape.value_width, BLOCKS.N, BLOCKS.V,
         LAYOUT.VALUE, BOUNDS, LAYOUT.VALUE_WIDTH,
@@ -168,7 +171,7 @@ def load_value(
 def load_query(
     base, problem, place, q0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
-    """Queries q0 and on, [M, E]."""
+    """The queries from q0 on, [M, E]."""
     return load_rows(
         base, q0, place.queries, problem.shape.width, BLOCKS.M, BLOCKS.E,
         LAYOUT.QUERY, BOUNDS, LAYOUT.WIDTH,
@@ -179,7 +182,7 @@ def load_query(
 def load_dout(
     base, problem, place, q0, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
-    """Gradients of the results q0 and on, [M, V]."""
+    """The gradients of the results from q0 on, [M, V]."""
     return load_rows(
         base, q0, place.queries, problem.shape.value_width, BLOCKS.M, BLOCKS.V,
         LAYOUT.OUT, BOUNDS, LAYOUT.VALUE_WIDTH,
@@ -188,9 +191,9 @@ def load_dout(
 
 @triton.jit
 def at_end(index, threshold):
-    """The index again, as one that the compiler does not know: no threshold is below 0.
+    """The index, unchanged, since no threshold is below 0; but the compiler does not know that.
 
-    Addresses of the end then are computed there, and take no registers from the loops.
+    So addresses for the end of the kernel are computed there, and take no registers in the loops.
     """
     return index + (threshold < 0).to(tl.int32)
 
@@ -209,9 +212,9 @@ def store_rows(
 
 @triton.jit
 def phases(lo_any, lo_all, hi_all, hi_any, BLOCK: tl.constexpr):
-    """Bounds (a, b, c, d) of blocks along an axis: [b, c) needs no bounds, [a, b), [c, d) do.
+    """Ends (a, b, c, d) of phases of blocks: [b, c) needs no bounds, but [a, b) and [c, d) do.
 
-    Some row of the other axis' tile reaches from lo_any to hi_any, every one from lo_all to hi_all.
+    At least one row of the tile reaches from lo_any to hi_any, and every row from lo_all to hi_all.
     """
     end = tl.maximum(hi_any, 0)
     a = tl.maximum(lo_any, 0) // BLOCK * BLOCK
@@ -224,7 +227,7 @@ def phases(lo_any, lo_all, hi_all, hi_any, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_phases(problem, place, q0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
-    """The phases of the keys for queries q0 and on, counted from the first tile of 32."""
+    """The phases of the keys for the queries from q0 on, counted from the first tile of 32."""
     shape, shift = problem.shape, problem.origin.shift
     lo_any = place.keys * 0 + shift
     lo_all = lo_any
@@ -236,14 +239,14 @@ def key_phases(problem, place, q0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr)
     if FEATURES.UPPER:
         hi_any = tl.minimum(q0 + BLOCKS.M + shape.upper, place.keys) + shift
         hi_all = tl.minimum(q0 + 1 + shape.upper, place.keys) + shift
-        # no key at all for these queries
+        # these queries have no key at all
         hi_any = tl.where(q0 + BLOCKS.M + shape.upper > 0, hi_any, 0)
     return phases(lo_any, lo_all, hi_all, hi_any, BLOCKS.N)
 
 
 @triton.jit
 def query_phases(problem, place, k0, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
-    """The phases of the queries for the keys k0 and on, local indices."""
+    """The phases of the queries for the keys from k0 on, in local indices."""
     shape = problem.shape
     lo_any = place.queries * 0
     lo_all = lo_any
@@ -260,7 +263,7 @@ def query_phases(problem, place, k0, BLOCKS: tl.constexpr, FEATURES: tl.constexp
 
 @triton.jit
 def is_plain(problem, BOUNDS: tl.constexpr, FEATURES: tl.constexpr):
-    """Whether a score is nothing but a multiple of the product."""
+    """Whether all scores are the product times a constant."""
     no_mask: tl.constexpr = problem.tensors.mask is None and problem.tensors.key_mask is None
     return no_mask and BOUNDS != EDGE and not FEATURES.SOFTCAP
 
@@ -318,12 +321,12 @@ def make_scores(
 
 
 @triton.jit
-def load_rule(problem, threshold, scale, FEATURES: tl.constexpr):
-    """(Philox key, threshold, scale, a zero that the compiler does not know)"""
+def load_criterion(problem, threshold, scale, FEATURES: tl.constexpr):
+    """(Philox key, threshold, scale, a zero whose value the compiler does not know)"""
     if FEATURES.DROPS:
         threshold, scale = load_rate(problem.tensors.rate, threshold, scale)
         # A select between a probability and this zero stays one select in fp32. With a constant
-        # LLVM would move it behind the conversion to bf16, where pairs are unpacked for it.
+        # zero, LLVM would move it behind the conversion to bf16 and unpack pairs of numbers for it.
         return (
             load_philox_key(problem.tensors.seed),
             threshold,
@@ -336,39 +339,39 @@ def load_rule(problem, threshold, scale, FEATURES: tl.constexpr):
 
 @triton.jit
 def draw_tile(
-    problem, place, rule, q0, padded, anchor, BLOCKS: tl.constexpr
+    problem, place, criterion, q0, padded, anchor, BLOCKS: tl.constexpr
 ):  # fmt: skip
     """The words of the tile at query q0 and the padded key index, a multiple of 32."""
     origin = problem.origin
     return score_words(
         origin.query + q0, origin.tile + padded // 32,
         (origin.batch + place.batch, origin.head + place.head),
-        rule[0], anchor, BLOCKS.M, BLOCKS.N,
+        criterion[0], anchor, BLOCKS.M, BLOCKS.N,
     )  # fmt: skip
 
 
 @triton.jit
-def decide_tile(words, rule, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
+def decide_tile(words, criterion, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
     """The decisions of a tile, [M, N]."""
-    return decide_scores(words, rule[1], FEATURES.MAYBE_ZERO, BLOCKS.M, BLOCKS.N)
+    return decide_scores(words, criterion[1], FEATURES.MAYBE_ZERO, BLOCKS.M, BLOCKS.N)
 
 
 @triton.jit
 def keep_tile(
-    problem, place, rule, q0, padded, BLOCKS: tl.constexpr, FEATURES: tl.constexpr
+    problem, place, criterion, q0, padded, BLOCKS: tl.constexpr, FEATURES: tl.constexpr
 ):  # fmt: skip
     """The decisions of the tile at query q0 and the padded key index."""
-    words = draw_tile(problem, place, rule, q0, padded, 0, BLOCKS)
-    return decide_tile(words, rule, BLOCKS, FEATURES)
+    words = draw_tile(problem, place, criterion, q0, padded, 0, BLOCKS)
+    return decide_tile(words, criterion, BLOCKS, FEATURES)
 
 
 @triton.jit
 def draw_next(
-    score, problem, place, rule, q0, padded, BLOCKS: tl.constexpr
+    score, problem, place, criterion, q0, padded, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """The words of a tile in the layout of another tile's scores, for a loop to carry."""
+    """The words of a tile in the layout of another tile's scores, for the loop's next turn."""
     anchor = layout_of(score, BLOCKS.M, BLOCKS.N)
-    return draw_tile(problem, place, rule, q0, padded, anchor, BLOCKS)
+    return draw_tile(problem, place, criterion, q0, padded, anchor, BLOCKS)
 
 
 @triton.jit

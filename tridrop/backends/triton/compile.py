@@ -1,7 +1,7 @@
-"""Compile the kernels for GPUs that need not be here.
+"""Compile the kernels for GPUs that need not be present.
 
-A launcher is called with tensors of the device "meta", and what it would have launched is compiled
-instead: the same kernel, arguments, constants and settings, and no data at all.
+A launcher is called with tensors on the device "meta", and the kernel that it would launch is
+compiled instead, with the same arguments, constants and settings but without data.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Bytes of shared memory that a program may have. NVIDIA: CUDA C++ Programming Guide, technical
+# Bytes of shared memory that a program may use. NVIDIA: CUDA C++ Programming Guide, technical
 # specifications by compute capability; AMD: CDNA 3 ISA, the local data share of a compute unit.
 SHARED = {
     "sm_80": 163 << 10,
@@ -73,25 +73,25 @@ class Compiled:
     kernel: str
     arch: str
     text: str
-    """what cuobjdump says of the machine code and its resources, or AMD's assembly; or the text of
-    the stage that was asked for"""
+    """cuobjdump's output for the machine code and its resources, or AMD's assembly; or the text of
+    the requested stage"""
     grid: tuple[int, ...]
     numbers: tuple[int | float, ...]
     """the numbers among the arguments, in order"""
     constants: dict[str, Any]
     """the compile-time arguments: tiles, features"""
     threads: int
-    """of a program"""
+    """threads of a program"""
     shared_bytes: int
-    """shared memory of a program; 0 where the compiler was stopped before it was laid out"""
+    """shared memory of a program; 0 if the compiler was stopped before it was laid out"""
     tensor_bytes: int
-    """all tensors that the kernel is given, each once"""
+    """bytes of all tensors that the kernel gets, each counted once"""
     fuses: bool
     """whether a product and a sum may become one instruction"""
 
     @property
     def tile(self) -> int:
-        """The elements, or scores, that a program has in its hands at a time."""
+        """How many elements, or scores, a program works on at a time."""
         c = self.constants
         if "BLOCKS" in c:
             return int(c["BLOCKS"].M * c["BLOCKS"].N)
@@ -101,7 +101,7 @@ class Compiled:
 
 
 class _Driver:
-    """Stands for the driver of a GPU that is not there; nothing is launched."""
+    """Takes the place of the driver of a GPU that is not present; nothing is launched."""
 
     def __init__(self, arch: str) -> None:
         self.target, self.shared = TARGETS[arch], SHARED[arch]
@@ -121,7 +121,7 @@ class _Driver:
 
 
 class _Stopped(Exception):
-    """The compiler has come to the stage that it was to stop behind."""
+    """The compiler has finished the stage after which it was to stop."""
 
     def __init__(self, text: str, metadata: dict[str, Any]) -> None:
         super().__init__()
@@ -130,9 +130,9 @@ class _Stopped(Exception):
 
 @contextmanager
 def _stopping(arch: str, until: str) -> Iterator[None]:
-    """Compilers for ``arch`` raise :class:`_Stopped` behind the stage ``until``."""
-    kind = type(make_backend(TARGETS[arch]))
-    original = kind.add_stages
+    """A block in which compilers for ``arch`` raise :class:`_Stopped` after the stage ``until``."""
+    compiler = type(make_backend(TARGETS[arch]))
+    original = compiler.add_stages
 
     def stop(module: Any, metadata: dict[str, Any]) -> None:
         raise _Stopped(str(module), metadata)
@@ -142,15 +142,15 @@ def _stopping(arch: str, until: str) -> Iterator[None]:
         names = list(stages)
         stages[names[names.index(until) + 1]] = stop
 
-    kind.add_stages = add_stages
+    compiler.add_stages = add_stages
     try:
         yield
     finally:
-        kind.add_stages = original
+        compiler.add_stages = original
 
 
 class _Recorder:
-    """Takes a kernel's place in its launcher."""
+    """Takes a kernel's place in its launcher, and compiles the kernel instead of launching it."""
 
     def __init__(
         self, name: str, kernel: Any, arch: str, until: str | None, found: list[Compiled]
@@ -159,7 +159,7 @@ class _Recorder:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def compile_only(*args: Any, **kwargs: Any) -> None:
-            # Kernels are cached by device, and all targets are the same device here.
+            # Triton caches kernels by device, and all targets have the same device here.
             self.kernel.device_caches.clear()
             try:
                 compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
@@ -188,7 +188,7 @@ class _Recorder:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What the kernel is given, one by one: named tuples of arguments are taken apart."""
+    """The kernel's arguments one by one, with named tuples taken apart."""
     if isinstance(value, tuple):
         for item in value:
             yield from _leaves(item)
@@ -234,11 +234,11 @@ def capture(
 ) -> list[Compiled]:
     """The kernels that ``call`` would launch on ``arch``, compiled, in order.
 
-    ``until`` names the stage of the compiler to stop behind, whose text is returned: "ttir",
+    ``until`` names the stage after which the compiler stops and whose text is returned: "ttir",
     "ttgir", or "llir", where the shared memory is laid out. ``launchers`` are the modules whose
     kernels are compiled.
 
-    For a process of its own: Triton's driver is another one from here on.
+    Run this in a separate process, because it replaces Triton's driver.
     """
     if launch.interpreting():
         raise RuntimeError(

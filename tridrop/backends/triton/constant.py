@@ -10,9 +10,9 @@ import triton.language as tl
 class Constant(tl.constexpr):  # type: ignore[misc]
     """A global that kernels may read.
 
-    Before each launch Triton compares a kernel's globals with what they were when it was compiled,
-    and ``!=`` of two constexpr makes three more: 0.7 us a global, a sixth of the host's part of an
-    elementwise launch. Two of these are compared as the numbers they are.
+    Before each launch Triton compares a kernel's globals with their values at compile time, and
+    ``!=`` of two constexpr makes three more: 0.7 us per global, a sixth of the host's time of an
+    elementwise launch. Two Constants are compared as plain numbers.
     """
 
     def __ne__(self, other: Any) -> Any:

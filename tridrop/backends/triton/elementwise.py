@@ -4,12 +4,12 @@
     v   = f(u)                          gated: f(first half of u) * second half
     out = residual + drop_path(layer_scale * dropout(v))
 
-``layer_scale`` is a vector, or has one per sample, [samples, cols]: a gate. Then the rows of a
-program are of one sample, and the gate is a vector to it.
+``layer_scale`` is a vector or a gate, which has one vector per sample, [samples, cols]. With a gate
+all rows of a program belong to one sample, so the program sees a vector.
 
-An operand that is not given is None, which the compiler resolves: there is no kernel a variant. The
-body of a kernel is load, pure functions of tiles, store. Arithmetic is fp32, rounded once at the
-store.
+An absent operand is None, which the compiler resolves, so that one kernel serves all combinations.
+The body of a kernel loads, calls pure functions of tiles, and stores. Arithmetic is fp32, rounded
+once at the store.
 """
 
 from collections import namedtuple
@@ -31,21 +31,21 @@ from .tiles import (
     columns,
     in_bounds,
     keep_tile,
-    known,
     load_branch,
+    load_criterion,
     load_matrix,
-    load_rule,
     load_vector,
+    multiple_of,
     store_sum,
 )
 
-# What backward writes; None where not needed. The last two are partial sums [strips, cols].
+# What backward writes; None where it is not needed. The last two are partial sums [strips, cols].
 Gradients = namedtuple("Gradients", "x bias layer_scale")
 
 
 @triton.jit
 def _load_input(operands, stride, cols, row, col, inside, GATED: tl.constexpr):
-    """u = x + bias: (first half, second half); one tile twice where there are no halves."""
+    """u = x + bias as (first half, second half); without halves, the same tile twice."""
     u = load_branch(operands, stride, cols, row, col, inside)
     gate = u
     if GATED:
@@ -65,8 +65,8 @@ def _load_gain(operands, sample, col, cols, SAMPLED: tl.constexpr):
 
 @triton.jit
 def _rows(shape, block, STRIP: tl.constexpr, BLOCK_ROWS: tl.constexpr, SAMPLED: tl.constexpr):
-    """The rows of a block of this program: in the matrix, in what shape.rows counts, and in which
-    sample; see launch.Plan."""
+    """The rows of one of this program's blocks: (index in the matrix, index below shape.rows,
+    sample); see launch.Plan."""
     if SAMPLED:
         samples = tl.num_programs(0) // (
             (shape.rows + (STRIP * BLOCK_ROWS - 1)) // (STRIP * BLOCK_ROWS)
@@ -94,9 +94,9 @@ def forward_kernel(
     MASK: tl.constexpr = MASKS[0]
     PATH: tl.constexpr = MASKS[1]
     NOISE: tl.constexpr = MASKS[2]
-    cols = known(shape.cols, VECTOR)
-    x_stride = known(shape.x_stride, VECTOR)
-    other_stride = known(shape.other_stride, VECTOR)
+    cols = multiple_of(shape.cols, VECTOR)
+    x_stride = multiple_of(shape.x_stride, VECTOR)
+    other_stride = multiple_of(shape.other_stride, VECTOR)
     row, local, sample = _rows(shape, 0, 1, BLOCK_ROWS, FUNCTIONS[3])
     col, group = columns(cols, origin, BLOCK_COLS)
     inside = in_bounds(local, col, shape.rows, cols, WHOLE)
@@ -108,22 +108,23 @@ def forward_kernel(
     if operands.layer_scale is not None:
         value = value * _load_gain(operands, sample, col, cols, FUNCTIONS[3])
     if NOISE == GAUSSIAN and MASK != NO_MASK:
-        rule = load_rule(operands, threshold, scale, path_scale, MASK, PATH)
-        value = value * gaussian(row_coordinates(row, origin.leading), group, rule, MASK)
+        criterion = load_criterion(operands, threshold, scale, path_scale, MASK, PATH)
+        value = value * gaussian(row_coordinates(row, origin.leading), group, criterion, MASK)
     elif MASK != NO_MASK or PATH:
-        rule = load_rule(operands, threshold, scale, path_scale, MASK, PATH)
+        criterion = load_criterion(operands, threshold, scale, path_scale, MASK, PATH)
         table: tl.constexpr = operands.rate is not None
-        keep = keep_tile(row, group, origin, rule, path_threshold, table, MASK, PATH)
-        # Selected first, scaled after: dropped is exactly 0 even for NaN, and the product is one
-        # instruction with the sum. Said as fma, since Triton 3.10 no longer fuses by itself.
+        keep = keep_tile(row, group, origin, criterion, path_threshold, table, MASK, PATH)
+        # The selection comes before the scale: a dropped element is exactly 0 even for NaN, and
+        # product and sum are one instruction. It is an explicit fma, since Triton 3.10 no longer
+        # fuses by default.
         value = tl.where(keep, value, FILL if NOISE == ALPHA else 0.0)
         if NOISE == ALPHA:
-            value = value * rule[2] + alpha_shift(rule[1], rule[2])
+            value = value * criterion[2] + alpha_shift(criterion[1], criterion[2])
         elif operands.residual is not None:
             stream = load_matrix(operands.residual, other_stride, row, col, inside)
-            value = tl.fma(value, tl.zeros_like(value) + rule[2], stream)
+            value = tl.fma(value, tl.zeros_like(value) + criterion[2], stream)
         else:
-            value = value * rule[2]
+            value = value * criterion[2]
     elif operands.residual is not None:
         value += load_matrix(operands.residual, other_stride, row, col, inside)
 
@@ -149,13 +150,13 @@ def backward_kernel(
     MASK: tl.constexpr = MASKS[0]
     PATH: tl.constexpr = MASKS[1]
     NOISE: tl.constexpr = MASKS[2]
-    cols = known(shape.cols, VECTOR)
-    x_stride = known(shape.x_stride, VECTOR)
-    other_stride = known(shape.other_stride, VECTOR)
+    cols = multiple_of(shape.cols, VECTOR)
+    x_stride = multiple_of(shape.x_stride, VECTOR)
+    other_stride = multiple_of(shape.other_stride, VECTOR)
     WIDTH: tl.constexpr = 2 if GATED else 1
     col, group = columns(cols, origin, BLOCK_COLS)
     if MASK != NO_MASK or PATH:
-        rule = load_rule(operands, threshold, scale, path_scale, MASK, PATH)
+        criterion = load_criterion(operands, threshold, scale, path_scale, MASK, PATH)
     bias_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     gate_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     scale_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
@@ -167,8 +168,8 @@ def backward_kernel(
         factor = 1.0
         if NOISE != GAUSSIAN and (MASK != NO_MASK or PATH):
             table: tl.constexpr = operands.rate is not None
-            keep = keep_tile(row, group, origin, rule, path_threshold, table, MASK, PATH)
-            factor = rule[2]
+            keep = keep_tile(row, group, origin, criterion, path_threshold, table, MASK, PATH)
+            factor = criterion[2]
 
         if operands.x is not None:
             u, gate = _load_input(operands, x_stride, cols, row, col, inside, GATED)
@@ -181,7 +182,7 @@ def backward_kernel(
         if operands.layer_scale is not None:
             dvalue = dvalue * _load_gain(operands, sample, col, cols, FUNCTIONS[3])
 
-        # As in forward, the selection comes last: dropped is 0 whatever the input was.
+        # The selection comes last: a dropped element's gradient is 0 whatever its input was.
         offsets = row[:, None] * cols * WIDTH + col[None, :]
         dx = dvalue
         if operands.x is not None:
@@ -194,13 +195,13 @@ def backward_kernel(
                     tl.store(at, dgate.to(gradients.x.dtype.element_ty), mask=inside)
                 gate_sum += tl.where(inside, dgate, 0.0)
         if NOISE == GAUSSIAN and MASK != NO_MASK:
-            dx = dx * gaussian(row_coordinates(row, origin.leading), group, rule, MASK)
+            dx = dx * gaussian(row_coordinates(row, origin.leading), group, criterion, MASK)
         else:
             dx = tl.where(keep, dx, 0.0) * factor
         if gradients.x is not None:
             at = gradients.x + offsets
             tl.store(at, dx.to(gradients.x.dtype.element_ty), mask=inside)
-        # Outside the matrix dx may be NaN: 0 * f'(bias).
+        # Outside of the matrix dx may be NaN, from 0 * f'(bias).
         bias_sum += tl.where(inside, dx, 0.0)
 
     if gradients.bias is not None:
@@ -241,7 +242,7 @@ def forward(operands: Elementwise, options: Options) -> Tensor:
     plan = launch.plan(shape, options, launch.tile, samples=samples)
     if plan.empty:
         return out
-    rule = launch.rule(plan, p)
+    masks = launch.mask_arguments(plan, p)
     x = launch.matrix(x, plan.where.cols * (2 if options.gated else 1))
     other = None if residual is None else launch.matrix(residual, plan.where.cols)
     launch.run(
@@ -249,12 +250,12 @@ def forward(operands: Elementwise, options: Options) -> Tensor:
         plan,
         out.device,
         out,
-        Operands(x, launch.vector(bias), launch.vector(layer_scale), other, seed, rule.rate),
+        Operands(x, launch.vector(bias), launch.vector(layer_scale), other, seed, masks.rate),
         plan.sizes(x.stride(0), 0 if other is None else other.stride(0)),
         plan.origin,
-        *rule.arguments,
+        *masks.arguments,
         FUNCTIONS=(*FUNCTIONS[options.function], options.gated, samples is not None),
-        MASKS=rule.MASKS,
+        MASKS=masks.MASKS,
         WHOLE=plan.whole,
         VECTOR=launch.vector_width(plan, x, other),
     )
@@ -267,8 +268,8 @@ def backward(
     """Launch the backward kernel, for gradients of x, bias and layer_scale."""
     grad, x, bias, layer_scale, seed, p = operands
     reduces = any(dtype is not None for dtype in dtypes[1:])
-    choose = launch.gated_reduction_tile if options.gated else launch.reduction_tile
-    settings = (choose, launch.strip) if reduces else (launch.tile, None)
+    tile_for = launch.gated_reduction_tile if options.gated else launch.reduction_tile
+    settings = (tile_for, launch.strip) if reduces else (launch.tile, None)
     samples = _samples(layer_scale)
     plan = launch.plan(tuple(grad.shape), options, *settings, samples=samples)
     width = plan.where.cols * (2 if options.gated else 1)
@@ -287,7 +288,7 @@ def backward(
         dgain = dgain.view(plan.strips // max(1, samples), samples, plan.where.cols)
     if plan.empty:
         return dx, total(partial[0], dtypes[1]), total(dgain, dtypes[2])
-    rule = launch.rule(plan, p)
+    masks = launch.mask_arguments(plan, p)
     grad = launch.matrix(grad, plan.where.cols)
     matrix = None if x is None else launch.matrix(x, width)
     launch.run(
@@ -296,12 +297,12 @@ def backward(
         grad.device,
         grad,
         Gradients(dx, *partial),
-        Operands(matrix, launch.vector(bias), launch.vector(layer_scale), None, seed, rule.rate),
+        Operands(matrix, launch.vector(bias), launch.vector(layer_scale), None, seed, masks.rate),
         plan.sizes(0 if matrix is None else matrix.stride(0), grad.stride(0)),
         plan.origin,
-        *rule.arguments,
+        *masks.arguments,
         FUNCTIONS=(*FUNCTIONS[options.function], options.gated, samples is not None),
-        MASKS=rule.MASKS,
+        MASKS=masks.MASKS,
         WHOLE=plan.whole,
         VECTOR=launch.vector_width(plan, matrix, grad),
         STRIP=plan.strip,
@@ -310,7 +311,7 @@ def backward(
 
 
 def _samples(layer_scale: Tensor | None) -> int | None:
-    """How many samples have a gain of their own; None where all rows share one, or have none."""
+    """The number of samples of a gate; None if there is no gate."""
     return None if layer_scale is None or layer_scale.dim() < 2 else layer_scale.shape[0]
 
 

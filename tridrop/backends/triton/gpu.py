@@ -1,4 +1,4 @@
-"""What launch settings know of a GPU: its kind, and its shared memory."""
+"""The two properties of a GPU that launch settings depend on: generation and shared memory."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from . import launch
 
 
 class Gpu(NamedTuple):
-    """The figures that settings follow."""
+    """The properties that launch settings depend on."""
 
     generation: int
-    """90 for Hopper, 100 for data centre Blackwell, 80 for NVIDIA's others, 0 for AMD's"""
+    """90 for Hopper, 100 for data centre Blackwell, 80 for other NVIDIA GPUs, 0 for AMD's"""
     shared: int
-    """bytes of shared memory that a program may have"""
+    """bytes of shared memory that a program may use"""
 
 
-# The interpreter has no limits: it runs what the smallest GPU would.
+# The interpreter has no limits, so it gets the settings of the smallest GPU.
 INTERPRETER = Gpu(80, 99 << 10)
 
 
 def of(device: torch.device) -> Gpu:
-    """The GPU that the tensors of ``device`` are on, which need not be the current one."""
+    """The GPU of ``device``, which need not be the current one."""
     if launch.interpreting():
         return INTERPRETER
-    # Only a GPU that is there stays what it is: tensors without data stand for any.
-    return _there(device) if device.type == "cuda" else _current()
+    # Only a real GPU is cached: for tensors without data, the driver may be replaced at any time.
+    return _present(device) if device.type == "cuda" else _current()
 
 
 @lru_cache
-def _there(device: torch.device) -> Gpu:
+def _present(device: torch.device) -> Gpu:
     with launch.on(device):
         return _current()
 

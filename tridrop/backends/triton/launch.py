@@ -1,9 +1,9 @@
-"""Launch settings of the Triton backend, and what its launchers share.
+"""Launch settings of the Triton backend, and functions that its launchers share.
 
-Settings are pure functions of sizes: no autotuner, so that the first call is quick. Nothing here
-asks for the device, so a sum over rows or columns has one order on all of NVIDIA's GPUs; AMD's have
-wider warps, and other trees. Sums in tensor cores, and attention's tiles (gpu.py), are the kind of
-GPU's own. The mask depends on none of it.
+Settings are pure functions of sizes, without an autotuner, so that the first call is quick. Nothing
+here depends on the device, so a sum over rows or columns has the same order on all NVIDIA GPUs;
+AMD's GPUs have wider warps and sum in other trees. Sums in tensor cores, and attention's tiles
+(gpu.py), differ between generations of GPUs. Masks depend on none of this.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ import torch
 from torch import Tensor
 
 from ...contract.mask import LANES, Coordinates, coordinates
-from ...contract.noise import KINDS, rate_table
+from ...contract.noise import NOISES, rate_table
 from ...spec.elementwise import Options
 from . import mask
 from .tiles import Origin, Shape
 
-# 128 threads with 32 elements each: four 16-byte loads of bf16 in flight a thread and operand, four
-# Philox calls over which the address and key arithmetic is spread. Compiled for sm_90 in bf16,
-# residual + dropout(x) takes 14.3 SASS instructions an element so, 16.7 with 16 elements a thread.
+# 128 threads with 32 elements each: per thread and operand, four 16-byte loads of bf16 in flight
+# and four Philox calls, over which the arithmetic of addresses and the key is spread. Compiled for
+# sm_90 in bf16, residual + dropout(x) then takes 14.3 SASS instructions per element; with 16
+# elements per thread it takes 16.7.
 TILE = 4096
 NUM_WARPS = 4
-# With the sums of a backward in registers too, 32 elements take up to 255 of them.
+# A backward also has sums in registers; with 32 elements per thread it would use up to 255 of them.
 REDUCTION_TILE = 2048
-# Columns that a row of a norm may have to stay in registers: 16 warps with 32 elements a thread in
-# forward, 8 with 16 in backward, which holds four sums besides. Wider rows go in chunks.
+# How many columns a row of a norm may have to stay in registers: 16 warps with 32 elements per
+# thread in forward, 8 with 16 in backward, which also holds four sums. Wider rows go in chunks.
 ROW_FORWARD = 16384
 ROW_BACKWARD = 4096
 ROW_CHUNK = 4096
-# fp32 partial sums for each gradient of a norm's vectors: 16 MiB.
+# The most fp32 partial sums for each gradient of a norm's vectors: 16 MiB.
 ROW_SUMS = 1 << 22
-# Row strips of a reduction, over all column blocks: enough programs for 132 processors with a few
-# resident blocks each, few enough that the partial sums stay small beside the data. Not a function
-# of the device, as the order of the sum.
+# Row strips of a reduction, over all column blocks. They are enough programs for 132 processors
+# with a few resident blocks each, and few enough that partial sums stay small beside the data. The
+# number does not depend on the device, because the order of the sums must not.
 REDUCTION_PROGRAMS = 512
 MAX_GRID_Y = 65535
 
@@ -52,12 +53,12 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# Triton's own two functions of these names can be called in kernels too, which makes a call on the
-# host cost as much as a small tensor: 2 microseconds.
+# Triton's own functions of these two names can also be called in kernels, which makes a call on the
+# host as slow as making a small tensor: 2 microseconds.
 
 
 def cdiv(n: int, size: int) -> int:
-    """How many pieces of ``size`` make up ``n``."""
+    """n / size, rounded up."""
     return -(-n // size)
 
 
@@ -67,7 +68,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def tile(rows: int, cols: int, elements: int = TILE) -> Tile:
-    """The tile for a matrix: wide where the row length allows it, without idle columns."""
+    """The tile for a matrix: as wide as the row length allows without idle columns."""
     widest = min(elements, max(LANES, next_power_of_2(max(1, cols))))
     narrowest = min(widest, 256)
     best = widest
@@ -85,29 +86,31 @@ def reduction_tile(rows: int, cols: int) -> Tile:
 
 
 def gated_reduction_tile(rows: int, cols: int) -> Tile:
-    """The same for a gated activation, which holds two matrices, two gradients and three sums."""
+    """The same for a gated activation, where a program holds two matrices, two gradients and three
+    sums."""
     return tile(rows, cols, REDUCTION_TILE // 2)
 
 
 def strip(row_blocks: int, col_blocks: int) -> int:
-    """Row blocks that one program of a reduction goes through: a power of two."""
+    """How many row blocks one program of a reduction sums: a power of two."""
     return next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
 
 
 class Plan:
-    """What the launchers share: sizes, coordinates, tile and grid of calls with these arguments.
+    """Sizes, coordinates, tile and grid of the calls with these arguments.
 
-    ``strips`` gives, of the blocks of rows and the blocks or the number of columns, the row blocks
-    that one program goes through. Blocks of columns are programs of their own, or, with
-    ``whole_rows``, chunks that the program of a row goes through. With ``samples``, of which each
-    has as many rows, a program's rows are of one of them: program i is of sample i % samples.
+    ``strips`` is a function of the number of row blocks and the number of column blocks (with
+    ``whole_rows``, of columns), which gives how many row blocks one program works on. Each block of
+    columns has its own program; with ``whole_rows`` it is a chunk, and one program works on all
+    chunks of a row. With ``samples``, which all have equally many rows, all rows of a program
+    belong to one sample: program i has sample i % samples.
     """
 
     def __init__(
         self,
         shape: tuple[int, ...],
         options: Options,
-        choose: Callable[[int, int], Tile],
+        tile_for: Callable[[int, int], Tile],
         strips: Callable[[int, int], int] | None,
         whole_rows: bool,
         samples: int | None,
@@ -118,7 +121,7 @@ class Plan:
         if samples is not None:
             rows //= max(1, samples)
         self.rows, self.samples = rows, 1 if samples is None else samples
-        self.tile = choose(rows, cols)
+        self.tile = tile_for(rows, cols)
         self.whole_rows = whole_rows
         self.shift = 0 if self.where.col_shared else self.where.col_origin % LANES
         self.row_blocks = cdiv(rows, self.tile.rows)
@@ -157,7 +160,7 @@ class Plan:
 
     @cached_property
     def whole(self) -> bool:
-        """Whether the blocks divide the matrix, so that nothing needs a bounds check."""
+        """Whether the blocks divide the matrix, so that no bounds checks are needed."""
         rows, cols = self.rows, self.where.cols
         return (
             self.shift == 0 and cols % self.tile.cols == 0
@@ -170,35 +173,35 @@ class Plan:
 def plan(
     shape: tuple[int, ...],
     options: Options,
-    choose: Callable[[int, int], Tile],
+    tile_for: Callable[[int, int], Tile],
     strips: Callable[[int, int], int] | None = None,
     whole_rows: bool = False,
     samples: int | None = None,
 ) -> Plan:
-    """The :class:`Plan` of a call, kept: a model makes the same calls in every step.
+    """The :class:`Plan` of a call, cached, since a model makes the same calls in every step.
 
-    The settings are arguments, since tests and tuning put others in their place.
+    The settings are arguments because tests and tuning replace them.
     """
-    return Plan(shape, options, choose, strips, whole_rows, samples)
+    return Plan(shape, options, tile_for, strips, whole_rows, samples)
 
 
 def row_tile(rows: int, cols: int) -> Tile:
-    """The tile of whole rows: 16 elements a thread."""
+    """The tile of whole rows: 16 elements per thread."""
     width = next_power_of_2(max(LANES, cols))
     height = min(max(1, REDUCTION_TILE // width), next_power_of_2(max(1, rows)))
     return Tile(height, width, min(16, max(1, width * height // 512)))
 
 
 def norm_forward_tile(rows: int, cols: int) -> Tile:
-    """The tile of the norm's forward; of a chunk of the row beyond ROW_FORWARD columns."""
+    """The tile of the norm's forward; beyond ROW_FORWARD columns it is a chunk of a row."""
     return row_tile(rows, cols) if cols <= ROW_FORWARD else Tile(1, ROW_CHUNK, 8)
 
 
 def norm_backward_tile(rows: int, cols: int) -> Tile:
-    """The tile of the norm's backward; beyond ROW_BACKWARD columns, of a chunk of eight rows.
+    """The tile of the norm's backward; beyond ROW_BACKWARD columns it is a chunk of eight rows.
 
-    The sums of a wide row do not fit the registers (as one tile of 8192 columns, 16 warps spilled
-    440 bytes), so they are kept in memory, which eight rows at a time read and write once.
+    The sums of a wide row do not fit the registers (with one tile of 8192 columns, 16 warps spilled
+    440 bytes). So they are kept in memory, and are read and written once for eight rows.
     """
     if cols <= ROW_BACKWARD:
         return row_tile(rows, cols)
@@ -206,9 +209,9 @@ def norm_backward_tile(rows: int, cols: int) -> Tile:
 
 
 def row_strip(row_blocks: int, cols: int) -> int:
-    """Row blocks of a program of the norm's backward, a power of two.
+    """How many row blocks one program of the norm's backward sums: a power of two.
 
-    At most REDUCTION_PROGRAMS programs, and at most ROW_SUMS partial sums for each gradient.
+    There are at most REDUCTION_PROGRAMS programs, and at most ROW_SUMS partial sums per gradient.
     """
     programs = max(1, min(REDUCTION_PROGRAMS, ROW_SUMS // cols))
     return next_power_of_2(cdiv(row_blocks, programs))
@@ -217,7 +220,7 @@ def row_strip(row_blocks: int, cols: int) -> int:
 def partial_sums(
     plan: Plan, device: torch.device, *widths: int | None
 ) -> tuple[Tensor | None, ...]:
-    """Room for a reduction's partial sums, one row per strip, which its kernel fills whole."""
+    """Empty tensors for partial sums, one row per strip, which the kernel fills completely."""
     return tuple(
         None if n is None else torch.empty((plan.strips, n), dtype=torch.float32, device=device)
         for n in widths
@@ -225,7 +228,7 @@ def partial_sums(
 
 
 def matrix(x: Tensor, cols: int) -> Tensor:
-    """``x`` as [rows, cols] with adjacent columns; a copy only where its strides forbid a view."""
+    """``x`` as [rows, cols] with adjacent columns; a copy only if its strides allow no view."""
     try:
         matrix = x.view(-1, cols)
     except RuntimeError:
@@ -234,16 +237,16 @@ def matrix(x: Tensor, cols: int) -> Tensor:
 
 
 def vector_width(plan: Plan, *matrices: Tensor | None) -> int:
-    """Consecutive elements, up to 8, that lie aligned in every row: what one load can take.
+    """How many elements, up to 8, one load can take: consecutive ones, aligned in every row.
 
-    1 also where every size is a multiple of 16, which Triton sees by itself.
+    It is also 1 where every size is a multiple of 16, which Triton sees by itself.
     """
     sizes = math.gcd(plan.where.cols, *(m.stride(0) for m in matrices if m is not None))
     return 1 if sizes % 16 == 0 else math.gcd(LANES, sizes)
 
 
 def adjacent(t: Tensor) -> Tensor:
-    """``t`` with adjacent elements in a row; a copy only where they are not."""
+    """``t`` with adjacent elements in each row; a copy only if they are not adjacent."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -252,7 +255,7 @@ def vector(v: Tensor | None) -> Tensor | None:
 
 
 class Programs(Protocol):
-    """What a launch needs of a plan."""
+    """The part of a plan that a launch needs."""
 
     @property
     def tile(self) -> Tile: ...
@@ -262,12 +265,13 @@ class Programs(Protocol):
 
 
 def on(device: torch.device) -> torch.cuda.device:
-    """Launch inside: Triton does so on the current device, which need not be that of the data."""
+    """A block that makes ``device`` the current device, on which Triton launches."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
-# Products and sums become one instruction, with one rounding. That is Triton's default up to 3.9,
-# which announces another for 3.10, slower and with other last bits, and warns if nothing is said.
+# A product and a sum become one instruction, with one rounding. This is Triton's default up to 3.9,
+# which warns, if the option is not set, that 3.10 will have another default, slower and with other
+# last bits.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -285,23 +289,25 @@ def run(kernel: Any, plan: Programs, device: torch.device, *args: Any, **constan
 
 
 def rate(p: Tensor | None, noise: str = "mask") -> Tensor | None:
-    """The (threshold, scale) pair on the device of a p that only the device knows."""
+    """The pair (threshold, scale) on the device, for a p whose value only the device knows."""
     return None if p is None else rate_table(noise, p)
 
 
-class Rule(NamedTuple):
-    """What the kernels are told about the masks."""
+class MaskArguments(NamedTuple):
+    """The kernels' arguments about the masks."""
 
     arguments: tuple[int, float, int, float]  # threshold, scale, path_threshold, path_scale
-    MASKS: tuple[int, bool, int]  # of the elements, of samples, kind of noise
+    MASKS: tuple[
+        int, bool, int
+    ]  # what the mask covers, whether drop_path drops, index of the noise
     rate: Tensor | None
 
 
-def rule(plan: Plan, p: Tensor | None) -> Rule:
+def mask_arguments(plan: Plan, p: Tensor | None) -> MaskArguments:
     elements, _, path, _ = plan.rates
     use = plan.element_mask if p is not None or elements > 0 else int(mask.NO_MASK)
-    kind = KINDS.index(plan.noise)
-    return Rule(plan.rates, (use, path > 0, kind), rate(p, plan.noise))
+    noise = NOISES.index(plan.noise)
+    return MaskArguments(plan.rates, (use, path > 0, noise), rate(p, plan.noise))
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:
@@ -328,7 +334,7 @@ def interpreting() -> bool:
 
 
 def target() -> str:
-    """What the kernels run on, for reports."""
+    """How the kernels run, for reports."""
     if interpreting():
         return f"interpreter (TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')})"
     return "compiled"

@@ -1,9 +1,9 @@
 """The mask contract in Triton. No other Triton file touches Philox, seeds or thresholds.
 
-The twin of ``contract/mask.py``, held to it bit for bit by the tests. A decision is made in the
-thread that holds its element: one Philox call serves eight consecutive columns, which are one
-16-byte load of bf16 or fp16, and in attention eight keys of a query that one thread holds of a
-tensor core's accumulator.
+It is the twin of ``contract/mask.py``; tests compare the two bit for bit. Each decision is made in
+the thread that holds the element. One Philox call decides on eight consecutive columns, which are
+one 16-byte load of bf16 or fp16; in attention it decides on eight keys of a query, which one thread
+holds in a tensor core's accumulator.
 """
 
 import triton
@@ -34,11 +34,11 @@ DOMAIN_NORMAL = Constant(3)
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 of uint32 counter words and key words that broadcast together."""
     for _ in tl.static_range(10):
-        # One 64-bit product, where mul.lo beside mul.hi would take two multiplications.
+        # This is one 64-bit product; mul.lo and mul.hi would be two multiplications.
         a = c0.to(tl.uint64) * M0
         b = c2.to(tl.uint64) * M1
-        # The key goes to the low word first: LLVM would join the low and the high words' xor into
-        # one of 64 bits, and then no longer sees the two halves of one product.
+        # The key is combined with c1 first. Otherwise LLVM would join the two xors into one of 64
+        # bits, and would no longer see the two halves of one product.
         c0 = (b >> 32).to(tl.uint32) ^ (c1 ^ k0)
         c1 = b.to(tl.uint32)
         c2 = (a >> 32).to(tl.uint32) ^ (c3 ^ k1)
@@ -58,7 +58,7 @@ def load_key(seed):
 
 @triton.jit
 def load_rate(table, threshold, scale):
-    """(threshold, scale): the scalars, or the device's own pair where p is a tensor."""
+    """(threshold, scale): the scalars, or the pair on the device if p is a tensor."""
     if table is not None:
         threshold = tl.load(table).to(tl.int64)
         scale = tl.load(table + 1).to(tl.float32)
@@ -81,8 +81,8 @@ def row_coordinates(row, leading):
 @triton.jit
 def words_of(row, group, key, DOMAIN: tl.constexpr):
     """The four Philox words of each (row coordinate, column group): row [R, 1], group [1, G]."""
-    # Words that do not change along a row stand in c1 and c2: ptxas then shares the first two
-    # rounds' products with them among all the groups of a thread.
+    # The words that are constant along a row are c1 and c2. ptxas then computes their products in
+    # the first two rounds once for all groups of a thread.
     row = row.to(tl.uint64)
     group = group.to(tl.uint64)
     last = (group >> 32).to(tl.uint32) | (DOMAIN << 28)
@@ -117,9 +117,9 @@ def keep_rows(row, key, threshold, MAYBE_ZERO: tl.constexpr, DOMAIN: tl.constexp
 @triton.jit
 def _decide(bits, threshold, MAYBE_ZERO: tl.constexpr):
     """bits >= threshold, where the threshold is an int64 in [0, 2^32]."""
-    # Said as bits > threshold - 1, so that 2^32 (drop everything) fits 32 bits. A threshold of 0
-    # does not; launchers leave such a mask out, so it is looked at only where the device alone
-    # knows the threshold.
+    # The comparison is bits > threshold - 1, so that 2^32 (drop everything) fits 32 bits. A
+    # threshold of 0 does not fit. Launchers leave such a mask out, so 0 is handled only where the
+    # device alone knows the threshold.
     keep = bits > (threshold - 1).to(tl.uint32)
     if MAYBE_ZERO:
         keep = keep | (threshold == 0)
@@ -147,10 +147,10 @@ def score_words(
 
 @triton.jit
 def layout_of(score, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Zeros of the shape of :func:`score_words`, in the layout that the scores (fp32) give it.
+    """Zeros of the shape of :func:`score_words`, in a layout that follows from the scores (fp32).
 
-    Words that are carried to the next turn of a loop would else have a layout of their own, and
-    pass through shared memory. No bit is left of a number shifted by 32, which LLVM sees and the
+    Without it, words that are carried to the next turn of a loop would have another layout and
+    would pass through shared memory. A number shifted by 32 bits is 0: LLVM sees that, but the
     passes before it, which choose the layouts, do not.
     """
     nothing = (score.to(tl.uint32, bitcast=True) >> 31) >> 1
@@ -163,11 +163,11 @@ def decide_scores(
     words, threshold, MAYBE_ZERO: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
     """The decisions of a tile of scores from :func:`score_words`: bool, [QUERIES, KEYS]."""
-    # A call's words are spread over the tile by broadcasting, and each element selects its own by
-    # its indices. The compiler then computes all of it in the layout of the scores, where the
-    # indices that select are constants of a register: no shared memory, no shuffle and no select is
-    # left. (join and reshape of the words end in shared memory: the rules by which the compiler
-    # moves a layout conversion do not carry a product of 64 bits through two joins.)
+    # A call's words are broadcast over the tile, and each element selects its word by its indices.
+    # The compiler then computes everything in the layout of the scores, where the selecting indices
+    # are constants of a register, so that no shared memory, shuffle or select remains. (With join
+    # and reshape the words would pass through shared memory: when the compiler moves a layout
+    # conversion, it does not carry a product of 64 bits through two joins.)
     w0, w1, w2, w3 = words
     octet = tl.arange(0, 4)[None, None, :, None, None]
     word = tl.where(
@@ -195,9 +195,10 @@ def keep_score_rows(
 ):  # fmt: skip
     """:func:`keep_scores` for a tile whose threads hold consecutive keys.
 
-    Four such threads with eight keys each hold a group of 32, whose four calls each decide for all
-    four of them. Here a call is computed once in the tile and its decisions are packed; a group's
-    four are joined to a word, which every thread reads that holds keys of the group.
+    Four such threads, with eight keys each, hold a group of 32 keys, and each of its four calls
+    decides on keys of all four threads. Here each call is computed once in the tile, and its
+    decisions are packed. The decisions of a group's four calls are joined to one word, which the
+    four threads read.
     """
     row = (query + tl.arange(0, QUERIES)).to(tl.uint32)[:, None, None]
     group = (tile + tl.arange(0, KEYS // 32)).to(tl.uint32)[None, :, None] * 4
@@ -210,10 +211,10 @@ def keep_score_rows(
     decided = _pair(w0, 1, threshold, MAYBE_ZERO) | _pair(w1, 1 << 8, threshold, MAYBE_ZERO)
     decided = decided | _pair(w2, 1 << 16, threshold, MAYBE_ZERO)
     decided = decided | _pair(w3, 1 << 24, threshold, MAYBE_ZERO)
-    word = tl.sum(decided << (call * 2), axis=2)  # no bit meets another: [QUERIES, KEYS / 32]
-    # A sum over one element changes nothing, but the compiler moves no layout past a scan: else it
-    # would compute the words anew in each thread that reads them (118 instructions an element and
-    # spills, where it is 49, for rows of 1001 keys).
+    word = tl.sum(decided << (call * 2), axis=2)  # bits do not overlap: [QUERIES, KEYS / 32]
+    # A scan over one element changes nothing, but the compiler moves no layout conversion past it.
+    # Without the scan it would compute the words again in each thread that reads them (for rows of
+    # 1001 keys, 118 instructions per element and spills instead of 49).
     word = tl.cumsum(word[:, :, None], axis=2)
     octet = word >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]
     bit = tl.full([1], 1, tl.uint32) << tl.arange(0, 8).to(tl.uint32)

@@ -1,4 +1,4 @@
-"""The mask of attention itself, and the bits of elements; their mask is in elementwise.py."""
+"""The dropout mask of attention, and the bits of elements; their mask is in elementwise.py."""
 
 from collections import namedtuple
 
@@ -14,16 +14,16 @@ from .launch import Tile
 from .mask import DOMAIN_ELEMENTS, bits_of, keep_scores, load_key, load_rate
 from .tiles import MAX_GRID_Y, in_bounds
 
-# Sizes of the mask but for the batch.
+# The sizes of the mask, without the batch.
 Scores = namedtuple("Scores", "heads queries keys")
-# The contract's coordinates of the first element: batch, head and query; the tile of 32 keys that
-# the first key lies in, and how far into the tile it is.
+# The contract's coordinates of the first element: batch, head and query; the tile of 32 keys in
+# which the first key lies, and the first key's index in the tile.
 Start = namedtuple("Start", "batch head query tile shift")
 
 
 def tile(queries: int, keys: int) -> Tile:
     """The tile for masks of that many queries and keys; keys a multiple of 32."""
-    # 32 elements a thread. With 64, rows of odd lengths and so byte by byte, the kernel spilled.
+    # 32 elements per thread. With 64 the kernel spilled for odd row lengths, stored byte by byte.
     return Tile(
         min(32, triton.next_power_of_2(queries)),
         min(128, max(TILE, triton.next_power_of_2(keys))),
@@ -38,13 +38,13 @@ def attention_keep_mask_kernel(
 ):  # fmt: skip
     """The mask, [batch, heads, queries, keys]: 1 where a probability is kept."""
     blocks = tl.cdiv(shape.queries, BLOCK_ROWS)
-    # 64 bits from here on: queries times keys alone may pass 2^32.
+    # Numbers have 64 bits from here on, since queries times keys alone may exceed 2^32.
     slice_of = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_ROWS
     block = (tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y).to(tl.int64)
     query = first + tl.arange(0, BLOCK_ROWS)
-    # A shard may begin inside a tile of 32 keys: blocks begin where tiles do, so some keys lie
-    # outside.
+    # A shard may begin inside a tile of 32 keys. Blocks begin where tiles begin, so some keys of
+    # the first block lie outside.
     key = block * BLOCK_COLS - start.shift + tl.arange(0, BLOCK_COLS)
 
     threshold, _ = load_rate(rate, threshold, 1.0)
@@ -61,7 +61,7 @@ def attention_keep_mask_kernel(
 def attention_keep_mask(
     seed: Tensor, shape: tuple[int, ...], p: Tensor | None, options: AttentionOptions
 ) -> Tensor:
-    """Launch the kernel; arguments as in ``backends.Backend.attention_keep_mask``."""
+    """Launch the kernel; see ``backends.protocol.Backend.attention_keep_mask``."""
     out = torch.empty(shape, dtype=torch.bool, device=seed.device)
     if out.numel() == 0:
         return out
@@ -103,13 +103,13 @@ def decision_bits_kernel(
 
 
 def decision_bits(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Launch the kernel; arguments as in ``backends.Backend.decision_bits``."""
+    """Launch the kernel; see ``backends.protocol.Backend.decision_bits``."""
     out = torch.empty(shape, dtype=torch.int64, device=seed.device)
     if out.numel() == 0:
         return out
     cols = shape[-1] if shape else 1
     rows = out.numel() // cols
-    # 8 elements a thread: one Philox call each.
+    # 8 elements per thread, which are one Philox call.
     block_cols = min(256, max(8, launch.next_power_of_2(cols)))
     block_rows = 1024 // block_cols
     col_blocks = launch.cdiv(cols, block_cols)

@@ -1,7 +1,8 @@
-"""Kinds of dropout beside the mask: the twin of ``tridrop/contract/noise.py`` in Triton.
+"""Alpha and Gaussian noise: the twin of ``tridrop/contract/noise.py`` in Triton.
 
-Normal numbers are made by the same arithmetic as there, in fp32 and without a library's logarithm
-or sine: backends differ by how a compiler joins products with sums, a few of the last bits.
+Normal numbers are computed by the same arithmetic as there, in fp32 and without a library's
+logarithm or sine. Backends differ in a few of the last bits, because compilers join products with
+sums in different ways.
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 from .constant import Constant
 from .mask import DOMAIN_NORMAL, ELEMENTS, words_of
 
-# The places of noise.KINDS; 0 is the mask.
+# Indices in noise.NOISES; 0 is the mask.
 ALPHA = Constant(1)
 GAUSSIAN = Constant(2)
 
@@ -27,16 +28,16 @@ def alpha_shift(threshold, scale):
 
 
 @triton.jit
-def gaussian(row, group, rule, MASK: tl.constexpr):
-    """The factors 1 + sigma * n of Gaussian dropout, for a rule of tiles.load_rule."""
-    return normals(row, group, rule[0], MASK) * rule[2] + 1.0
+def gaussian(row, group, criterion, MASK: tl.constexpr):
+    """The factors 1 + sigma * n of Gaussian dropout; ``criterion`` comes from load_criterion()."""
+    return normals(row, group, criterion[0], MASK) * criterion[2] + 1.0
 
 
 @triton.jit
 def normals(row, group, key, MASK: tl.constexpr):
-    """Of rows [R] and column groups [G]: [R, G * 8], or [R, 1] where they are shared."""
+    """The normal numbers of rows [R] and column groups [G]: [R, G * 8], or [R, 1] if shared."""
     if MASK == ELEMENTS:
-        # Four columns a call: two calls where a mask has one.
+        # A call gives four normal numbers, so a group takes two calls, where a mask takes one.
         calls = tl.reshape(group[:, None] * 2 + tl.arange(0, 2)[None, :], [group.shape[0] * 2])
         w0, w1, w2, w3 = words_of(row[:, None], calls[None, :], key, DOMAIN_NORMAL)
         n0, n1 = _box_muller(w0, w1)
@@ -52,10 +53,10 @@ def normals(row, group, key, MASK: tl.constexpr):
 
 @triton.jit
 def _box_muller(first, second):
-    """``noise.box_muller``: two normal numbers of two words."""
+    """``noise.box_muller``: two normal numbers from two words."""
     u = (first.to(tl.float32) + 0.5) * TO_UNIT
     bits = u.to(tl.int32, bitcast=True)
-    # The exponent and the mantissa in [1/2, 1), as frexp has them: u is a normal number.
+    # The exponent, and the mantissa in [1/2, 1), as in frexp: u is never subnormal.
     exponent = (bits >> 23) - 126
     mantissa = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
     low = mantissa < SQRT_HALF

@@ -5,8 +5,8 @@
 
     affine(s) = (s - mean) * rstd * weight + norm_bias      over the columns of a row
 
-A program holds whole rows, in one chunk of columns where they fit the registers. Wider rows are
-gone through in several chunks, twice.
+A program holds whole rows, in one chunk of columns if they fit the registers. Wider rows are read
+in several chunks, twice.
 """
 
 from collections import namedtuple
@@ -20,20 +20,20 @@ from .tiles import (
     first_of,
     in_bounds,
     keep_tile,
-    known,
     load_branch,
+    load_criterion,
     load_matrix,
-    load_rule,
     load_vector,
+    multiple_of,
     to_float,
 )
 
-# What forward writes besides out; stream is None where nobody needs it.
+# What forward writes besides out; stream is None where it is not needed.
 Kept = namedtuple("Kept", "stream statistics")
-# The affine part, and eps.
+# The vectors of the norm's affine part, and eps.
 Affine = namedtuple("Affine", "weight bias eps")
-# What backward reads: both incoming gradients and what forward kept. [rows, cols] with contiguous
-# rows, but for dout, whose row stride is Shape.other_stride.
+# What backward reads: both incoming gradients and what forward kept. All are [rows, cols] with
+# contiguous rows, except dout, whose row stride is Shape.other_stride.
 Incoming = namedtuple("Incoming", "dout dstream stream statistics")
 # What backward writes; None where not needed. The last four are partial sums [strips, cols].
 Gradients = namedtuple("Gradients", "x residual weight norm_bias bias layer_scale")
@@ -48,9 +48,9 @@ def _gain(affine, col, cols, ZERO_CENTERED: tl.constexpr):
 
 
 @triton.jit
-def _keep(operands, origin, rule, row, group, path_threshold, MASKS: tl.constexpr):
+def _keep(operands, origin, criterion, row, group, path_threshold, MASKS: tl.constexpr):
     table: tl.constexpr = operands.rate is not None
-    return keep_tile(row, group, origin, rule, path_threshold, table, MASKS[0], MASKS[1])
+    return keep_tile(row, group, origin, criterion, path_threshold, table, MASKS[0], MASKS[1])
 
 
 @triton.jit(do_not_specialize=["threshold", "path_threshold"])
@@ -60,19 +60,19 @@ def norm_forward_kernel(
     NORM: tl.constexpr, MASKS: tl.constexpr, VECTOR: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """The formulas at the head of this file, for BLOCK_ROWS rows."""
+    """The formulas at the top of this file, for BLOCK_ROWS rows."""
     LAYER: tl.constexpr = NORM[0]
     ZERO_CENTERED: tl.constexpr = NORM[1]
     AFTER: tl.constexpr = NORM[2]
     STREAM: tl.constexpr = NORM[3]
     DROPS: tl.constexpr = MASKS[0] != NO_MASK or MASKS[1]
-    cols = known(shape.cols, VECTOR)
-    x_stride = known(shape.x_stride, VECTOR)
-    other_stride = known(shape.other_stride, VECTOR)
+    cols = multiple_of(shape.cols, VECTOR)
+    x_stride = multiple_of(shape.x_stride, VECTOR)
+    other_stride = multiple_of(shape.other_stride, VECTOR)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    rule = (0, 0, 1.0)
+    criterion = (0, 0, 1.0)
     if DROPS:
-        rule = load_rule(operands, threshold, scale, path_scale, MASKS[0], MASKS[1])
+        criterion = load_criterion(operands, threshold, scale, path_scale, MASKS[0], MASKS[1])
 
     mean = tl.zeros([BLOCK_ROWS], tl.float32)
     square = tl.zeros([BLOCK_ROWS], tl.float32)  # sum of squared deviations from the mean
@@ -85,16 +85,16 @@ def norm_forward_kernel(
             if operands.layer_scale is not None:
                 stream = stream * load_vector(operands.layer_scale, col, cols)
             if DROPS:
-                keep = _keep(operands, origin, rule, row, group, path_threshold, MASKS)
-                stream = tl.where(keep, stream, 0.0) * rule[2]
+                keep = _keep(operands, origin, criterion, row, group, path_threshold, MASKS)
+                stream = tl.where(keep, stream, 0.0) * criterion[2]
             if operands.residual is not None:
                 stream += load_matrix(operands.residual, other_stride, row, col, inside)
-            rounded = stream.to(STREAM)  # backward sees what is stored, so the norm does, too
+            rounded = stream.to(STREAM)  # the norm reads the stored numbers, as backward does
             if kept.stream is not None:
                 tl.store(kept.stream + row[:, None] * cols + col[None, :], rounded, mask=inside)
             stream = to_float(rounded)
         if LAYER:
-            # Chan, Golub and LeVeque (1979): the moments of a chunk join those before it.
+            # Chan, Golub and LeVeque (1979): join the chunk's moments with those before it.
             start = first_of(chunk, cols, BLOCK_COLS)
             before = tl.minimum(start, cols).to(tl.float32)
             size = tl.minimum(cols - start, BLOCK_COLS).to(tl.float32)
@@ -127,8 +127,8 @@ def norm_forward_kernel(
             value += load_vector(affine.bias, col, cols)
         if AFTER:
             if DROPS:
-                keep = _keep(operands, origin, rule, row, group, path_threshold, MASKS)
-                value = tl.where(keep, value, 0.0) * rule[2]
+                keep = _keep(operands, origin, criterion, row, group, path_threshold, MASKS)
+                value = tl.where(keep, value, 0.0) * criterion[2]
             if operands.residual is not None:
                 value += load_matrix(operands.residual, other_stride, row, col, inside)
         offsets = row[:, None] * cols + col[None, :]
@@ -137,22 +137,22 @@ def norm_forward_kernel(
 
 @triton.jit
 def _incoming(
-    incoming, operands, affine, shape, origin, rule, path_threshold, cols, row, chunk,
+    incoming, operands, affine, shape, origin, criterion, path_threshold, cols, row, chunk,
     NORM: tl.constexpr, MASKS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the affine part's result, its product with the gain, the normed row, the keep."""
+    """The affine part's incoming gradient, that times the gain, the normalised row, the mask."""
     DROPS: tl.constexpr = MASKS[0] != NO_MASK or MASKS[1]
     col, group = columns_at(chunk, cols, origin, BLOCK_COLS)
     inside = in_bounds(row, col, shape.rows, cols, False)
-    other_stride = known(shape.other_stride, VECTOR)
+    other_stride = multiple_of(shape.other_stride, VECTOR)
     dout = load_matrix(incoming.dout, other_stride, row, col, inside)
     keep = tl.full([row.shape[0], 1], 1, tl.int1)
     if DROPS:
-        keep = _keep(operands, origin, rule, row, group, path_threshold, MASKS)
+        keep = _keep(operands, origin, criterion, row, group, path_threshold, MASKS)
         if NORM[2]:  # the dropout came after the norm
-            dout = tl.where(keep, dout, 0.0) * rule[2]
+            dout = tl.where(keep, dout, 0.0) * criterion[2]
     if NORM[2]:
-        stride = known(shape.x_stride, VECTOR)
+        stride = multiple_of(shape.x_stride, VECTOR)
         stream = load_matrix(incoming.stream, stride, row, col, inside)
     else:
         stream = load_matrix(incoming.stream, cols, row, col, inside)
@@ -167,8 +167,8 @@ def _incoming(
 
 @triton.jit
 def _finish(
-    incoming, gradients, operands, affine, shape, origin, rule, path_threshold, cols, row, chunk,
-    along, total, NORM: tl.constexpr, MASKS: tl.constexpr, VECTOR: tl.constexpr,
+    incoming, gradients, operands, affine, shape, origin, criterion, path_threshold, cols, row,
+    chunk, along, total, NORM: tl.constexpr, MASKS: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of a chunk; return the terms of the sums over rows.
@@ -177,7 +177,7 @@ def _finish(
     """
     DROPS: tl.constexpr = (MASKS[0] != NO_MASK or MASKS[1]) and not NORM[2]
     dout, dnormed, normed, keep, rstd, col, inside = _incoming(
-        incoming, operands, affine, shape, origin, rule, path_threshold, cols, row, chunk,
+        incoming, operands, affine, shape, origin, criterion, path_threshold, cols, row, chunk,
         NORM, MASKS, VECTOR, BLOCK_COLS,
     )  # fmt: skip
     offsets = row[:, None] * cols + col[None, :]
@@ -192,15 +192,15 @@ def _finish(
     if operands.layer_scale is not None:
         dx = dstream * load_vector(operands.layer_scale, col, cols)
     if DROPS:
-        dx = tl.where(keep, dx, 0.0) * rule[2]
+        dx = tl.where(keep, dx, 0.0) * criterion[2]
     if gradients.x is not None:
         tl.store(gradients.x + offsets, dx.to(gradients.x.dtype.element_ty), mask=inside)
     dscale = dx
     if gradients.layer_scale is not None:
-        x_stride = known(shape.x_stride, VECTOR)
+        x_stride = multiple_of(shape.x_stride, VECTOR)
         dscale = dstream * load_branch(operands, x_stride, cols, row, col, inside)
         if DROPS:
-            dscale = tl.where(keep, dscale, 0.0) * rule[2]
+            dscale = tl.where(keep, dscale, 0.0) * criterion[2]
         dscale = tl.where(inside, dscale, 0.0)  # outside, the bias may be NaN
     return dout * normed, dout, dx, dscale
 
@@ -244,10 +244,10 @@ def norm_backward_kernel(
     """
     STRIP: tl.constexpr = LOOPS[0]
     CHUNKS: tl.constexpr = LOOPS[1]
-    cols = known(shape.cols, VECTOR)
-    rule = (0, 0, 1.0)
+    cols = multiple_of(shape.cols, VECTOR)
+    criterion = (0, 0, 1.0)
     if MASKS[0] != NO_MASK or MASKS[1]:
-        rule = load_rule(operands, threshold, scale, path_scale, MASKS[0], MASKS[1])
+        criterion = load_criterion(operands, threshold, scale, path_scale, MASKS[0], MASKS[1])
     # Sums over the rows of a strip: in registers where a row is one chunk, else in memory.
     weight_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     norm_bias_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
@@ -260,16 +260,16 @@ def norm_backward_kernel(
         total = tl.zeros([BLOCK_ROWS], tl.float32)
         for chunk in range(CHUNKS):
             _, dnormed, normed, _, _, _, _ = _incoming(
-                incoming, operands, affine, shape, origin, rule, path_threshold, cols, row, chunk,
-                NORM, MASKS, VECTOR, BLOCK_COLS,
+                incoming, operands, affine, shape, origin, criterion, path_threshold, cols, row,
+                chunk, NORM, MASKS, VECTOR, BLOCK_COLS,
             )  # fmt: skip
             along += tl.sum(dnormed * normed, axis=1)
             if NORM[0]:
                 total += tl.sum(dnormed, axis=1)
         for chunk in range(CHUNKS):
             terms = _finish(
-                incoming, gradients, operands, affine, shape, origin, rule, path_threshold, cols,
-                row, chunk, along, total, NORM, MASKS, VECTOR, BLOCK_COLS,
+                incoming, gradients, operands, affine, shape, origin, criterion, path_threshold,
+                cols, row, chunk, along, total, NORM, MASKS, VECTOR, BLOCK_COLS,
             )  # fmt: skip
             if CHUNKS == 1:
                 weight_sum += terms[0]

@@ -28,12 +28,12 @@ def norm_forward(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor |
     out = torch.empty(shape, dtype=options.out_dtype, device=x.device)
     statistics = torch.empty((*shape[:-1], 2), dtype=torch.float32, device=x.device)
     stream = None
-    # A row that does not fit a program is written once and read again.
+    # The stream of a row that does not fit the registers is written and then read again.
     if not options.after and (options.keep_stream or plan.col_blocks > 1):
         stream = torch.empty(shape, dtype=options.stream_dtype, device=x.device)
     if plan.empty:
         return out, stream if options.keep_stream else None, statistics
-    rule = launch.rule(plan, p)
+    masks = launch.mask_arguments(plan, p)
     matrix = launch.matrix(x, cols)
     other = None if residual is None else launch.matrix(residual, cols)
     launch.run(
@@ -42,13 +42,13 @@ def norm_forward(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor |
         out.device,
         out,
         Kept(stream, statistics),
-        Operands(matrix, launch.vector(bias), launch.vector(layer_scale), other, seed, rule.rate),
+        Operands(matrix, launch.vector(bias), launch.vector(layer_scale), other, seed, masks.rate),
         Affine(launch.vector(weight), launch.vector(norm_bias), options.eps),
         plan.sizes(matrix.stride(0), 0 if other is None else other.stride(0)),
         plan.origin,
-        *rule.arguments,
+        *masks.arguments,
         NORM=_constants(options),
-        MASKS=rule.MASKS,
+        MASKS=masks.MASKS,
         VECTOR=launch.vector_width(plan, matrix, other),
         CHUNKS=plan.col_blocks,
     )
@@ -75,7 +75,7 @@ def norm_backward(
     widths = (None if dtype is None else cols for dtype in sums)
     partial = launch.partial_sums(plan, dout.device, *widths)
     if not plan.empty:
-        rule = launch.rule(plan, p)
+        masks = launch.mask_arguments(plan, p)
         matrix = launch.matrix(dout, cols)
         x = None if x is None else launch.matrix(x, cols)
         source = launch.matrix(stream, cols)
@@ -86,13 +86,13 @@ def norm_backward(
             dout.device,
             Incoming(matrix, None if dstream is None else dstream.contiguous(), source, statistics),
             Gradients(dx, dresidual, *partial),
-            Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, rule.rate),
+            Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, masks.rate),
             Affine(launch.vector(weight), None, options.eps),
             plan.sizes(0 if strided is None else strided.stride(0), matrix.stride(0)),
             plan.origin,
-            *rule.arguments,
+            *masks.arguments,
             NORM=_constants(options),
-            MASKS=rule.MASKS,
+            MASKS=masks.MASKS,
             VECTOR=launch.vector_width(plan, strided, matrix),
             LOOPS=(plan.strip, plan.col_blocks, backward_stages(plan, options, dout.device)),
         )
@@ -101,12 +101,12 @@ def norm_backward(
 
 
 def backward_stages(plan: launch.Plan, options: NormOptions, device: torch.device) -> int:
-    """Pipeline stages of the loop over a strip: two read the next rows while these are worked on.
+    """Pipeline stages of the loop over a strip; with two, the next rows are loaded ahead.
 
-    With the mean's gradient one program is all that a multiprocessor holds, and while it computes
-    the memory waits: on Hopper 4 instructions an element more are less than that. RMS norms hide it
-    by themselves, with two or three programs; AMD's and older GPUs lose registers to it. Sums in
-    memory, of rows in chunks, are never read ahead.
+    With the gradient of the mean, a multiprocessor holds one program only, and the memory is idle
+    while it computes. On Hopper, loading ahead takes 4 more instructions per element, but costs
+    less than that. RMSNorm has two or three programs, which hide the loads anyway; AMD's and older
+    GPUs would lose registers. Rows in chunks, whose sums are in memory, are never loaded ahead.
     """
     alone = options.norm == "layer_norm" and plan.col_blocks == 1
     return 2 if alone and gpu.of(device).generation == 90 else 1

@@ -1,31 +1,31 @@
-"""Products with a dropped matrix: LoRA's way down, and layers whose weights are dropped.
+"""Products with a dropped matrix: LoRA's first product, and layers whose weights are dropped.
 
     forward     out_i = gain * drop_i(x) @ weight_i^T      x: [rows, cols], weight_i: [rank_i, cols]
     backward    dweight_i = gain * dout_i^T @ drop_i(x)
                 dx = gain * sum over i of keep_i * (dout_i @ weight_i)
 
-The matrices weight_i lie one below the other in ``weight``. x is read once for all of them. The
-mask is applied in registers, between the load and the product; what goes through shared memory is
-the masked tile, as an operand of the tensor cores. ``gain`` holds the masks' scale, but where only
-the device knows it.
+The matrices weight_i are stacked along the rows of ``weight``. x is read once for all of them. The
+mask is applied in registers, between the load and the product; the masked tile then goes through
+shared memory as an operand of the tensor cores. ``gain`` includes the masks' scale, unless only the
+device knows it.
 """
 
 import triton
 import triton.language as tl
 
 from .mask import DOMAIN_ELEMENTS, keep_elements, load_key, load_rate, row_coordinates
-from .tiles import columns, columns_at, in_bounds, known
+from .tiles import columns, columns_at, in_bounds, multiple_of
 
 
 @triton.jit
 def _with(tiles, tile):
-    """The tuple with one more: in Triton 3.6 a tuple cannot be starred."""
+    """The tuple with one more tile; Triton 3.6 cannot unpack a tuple with a star."""
     return tiles + (tile,)  # noqa: RUF005
 
 
 @triton.jit
 def _zeros(count: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A tuple of ``count`` sums, at zero."""
+    """A tuple of ``count`` sums of zero."""
     sums = (tl.zeros([ROWS, COLS], tl.float32),)
     for _ in tl.static_range(1, count):
         sums = _with(sums, tl.zeros([ROWS, COLS], tl.float32))
@@ -39,7 +39,7 @@ def _load(pointer, stride, row, col, inside):
 
 @triton.jit
 def _load_weight(operands, stride, first, rank, col, cols, RANK: tl.constexpr):
-    """The rows first..first + rank of the weight: [RANK, BLOCK_COLS], 0 beyond."""
+    """The weight's rows from first to first + rank: [RANK, BLOCK_COLS], 0 beyond."""
     at = tl.arange(0, RANK)
     inside = (at < rank)[:, None] & ((col >= 0) & (col < cols))[None, :]
     return _load(operands.weight, stride, (first + at).to(tl.int64), col, inside)
@@ -59,12 +59,12 @@ def product_kernel(
     MASKS: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     RANK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows, and CHUNK blocks of columns: out [splits, rows, sum of ranks].
+    """The products of a block of rows, over CHUNK blocks of columns, in out [splits, rows, ranks].
 
-    MASKS says how many masks there are: 0, 1 for all, or one each.
+    MASKS is the number of masks: 0, 1 for all products, or one per product.
     """
-    cols = known(shape.cols, VECTOR)
-    stride = known(shape.x_stride, VECTOR)
+    cols = multiple_of(shape.cols, VECTOR)
+    stride = multiple_of(shape.x_stride, VECTOR)
     dtype: tl.constexpr = operands.weight.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_at = row_coordinates(row, origin.leading)
@@ -111,13 +111,13 @@ def product_backward_kernel(
     RANK: tl.constexpr, STRIP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns, and a strip of STRIP blocks of rows.
+    """The gradients for a block of columns and a strip of STRIP blocks of rows.
 
     ``gradients.weight`` receives the strip's sums, [strips, sum of ranks, cols] in fp32. A mask is
     drawn once for both gradients.
     """
-    cols = known(shape.cols, VECTOR)
-    stride = known(shape.x_stride, VECTOR)
+    cols = multiple_of(shape.cols, VECTOR)
+    stride = multiple_of(shape.x_stride, VECTOR)
     dtype: tl.constexpr = operands.weight.dtype.element_ty
     col, group = columns(cols, origin, BLOCK_COLS)
     threshold, scale = load_rate(operands.rate, threshold, 1.0)
@@ -155,7 +155,7 @@ def product_backward_kernel(
                 if MASKS > 1:
                     found = tl.dot(dout, weight, input_precision=PRECISION)
                     dx += tl.where(keep, found, 0.0)
-                else:  # all have one mask, which is applied to the sum
+                else:  # all products share one mask, which is applied to the sum
                     dx = tl.dot(dout, weight, dx, input_precision=PRECISION)
             first += ranks[i]
         if gradients.weight is not None:

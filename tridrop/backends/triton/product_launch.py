@@ -1,4 +1,4 @@
-"""Launching the products with a dropped matrix."""
+"""The launchers of products with a dropped matrix."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from .launch import Tile
 from .product import product_backward_kernel, product_kernel
 from .sums import total
 
-# x is [rows, cols]; `rate` is the (threshold, scale) pair on the device, where p is a tensor.
+# x is [rows, cols]; `rate` is the (threshold, scale) pair on the device if p is a tensor.
 Matrices = namedtuple("Matrices", "x weight seeds rate")
 MatrixGradients = namedtuple("MatrixGradients", "x weight")
 
-# Programs of a forward: two for each of 132 processors. Fewer rows than that take splits of the
-# columns, whose sums are added afterwards in a fixed order.
+# Programs of a forward: two for each of 132 processors. Where rows make fewer programs, the columns
+# are split too, and the partial sums are added afterwards in a fixed order.
 PROGRAMS = 264
-MIN_CHUNK = 512  # columns of a split, at least
-# Sums a column, padding included, beyond which a backward is two launches, one a gradient: in one
-# they spill registers (sm_80: 104 bytes for three adapters of rank 32, 650 for one of 256).
+MIN_CHUNK = 512  # the fewest columns of a split
+# With more sums per column than this, padding included, backward is one launch per gradient: a
+# single launch would spill registers (sm_80: 104 bytes for three adapters of rank 32, 650 for one
+# of rank 256).
 TOGETHER = 64
 
 
@@ -36,56 +37,58 @@ class _Programs(NamedTuple):
 
 
 def padded(ranks: tuple[int, ...]) -> int:
-    """The rows that a tensor core takes for each product: 16 at least."""
+    """The rows of each product, padded to a power of two and at least 16 for the tensor cores."""
     return max(16, launch.next_power_of_2(max(ranks)))
 
 
 @lru_cache(maxsize=256)
 def forward_tile(width: int, masks: int, itemsize: int) -> Callable[[int, int], Tile]:
-    """The tile of x where all sums of a row are ``width`` numbers, padding included.
+    """The tile of x where a row has ``width`` sums, padding included.
 
-    Several masks are drawn one beside the other: 64 elements a thread then spill registers.
+    Several masks are drawn at the same time, and 64 elements per thread would then spill registers.
     """
 
-    def choose(rows: int, cols: int) -> Tile:
+    def tile_for(rows: int, cols: int) -> Tile:
         widest = 128 if width <= 64 and masks == 1 and itemsize == 2 else 64
         return Tile(64, min(widest, _cols(width, itemsize)), 4 if width <= 128 else 8)
 
-    return choose
+    return tile_for
 
 
 @lru_cache(maxsize=256)
 def backward_tile(width: int, masks: int, itemsize: int) -> Callable[[int, int], Tile]:
-    """The same for backward, whose sums are ``width`` numbers a column."""
+    """The same for backward, where a column has ``width`` sums."""
 
-    def choose(rows: int, cols: int) -> Tile:
+    def tile_for(rows: int, cols: int) -> Tile:
         return Tile(64, min(64, _cols(width, itemsize)), 4 if width <= 128 and masks == 1 else 8)
 
-    return choose
+    return tile_for
 
 
 def _cols(width: int, itemsize: int) -> int:
-    """Columns of a tile, a power of two: pipelines of wide sums then fit the shared memory."""
+    """The columns of a tile, a power of two for which the pipeline fits the shared memory."""
     return 1 << (max(16, 128 * 128 // max(128, width * itemsize)).bit_length() - 1)
 
 
 def chunk(row_blocks: int, col_blocks: int, block_cols: int) -> int:
-    """Column blocks that a program of a forward goes through: a power of two, or all of them."""
+    """How many column blocks one program of a forward sums: a power of two, or all of them."""
     wanted = launch.cdiv(PROGRAMS, max(1, row_blocks))
     size = launch.next_power_of_2(launch.cdiv(col_blocks, wanted))
     return min(col_blocks, max(size, MIN_CHUNK // block_cols))
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 operands are multiplied: as torch's own products are, by its setting."""
+    """How fp32 operands are multiplied; torch's own setting decides, as for its products."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
 
 
-def _rule(plan: launch.Plan, p: Tensor | None, options: ProductOptions) -> tuple[int, int, float]:
-    """How many masks there are, their threshold, and what sums are multiplied by.
+def _mask_arguments(
+    plan: launch.Plan, p: Tensor | None, options: ProductOptions
+) -> tuple[int, int, float]:
+    """(number of masks, threshold, factor of the sums).
 
-    Where p is a tensor, its table on the device has the threshold and the masks' scale.
+    If p is a tensor, the kernel reads the threshold and the masks' scale from a table.
     """
     threshold, scale, *_ = plan.rates
     if p is not None:
@@ -113,7 +116,7 @@ def product_forward(operands: Product, options: ProductOptions) -> Tensor:
     out = torch.empty((splits, plan.where.rows, weight.shape[0]), dtype=dtype, device=x.device)
     x = launch.matrix(x, plan.where.cols)
     weight = weight.contiguous()
-    masks, threshold, gain = _rule(plan, p, options)
+    masks, threshold, gain = _mask_arguments(plan, p, options)
     launch.run(
         product_kernel,
         _Programs(plan.tile, (plan.row_blocks, splits, 1)),
@@ -146,8 +149,8 @@ def product_backward(
     if all(needs) and rank * len(options.ranks) > TOGETHER:
         dx, _ = product_backward(operands, options, (True, False))
         return dx, product_backward(operands, options, (False, True))[1]
-    choose = backward_tile(rank * len(options.ranks), options.masks, weight.itemsize)
-    plan = launch.plan(tuple(x.shape), options, choose, launch.strip if needs[1] else None)
+    tile_for = backward_tile(rank * len(options.ranks), options.masks, weight.itemsize)
+    plan = launch.plan(tuple(x.shape), options, tile_for, launch.strip if needs[1] else None)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     if plan.empty:
         return dx, torch.zeros_like(weight) if needs[1] else None
@@ -158,7 +161,7 @@ def product_backward(
     grad = grad.reshape(-1, weight.shape[0]).contiguous()
     x = launch.matrix(x, plan.where.cols)
     weight = weight.contiguous()
-    masks, threshold, gain = _rule(plan, p, options)
+    masks, threshold, gain = _mask_arguments(plan, p, options)
     launch.run(
         product_backward_kernel,
         plan,

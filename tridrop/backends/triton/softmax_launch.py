@@ -1,4 +1,4 @@
-"""Launchers and launch settings of the softmax."""
+"""The launchers of the softmax, and their settings."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from .softmax import (
     softmax_forward_kernel,
 )
 
-# 32 elements a thread, over which the arithmetic of addresses, rows and the key is spread. Compiled
-# for sm_90 in bf16, 1024 keys in forward take 29.4 SASS instructions an element so, in one warp;
-# 36.3 with 16 elements a thread, 39.8 as four rows that four warps share. Not timed.
+# 32 elements per thread, over which the arithmetic of addresses, rows and the key is spread.
+# Compiled for sm_90 in bf16, a forward of 1024 keys then takes 29.4 SASS instructions per element,
+# in one warp; it takes 36.3 with 16 elements per thread, and 39.8 with four rows that four warps
+# share. Not timed.
 WARP_TILE = 1024
-# Keys that a row may have to stay in registers, as 16 warps: 113 registers in backward with all
-# operands in fp32. Longer rows go in chunks.
+# How many keys a row may have to stay in registers, with 16 warps: backward with all operands in
+# fp32 takes 113 registers. Longer rows go in chunks.
 ROW_KEYS = 16384
 CHUNK_KEYS = 8192
 
 
 def tile(queries: int, keys: int) -> Tile:
-    """The tile of both kernels; of a chunk of the row beyond ROW_KEYS keys."""
+    """The tile of both kernels; beyond ROW_KEYS keys it is a chunk of a row."""
     if keys > ROW_KEYS:
         return Tile(1, CHUNK_KEYS, CHUNK_KEYS // WARP_TILE)
     width = max(TILE, launch.next_power_of_2(keys))
@@ -46,24 +47,24 @@ def tile(queries: int, keys: int) -> Tile:
 
 
 class Rows:
-    """Sizes, coordinates, tile and grid of such calls: a program has queries of one head."""
+    """Sizes, coordinates, tile and grid of calls; a program has queries of one head."""
 
     def __init__(
         self,
         shape: Sequence[int],
         options: AttentionOptions,
-        choose: Callable[[int, int], Tile],
+        tile_for: Callable[[int, int], Tile],
     ) -> None:
         batch, self.heads, self.queries, self.keys = four(shape)
         self.shape, self.options = tuple(shape), options
         at = options.origin
         self.origin = Origin(at[0], at[1], at[2], at[3] // TILE, at[3] % TILE)
         self.empty = math.prod(shape) == 0
-        self.tile = choose(self.queries, self.keys + self.origin.shift)
+        self.tile = tile_for(self.queries, self.keys + self.origin.shift)
         self.chunks = launch.cdiv(self.keys + self.origin.shift, self.tile.cols)
         blocks = launch.cdiv(self.queries, self.tile.rows)
-        # Neighbouring programs have the same queries of different heads: a mask that heads share
-        # is read while it is in the cache.
+        # Neighbouring programs have the same queries of different heads, so that an attention mask
+        # that heads share is still in the cache.
         self.grid = (batch * self.heads, min(blocks, MAX_GRID_Y), launch.cdiv(blocks, MAX_GRID_Y))
 
         # Blocks that divide the matrix need no bounds check.
@@ -76,7 +77,7 @@ class Rows:
     def layout(
         self, scores: Tensor, mask: Tensor | None, dout: Tensor | None
     ) -> tuple[Sizes, Strides, int]:
-        """Sizes and strides for the kernels, and how many elements lie aligned in every row."""
+        """(sizes, strides, number of elements that lie aligned in every row), for the kernels."""
         scores_strides, mask_strides, dout_strides = (
             (0,) * len(self.shape) if t is None else t.expand(self.shape).stride()
             for t in (scores, mask, dout)
@@ -143,7 +144,7 @@ def softmax_backward(
     dscores, dmask = like(dscores_dtype), None
     if dmask_dtype is not None:
         assert mask is not None
-        # Of a shared mask the gradient is a sum, and its terms are fp32.
+        # If the mask is broadcast, its gradient is a sum, whose terms are fp32.
         dmask = like(dmask_dtype if mask.shape == scores.shape else torch.float32)
     if not plan.empty:
         scores = launch.adjacent(scores)

@@ -1,8 +1,7 @@
-"""The last stage of a sum over rows: partial sums are added up in an order that sizes decide.
+"""The last stage of a sum over rows: it adds partial sums in an order that depends on sizes alone.
 
-torch.sum would do for one GPU. How it splits a dimension follows the number of multiprocessors, so
-that its last bits may differ from one kind of GPU to the next; and it would be two launches where a
-result is not fp32, the sum and the conversion.
+torch.sum splits a dimension by the number of multiprocessors, so its last bits may differ between
+GPUs. And where the result is not fp32 it would be two launches, the sum and the conversion.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from . import launch
 from .launch import Tile
 from .tiles import first_of
 
-# 16 elements a thread, as in launch.row_tile. At most 128 strips at a time: the 16 columns beside
-# them are two sectors of the memory each, and 4096 columns are 256 programs.
+# 16 elements per thread, as in launch.row_tile. With at most 128 strips at a time, a tile has at
+# least 16 columns, which are two sectors of memory, and 4096 columns make 256 programs.
 STRIPS = 128
 
 
@@ -52,14 +51,14 @@ def sum_kernel(
 
 
 def total(partial: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """The sum over the first dimension, in ``dtype``; of no strips it is zero."""
+    """The sum over the first dimension, in ``dtype``; zero if there are no strips."""
     if partial is None or dtype is None:
         return None
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
     strips, cols = partial.shape[0], out.numel()
     if strips * cols == 0:
         return out.zero_()
-    own = tile(strips, cols)
-    programs = _Programs(own, (launch.cdiv(cols, own.cols), 1, 1))
+    size = tile(strips, cols)
+    programs = _Programs(size, (launch.cdiv(cols, size.cols), 1, 1))
     launch.run(sum_kernel, programs, out.device, out, partial, strips, cols)
     return out

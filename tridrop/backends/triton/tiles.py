@@ -19,7 +19,7 @@ from .mask import (
     row_coordinates,
 )
 
-# grid axis 1 holds at most 65,535 column blocks; axis 2 goes on where that is not enough
+# Grid axis 1 holds at most 65,535 column blocks; axis 2 continues where that is not enough.
 MAX_GRID_Y = Constant(65535)
 
 # Operands of both kernels; None where absent. `rate` is the (threshold, scale) pair on the device.
@@ -27,8 +27,8 @@ Operands = namedtuple("Operands", "x bias layer_scale residual seed rate")
 # Sizes, and the strides between rows of x and of the second matrix that is read (the residual in
 # forward, the gradient in backward). Columns always have stride 1.
 Shape = namedtuple("Shape", "rows cols x_stride other_stride")
-# Where the tile lies in the contract's coordinates: mask.Coordinates.leading for elements and for
-# drop_path, the first column's group, and how far into that group the first column is.
+# Where the matrix lies in the contract's coordinates: mask.Coordinates.leading for elements and for
+# drop_path, the first column's group, and the first column's index in that group.
 Origin = namedtuple("Origin", "leading path_leading group shift")
 
 
@@ -36,7 +36,7 @@ Origin = namedtuple("Origin", "leading path_leading group shift")
 def to_float(x):
     """fp32 of a tile."""
     if x.dtype == tl.bfloat16:
-        # A shift, which LLVM merges with the unpacking of a 32-bit word: one instruction a value
+        # LLVM merges this shift with the unpacking of a 32-bit word: one instruction per value,
         # where the conversion takes one and a half.
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -45,24 +45,24 @@ def to_float(x):
 
 @triton.jit
 def first_of(block, size, BLOCK: tl.constexpr):
-    """The first index of a block along a dimension of that size.
+    """The first index of a block along a dimension of ``size``.
 
-    Triton types sizes by their value: the product has 64 bits where the size needs them, and 32
-    where it does not. There the indices of blocks behind the last wrap to negative ones.
+    Triton types sizes by their value: the product has 64 bits if the size needs them, and else 32.
+    With 32 bits the indices of blocks behind the last one wrap to negative numbers.
     """
     return ((tl.zeros([], tl.int32) + size) * 0 + block) * BLOCK
 
 
 @triton.jit
 def columns(cols, origin, BLOCK_COLS: tl.constexpr):
-    """Local columns of this program, [BLOCK_COLS], and the column groups of its masks."""
+    """The local columns of this program, [BLOCK_COLS], and the column groups of its masks."""
     return columns_at(tl.program_id(1) + tl.program_id(2) * MAX_GRID_Y, cols, origin, BLOCK_COLS)
 
 
 @triton.jit
 def columns_at(block, cols, origin, BLOCK_COLS: tl.constexpr):
     """The columns of a block, and the column groups of their masks."""
-    # A shard may begin inside a group: tiles begin where groups do, so some columns lie outside.
+    # A shard may begin inside a group. Tiles begin where groups begin, so some columns lie outside.
     col = first_of(block, cols, BLOCK_COLS) - origin.shift + tl.arange(0, BLOCK_COLS)
     # Groups are coordinates, which have 64 bits whatever the size of this piece.
     first = tl.cast(block, tl.int64) * (BLOCK_COLS // LANES)
@@ -71,8 +71,8 @@ def columns_at(block, cols, origin, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
-def known(n, VECTOR: tl.constexpr):
-    """``n``, a multiple of VECTOR, said so that the compiler sees it and loads 16 bytes at once."""
+def multiple_of(n, VECTOR: tl.constexpr):
+    """``n``, a multiple of VECTOR, so that the compiler sees this and loads 16 bytes at once."""
     return n // VECTOR * VECTOR
 
 
@@ -106,7 +106,7 @@ def load_branch(operands, stride, cols, row, col, inside):
 
 
 @triton.jit
-def load_rule(operands, threshold, scale, path_scale, MASK: tl.constexpr, PATH: tl.constexpr):
+def load_criterion(operands, threshold, scale, path_scale, MASK: tl.constexpr, PATH: tl.constexpr):
     """The Philox key, the elements' threshold and the product of the scales."""
     if MASK != NO_MASK:
         threshold, scale = load_rate(operands.rate, threshold, scale)
@@ -119,7 +119,7 @@ def load_rule(operands, threshold, scale, path_scale, MASK: tl.constexpr, PATH: 
 
 @triton.jit
 def keep_tile(
-    row, group, origin, rule, path_threshold, MAYBE_ZERO: tl.constexpr,
+    row, group, origin, criterion, path_threshold, MAYBE_ZERO: tl.constexpr,
     MASK: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     """Whether an element and its sample are kept: [BLOCK_ROWS, BLOCK_COLS or 1]."""
@@ -127,18 +127,24 @@ def keep_tile(
     if MASK != NO_MASK:
         row_at = row_coordinates(row, origin.leading)
         if MASK == ELEMENTS:
-            keep = keep_elements(row_at, group, rule[0], rule[1], MAYBE_ZERO, DOMAIN_ELEMENTS)
+            keep = keep_elements(
+                row_at, group, criterion[0], criterion[1], MAYBE_ZERO, DOMAIN_ELEMENTS
+            )
         else:
-            keep = keep_rows(row_at, rule[0], rule[1], MAYBE_ZERO, DOMAIN_ELEMENTS)[:, None]
+            keep = keep_rows(row_at, criterion[0], criterion[1], MAYBE_ZERO, DOMAIN_ELEMENTS)[
+                :, None
+            ]
     if PATH:
         row_at = row_coordinates(row, origin.path_leading)
-        keep = keep & keep_rows(row_at, rule[0], path_threshold, False, DOMAIN_DROP_PATH)[:, None]
+        keep = (
+            keep & keep_rows(row_at, criterion[0], path_threshold, False, DOMAIN_DROP_PATH)[:, None]
+        )
     return keep
 
 
 @triton.jit
 def store_sum(pointer, total, col, cols, WIDTH: tl.constexpr):
-    """A strip's sum over rows, as row `strip` of the partial sums [strips, WIDTH * cols]."""
+    """Store a strip's sum over rows in its row of the partial sums [strips, WIDTH * cols]."""
     inside = (col >= 0) & (col < cols)
     offsets = tl.program_id(0).to(tl.int64) * cols * WIDTH + col
     tl.store(pointer + offsets, tl.sum(total, axis=0), mask=inside)

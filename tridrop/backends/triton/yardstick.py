@@ -1,9 +1,9 @@
-"""A yardstick, and no op: dropout + add as it is usually written, one Philox call an element.
+"""A yardstick, not an op: dropout + add as it is usually written, with one Philox call per element.
 
-``tridrop inspect`` compiles it beside the kernels of the package, to show what sharing a call among
-eight elements saves. Nothing else reaches it. Its masks are not those of the contract, and it is
-simple on purpose: no shards, no shared masks, whole blocks only. Everything else is as in the
-elementwise kernels, tile, loads and Philox included, so that the calls are the only difference.
+``tridrop inspect`` compiles it beside the kernels of the package, to show what it saves to share a
+call among eight elements. Nothing else uses it. Its masks are not those of the contract, and it has
+neither shards nor shared masks, and takes whole blocks only. Tile, loads and Philox are those of
+the elementwise kernels, so that the number of calls is the only difference.
 """
 
 import torch

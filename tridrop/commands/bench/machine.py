@@ -40,7 +40,7 @@ class Machine:
             raise RuntimeError("there is no CUDA device here: use --device cpu")
         self.device = device
         self.cuda = device == "cuda"
-        self.backend = backends.choose(torch.device(device))
+        self.backend = backends.name_for(torch.device(device))
         if self.backend == "triton" and not self.cuda:
             raise RuntimeError(
                 "on a CPU the Triton backend runs in Triton's interpreter, which is not "

@@ -31,7 +31,7 @@ def backend_of(name: str) -> AbstractContextManager[None]:
 def check_backend(device: torch.device) -> str:
     """The name of the backend for ``device``; raises DemoError if there is none."""
     try:
-        name = backends.choose(device)
+        name = backends.name_for(device)
         backends.serving(name, torch.empty(1, device=device))
     except (ImportError, RuntimeError, ValueError) as error:
         raise DemoError(str(error)) from error

@@ -1,1 +1,1 @@
-"""Loops that numba compiles. Importing one of these modules imports numba."""
+"""The loops that numba compiles. Importing a module of this folder imports numba."""

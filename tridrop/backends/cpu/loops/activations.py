@@ -1,14 +1,14 @@
 """Activations and their derivatives in fp32, as loops that LLVM turns into vector instructions.
 
-It has no vector form of libm's exp, erf and tanh without a library of one vendor, so they are
-written out here, from sums, products and a division. NaN stays NaN, and infinities give what the
-formulas give: gelu(-inf) is NaN as in torch.
+LLVM vectorises libm's exp, erf and tanh only with one vendor's library, so this file writes them
+out, in sums, products and a division. NaN stays NaN, and infinities give what the formulas give:
+gelu(-inf) is NaN, as in torch.
 
     gelu(x) = x * cdf(x),   cdf(-a) = exp(-a^2 / 2) * tail(a)
     gelu_tanh(x) = x * sigmoid(y),   y = 2 * sqrt(2 / pi) * (x + 0.044715 x^3);   silu: y = x;
     quick_gelu: y = 1.702 x
 
-The negative side comes from the tail itself, not from 1 + erf, and keeps its digits.
+For negative x the tail itself is computed, and not 1 + erf, whose digits would cancel.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .storage import bits_of, value_of
 _fused = {"contract"}
 _ZERO, _HALF, _ONE, _TWO = (np.float32(v) for v in (0, 0.5, 1, 2))
 
-# exp: Cephes, expf.c (Moshier 1989), whose polynomial has a relative error of 2e-8 where
-# |r| <= ln(2) / 2. ln(2) in two parts, of which the first times an integer is exact.
-_LOWEST = np.float32(-105)  # exp is 0 below, in fp32
+# exp: Cephes, expf.c (Moshier 1989), whose polynomial has a relative error of 2e-8 for
+# |r| <= ln(2) / 2. ln(2) is split into two parts; the first times an integer is exact.
+_LOWEST = np.float32(-105)  # below this, exp is 0 in fp32
 _LOG2_E = np.float32(1.44269504088896341)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _EXP = tuple(
@@ -34,15 +34,15 @@ _EXP = tuple(
         4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1,
     )
 )  # fmt: skip
-# Added, leaves an integer n in the lowest bits, and the exponent of 2^(n + 64), which 2^n, maybe a
-# subnormal, is made from.
+# Adding this number leaves an integer n in the lowest bits, as the exponent of 2^(n + 64). From
+# that 2^n is made, which may be a subnormal.
 _ROUND, _MANTISSA, _BACK = np.float32((3 << 22) + 127 + 64), np.uint32(23), np.float32(2.0**-64)
 
 # The normal distribution: tail(a) = t * polynomial(t), t = 1 / (1 + 0.35 a), for 0 <= a <= 15, the
-# form of Hastings (1955). Fitted here to the smallest largest relative error, 2.3e-8: least squares
-# at 400 Chebyshev nodes of t, reweighted by the errors (Lawson 1961), against 40 digits.
-# Near 0, where the rounding of t would show, cdf = 1/2 + x * polynomial(x^2), fitted likewise for
-# |x| <= 1: 7e-10.
+# form of Hastings (1955). The polynomial was fitted for this file to the least maximal relative
+# error, 2.3e-8: least squares at 400 Chebyshev nodes of t, reweighted by the errors (Lawson 1961),
+# against 40 digits. Near 0, where the rounding of t would show, cdf = 1/2 + x * polynomial(x^2),
+# fitted in the same way for |x| <= 1: 7e-10.
 _FARTHEST, _NEAR, _RATE = np.float32(15), np.float32(1), np.float32(0.35)
 _TAIL = tuple(
     np.float32(v)
@@ -59,7 +59,7 @@ _CENTRE = tuple(
         0.009973322972655296, -0.06649035960435867, 0.3989422917366028,
     )
 )  # fmt: skip
-# Fitted in the same way for the short forms: 6e-6 and 5e-6.
+# The short forms, fitted in the same way: 6e-6 and 5e-6.
 _LN2 = np.float32(0.6931471805599453)
 _SHORT_EXP = tuple(np.float32(v) for v in (0.04126245, 0.16757017, 0.50005533))
 _SHORT_RATE = np.float32(0.31)
@@ -73,7 +73,7 @@ _SHORT_TAIL = tuple(
 _DENSITY = np.float32(0.3989422804014327)  # 1 / sqrt(2 pi)
 _UPPER_BITS = np.uint32(0xFFFFF000)
 
-# gelu_tanh: y is beyond exp's range from 10 on.
+# gelu_tanh: from x = 10 on, y is beyond exp's range.
 _BEND_END = np.float32(16)
 _SLOPE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)
 _QUICK = np.float32(1.702)
@@ -81,7 +81,7 @@ _QUICK = np.float32(1.702)
 
 @inline(_fused)
 def horner(t, coefficients):
-    """A polynomial, from its highest coefficient down."""
+    """A polynomial of t, whose highest coefficient comes first."""
     total = coefficients[0]
     for i in range(1, len(coefficients)):
         total = total * t + coefficients[i]
@@ -95,7 +95,7 @@ def power_of_two(shifted):
 
 @inline(_fused)
 def exp(z, rest):
-    """exp(z + rest) for z <= 0 and a small ``rest``, down to the least subnormal."""
+    """exp(z + rest) for z <= 0 and a small ``rest``, down to the smallest subnormal."""
     z = _LOWEST if z < _LOWEST else z
     shifted = z * _LOG2_E + _ROUND
     n = shifted - _ROUND
@@ -146,7 +146,7 @@ def short_normal(x):
 
 @inline(_fused)
 def bend(x):
-    """(y, dy/dx) of gelu_tanh, constant where its sigmoid is."""
+    """(y, dy/dx) of gelu_tanh, constant where the sigmoid of y is constant."""
     x = _BEND_END if x > _BEND_END else (-_BEND_END if x < -_BEND_END else x)
     square = _CUBIC * (x * x)
     return _SLOPE * (x + x * square), _SLOPE * (_ONE + (_TWO + _ONE) * square)
@@ -154,7 +154,7 @@ def bend(x):
 
 @inline(_fused)
 def identity(x):
-    """(x, its derivative); so are the others."""
+    """(f(x), f'(x)), as of all functions below."""
     return x, _ONE
 
 
@@ -219,15 +219,15 @@ def quick_gelu_by(exp, normal):
 
 
 def both(make):
-    """A function by the exp and the normal distribution of full precision, and by the short ones.
+    """``make(exp, normal)`` with the functions of full precision, and with the short ones.
 
-    The short form is for results of 16 bits: right to 2e-5, a tenth of the rounding of fp16, in
-    two thirds of the time.
+    The short form serves results of 16 bits: its error is 2e-5, a tenth of fp16's rounding, and it
+    takes two thirds of the time.
     """
     return make(exp_of, normal), make(short_exp, short_normal)
 
 
-# name -> its form of full precision and its short form, each x -> (f(x), f'(x))
+# name -> (form of full precision, short form), each of them x -> (f(x), f'(x))
 FUNCTIONS = {
     "none": (identity, identity),
     "relu": (relu, relu),
@@ -236,40 +236,44 @@ FUNCTIONS = {
     "silu": both(silu_by),
     "quick_gelu": both(quick_gelu_by),
 }
-# Loops know a form by its number here: they take integers, which those who call them look up.
+# Compiled loops take integers: a form's number is its index in FORMS, and callers look it up by the
+# name in NUMBERS.
 FORMS = tuple(dict.fromkeys(form for forms in FUNCTIONS.values() for form in forms))
 NUMBERS = {name: tuple(map(FORMS.index, forms)) for name, forms in FUNCTIONS.items()}
 
 
 def of_function(make):
-    """Make loops over (u, ...) a function of (number, u, ...), a loop for each of FORMS."""
+    """A function of (number, u, ...) that runs the loop over (u, ...) for that number in FORMS.
+
+    ``make`` makes the loop for one form.
+    """
     *loops, last = (part(_fused)(make(form)) for form in FORMS)
 
     @inline(_fused)
-    def chosen(number, u, *others):
+    def dispatch(number, u, *others):
         last(u, *others)
 
     for number, loop in reversed([*enumerate(loops)]):
-        chosen = either(number, loop, chosen)
+        dispatch = branch(number, loop, dispatch)
 
     @part(_fused)
     def call(number, u, *others):
-        chosen(number, u, *others)
+        dispatch(number, u, *others)
 
     return call
 
 
-def either(wanted, loop, otherwise):
-    """``loop`` for the number that is ``wanted``, and ``otherwise`` for another."""
+def branch(wanted, loop, otherwise):
+    """A function that runs ``loop`` for the number ``wanted``, and else ``otherwise``."""
 
     @inline(_fused)
-    def choose(number, u, *others):
+    def dispatch(number, u, *others):
         if number == wanted:
             loop(u, *others)
         else:
             otherwise(number, u, *others)
 
-    return choose
+    return dispatch
 
 
 @of_function

@@ -1,12 +1,13 @@
-"""Compiled loops on disk: in a folder of the user's own, and no fault of a disk ends a call.
+"""Compiled loops on disk, in a folder that belongs to the user; a disk error never ends a call.
 
 numba's public settings (``cache=True``, ``NUMBA_CACHE_DIR``, ``NUMBA_CACHE_LOCATOR_CLASSES``) say
-where files lie, the last two for all of a process. They leave three things as they are: a damaged
-file or a full disk raises out of the call; a function is renewed when its own file changes, not
-when one does whose functions it calls; and an index and the data that it names are two files, which
-two processes that save at a time can leave unmatched. So the cache of a dispatcher is a subclass of
-the one that ``cache=True`` makes: keys, and what is kept of a compiled function, are numba's; the
-place, the stamp and the file are written here. A file says what it is, and is replaced whole.
+where files lie, the last two for the whole process. With them three problems remain. A damaged file
+or a full disk raises out of the call. A function is compiled again when its own file changes, but
+not when a file changes whose functions it calls. And an index and the data that it names are two
+files, which two processes that save at the same time can leave unmatched. So the cache of a loop is
+a subclass of the one that ``cache=True`` makes. Its keys, and what it stores of a compiled
+function, are numba's; the folder, the stamp of the sources and the format of the files are defined
+here. A file begins with what it is, and is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from numba.misc.appdirs import AppDirs
 
 from ....base.files import replacing
 
-# All that the loops are compiled from; a test follows their imports.
+# All files that the loops are compiled from; a test follows their imports.
 SOURCES = (
     "backends/cpu/loops/activations.py",
     "backends/cpu/loops/elementwise.py",
@@ -51,7 +52,7 @@ _told: set[str] = set()
 
 
 def _tell(what: str, message: str) -> None:
-    """Warn, once in a process for each kind of fault: there are as many files as loops."""
+    """Warn of a fault, once per process, although each loop has a file of its own."""
     if what not in _told:
         _told.add(what)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -59,10 +60,10 @@ def _tell(what: str, message: str) -> None:
 
 @functools.cache
 def stamp() -> bytes:
-    """A digest of what compiled code depends on beside its key, which names the processor.
+    """A digest of what compiled code depends on besides its key, which names the processor.
 
-    The sources are read when the first loop is defined, not when it is saved: a file may be edited
-    while a process runs that has imported it.
+    The sources are read when the first loop is defined and not when one is saved, because a file
+    may be edited after a running process has imported it.
     """
     found = hashlib.sha256()
     versions = numba.__version__, llvmlite.__version__, numpy.__version__
@@ -74,7 +75,7 @@ def stamp() -> bytes:
 
 
 def folder() -> Path:
-    """Where the files lie: in ``NUMBA_CACHE_DIR``, or in the user's folder for caches."""
+    """The folder of the files: in ``NUMBA_CACHE_DIR``, or in the user's cache folder."""
     root = Path(config.CACHE_DIR or AppDirs("numba", appauthor=False).user_cache_dir)
     return root / (f"tridrop-{os.geteuid()}" if hasattr(os, "geteuid") else "tridrop")
 
@@ -82,8 +83,8 @@ def folder() -> Path:
 def make(place: Path) -> None:
     """Make the folder, for its owner alone.
 
-    Raises OSError where that cannot be, and where others own it or may write to it: what is loaded
-    from there is run.
+    Raises OSError if it cannot be made, and if another user owns it or may write to it, because
+    the code that is loaded from it is run.
     """
     if not (config.CACHE_DIR or place.is_absolute()):
         raise FileNotFoundError("the user has no home folder")
@@ -98,16 +99,16 @@ def make(place: Path) -> None:
 
 
 class _Kept(CompileResultCacheImpl):  # type: ignore[misc]
-    """What numba keeps of a compiled function, without its search for a place."""
+    """What numba stores of a compiled function, without numba's search for a folder."""
 
     def __init__(self, function: Any) -> None:
         self._lineno = function.__code__.co_firstlineno
-        # What numba warns with of a function that cannot be kept.
+        # numba names this file when it warns of a function that cannot be stored.
         self._locator = SimpleNamespace(_py_file=function.__code__.co_filename)
 
 
 class LoopCache(FunctionCache):  # type: ignore[misc]
-    """The compiled forms of one loop on disk, a file each."""
+    """The compiled forms of one loop on disk, one file per signature and processor."""
 
     def __init__(self, function: Any) -> None:
         stamp()
@@ -123,8 +124,8 @@ class LoopCache(FunctionCache):  # type: ignore[misc]
         return f"{self._py_func.__module__.rpartition('.')[2]}.{self._py_func.__name__}"
 
     def path_of(self, key: tuple[Any, ...]) -> Path:
-        """The file for a signature and a processor, the same for all versions of the sources."""
-        home = os.path.dirname(os.path.abspath(__file__))  # other installations have other files
+        """The file for a signature and a processor; all versions of the sources share it."""
+        home = os.path.dirname(os.path.abspath(__file__))  # each installation has its own files
         name = repr((home, platform.python_version_tuple()[:2], *key[:2])).encode()
         return Path(
             self._cache_path, f"{self._stem()}-{hashlib.sha256(name).hexdigest()[:20]}.loop"
@@ -149,7 +150,7 @@ class LoopCache(FunctionCache):  # type: ignore[misc]
         try:
             found = _payload(data, key)
             return None if found is None else self._impl.rebuild(target_context, found)
-        except Exception as error:  # whatever pickle and LLVM raise for what is not theirs
+        except Exception as error:  # pickle and LLVM raise all sorts of errors for a damaged file
             _tell(
                 "file",
                 f"tridrop's cache of compiled loops has a damaged file, {path} "
@@ -159,7 +160,7 @@ class LoopCache(FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep the compiled form for a signature."""
+        """Store the compiled form for a signature."""
         if not self._enabled or not self._impl.check_cachable(data):
             return
         key = self._index_key(sig, data.codegen)
@@ -182,7 +183,7 @@ class LoopCache(FunctionCache):  # type: ignore[misc]
 
 
 def _payload(data: bytes, key: tuple[Any, ...]) -> Any:
-    """What a file keeps, or None where it is out of date. Raises ValueError where it is damaged."""
+    """The content of a file; None if it is out of date, ValueError if it is damaged."""
     head = len(_MAGIC)
     made, digest = data[head : head + _DIGEST], data[head + _DIGEST : head + 2 * _DIGEST]
     content = data[head + 2 * _DIGEST :]

@@ -1,8 +1,8 @@
-"""Says on a terminal that loops are being compiled, and which: seconds in which nothing else shows.
+"""Tells the user on a terminal which loops are being compiled, which takes seconds.
 
-Once in a process a line that stays, and while a loop is compiled one that goes. Nothing is said
-where standard error is no terminal or is somebody else's (a notebook, a progress bar, pytest), and
-where the logger "tridrop" is disabled or set to more than INFO.
+One line per process stays; while a loop is compiled, a second line shows its name. Nothing is
+printed where standard error is not a terminal or has been replaced (by a notebook, a progress bar
+or pytest), or where the logger "tridrop" is disabled or its level is above INFO.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FIRST = (
 
 
 def listening() -> TextIO | None:
-    """The terminal that is to be told, or None."""
+    """The terminal to print to, or None."""
     logger, stream = logging.getLogger("tridrop"), sys.stderr
     quiet = logger.disabled or logger.level > logging.INFO or logger.manager.disable >= logging.INFO
     if quiet or "PYTEST_VERSION" in os.environ or stream is not sys.__stderr__:
@@ -31,7 +31,7 @@ def listening() -> TextIO | None:
 
 
 class Teller(event.Listener):  # type: ignore[misc]
-    """Told by numba of every function that it compiles, those within another as well."""
+    """Receives numba's event for every function that it compiles, nested ones included."""
 
     def __init__(self, kept: bool) -> None:
         self.kept = kept
@@ -66,7 +66,7 @@ class Teller(event.Listener):  # type: ignore[misc]
             self._show(stream)
 
     def _show(self, stream: TextIO) -> None:
-        stream.write("\r\x1b[K")  # back to the begin of the line, and clear it
+        stream.write("\r\x1b[K")  # go to the beginning of the line and clear it
         if self._inside:
             seconds = time.monotonic() - self._began
             stream.write(f"  {self._inside[0]}: {self._functions} parts, {seconds:.0f} s")
@@ -74,5 +74,5 @@ class Teller(event.Listener):  # type: ignore[misc]
 
 
 def watch(kept: bool) -> None:
-    """Tell of whatever is compiled from here on; ``kept`` says whether it is kept on disk."""
+    """Report all compilations from now on; ``kept`` says whether code is kept on disk."""
     event.register("numba:compile", Teller(kept))

@@ -1,8 +1,9 @@
 """The elementwise family for CPUs, forward and backward in one pass each.
 
-The formulas are those of ``backends/reference/elementwise.py``, the rounding too: fp32 within, and
-once to what is stored. Matrices are pairs (address, kind) and vectors addresses of fp32, 0 where
-there is none; ``mask`` and pieces of rows are as in ``mask.next_piece``.
+The formulas and the rounding are those of ``backends/reference/elementwise.py``: fp32 within, and
+one rounding of what is stored. A matrix is a pair (address, dtype code), a vector an address of
+fp32 numbers; the address 0 stands for an absent one. ``mask.next_piece`` describes ``decisions``
+and the pieces of rows.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from .mask import (
     STRIP,
     cut,
     following,
-    held,
     inline,
+    keep_alive,
     kernel,
+    last_and_factor,
     next_piece,
     randoms,
-    rule,
     scratch,
 )
 from .steps import accumulate_selected, add_vector, clear, copy, multiply, multiply_vector
@@ -29,7 +30,7 @@ from .storage import add_selected, load, load_rows, store, store_selected, store
 
 @inline(set())
 def strips(count):
-    """Memory for ``count`` strips, of which the first holds bits."""
+    """Memory for ``count`` strips; the first one holds the random bits."""
     return scratch(4 * STRIP + count * STRIP * LANES)
 
 
@@ -40,7 +41,7 @@ def strip(memory, k):
 
 @inline(set())
 def load_biased(x, bias, row, rows, width, column, size, into):
-    """x + bias of a piece, from ``column`` on in rows of ``width``."""
+    """into = x + bias of a piece, which begins at ``column`` in rows of ``width``."""
     if size == width:
         load(x, row * width, rows * size, into)
     else:
@@ -50,8 +51,11 @@ def load_biased(x, bias, row, rows, width, column, size, into):
 
 
 @inline(set())
-def give(dx, dbias, row, rows, width, column, size, u, bits, last, scale):
-    """Drop elements of u, store that to dx from ``column`` on in rows of ``width``, sum it up."""
+def store_gradient(dx, dbias, row, rows, width, column, size, u, bits, last, scale):
+    """Drop elements of u, add the rows of that to dbias, and store it to a piece of dx.
+
+    The piece begins at ``column`` in rows of ``width``.
+    """
     accumulate_selected(dbias, column, rows, size, u, bits, last, scale)
     if dx[0] == 0:
         return
@@ -63,21 +67,21 @@ def give(dx, dbias, row, rows, width, column, size, u, bits, last, scale):
 
 
 @kernel
-def forward(start, stop, columns, mask, scale, out, x, bias, layer_scale, residual, options):
-    """out = residual + layer_scale * f(x + bias) * multiplier, of the rows from start to stop.
+def forward(start, stop, columns, decisions, scale, out, x, bias, layer_scale, residual, options):
+    """out = residual + layer_scale * f(x + bias) * multiplier, for the rows from start to stop.
 
-    ``options`` are the number of f in activations.FORMS, and whether x holds two halves in twice
-    as many columns: then f(first) * second takes the place of f.
+    ``options`` are the number of f in activations.FORMS, and whether f is gated: then x has twice
+    as many columns, two halves, and f(first) * second takes the place of f.
     """
     function, gated = options
     width = 2 * columns if gated else columns
     memory = strips(3)
-    bits, words = randoms(memory, STRIP * LANES, mask[5])
+    bits, words = randoms(memory, STRIP * LANES, decisions[5])
     u, v = strip(memory, 1), strip(memory, 2)
     r, done = start, 0
     while r < stop:
-        rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)
-        last, factor = rule(mask, scale, r)
+        rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
+        last, factor = last_and_factor(decisions, scale, r)
         at, count = r * columns + done, rows * size
         kept = bits[lane : lane + count]
         load_biased(x, bias, r, rows, width, done, size, u)
@@ -92,29 +96,29 @@ def forward(start, stop, columns, mask, scale, out, x, bias, layer_scale, residu
         else:
             store_selected(out, at, count, u, kept, last, factor)
         r, done = following(r, rows, done + size, columns)
-    held(memory)
+    keep_alive(memory)
 
 
 @kernel
-def backward(start, stop, columns, mask, scale, grad, x, bias, layer_scale, dx, sums, options):
-    """Gradients of x, bias and layer_scale, of the rows from start to stop.
+def backward(start, stop, columns, decisions, scale, grad, x, bias, layer_scale, dx, sums, options):
+    """Gradients of x, bias and layer_scale, from the rows from start to stop.
 
-    ``x`` is absent where f is the identity. ``sums`` are where the last two go: a vector of x's
-    width and one of ``columns``, of these rows alone.
+    ``x`` is absent where f is the identity. ``sums`` are the vectors for the last two gradients, of
+    x's width and of ``columns``, summed over these rows alone.
     """
     function, gated = options
     dbias, dscale = sums
     width = 2 * columns if gated else columns
     memory = strips(6)
-    bits, words = randoms(memory, STRIP * LANES, mask[5])
+    bits, words = randoms(memory, STRIP * LANES, decisions[5])
     g, u, v = strip(memory, 1), strip(memory, 2), strip(memory, 3)
     w, product = strip(memory, 4), strip(memory, 5)
     clear(dbias, 0, width)
     clear(dscale, 0, columns)
     r, done = start, 0
     while r < stop:
-        rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)
-        last, factor = rule(mask, scale, r)
+        rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
+        last, factor = last_and_factor(decisions, scale, r)
         count = rows * size
         kept = bits[lane : lane + count]
         load(grad, r * columns + done, count, g)
@@ -134,12 +138,12 @@ def backward(start, stop, columns, mask, scale, grad, x, bias, layer_scale, dx, 
         if gated:
             multiply(g, count, v)
             multiply_vector(w, rows, size, layer_scale, done)
-            give(dx, dbias, r, rows, width, columns + done, size, w, kept, last, factor)
+            store_gradient(dx, dbias, r, rows, width, columns + done, size, w, kept, last, factor)
         # The selection comes last: a dropped element's gradient is 0 whatever its input was.
         if gated or dscale != 0:
             multiply(g, count, u)
         else:
             derive(function, u, g, count)
-        give(dx, dbias, r, rows, width, done, size, g, kept, last, factor)
+        store_gradient(dx, dbias, r, rows, width, done, size, g, kept, last, factor)
         r, done = following(r, rows, done + size, columns)
-    held(memory)
+    keep_alive(memory)

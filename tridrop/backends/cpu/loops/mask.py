@@ -1,12 +1,12 @@
-"""The mask contract as loops for CPUs, compiled by numba: what masks.py calls.
+"""The mask contract as loops for CPUs, compiled by numba; the other loops and masks.py use it.
 
-A Philox round is two products of 32-bit words. Written as products of zero-extended 64-bit words
-they become one vector instruction for four or eight calls. So a kernel makes the words of a piece
-first, one array a word, then spreads them over the columns, then decides. A piece is a strip of a
-row, or several whole rows where rows are short: its calls are one long loop either way. It stays in
-the first-level cache, and no mask is in memory unless the mask is the result.
+A Philox round has two products of 32-bit words. Written as products of zero-extended 64-bit words,
+the products of four or eight calls become one vector instruction. So a kernel first makes the words
+of a piece, one array per word, then spreads them over the columns, then decides. A piece is a strip
+of a row, or several whole rows where rows are short, so that its calls form one long loop. It stays
+in the first-level cache, and no mask is written to memory unless the mask is the result.
 
-Kernels are serial and hold no lock: the caller shares rows among threads.
+Kernels are serial and hold no lock; their callers divide the rows among threads.
 """
 
 from __future__ import annotations
@@ -34,36 +34,37 @@ M0, M1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1)
 W0, W1 = np.uint32(PHILOX_W0), np.uint32(PHILOX_W1)
 HALF, WORD = np.uint32(16), np.uint64(32)
 MULTIPLIER, ALL = np.uint64(STREAM_MULTIPLIER), np.uint32(0xFFFFFFFF)
-STRIP = 128  # calls a piece: 1024 columns, 6 KiB of words and bits
+STRIP = 128  # calls per piece: 1024 columns, 6 KiB of words and bits
 
 LINE = 16  # words of a cache line
 
 CACHE = os.environ.get("TRIDROP_CPU_CACHE") != "0"
 
 
-_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # what only kernels call
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # for functions only kernels call
 
 
 def kernel(function):
-    """What Python calls: compiled at its first call, from the cache on disk where there is one."""
+    """A function that Python calls: it is compiled at its first call, or loaded from the cache."""
     made = njit(nogil=True, error_model="numpy")(function)
     if CACHE and isinstance(made, Dispatcher):  # NUMBA_DISABLE_JIT leaves functions as they are
-        made._cache = LoopCache(function)  # as enable_caching() does with numba's own
+        made._cache = LoopCache(function)  # enable_caching() does so with numba's own cache
     return made
 
 
 def part(fastmath):
-    """What kernels call: loops of their own, compiled with the first kernel that needs them.
+    """A function that kernels call, compiled with the first kernel that needs it.
 
-    For what would make kernels several times as long: a call that hands arrays over takes as long
-    as some sixty elements. The only liberties taken with floating-point numbers are those named:
-    "contract", a product and a sum in one instruction; "reassoc", a sum in any order.
+    It is for code that would make the kernels several times as long if it were inlined. Handing
+    arrays over to it takes as long as some sixty elements. ``fastmath`` names all liberties that
+    are taken with floating-point numbers: "contract" joins a product and a sum in one instruction;
+    "reassoc" sums in any order.
     """
     return njit(error_model="numpy", fastmath=fastmath, **_INNER)
 
 
 def inline(fastmath):
-    """What becomes part of whatever calls it; liberties as in :func:`part`."""
+    """A function that is inlined into its callers; ``fastmath`` as in :func:`part`."""
     return njit(error_model="numpy", fastmath=fastmath, forceinline=True, **_INNER)
 
 
@@ -79,29 +80,30 @@ def _pointer(context, address):
 
 @inline(set())
 def vector(address, size, dtype):
-    """The numbers at an address as an array. Whoever calls a kernel keeps their memory alive."""
+    """The numbers at an address, as an array. Callers of kernels keep the memory alive."""
     return carray(_pointer(address), (size,), dtype)
 
 
 @inline(set())
 def scratch(size):
-    """Memory for ``size`` words, to be cut into arrays. Kernels end with :func:`held` of it."""
+    """Memory for ``size`` words, to be cut into arrays; kernels end with :func:`keep_alive`."""
     return np.empty(size + LINE, np.uint32)
 
 
 @inline(set())
 def cut(memory, start, shape, dtype):
-    """An array in it, ``start`` words after the first cache line that begins there.
+    """An array in scratch memory, ``start`` words after the first full cache line.
 
-    The array has no owner: one that has is counted, atomically, wherever it stands in a tuple.
+    The array has no owner: for an array with an owner, numba counts references atomically wherever
+    it goes into a tuple.
     """
     begin = (memory.ctypes.data + 4 * LINE - 1) // (4 * LINE) * LINE
     return carray(_pointer(4 * (begin + start)), shape, dtype)
 
 
 @njit
-def held(memory):
-    """The memory is in use until here."""
+def keep_alive(memory):
+    """Keep scratch memory allocated up to this call."""
 
 
 @njit(inline="always")
@@ -123,7 +125,7 @@ def rotate(word):
 
 @part(set())
 def row_words(words, k0, k1, high, row, group, count):
-    """The calls of ``count`` groups of a row."""
+    """The words of the calls for ``count`` column groups of a row."""
     low, upper = uint32(row), uint32(row >> WORD)
     for g in range(count):
         at = group + uint64(g)
@@ -134,8 +136,8 @@ def row_words(words, k0, k1, high, row, group, count):
 
 @part(set())
 def rows_words(words, k0, k1, high, row, step, group, groups, count):
-    """The calls of the first ``groups`` groups of rows whose coordinates go up by ``step``."""
-    reciprocal = uint32(uint32(1 << 16) // uint32(groups) + 1)  # g < 128: the quotient is exact
+    """The words of the calls for the first ``groups`` groups of rows at a distance of ``step``."""
+    reciprocal = uint32(uint32(1 << 16) // uint32(groups) + 1)  # exact quotients for g < 128
     for g in range(count):
         k = uint32(uint32(g) * reciprocal) >> HALF
         at = group + uint64(uint32(g) - k * uint32(groups))
@@ -147,7 +149,7 @@ def rows_words(words, k0, k1, high, row, step, group, groups, count):
 
 @part(set())
 def spread(bits, words, count):
-    """The 32 bits of the eight columns of each of ``count`` groups."""
+    """The 32 bits of each of the eight columns of ``count`` groups."""
     for g in range(count):
         for i in range(4):
             bits[LANES * g + 2 * i] = words[i, g]
@@ -156,9 +158,9 @@ def spread(bits, words, count):
 
 @part(set())
 def even_rows(rows, row, most):
-    """How many rows from ``row`` on, at most ``most``, have coordinates that go up evenly.
+    """How many rows, from ``row`` on and at most ``most``, have evenly spaced coordinates.
 
-    Returns the first coordinate, the step and the number.
+    Returns (first coordinate, step, number of rows).
     """
     if rows == 0:
         return uint64(row), uint64(1), most
@@ -173,15 +175,15 @@ def even_rows(rows, row, most):
 
 @part(set())
 def key_words(seed):
-    """The words of the key of the seed at an address."""
+    """The two words of the key for the seed at an address."""
     pair = vector(seed, 2, np.uint64)
     key = pair[0] + pair[1] * MULTIPLIER
     return uint32(key), uint32(key >> WORD)
 
 
 @inline(set())
-def alike(factors, row, most):
-    """How many rows from ``row`` on, at most ``most``, have one factor."""
+def equal_factors(factors, row, most):
+    """How many rows, from ``row`` on and at most ``most``, have the same factor."""
     if factors == 0 or most < 2:
         return most
     values, count = vector(factors, row + most, np.float32), 1
@@ -191,23 +193,23 @@ def alike(factors, row, most):
 
 
 @part(set())
-def next_piece(bits, words, mask, row, done, stop, columns):
-    """Make the bits from column ``done`` of a row on, in ``bits``: (rows, lane, size).
+def next_piece(bits, words, decisions, row, done, stop, columns):
+    """Fill ``bits`` for the next piece, from column ``done`` of a row on: (rows, lane, size).
 
-    A piece is ``size`` columns of a row, or ``rows`` whole rows, none of them ``stop`` or beyond:
-    as much as a strip holds of rows with one factor. Its bits begin at ``lane``, row after row
-    without a gap.
+    A piece is ``size`` columns of one row, or ``rows`` whole rows before ``stop``: as many as fit a
+    strip and have the same factor. Its bits begin at ``lane``, row after row without a gap.
 
-    ``row`` is a local one. ``mask`` is what decides: the address of the row coordinates, 0 where
-    they are the local ones; the lane and the group of column 0; the address of the seed; the
-    domain; ``last``: an element is dropped iff its bits are at most that, and none is where it is
-    negative; and the address of the factors of rows, 0 where there are none: see :func:`rule`.
+    ``row`` is a local index. ``decisions`` says how elements are decided: the address of the row
+    coordinates, or 0 where these are the local indices; the lane and the group of column 0; the
+    address of the seed; the domain; ``last``, since an element is dropped iff its bits are at most
+    ``last``, and none is dropped where it is negative; and the address of the factors of rows, or 0
+    where there are none, see :func:`last_and_factor`.
     """
-    places, skip, first, seed, high, last, factors = mask
+    places, skip, first, seed, high, last, factors = decisions
     if last < 0:
         if done > 0 or 2 * columns > STRIP * LANES:
             return 1, 0, min(columns - done, STRIP * LANES)
-        return alike(factors, row, min(stop - row, STRIP * LANES // columns)), 0, columns
+        return equal_factors(factors, row, min(stop - row, STRIP * LANES // columns)), 0, columns
     k0, k1 = key_words(seed)
     high = uint32(high)
     position = skip + done
@@ -215,7 +217,7 @@ def next_piece(bits, words, mask, row, done, stop, columns):
     start = uint64(first) + uint64(group)
     groups = (columns - done + lane + LANES - 1) // LANES
     if 0 < 2 * groups <= STRIP and done == 0 and skip == 0 and columns % LANES == 0:
-        most = alike(factors, row, min(stop - row, STRIP // groups))
+        most = equal_factors(factors, row, min(stop - row, STRIP // groups))
         at, step, rows = even_rows(places, row, most)
         rows_words(words, k0, k1, high, at, step, start, groups, rows * groups)
         spread(bits, words, rows * groups)
@@ -228,13 +230,13 @@ def next_piece(bits, words, mask, row, done, stop, columns):
 
 
 @inline(set())
-def rule(mask, scale, row):
-    """(last, scale) of a row: kept is what has bits above ``last``, and multiplied by ``scale``.
+def last_and_factor(decisions, scale, row):
+    """(last, factor) of a row: elements with bits above ``last`` are multiplied by ``factor``.
 
-    Where rows have factors, such as those of drop_path, these take the place of ``scale``. One of 0
+    The factor is ``scale`` unless rows have factors of their own, as with drop_path. A factor of 0
     drops the row.
     """
-    last, factors = mask[5], mask[6]
+    last, factors = decisions[5], decisions[6]
     last = uint32(last) if last >= 0 else uint32(0)
     factor = np.float32(scale) if factors == 0 else vector(factors, row + 1, np.float32)[row]
     return (ALL if factor == 0 else last), factor
@@ -242,7 +244,7 @@ def rule(mask, scale, row):
 
 @inline(set())
 def randoms(memory, size, last):
-    """The arrays (bits, words) at the begin of scratch memory, for ``size`` bits."""
+    """The arrays (bits, words) at the beginning of scratch memory, with room for ``size`` bits."""
     bits = cut(memory, 4 * STRIP, size, np.uint32)
     if last < 0:
         for j in range(size):
@@ -252,35 +254,35 @@ def randoms(memory, size, last):
 
 @inline(set())
 def following(row, rows, done, columns):
-    """Where the next piece begins: row and column."""
+    """The row and the column where the next piece begins."""
     return (row, done) if done < columns else (row + rows, 0)
 
 
 @kernel
-def keep_rows(start, stop, columns, mask, out):
-    """Decisions of the rows from ``start`` to ``stop``: bool, at the address ``out``.
+def keep_rows(start, stop, columns, decisions, out):
+    """The decisions on the rows from ``start`` to ``stop``: bool, at the address ``out``.
 
-    ``mask`` is as in :func:`next_piece`.
+    ``decisions`` are as in :func:`next_piece`.
     """
     memory = scratch(12 * STRIP)
-    bits, words = randoms(memory, STRIP * LANES, mask[5])
-    last = rule(mask, 1.0, start)[0]
+    bits, words = randoms(memory, STRIP * LANES, decisions[5])
+    last = last_and_factor(decisions, 1.0, start)[0]
     r, done = start, 0
     while r < stop:
-        rows, lane, size = next_piece(bits, words, mask, r, done, stop, columns)
+        rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
         total = rows * size
         b, o = bits[lane : lane + total], vector(out + r * columns + done, total, np.bool_)
         for j in range(total):
             o[j] = b[j] > last
         r, done = following(r, rows, done + size, columns)
-    held(memory)
+    keep_alive(memory)
 
 
 @part(set())
 def score_tiles(bits, words, key, domain, place, first, count):
-    """The bits of ``count`` keys from the coordinate ``first`` on, or of fewer: (lane, size).
+    """The bits of at most ``count`` keys from the coordinate ``first`` on: (lane, size).
 
-    ``place`` is (batch, head, query). Keys begin anywhere in a tile, of which the lane says where.
+    ``place`` is (batch, head, query). The first key may lie anywhere in a tile, at the lane.
     """
     k0, k1 = key
     batch, head, query = uint32(place[0]), uint32(place[1]) | uint32(domain), uint32(place[2])
@@ -301,7 +303,7 @@ def score_tiles(bits, words, key, domain, place, first, count):
 
 @part(set())
 def score_bits(bits, words, key, domain, place, first, count):
-    """The bits of all the keys: they begin at the lane that is returned."""
+    """The bits of all ``count`` keys; returns the lane where they begin."""
     lane, done = score_tiles(bits, words, key, domain, place, first, count)
     while done < count:
         done += score_tiles(
@@ -323,9 +325,9 @@ def place_of_row(row, sizes, origin):
 
 @kernel
 def keep_scores(start, stop, keys, sizes, seed, domain, last, origin, out):
-    """Decisions of attention in the rows from start to stop: bool, at the address ``out``.
+    """The decisions of attention for the rows from start to stop: bool, at the address ``out``.
 
-    ``origin`` is where index (0, 0, 0, 0) lies.
+    ``origin`` is the coordinate of the index (0, 0, 0, 0).
     """
     memory = scratch(12 * STRIP)
     bits, words = randoms(memory, STRIP * LANES, last)
@@ -338,4 +340,4 @@ def keep_scores(start, stop, keys, sizes, seed, domain, last, origin, out):
             for j in range(size):
                 o[j] = b[j] > uint32(last)
             done += size
-    held(memory)
+    keep_alive(memory)

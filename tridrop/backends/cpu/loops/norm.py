@@ -1,25 +1,26 @@
 """The norm family for CPUs, forward and backward in one pass each over rows that stay in the cache.
 
-The formulas are those of ``backends/reference/norm.py``, the rounding too: fp32 within, the stream
-rounded to its dtype before it is normalised. Arguments are as in ``loops/elementwise.py``.
+The formulas and the rounding are those of ``backends/reference/norm.py``: fp32 within, and the
+stream is rounded to its dtype before it is normalised. loops/elementwise.py describes the
+arguments.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .elementwise import give, load_biased
+from .elementwise import load_biased, store_gradient
 from .mask import (
     LANES,
     LINE,
     STRIP,
     cut,
-    held,
     inline,
+    keep_alive,
     kernel,
+    last_and_factor,
     next_piece,
     randoms,
-    rule,
     scratch,
     vector,
 )
@@ -36,7 +37,7 @@ from .steps import (
     select,
     total,
 )
-from .storage import add_selected, load, of_kind, store, store_rounded, store_selected
+from .storage import add_selected, for_each_dtype, load, store, store_rounded, store_selected
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -51,7 +52,7 @@ def squares(u, mean):
 
 @inline(set())
 def find_moments(statistics, u, rows, columns, summed, whole, rms, eps):
-    """mean and rstd of the rows, side by side; ``whole`` is the sum of the only one if summed."""
+    """(mean, rstd) of each row; if ``summed``, there is one row, and ``whole`` is its sum."""
     size = np.float32(columns)
     for k in range(rows):
         v = row_of(u, k, columns)
@@ -76,7 +77,7 @@ def normalise(u, rows, columns, statistics, gain, shift):
             v[j] = affine(v[j], mean, rstd, gain[j], shift[j])
 
 
-@of_kind(set())
+@for_each_dtype(set())
 def store_normalised(read, write):
     """The elements = (u - mean) * rstd * gain + shift."""
 
@@ -92,9 +93,9 @@ def store_normalised(read, write):
 
 @inline(ANY_ORDER)
 def gather(d, u, mean, rstd, gain, dweight, dbias):
-    """Normalise a row of the stream, and make the sums over the rows and along this one.
+    """Normalise a row u of the stream, add its terms to dweight and dbias, and sum along the row.
 
-    Those along it are of d * gain * u and of d * gain.
+    The sums along the row are of d * gain * u and of d * gain.
     """
     along, whole = _ZERO, _ZERO
     for j in range(u.size):
@@ -118,9 +119,9 @@ def project(d, normed, gain, along, mean, rstd):
 
 @inline(set())
 def differentiate(d, u, rows, columns, statistics, gain, dweight, dbias, rms):
-    """The gradients of rows of the stream ``u`` take the place of those of their affine parts, d.
+    """Replace d, the gradients of the affine part's result, by those of the rows of the stream u.
 
-    The sums over the rows are added to.
+    The rows' terms are added to dweight and dbias.
     """
     size = np.float32(columns)
     for k in range(rows):
@@ -132,7 +133,7 @@ def differentiate(d, u, rows, columns, statistics, gain, dweight, dbias, rms):
 
 @inline(set())
 def gains(weight, centred, into):
-    """into = what a norm multiplies by: the weight, or that and 1; 1 where there is none."""
+    """into = the weight, or 1 + weight if ``centred``, or 1 where there is no weight."""
     if weight[0] == 0:
         fill(into, into.size, _ONE)
         return
@@ -144,40 +145,42 @@ def gains(weight, centred, into):
 
 @inline(set())
 def bits_of_row(columns):
-    """How many bits a row takes, which may begin and end inside a group, or several short ones."""
+    """Room for the bits of several short rows, or of one that begins and ends inside a group."""
     return max(STRIP * LANES, (columns // LINE + 2) * LINE)
 
 
 @inline(set())
 def rows_of_scratch(memory, k, columns):
-    """Array number k, of a row or several short ones, as many as there are bits."""
+    """Array number k, for one row or several short ones, as long as the bits."""
     width = bits_of_row(columns)
     return cut(memory, 4 * STRIP + k * width, width, np.float32)
 
 
 @inline(set())
-def row_bits(bits, words, mask, row, stop, columns):
-    """Make the bits of a whole row, or of several short ones: (rows, lane)."""
-    rows, lane, done = next_piece(bits, words, mask, row, 0, stop, columns)
+def row_bits(bits, words, decisions, row, stop, columns):
+    """Fill ``bits`` for one whole row, or for several short ones: (rows, lane)."""
+    rows, lane, done = next_piece(bits, words, decisions, row, 0, stop, columns)
     while done < columns:
-        done += next_piece(bits[lane + done :], words, mask, row, done, stop, columns)[2]
+        done += next_piece(bits[lane + done :], words, decisions, row, done, stop, columns)[2]
     return rows, lane
 
 
 @kernel
-def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, vectors, options):
-    """out, stream, and mean and rstd of the rows from start to stop.
+def forward(
+    start, stop, columns, decisions, scale, out, x, stream, residual, found, vectors, options
+):
+    """out, stream, and (mean, rstd) of the rows from start to stop.
 
-    ``found`` is the address of the last two, side by side; ``vectors`` are bias,
-    layer_scale, weight, norm_bias, the last two as matrices of a row; ``options`` whether it is
-    RMSNorm, whether the dropout comes after the norm, whether 1 is added to the weight, and eps.
-    Where the stream is not kept, only its kind counts.
+    ``found`` is the address of the pairs (mean, rstd). ``vectors`` are bias, layer_scale, weight
+    and norm_bias, the last two as matrices with one row. ``options`` say whether it is RMSNorm,
+    whether the dropout comes after the norm, whether 1 is added to the weight, and eps. Where the
+    stream is not kept, only its dtype code counts.
     """
     bias, layer_scale, weight, norm_bias = vectors
     rms, after, centred, eps = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 5 * width)
-    bits, words = randoms(memory, width, mask[5])
+    bits, words = randoms(memory, width, decisions[5])
     u, spare = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
     gain, shift = rows_of_scratch(memory, 3, columns), rows_of_scratch(memory, 4, columns)
     statistics = vector(found, 2 * stop, np.float32)
@@ -189,8 +192,8 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
     unkept = (spare.ctypes.data, stream[1])
     r = start
     while r < stop:
-        rows, lane = row_bits(bits, words, mask, r, stop, columns)
-        last, factor = rule(mask, scale, r)
+        rows, lane = row_bits(bits, words, decisions, r, stop, columns)
+        last, factor = last_and_factor(decisions, scale, r)
         at, count, whole = r * columns, rows * columns, _ZERO
         kept = bits[lane : lane + count]
         load_biased(x, bias, r, rows, columns, 0, columns, u)
@@ -200,12 +203,12 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
                 add_selected(residual, at, count, u, kept, last, factor)
             else:
                 select(u, count, kept, last, factor)
-            # What is normalised is what backward reads.
+            # The stream is rounded first: forward normalises the numbers that backward reads.
             if stream[0] != 0:
                 whole = store_rounded(stream, at, count, u)
             else:
                 whole = store_rounded(unkept, 0, count, u)
-        # Not by the number of rows: a row's sum is always the same.
+        # Sizes alone decide how a row is summed, so its sum does not depend on the rows beside it.
         moments = statistics[2 * r : 2 * (r + rows)]
         find_moments(moments, u, rows, columns, not (short or after), whole, rms, eps)
         if after:
@@ -218,17 +221,17 @@ def forward(start, stop, columns, mask, scale, out, x, stream, residual, found, 
         elif after:
             store_selected(out, at, count, u, kept, last, factor)
         r += rows
-    held(memory)
+    keep_alive(memory)
 
 
 @kernel
-def backward(start, stop, columns, mask, scale, given, found, vectors, results, sums, options):
-    """Gradients of the rows from start to stop.
+def backward(start, stop, columns, decisions, scale, given, found, vectors, results, sums, options):
+    """Gradients from the rows from start to stop.
 
-    ``given`` are dout, dstream, stream and x; ``found`` and ``vectors`` as in :func:`forward`,
-    without norm_bias; ``results`` dx and dresidual; ``sums`` where the gradients of bias,
-    layer_scale, weight and norm_bias go, of these rows alone, the last two as matrices of a row;
-    ``options`` as in :func:`forward`, without eps.
+    ``given`` are dout, dstream, stream and x. ``found`` and ``vectors`` are as in :func:`forward`,
+    without norm_bias. ``results`` are dx and dresidual. ``sums`` receive the gradients of bias,
+    layer_scale, weight and norm_bias, summed over these rows alone, the last two as matrices with
+    one row. ``options`` are as in :func:`forward`, without eps.
     """
     dout, dstream, stream, x = given
     bias, layer_scale, weight = vectors
@@ -237,7 +240,7 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
     rms, after, centred = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 6 * width)
-    bits, words = randoms(memory, width, mask[5])
+    bits, words = randoms(memory, width, decisions[5])
     d, u = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
     gain = rows_of_scratch(memory, 3, columns)
     of_weight, of_bias = rows_of_scratch(memory, 4, columns), rows_of_scratch(memory, 5, columns)
@@ -249,8 +252,8 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
     clear(dscale, 0, columns)
     r = start
     while r < stop:
-        rows, lane = row_bits(bits, words, mask, r, stop, columns)
-        last, factor = rule(mask, scale, r)
+        rows, lane = row_bits(bits, words, decisions, r, stop, columns)
+        last, factor = last_and_factor(decisions, scale, r)
         at, count = r * columns, rows * columns
         kept = bits[lane : lane + count]
         load(dout, at, count, d)
@@ -274,10 +277,10 @@ def backward(start, stop, columns, mask, scale, given, found, vectors, results, 
                 multiply(u, count, d)
                 accumulate_selected(dscale, 0, rows, columns, u, kept, last, factor)
             multiply_vector(d, rows, columns, layer_scale, 0)
-            give(dx, dbias, r, rows, columns, 0, columns, d, kept, last, factor)
+            store_gradient(dx, dbias, r, rows, columns, 0, columns, d, kept, last, factor)
         r += rows
     if dweight[0] != 0:
         store(dweight, 0, columns, of_weight)
     if dnorm_bias[0] != 0:
         store(dnorm_bias, 0, columns, of_bias)
-    held(memory)
+    keep_alive(memory)

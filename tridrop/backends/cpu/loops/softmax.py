@@ -1,14 +1,15 @@
 """Softmax and dropout of attention scores for CPUs, forward and backward in one pass each.
 
-The formulas are those of ``backends/reference/softmax.py``, the rounding too: fp32 within, and once
-to what is stored. A row of scores stays in the cache. Matrices are pairs (address, kind) as in
-``loops/storage.py``; absent ones and absent vectors have the address 0.
+The formulas and the rounding are those of ``backends/reference/softmax.py``: fp32 within, and one
+rounding of what is stored. A row of scores stays in the cache. A matrix is a pair (address, dtype
+code) as in ``loops/storage.py``; absent matrices and vectors have the address 0.
 
-``sizes`` are the numbers of heads and of queries. ``mask`` is what decides: the address of the
-seed, the domain, ``last`` (an element is dropped iff its bits are at most that, none where it is
-negative) and what the coordinates (batch, head, query, key) begin at. ``band`` are the bounds of
-key - query, both local indices, outside of which probabilities are 0. A score of minus infinity has
-the probability 0 and the gradient 0 also in a row with NaN, as a key outside of the band has.
+``sizes`` are the numbers of heads and of queries. ``decisions`` says how elements are decided: the
+address of the seed, the domain, ``last`` (an element is dropped iff its bits are at most that, and
+none is dropped where it is negative) and the origin of the coordinates (batch, head, query, key).
+``band`` holds the bounds of key - query, both local indices; outside of them probabilities are 0. A
+key outside of the band, and one whose score is minus infinity, has the probability 0 and the
+gradient 0, also in a row with NaN.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .mask import (
     LINE,
     STRIP,
     cut,
-    held,
     inline,
+    keep_alive,
     kernel,
     key_words,
     part,
@@ -38,18 +39,19 @@ from .storage import load, store
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _NOTHING, _MAGNITUDE, _SIGN = np.float32(-np.inf), np.int32(0x7FFFFFFF), np.int32(31)
-_LEAST = np.int32(-0x7F800001)  # ordered, of minus infinity
+_LEAST = np.int32(-0x7F800001)  # minus infinity, as ordered() gives it
 
 
 @inline(set())
 def ordered(word):
-    """The bits of a number as an integer that is the larger the larger the number is; and back."""
+    """The bits of a number as an integer, in the order of the numbers; and its own inverse."""
     return int32(word ^ int32(int32(word >> _SIGN) & _MAGNITUDE))
 
 
 @part(set())
 def largest(u):
-    """The largest number, of integers since those become vector instructions, whatever is NaN."""
+    """The largest number, found among integers, since a loop over floats that may be NaN would not
+    become vector instructions."""
     found = _LEAST
     for j in range(u.size):
         word = ordered(np.float32(u[j]).view(np.int32))
@@ -67,7 +69,7 @@ def has_nan(u):
 
 @part({"contract"})
 def exponentials(u, shift):
-    """u = exp(u - shift), where that is 0 or less."""
+    """u = exp(u - shift), where no u is larger than shift."""
     for j in range(u.size):
         u[j] = exp(u[j] - shift, _ZERO)
 
@@ -96,7 +98,7 @@ def project(u, v, along, scale):
 
 @inline(set())
 def softmax(u):
-    """u = exp(u - log-sum-exp), 0 where there is nothing but -inf; returns the log-sum-exp."""
+    """u = exp(u - log-sum-exp), or 0 if all of u is -inf; returns the log-sum-exp."""
     shift = largest(u)
     if shift == _NOTHING and not has_nan(u):
         fill(u, u.size, _ZERO)
@@ -109,7 +111,7 @@ def softmax(u):
 
 @part(set())
 def clear(u, v, number):
-    """v = 0 where u is this number."""
+    """v = 0 where u equals ``number``."""
     for j in range(u.size):
         if u[j] == number:
             v[j] = _ZERO
@@ -117,7 +119,7 @@ def clear(u, v, number):
 
 @part(set())
 def inner_of_some(u, v):
-    """The sum of u * v where u is not 0, whatever v is elsewhere."""
+    """The sum of u * v over the places where u is not 0."""
     found = _ZERO
     for j in range(u.size):
         if u[j] != _ZERO:
@@ -127,16 +129,16 @@ def inner_of_some(u, v):
 
 @inline(set())
 def seen(row, queries, keys, band):
-    """The first key that a row's query sees, and the one after the last."""
+    """The first key that a row's query sees, and the key after the last one."""
     query = row % queries
     end = max(0, min(keys, query + band[1] + 1))
     return min(end, max(0, query + band[0])), end
 
 
 @inline(set())
-def bits_of_row(bits, words, mask, row, sizes, first, end):
-    """Make the bits of the keys from ``first`` to ``end``; the lane they begin at is returned."""
-    seed, domain, last, origin = mask[0], mask[1], mask[2], mask[3:]
+def bits_of_row(bits, words, decisions, row, sizes, first, end):
+    """Fill ``bits`` for the keys from ``first`` to ``end``; returns the lane where they begin."""
+    seed, domain, last, origin = decisions[0], decisions[1], decisions[2], decisions[3:]
     if last < 0 or end == first:
         return 0
     place = place_of_row(row, sizes, origin)
@@ -145,7 +147,7 @@ def bits_of_row(bits, words, mask, row, sizes, first, end):
 
 @inline(set())
 def width_of(keys):
-    """Of the arrays of a row: bits begin and end anywhere in a tile."""
+    """The length of a row's arrays: its bits may begin and end anywhere in a tile."""
     return (keys // LINE + 2 + 2 * TILE // LINE) * LINE
 
 
@@ -156,31 +158,34 @@ def row_of_scratch(memory, k, keys):
 
 @inline(set())
 def outside(u, first, end):
-    """0 before ``first`` and from ``end`` on."""
+    """u = 0 before ``first`` and from ``end`` on."""
     fill(u[:first], first, _ZERO)
     fill(u[end:], u.size - end, _ZERO)
 
 
 @part(set())
-def again(x, at, size, scale, spare, u):
-    """Of a row with NaN: read its scores once more, for those that are minus infinity."""
+def clear_excluded(x, at, size, scale, spare, u):
+    """In a row with NaN, set the probabilities u to 0 where the score is minus infinity.
+
+    The scores are read once more for that.
+    """
     scores = spare[:size]
     load(x, at, size, scores)
     if scale != 1:
         rescale(scores, np.float32(scale))
-    clear(scores, u, _NOTHING)  # in a row with NaN their exponential is no number
+    clear(scores, u, _NOTHING)
 
 
 @kernel
-def forward(start, stop, keys, sizes, mask, factor, band, scale, x, out, probabilities, lse):
-    """out and probabilities of the rows from start to stop, and lse, an address of fp32.
+def forward(start, stop, keys, sizes, decisions, factor, band, scale, x, out, probabilities, lse):
+    """out and probabilities of the rows from start to stop, and lse, the address of fp32 numbers.
 
-    ``factor`` is what a kept probability is multiplied by, ``scale`` a score.
+    Kept probabilities are multiplied by ``factor``, scores by ``scale``.
     """
     memory = scratch(4 * STRIP + 3 * width_of(keys))
-    bits, words = randoms(memory, width_of(keys), mask[2])
+    bits, words = randoms(memory, width_of(keys), decisions[2])
     u, spare = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
-    last = np.uint32(max(0, mask[2]))
+    last = np.uint32(max(0, decisions[2]))
     for r in range(start, stop):
         first, end = seen(r, sizes[1], keys, band)
         outside(u, first, end)
@@ -190,30 +195,30 @@ def forward(start, stop, keys, sizes, mask, factor, band, scale, x, out, probabi
             rescale(v, np.float32(scale))
         found = softmax(v)
         if found != found:
-            again(x, r * keys + first, end - first, scale, spare, v)
+            clear_excluded(x, r * keys + first, end - first, scale, spare, v)
         if lse != 0:
             vector(lse, stop, np.float32)[r] = found
         if probabilities[0] != 0:
             store(probabilities, r * keys, keys, u)
-        lane = bits_of_row(bits, words, mask, r, sizes, first, end)
+        lane = bits_of_row(bits, words, decisions, r, sizes, first, end)
         select(v, end - first, bits[lane : lane + end - first], last, np.float32(factor))
         store(out, r * keys, keys, u)
-    held(memory)
+    keep_alive(memory)
 
 
 @kernel
-def backward(start, stop, keys, sizes, mask, factor, band, scale, given, kept, dx):
+def backward(start, stop, keys, sizes, decisions, factor, band, scale, given, kept, dx):
     """Gradients of the scores in the rows from start to stop.
 
-    ``given`` are the matrices x, dout and dsoftmax, and the address of the gradient of lse, fp32.
-    ``kept`` are the probabilities times the multiplier; it may be x, and dx may be dout.
+    ``given`` are the matrices x, dout and dsoftmax, and the address of lse's gradient in fp32.
+    ``kept`` receives the probabilities times the multiplier; it may be x, and dx may be dout.
     """
     x, dout, dsoftmax, dlse = given
     memory = scratch(4 * STRIP + 4 * width_of(keys))
-    bits, words = randoms(memory, width_of(keys), mask[2])
+    bits, words = randoms(memory, width_of(keys), decisions[2])
     u, g = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
     spare = row_of_scratch(memory, 3, keys)
-    last = np.uint32(max(0, mask[2]))
+    last = np.uint32(max(0, decisions[2]))
     for r in range(start, stop):
         first, end = seen(r, sizes[1], keys, band)
         size = end - first
@@ -223,8 +228,8 @@ def backward(start, stop, keys, sizes, mask, factor, band, scale, given, kept, d
             rescale(v, np.float32(scale))
         found = softmax(v)
         if found != found:
-            again(x, r * keys + first, size, scale, spare, v)
-        lane = bits_of_row(bits, words, mask, r, sizes, first, end)
+            clear_excluded(x, r * keys + first, size, scale, spare, v)
+        lane = bits_of_row(bits, words, decisions, r, sizes, first, end)
         b = bits[lane : lane + size]
         if kept[0] != 0:
             outside(spare, first, end)
@@ -242,16 +247,17 @@ def backward(start, stop, keys, sizes, mask, factor, band, scale, given, kept, d
             load(dsoftmax, r * keys + first, size, c)
             add(w, size, c)
         along = inner(v, w)
-        # A key without a part in the row has none in the sum, and no gradient, whatever came in.
-        odd = not np.isfinite(along)
-        if odd:
+        # A key with the probability 0 adds nothing to the sum and has the gradient 0, even where
+        # the incoming gradient is not finite.
+        not_finite = not np.isfinite(along)
+        if not_finite:
             along = inner_of_some(v, w)
         if dlse != 0:
             along -= vector(dlse, stop, np.float32)[r]
-            odd = odd or not np.isfinite(along)
+            not_finite = not_finite or not np.isfinite(along)
         project(v, w, along, np.float32(scale))
-        if odd:
+        if not_finite:
             clear(v, w, _ZERO)
         outside(g, first, end)
         store(dx, r * keys, keys, g)
-    held(memory)
+    keep_alive(memory)

@@ -1,9 +1,9 @@
-"""The steps that the loops are made of: loops over a piece of the rows.
+"""The steps of the kernels: small loops over a piece of the rows.
 
-A piece is a strip of a row, or several whole rows one after the other. Pieces are arrays in fp32
-that stay in the first-level cache, so that a step apart costs little, and each loop is simple
-enough to become vector instructions. They become part of the kernels: to hand arrays over takes as
-long as some sixty elements.
+A piece is a strip of a row, or several whole rows one after the other, in an fp32 array that stays
+in the first-level cache. So a separate loop per step costs little, and each loop is simple enough
+to become vector instructions. The steps are inlined into the kernels, because handing arrays over
+to a function takes as long as some sixty elements.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from .mask import inline, vector
 
 _ZERO = np.float32(0)
-ANY_ORDER = {"reassoc", "contract", "nsz"}  # of sums, in as many parts as a vector has
+ANY_ORDER = {"reassoc", "contract", "nsz"}  # sums in any order, in as many parts as a vector has
 
 
 @inline(set())
 def select(u, size, bits, last, scale):
-    """u = u * scale where kept, exactly 0 elsewhere, whatever it was."""
+    """u = u * scale where kept, exactly 0 elsewhere, even where u is not finite."""
     for j in range(size):
         u[j] = (u[j] if bits[j] > last else _ZERO) * scale
 
@@ -53,7 +53,7 @@ def multiply(u, size, v):
 
 @inline(ANY_ORDER)
 def total(u):
-    """The sum, in as many parts as a vector has."""
+    """The sum of u, in any order."""
     found = _ZERO
     for j in range(u.size):
         found += u[j]
@@ -68,7 +68,7 @@ def row_of(u, k, size):
 
 @inline(set())
 def add_vector(u, rows, size, address, start):
-    """u = u + the fp32 vector at ``address`` from ``start`` on, in every row; 0 is none."""
+    """Add the fp32 vector at ``address``, from ``start`` on, to rows of u, if it is not 0."""
     if address != 0:
         v = vector(address + 4 * start, size, np.float32)
         for k in range(rows):
@@ -79,7 +79,7 @@ def add_vector(u, rows, size, address, start):
 
 @inline(set())
 def multiply_vector(u, rows, size, address, start):
-    """u = u * the fp32 vector at ``address`` from ``start`` on, in every row; 0 is none."""
+    """Multiply rows of u by the fp32 vector at ``address``, from ``start`` on, if it is not 0."""
     if address != 0:
         v = vector(address + 4 * start, size, np.float32)
         for k in range(rows):
@@ -90,14 +90,14 @@ def multiply_vector(u, rows, size, address, start):
 
 @inline(set())
 def clear(address, start, size):
-    """Set to 0 a part of the fp32 vector at ``address``, unless that is 0."""
+    """Set a part of the fp32 vector at ``address`` to 0, unless the address is 0."""
     if address != 0:
         fill(vector(address + 4 * start, size, np.float32), size, _ZERO)
 
 
 @inline(set())
 def accumulate(address, start, rows, size, u):
-    """Add the rows of ``u`` in turn to a part of the fp32 vector at ``address``; 0 is none."""
+    """Add the rows of u, in order, to a part of the fp32 vector at ``address``, if it is not 0."""
     if address != 0:
         sums = vector(address + 4 * start, size, np.float32)
         for k in range(rows):
@@ -108,7 +108,7 @@ def accumulate(address, start, rows, size, u):
 
 @inline(set())
 def accumulate_selected(address, start, rows, size, u, bits, last, scale):
-    """The same with u * scale where kept, exactly 0 elsewhere, in place of u."""
+    """:func:`accumulate` for u * scale where kept, exactly 0 elsewhere."""
     if address != 0:
         sums = vector(address + 4 * start, size, np.float32)
         for k in range(rows):

@@ -1,7 +1,7 @@
-"""How the kernels for CPUs read and write tensors: fp32, or 16 bits handled as integers.
+"""How the kernels for CPUs read and write tensors: fp32, or 16-bit numbers handled as integers.
 
-A matrix is a pair (address, kind), so that one compiled kernel serves all dtypes: it works on
-strips in fp32, and what a strip is loaded from or stored to is asked once a strip.
+A matrix is a pair (address, dtype code), so that one compiled kernel serves all dtypes: it works on
+pieces in fp32, and looks at the code once per piece that it loads or stores.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from numba import uint16, uint32
 
 from .mask import inline, vector
 
-FP32, BF16, FP16 = 0, 1, 2
+FP32, BF16, FP16 = 0, 1, 2  # the dtype codes
 
 _ZERO = np.float32(0)
 _ONE, _SIGN, _FINITE = np.uint32(1), np.uint32(0x8000), np.uint32(0x7FFF)
 _WORD, _MAGNITUDE, _INFINITY = np.uint32(16), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-# fp16's exponent and mantissa, 13 bits up, are an fp32 2^112 times too small. 65536 is what its
-# infinity becomes then; from there on in fp32 everything is infinite in fp16, or NaN.
+# The exponent and mantissa of fp16, moved up by 13 bits, are an fp32 number that is 2^112 times too
+# small. fp16's infinity becomes 65536 in this way, and NaN becomes something larger.
 _SHIFT, _REBIAS, _BEYOND = np.uint32(13), np.float32(2.0**112), np.float32(65536)
 _OVERFLOW, _SUBNORMAL = np.uint32(143 << 23), np.uint32(113 << 23)
 _REBIAS_AND_HALF = np.uint32((1 << 32) - (112 << 23) + 0xFFF)  # modulo 2^32
-_HALF_POINT = np.float32(0.5)  # added to a subnormal of fp16, leaves its bits lowest, rounded
+_HALF_POINT = np.float32(0.5)  # added to a subnormal of fp16, it leaves the rounded bits lowest
 
 
 @inline(set())
@@ -41,14 +41,15 @@ def from_bf16(half):
 
 @inline(set())
 def to_bf16(value):
-    """To the nearest, ties to even."""
+    """Round to nearest, ties to even."""
     word = bits_of(value)
     odd = uint32(uint32(word >> _WORD) & _ONE)
     rounded = uint16(uint32(uint32(word + _FINITE) + odd) >> _WORD)
     return rounded if value == value else np.uint16(0x7FC0)
 
 
-# numba makes 64 bits of what 32 and 32 bits make, so that every step is cut back: half the vectors.
+# numba widens the result of two 32-bit operands to 64 bits. Every step is cut back to 32 bits, so
+# that twice as many numbers fit a vector.
 @inline(set())
 def from_fp16(half):
     word = uint32(half)
@@ -59,7 +60,7 @@ def from_fp16(half):
 
 @inline(set())
 def to_fp16(value):
-    """To the nearest, ties to even."""
+    """Round to nearest, ties to even."""
     word = bits_of(value)
     magnitude = uint32(word & _MAGNITUDE)
     odd = uint32(uint32(magnitude >> _SHIFT) & _ONE)
@@ -76,11 +77,11 @@ def same(value):
     return value
 
 
-def of_kind(fastmath):
-    """Make loops over (elements, ...) a function of (matrix, start, size, ...).
+def for_each_dtype(fastmath):
+    """Make a function of (matrix, start, size, ...) from loops over (elements, ...).
 
-    ``elements`` are the ``size`` ones from ``start`` on. What is decorated makes the loop for one
-    kind, of two functions that convert an element from and to fp32.
+    ``elements`` are the ``size`` elements from ``start`` on. The decorated function makes the loop
+    for one dtype, from two functions that convert an element to fp32 and from fp32.
     """
 
     def decorate(make):
@@ -90,18 +91,18 @@ def of_kind(fastmath):
 
         @inline(fastmath)
         def call(matrix, start, size, *others):
-            address, kind = matrix
-            if kind == FP32:
+            address, code = matrix
+            if code == FP32:
                 return of_fp32(vector(address + 4 * start, size, np.float32), *others)
             half = vector(address + 2 * start, size, np.uint16)
-            return of_bf16(half, *others) if kind == BF16 else of_fp16(half, *others)
+            return of_bf16(half, *others) if code == BF16 else of_fp16(half, *others)
 
         return call
 
     return decorate
 
 
-@of_kind(set())
+@for_each_dtype(set())
 def load(read, write):
     """into = the elements, in fp32."""
 
@@ -112,9 +113,9 @@ def load(read, write):
     return loop
 
 
-@of_kind(set())
+@for_each_dtype(set())
 def load_rows(read, write):
-    """into = ``rows`` rows of ``size`` elements, each ``stride`` after the one before, in fp32."""
+    """into = ``rows`` rows of ``size`` elements, whose starts are ``stride`` apart, in fp32."""
 
     def loop(elements, rows, stride, size, into):
         for k in range(rows):
@@ -125,9 +126,9 @@ def load_rows(read, write):
     return loop
 
 
-@of_kind(set())
+@for_each_dtype(set())
 def store(read, write):
-    """The elements = values, rounded once."""
+    """elements = values, rounded once."""
 
     def loop(elements, values):
         for j in range(elements.size):
@@ -136,9 +137,9 @@ def store(read, write):
     return loop
 
 
-@of_kind({"reassoc", "nsz"})
+@for_each_dtype({"reassoc", "nsz"})
 def store_rounded(read, write):
-    """The elements = values, rounded once; values become that, and their sum is returned."""
+    """elements = values, rounded once; values = the rounded numbers, whose sum is returned."""
 
     def loop(elements, values):
         total = _ZERO
@@ -152,9 +153,9 @@ def store_rounded(read, write):
     return loop
 
 
-@of_kind(set())
+@for_each_dtype(set())
 def add_selected(read, write):
-    """u = the elements + u * scale where kept, the elements alone where not."""
+    """u = elements + u * scale where kept, and elements elsewhere."""
 
     def loop(elements, u, bits, last, scale):
         for j in range(elements.size):
@@ -163,9 +164,9 @@ def add_selected(read, write):
     return loop
 
 
-@of_kind(set())
+@for_each_dtype(set())
 def store_selected(read, write):
-    """The elements = u = u * scale where kept, exactly 0 where not, whatever it was."""
+    """elements = u * scale where kept, exactly 0 elsewhere, even where u is not finite."""
 
     def loop(elements, u, bits, last, scale):
         for j in range(elements.size):
@@ -174,9 +175,9 @@ def store_selected(read, write):
     return loop
 
 
-@of_kind(set())
+@for_each_dtype(set())
 def store_selected_rows(read, write):
-    """The same for ``rows`` rows of ``size`` elements, each ``stride`` after the one before."""
+    """:func:`store_selected` for ``rows`` rows of ``size`` elements, ``stride`` apart."""
 
     def loop(elements, rows, stride, size, u, bits, last, scale):
         for k in range(rows):
