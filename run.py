@@ -7,7 +7,7 @@
     python3 run.py site                             build the documentation site, in site/
     python3 run.py build                            build a wheel and an sdist, in dist/
     python3 run.py oldest [options of pytest]       test with the oldest supported transformers
-    python3 run.py frameworks [options of pytest]   test masks in other frameworks; Python 3.11
+    python3 run.py frameworks [options of pytest]   test other frameworks; Python 3.11 and clang
     python3 run.py matrix [options, see --help]     test many versions; downloads gigabytes
 
 It needs Python 3.10 or newer and a clone of the repository. The environment is .venv beside
@@ -21,6 +21,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,7 @@ MATRIX = ROOT / "tests" / "matrix.py"
 # Other frameworks have an environment on top of this one, which stays as it is.
 FRAMEWORKS = ENVIRONMENT / "frameworks"
 PORTING = ROOT / "benchmarks" / "porting"
+FACTS_CHANGED = 3  # the status that its facts.py exits with
 OLDEST_TESTS = ("test_environment.py", "test_*transformers*.py")
 
 
@@ -146,7 +148,8 @@ def run_frameworks(rest: list[str]) -> int:
         (above / "below.pth").write_text(f"import site; site.addsitedir({str(base)!r})\n")
         pip("-r", str(requirements), "-c", "constraints.txt", python=python)
         stamp.write_text(requirements.read_text())
-    quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    # A crash inside a framework then says where. TensorFlow 2.21 crashes in some runs (SIGSEGV).
+    quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONFAULTHANDLER": "1"}
     steps = [(["-m", "pytest", str(ROOT / "tests" / "masks" / "frameworks.py"), *rest], {})]
     for path in sorted([*PORTING.glob("*_facts.py"), *PORTING.glob("port_*.py")]):
         backends = ["torch", "tensorflow"] if "keras" in path.name else ["torch"]
@@ -157,8 +160,15 @@ def run_frameworks(rest: list[str]) -> int:
         script = next(part for part in command if part.endswith(".py"))
         name = " ".join([Path(script).name, *environment.values()])
         print(f"--- {name}", flush=True)
-        if subprocess.run([str(python), *command], cwd=ROOT, env=quiet | environment).returncode:
-            failed.append(name)
+        status = subprocess.run(
+            [str(python), *command], cwd=ROOT, env=quiet | environment
+        ).returncode
+        if status:
+            # A script of facts says itself which have changed, and where all hold says that last.
+            end = f"ended by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+            end = "facts have changed" if status == FACTS_CHANGED else end
+            print(f"--- {name}: {end}", flush=True)
+            failed.append(f"{name} ({end})")
     print(f"failed: {', '.join(failed)}" if failed else f"{len(steps)} steps passed")
     return bool(failed)
 

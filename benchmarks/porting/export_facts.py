@@ -1,7 +1,10 @@
 """Dropout on the way to onnxruntime, OpenVINO, TVM and PT2E."""
 
+import io
+
 import facts
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import torch
@@ -88,10 +91,32 @@ def by_pt2e():
     }
 
 
+def by_onnx_from_torch(**options):
+    """The training_mode of the Dropout that torch's exporter writes, of a model in training."""
+    module, target = nn.Sequential(nn.ReLU(), nn.Dropout(0.5)).train(), io.BytesIO()
+    program = torch.onnx.export(
+        module, (torch.from_numpy(ONES),), None if options["dynamo"] else target,
+        training=torch.onnx.TrainingMode.TRAINING, **options,
+    )  # fmt: skip
+    model = program.model_proto if program is not None else onnx.load_from_string(target.getvalue())
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+    (drop,) = (node for node in model.graph.node if node.op_type == "Dropout")
+    return f"Dropout, training_mode {bool(constants[drop.input[2]])}"
+
+
 facts.report(
     "export",
     ["onnxruntime", "openvino", "apache-tvm", "torch", "torchao"],
     {
+        "ONNX, from torch in training, torch.export": facts.said(
+            lambda: by_onnx_from_torch(dynamo=True)
+        ),
+        "ONNX, from torch in training, TorchScript": facts.said(
+            lambda: by_onnx_from_torch(dynamo=False)
+        ),
         "onnxruntime, between two nodes": runtime(True, "ORT_ENABLE_ALL"),
         "onnxruntime, between two nodes, optimisations off": runtime(True, "ORT_DISABLE_ALL"),
         "onnxruntime, last": runtime(False, "ORT_ENABLE_ALL"),

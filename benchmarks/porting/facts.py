@@ -1,7 +1,10 @@
 """What the scripts of this folder share: facts of one framework, printed, kept, and held.
 
-python benchmarks/porting/FRAMEWORK.py            fails where a fact is another than the one kept
-python benchmarks/porting/FRAMEWORK.py --write    keeps the facts, in results/FRAMEWORK.json
+python benchmarks/porting/FRAMEWORK_facts.py            holds the facts against those kept
+python benchmarks/porting/FRAMEWORK_facts.py --write    keeps the facts, in results/FRAMEWORK.json
+
+Where facts are others than those kept, each is named, and the exit status is CHANGED. The last line
+of a script whose facts hold says so: what ends the process after it is the framework's own end.
 """
 
 import importlib.metadata
@@ -15,9 +18,11 @@ import numpy as np
 
 FOLDER = Path(__file__).resolve().parent / "results"
 RATES = (0.001, 0.01, 0.1)
+DTYPES = ("float32", "float16", "bfloat16")
+CHANGED = 3  # the exit status; Python's own errors have 1
 
 
-def drawn(dropped_ones: Callable[[int, float, str], Any], dtypes=("float32", "bfloat16")) -> dict:
+def drawn(dropped_ones: Callable[[int, float, str], Any], dtypes=DTYPES) -> dict:
     """Rates and kept ones of ``dropped_ones(n, p, dtype)``, which gives a float array.
 
     A rate is within four standard deviations of p ("p"), or it is the share that was seen.
@@ -63,12 +68,48 @@ def varies(mask: Any) -> list[bool]:
     return [bool((mask != mask.take([0], axis)).any()) for axis in range(mask.ndim)]
 
 
+def same(draw: Callable[[], Any]) -> str:
+    """Whether two calls have one mask."""
+    first, second = (np.asarray(draw()) for _ in range(2))
+    return "one mask in all calls" if np.array_equal(first, second) else "a mask a call"
+
+
+def resumed(draw: Callable[[], Any], save: Callable[[], Any], load: Callable[[Any], None]) -> str:
+    """What follows on masks of a run that was saved after the second, by what ``load`` gets."""
+    first, _ = np.asarray(draw()), draw()
+    saved = save()
+    third = np.asarray(draw())
+    assert not np.array_equal(first, third)
+    load(saved)
+    found = np.asarray(draw())
+    if np.array_equal(found, third):
+        return "goes on"
+    return "begins again" if np.array_equal(found, first) else "neither"
+
+
+def flat(facts: Any, name: str = "") -> dict[str, Any]:
+    """Each fact under its whole name."""
+    if not isinstance(facts, dict):
+        return {name: facts}
+    return {
+        path: value
+        for key, inner in facts.items()
+        for path, value in flat(inner, f"{name}: {key}" if name else key).items()
+    }
+
+
 def report(name: str, packages: list[str], facts: dict) -> None:
     versions = {package: importlib.metadata.version(package) for package in packages}
-    found = json.dumps({"versions": versions, **facts}, indent=1) + "\n"
-    print(found)
+    found = json.loads(json.dumps({"versions": versions, **facts}))
+    print(json.dumps(found, indent=1))
     path = FOLDER / f"{name}.json"
     if "--write" in sys.argv:
-        path.write_text(found)
-    elif found != path.read_text():
-        sys.exit(f"{name}: these are not the facts that {path} keeps")
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        return
+    now, kept = flat(found), flat(json.loads(path.read_text()))
+    changed = [fact for fact in {**kept, **now} if now.get(fact, "-") != kept.get(fact, "-")]
+    for fact in changed:
+        print(f"{name}: {fact}: now {now.get(fact, '-')}, kept {kept.get(fact, '-')}", flush=True)
+    if changed:
+        sys.exit(CHANGED)
+    print(f"{name}: the {len(now)} facts are those of {path.name}", flush=True)

@@ -5,7 +5,7 @@
 
 Each port gives the old framework's model the same weights, and holds: evaluations agree; with the
 old framework's dropout replaced by a mask of tridrop.masks, so do a training forward, exactly in
-which elements are 0, and its gradients.
+which elements are 0, and its gradients. `port_FRAMEWORK.py` are the ports.
 """
 
 import importlib.util
@@ -23,12 +23,18 @@ WEIGHTS = [draw.standard_normal(shape).astype(np.float32) for shape in SHAPES]
 X = draw.standard_normal((5, 8)).astype(np.float32)
 
 
-def mask_file(name: str):
-    """A file of tridrop.masks, as a copy of it would be imported."""
-    spec = importlib.util.spec_from_file_location(f"{name}_mask", MASKS / f"{name}_mask.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class Masks:
+    """A file of tridrop.masks, imported as a copy of it would be, for the two sites of a model."""
+
+    def __init__(self, name: str):
+        spec = importlib.util.spec_from_file_location(f"{name}_mask", MASKS / f"{name}_mask.py")
+        self.file = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.file)
+        self.scale = self.file.scale(P)
+
+    def keep(self, site: int, shape):
+        """Which elements a site keeps: what goes into ``where(keep, x, 0) * scale``."""
+        return self.file.keep_mask(self.file.fold_in(SEED, site), tuple(shape), P)
 
 
 def ported(training: bool) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -50,4 +56,4 @@ def hold(evaluated, trained, gradients) -> None:
     np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-5)
     for found, slope in zip(gradients, slopes, strict=True):
         np.testing.assert_allclose(found, slope, rtol=1e-4, atol=1e-4)
-    print("evaluation, training and gradients agree")
+    print("evaluation, training and gradients agree", flush=True)

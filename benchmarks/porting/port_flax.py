@@ -3,23 +3,21 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from port import SEED, WEIGHTS, P, X, hold, mask_file
+from port import WEIGHTS, Masks, P, X, hold
 
-masks = mask_file("jax")
+masks = Masks("jax")
 
 
 class TridropDropout(nn.Module):
     """nn.Dropout's place, with the mask of tridrop."""
 
-    rate: float
     site: int
 
     @nn.compact
     def __call__(self, x, deterministic):
         if deterministic:
             return x
-        keep = masks.keep_mask(masks.fold_in(SEED, self.site), x.shape, self.rate)
-        return jnp.where(keep, x, 0) * masks.scale(self.rate)
+        return jnp.where(masks.keep(self.site, x.shape), x, 0) * masks.scale
 
 
 class Model(nn.Module):
@@ -27,7 +25,7 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x, deterministic):
-        drops = [TridropDropout(P, i) if self.ours else nn.Dropout(P) for i in range(2)]
+        drops = [TridropDropout(i) if self.ours else nn.Dropout(P) for i in range(2)]
         hidden = drops[0](nn.relu(nn.Dense(16)(x)), deterministic=deterministic)
         return drops[1](nn.Dense(4)(hidden), deterministic=deterministic)
 

@@ -3,23 +3,22 @@
 import keras
 import numpy as np
 from keras import layers, ops
-from port import SEED, WEIGHTS, P, X, hold, mask_file
+from port import WEIGHTS, Masks, P, X, hold
 
-masks = mask_file("keras")
+masks = Masks("keras")
 
 
 class TridropDropout(layers.Layer):
     """layers.Dropout's place, with the mask of tridrop."""
 
-    def __init__(self, rate, site):
+    def __init__(self, site):
         super().__init__()
-        self.rate, self.site = rate, site
+        self.site = site
 
     def call(self, x, training=False):
         if not training:
             return x
-        keep = masks.keep_mask(masks.fold_in(SEED, self.site), tuple(x.shape), self.rate)
-        return ops.where(keep, x, 0.0) * masks.scale(self.rate)
+        return ops.where(masks.keep(self.site, x.shape), x, 0.0) * masks.scale
 
 
 def model(drops):
@@ -30,7 +29,7 @@ def model(drops):
 
 
 evaluated = model([layers.Dropout(P), layers.Dropout(P)])(X, training=False)
-ours = model([TridropDropout(P, 0), TridropDropout(P, 1)])
+ours = model([TridropDropout(0), TridropDropout(1)])
 if keras.backend.backend() == "torch":
     trained = ours(X, training=True)
     trained.square().sum().backward()

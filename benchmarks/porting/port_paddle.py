@@ -5,25 +5,25 @@ import paddle
 import torch
 from paddle import nn
 from paddle.nn import functional as F
-from port import SEED, WEIGHTS, P, X, hold, mask_file
+from port import WEIGHTS, Masks, P, X, hold
 
 import tridrop
 
-masks = mask_file("numpy")
+masks = Masks("numpy")
 
 
 class TridropDropout(nn.Layer):
     """nn.Dropout's place, with the mask of tridrop, made by NumPy."""
 
-    def __init__(self, p, site):
+    def __init__(self, site):
         super().__init__()
-        self.p, self.site = p, site
+        self.site = site
 
     def forward(self, x):
         if not self.training:
             return x
-        keep = masks.keep_mask(masks.fold_in(SEED, self.site), x.shape, self.p)
-        return paddle.where(paddle.to_tensor(keep), x, paddle.zeros_like(x)) * masks.scale(self.p)
+        keep = paddle.to_tensor(masks.keep(self.site, x.shape))
+        return paddle.where(keep, x, paddle.zeros_like(x)) * masks.scale
 
 
 def model(drops):
@@ -37,7 +37,7 @@ def model(drops):
 x = paddle.to_tensor(X)
 old = model([nn.Dropout(P), nn.Dropout(P)])
 old.eval()
-ours = model([TridropDropout(P, 0), TridropDropout(P, 1)])
+ours = model([TridropDropout(0), TridropDropout(1)])
 ours.train()
 trained = ours(x)
 trained.square().sum().backward()

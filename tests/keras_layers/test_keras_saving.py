@@ -102,5 +102,35 @@ def test_attention_and_nested_models_are_saved_too(tmp_path):
     assert torch.equal(step(loaded, x), step(outer, x))
 
 
+@pytest.mark.parametrize("make", MADE[:1] + MADE[4:6])
+def test_a_legacy_file_warns_that_it_does_not_resume(make, tmp_path):
+    path, model = tmp_path / "model.h5", mlp(make())
+    x = torch.ones(8, 4)
+    first, _ = step(model, x), step(model, x)
+    with pytest.warns(UserWarning, match="does not carry the number of a layer's calls"):
+        model.save(path)
+    with pytest.warns(UserWarning, match="begins its masks again"):
+        loaded = keras.saving.load_model(path)
+    assert type(loaded.layers[2]) is type(model.layers[2])
+    assert torch.equal(step(loaded, x), first)
+
+
+def test_other_files_do_not_warn(tmp_path, recwarn):
+    model = mlp(layers.Dropout(0.5, seed=4))
+    model.save(tmp_path / "model.keras")
+    keras.saving.load_model(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    keras.models.clone_model(model)
+    assert not [w for w in recwarn if "legacy" in str(w.message)]
+
+
+def test_attention_in_a_legacy_file_warns(tmp_path):
+    inputs = keras.Input((5, 8))
+    attention = layers.MultiHeadAttention(2, 4, dropout=0.5, seed=4)
+    model = keras.Model(inputs, attention(inputs, inputs))
+    with pytest.warns(UserWarning, match="does not carry the number of a layer's calls"):
+        model.save(tmp_path / "model.h5")
+
+
 def test_a_rate_of_0_has_no_state():
     assert layers.Dropout(0.0).seed_state is None

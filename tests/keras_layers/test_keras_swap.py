@@ -129,12 +129,19 @@ def test_switches_do_not_change_the_numbers(name):
     assert none.counts()["left"] == sum(FOUND[name])
 
 
+def slopes_of(model, outs):
+    weights = [v.value for v in model.trainable_variables]
+    total = sum(out.square().sum() for out in outs)
+    return torch.autograd.grad(total, weights, allow_unused=True)
+
+
 def test_the_masks_are_the_exported_ones(name):
-    """Keras' own layers, with each dropout's mask from outside, give the same values."""
+    """Keras' own layers, with each dropout's mask from outside, give the same values and slopes."""
     model, x = MODELS[name]()
     report = tridrop.swap(model)
     with tridrop.rng(7):
         ours = flat(model(x, training=True))
+    slopes = slopes_of(model, ours)
     streams = {site.module: site.stream for site in report.sites}
     named = dict(tridrop.base.modules.named_parts(model))
     tridrop.unswap(model)
@@ -143,8 +150,13 @@ def test_the_masks_are_the_exported_ones(name):
         attends = isinstance(layer, keras.layers.MultiHeadAttention)
         drawing = layer._dropout_layer if attends else layer
         drawing.call = by_mask(drawing, attends, tridrop.fold_in(7, stream))
-    for a, b in zip(ours, flat(model(x, training=True)), strict=True):
+    theirs = flat(model(x, training=True))
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+    for a, b in zip(slopes, slopes_of(model, theirs), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def by_mask(layer, attends, seed):
@@ -175,6 +187,23 @@ def test_a_swapped_model_is_trained_saved_and_goes_on(tmp_path):
     tridrop.swap(loaded)
     loaded.load_weights(tmp_path / "model.weights.h5")
     assert torch.equal(loaded(x, training=True), model(x, training=True))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_swapped_model_of_kerashub_is_saved_and_goes_on(name, tmp_path):
+    model, x = MODELS[name]()
+    tridrop.swap(model)
+    first = flat(model(x, training=True))
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded) is type(MODELS[name]()[0])
+    assert all(map(torch.equal, flat(loaded(x)), flat(model(x))))
+    tridrop.swap(loaded)
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    following = flat(loaded(x, training=True))
+    assert all(map(torch.equal, following, flat(model(x, training=True))))
+    assert not all(map(torch.equal, following, first))
 
 
 class Own(keras.layers.MultiHeadAttention):

@@ -12,12 +12,12 @@ from torch import Tensor
 from .. import functional as F
 from ..base.modules import heard
 from .layers import Dropout
-from .seeds import check_seed
+from .seeds import Configured, check_seed
 
 _WIDEST = 256  # of a head that attention's kernels take
 
 
-class Attends:
+class Attends(Configured):
     """``_compute_attention``, which Keras has its users override for another computation."""
 
     _dropout: float

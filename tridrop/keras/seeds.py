@@ -7,11 +7,13 @@ where Keras' torch backend adds the two up, so that call n + 1 of seed s is call
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from keras.random import SeedGenerator
+from keras.src.backend.common import global_state
 from keras.src.saving.keras_saveable import KerasSaveable
 from torch import Tensor
 
@@ -64,7 +66,35 @@ class SeedState(KerasSaveable):  # type: ignore[misc]
         return state - state.new_tensor((0, behind)) if behind else state
 
 
-class Drops:
+class Configured:
+    """Warns where a layer goes into a legacy .h5 file of a whole model, and comes from one.
+
+    Such a file holds configurations and weights, and no more: nothing tells where masks go on.
+    """
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras' configuration of the layer."""
+        _warn_of_legacy_files("is loaded from it, its masks begin again")
+        config: dict[str, Any] = super().get_config()  # type: ignore[misc]
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """The layer of a configuration."""
+        _warn_of_legacy_files("has been loaded from it begins its masks again")
+        return super().from_config(config)  # type: ignore[misc]
+
+
+def _warn_of_legacy_files(what: str) -> None:
+    if global_state.get_global_attribute("use_legacy_config", False):  # by these files alone
+        warnings.warn(
+            "a legacy .h5 file of a whole model does not carry the number of a layer's calls: what "
+            f"{what}. Save as .keras, or the weights as .weights.h5, to go on with the next mask",
+            stacklevel=3,
+        )
+
+
+class Drops(Configured):
     """What each layer here has that drops: a place in a model, and a sequence of seeds.
 
     ``site`` is its number under :func:`tridrop.rng`, which goes before the layer's own seed, as

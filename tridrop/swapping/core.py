@@ -10,7 +10,7 @@ from ..contract.seeds import number_sites
 from . import classes, found, kinds
 from .encoders import has_path
 from .interfaces import Interfaces, restore_attention
-from .keras_calls import MARK
+from .keras_calls import GRAPH, MARK
 from .keras_models import Layers
 from .kinds import base_of
 from .modules import REPLACEMENTS
@@ -132,6 +132,7 @@ _LEFT_IN = (
     "_tridrop_attention_site",
     "__tridrop_seed_state",
     MARK,
+    GRAPH,
 )
 
 

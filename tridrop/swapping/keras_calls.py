@@ -24,6 +24,9 @@ from ..base.modules import heard
 from . import source
 
 MARK = "_tridrop_sum"  # the key in the __dict__ of a dropout layer whose sum is fused
+# The key in that of a functional model with the numbers of such layers and sums, see
+# keras_graphs.py. Keras does not save attributes with names like this.
+GRAPH = "__tridrop_sums"
 
 
 class Sums(NamedTuple):
@@ -125,17 +128,25 @@ def dropout_add(layer: Any, x: Any, residual: Any, behind: bool, training: Any) 
 
     Without ``behind`` it is ``residual + layer(...)``.
     """
-    if training is True and _fits(layer, x, residual):
-        return F.dropout_add(x, residual, layer.rate, seed=layer.next_seed(x))
+    if training is True and fits(layer, x, residual):
+        return at_once(layer, x, residual)
     dropped = layer(x, training=training)
     return dropped + residual if behind else residual + dropped
+
+
+def at_once(layer: Any, x: Any, residual: Any) -> Any:
+    """The training call of a dropout layer and the sum, which :func:`fits` has looked at.
+
+    :mod:`.locate` tells whose a draw is by the first argument.
+    """
+    return F.dropout_add(x, residual, layer.rate, seed=layer.next_seed(x))
 
 
 class _Runtime:
     dropout_add = staticmethod(dropout_add)
 
 
-def _fits(layer: Any, x: Any, residual: Any) -> bool:
+def fits(layer: Any, x: Any, residual: Any) -> bool:
     """Whether the layer only drops, and both operands have one shape, dtype and device."""
     attributes = getattr(layer, "__dict__", {})
     return (

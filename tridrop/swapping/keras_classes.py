@@ -13,6 +13,7 @@ from keras.src.saving import object_registration
 
 from .. import keras as tridrop_keras
 from ..keras.attention import Attends
+from . import keras_graphs
 from .keras_calls import sums_of
 from .present import At, Holds, guarded, holds, is_original
 
@@ -42,6 +43,8 @@ def computes_attention(base: type) -> bool:
 
 
 def _places(base: type) -> tuple[At, ...]:
+    if keras_graphs.runs_a_graph(base):
+        return keras_graphs.place_of(base), *keras_graphs.PLACES
     names = _ATTENTION[:2] if computes_attention(base) else ("call",)
     return tuple(At(base, name) for name in names)
 
@@ -63,6 +66,8 @@ def stand_in(base: type) -> type:
         elif computes_attention(base):
             bases, new = (Attends, base), Attends._compute_attention
             more = {"_adopted": stand_in(keras.layers.Dropout)}
+        elif keras_graphs.runs_a_graph(base):
+            new, more = keras_graphs.run_through_graph, {}
         else:
             sums = sums_of(base)
             assert sums is not None

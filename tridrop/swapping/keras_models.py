@@ -2,7 +2,8 @@
 
 Keras wraps each call of a layer in its own handling of masks, dtypes and losses. So a layer gets
 another class with the same name, and in a ``call`` only sums that follow a dropout layer are
-rewritten (keras_calls.py). Models of Keras, whether Sequential, functional or subclassed, keep
+rewritten (keras_calls.py); those of a functional model are fused as it runs its graph
+(keras_graphs.py). Models of Keras, whether Sequential, functional or subclassed, keep
 their graphs, weights and configurations.
 """
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from ..base.modules import is_keras, named_parts
 from . import draws
-from .keras_calls import MARK, sums_of
+from .keras_calls import GRAPH, MARK, sums_of
 from .kinds import base_of
 from .present import Holds, is_original
 from .report import Site
@@ -70,6 +71,8 @@ class Layers:
         if base in KINDS:
             if not is_original(base, "call"):
                 return f"{base.__name__}.call was replaced"
+            if KINDS[base][1] == "gaussian dropout" and layer.rate == 1:
+                return "its rate is 1, at which its noise is infinite: Keras' layer divides by zero"
             return "" if self.levels.dropout or self._serves(layer) else "its switch is off"
         if "_compute_attention" in layer.__dict__:
             return "its _compute_attention was replaced on the instance"
@@ -82,28 +85,41 @@ class Layers:
         owner = self.inner.get(layer)
         return owner is not None and not _is_tridrops(owner) and not self.why_left(owner)
 
-    def _sums(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        users: dict[nn.Module, int] = {}
+    def _sums(self) -> Iterator[tuple[nn.Module, tuple[nn.Module, Any]]]:
+        """Dropout layers whose sum is taken over, by which layer, and what was read of a graph."""
+        users: dict[Any, int] = {}
         for layer in self.names:
-            for part in layer.__dict__["_modules"].values():
+            parts = {id(part): part for part in layer.__dict__["_modules"].values()}
+            parts |= {id(part): part for part in layer._layers}
+            for part in parts.values():
                 users[part] = users.get(part, 0) + 1
+        taken: set[Any] = set()  # of a sum of two, one is taken
         for layer in self.names:
-            replaced = "call" in layer.__dict__
-            sums = (
-                None
-                if replaced or not is_original(base_of(layer), "call")
-                else sums_of(base_of(layer))
-            )
-            for name in () if sums is None else sums.attributes:
-                child: Any = layer.__dict__["_modules"].get(name)
+            for child, read in self._dropped_into_sums(layer):
                 if (
                     child in self.names
                     and self.part(child) == "dropout"
                     and users[child] == 1
                     and child.noise_shape is None
                     and not self.why_left(child)
+                    and (read is None or read.sum not in taken)
                 ):
-                    yield child, layer
+                    taken |= set() if read is None else {read.sum}
+                    yield child, (layer, read)
+
+    @staticmethod
+    def _dropped_into_sums(layer: Any) -> Iterator[tuple[Any, Any]]:
+        from . import keras_graphs
+
+        base = base_of(layer)
+        if "call" in layer.__dict__ or not is_original(base, "call"):
+            return
+        if keras_graphs.runs_a_graph(base):
+            yield from ((read.layer, read) for read in keras_graphs.sums(layer))
+        else:
+            sums = sums_of(base)
+            for name in () if sums is None else sums.attributes:
+                yield layer.__dict__["_modules"].get(name), None
 
     # ---------------------------------------------------------------------------- what is changed
 
@@ -111,14 +127,17 @@ class Layers:
         """Give the layers their new classes."""
         if not self.names:
             return
+        from . import keras_graphs
         from .keras_classes import stand_in
 
         for layer in self.names:
             if (self.part(layer) or self.attends(layer)) and not self.why_left(layer):
                 layer.__class__ = stand_in(base_of(layer))
-        for child, owner in self.added.items():
+        for child, (owner, read) in self.added.items():
             child.__dict__[MARK] = True
             owner.__class__ = stand_in(base_of(owner))
+            if read is not None:
+                owner.__dict__.setdefault(GRAPH, keras_graphs.Taken()).add(read)
 
     def number(self) -> None:
         """Reserve a number for each layer that could drop, whatever the switches."""
@@ -129,7 +148,7 @@ class Layers:
     def read(self) -> dict[str, list[Holds]]:
         """For each class name, checks that the class still is what was read."""
         found: dict[str, dict[type, Holds]] = {}
-        owners = set(self.added.values())
+        owners = {owner for owner, _ in self.added.values()}
         for layer in self.names:
             if self.part(layer) or self.attends(layer) or layer in owners:
                 from .keras_classes import holds_of
@@ -159,7 +178,7 @@ class Layers:
                     or not self.inner[layer].dropout
                 ):
                     why = self.why_left(layer)
-                    parts = (self.part(layer), *(("add",) if layer in self.added else ()))
+                    parts = (self.part(layer), *self._added_parts(layer))
                     yield self._site(layer, () if why else parts, why)
             elif not (_is_tridrops(layer) and layer in self.inner):
                 reason = _reason(layer)
@@ -169,6 +188,13 @@ class Layers:
                     unbuilt.append(name)
                 if reason:
                     yield self._site(layer, (), reason)
+
+    def _added_parts(self, layer: Any) -> tuple[str, ...]:
+        """What became one op with a dropout layer."""
+        if layer not in self.added:
+            return ()
+        read = self.added[layer][1]
+        return ("add",) if read is None else read.parts
 
     def _site(self, layer: Any, parts: tuple[str, ...], reason: str, code: str = "") -> Site:
         base = base_of(layer)
