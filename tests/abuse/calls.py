@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import random
 import warnings
@@ -154,7 +155,7 @@ class Call:
                 warnings.simplefilter("ignore")
                 try:
                     if self.target.twin is not None:
-                        self.target.twin(**first)(**second)
+                        self.target.twin(**_taken(self.target.twin, first))(**second)
                     elif isinstance(wrapped, nn.Module):
                         wrapped(**second)
                 except kinds:
@@ -197,6 +198,12 @@ def _gradients(results: list[Any], leaves: list[Tensor], chooser: random.Random)
                 grad = table[chooser.choice(list(table))](grad).detach()
         incoming.append(grad)
     return list(torch.autograd.grad(outputs, leaves, incoming, allow_unused=True))
+
+
+def _taken(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that torch's module has too."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 @contextlib.contextmanager

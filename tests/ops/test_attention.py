@@ -261,6 +261,28 @@ def test_a_query_with_nothing_to_attend_to_gives_zeros_and_no_nan(backend, kind)
         assert torch.equal(lse == -math.inf, rows)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_rows_whose_lse_is_minus_infinity_have_no_gradients(backend, mask, p):
+    """As they say that no key took part, whatever their scores and the mask are now."""
+    query, key, value = (t.detach() for t in inputs())
+    seen = torch.ones(20, 37, dtype=torch.bool, device=DEVICE)
+    given = {"bool": seen, "float": torch.zeros(20, 37, device=DEVICE)}.get(mask)
+    out, lse = sdpa(query, key, value, given, p, seed=3, return_lse=True)
+    lse[:, :, ::2] = -math.inf
+    grad = torch.ones_like(out)
+    found = tridrop.scaled_dot_product_attention_backward(
+        grad, out, lse, query, key, value, given, p, seed=3
+    )
+    assert (found[0][:, :, ::2] == 0).all()
+    grad[:, :, ::2] = 0
+    expected = tridrop.scaled_dot_product_attention_backward(
+        grad, out, lse, query, key, value, given, p, seed=3
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ------------------------------------------------------------------------------ heads and extras
 
 

@@ -127,8 +127,8 @@ def backward(
     given = (operands.dout, inputs.query, inputs.key, inputs.value, operands.out)
     wide = [_adjacent(t.to(plan.wide)) for t in given]
     lse = lse.to(plan.wide)
-    if plan.mask is not None:
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)  # makes exp(-inf) of exp(-inf + inf)
+    # A row without keys has probabilities of 0, whatever its scores are: exp(score - inf).
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     found = _BACKWARD(*wide, lse, 0.0, plan.is_causal, attn_mask=plan.mask, scale=options.scale)
     if not all(map(are_finite, found)):
         # With an infinite gradient or operand the kernel gives NaN for an excluded key, whose
