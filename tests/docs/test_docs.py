@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS = {
     "keras-models.md": "keras",
+    "lightning.md": "pytorch_lightning",
     "lora.md": "peft",
     "masks-elsewhere.md": "keras",
     "timm.md": "timm",

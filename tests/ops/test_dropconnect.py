@@ -1,6 +1,9 @@
 """DropConnect: masks of weights, what is kept for backward, and modules of any kind."""
 
+import contextlib
 import copy
+import functools
+import inspect
 import warnings
 import weakref
 
@@ -9,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from hosts import DEVICE, PLAIN
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import tridrop
 from tridrop.commands.check.measure import MAX_Z
@@ -347,3 +354,53 @@ def test_reading_beside_calls_is_not_warned_of():
         layer = tridrop.nn.weight_drop(nn.Linear(4, 4), "weight", 0.5).eval()
         for _ in range(9):
             assert layer.weight.dtype == torch.float32
+
+
+# Of a selective checkpoint, from torch 2.14 on: whether a user's hooks get what it keeps.
+ASKED = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
+SETTINGS = [{}, *({"respect_saved_tensors_hooks": answer} for answer in (True, False) if ASKED)]
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+def test_hooks_of_dropped_weights_are_no_users_to_selective_checkpoints(given):
+    """These would warn of a user's hooks, or hand them what they keep."""
+    model = nn.Sequential(tridrop.nn.DropConnectLinear(6, 6), nn.Tanh(), lstm()).to(DEVICE)
+    aten = torch.ops.aten
+    products = (aten.linear.default, aten.mm.default, aten.addmm.default)  # seen by one of these
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy[("PREFER_RECOMPUTE", "MUST_SAVE")[op in products]]
+
+    def gradients(run, seen=None):
+        def pack(t):
+            seen.append(t)
+            return t
+
+        x = torch.ones(3, 4, 6, device=DEVICE, requires_grad=True)
+        with tridrop.rng(7):
+            with contextlib.ExitStack() as stack:
+                if seen is not None:
+                    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+                    stack.enter_context(hooks)
+                out, _ = run(x)
+            out.square().sum().backward()
+        found = [x.grad, *(p.grad for p in model.parameters())]
+        model.zero_grad()
+        return found
+
+    def recomputed(**given):
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return functools.partial(
+            checkpoint, model, use_reentrant=False, context_fn=contexts, **given
+        )
+
+    expected = gradients(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(map(torch.equal, gradients(recomputed(**given)), expected))
+    counts = []
+    for asked in SETTINGS[1:]:  # a user's own, around the checkpoint, are found behind them
+        seen = []
+        assert all(map(torch.equal, gradients(recomputed(**asked), seen), expected))
+        counts.append(len(seen))
+    assert not counts or counts[0] > counts[1]

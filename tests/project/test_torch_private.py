@@ -304,3 +304,27 @@ def test_recurrent_layers_hold_their_weights_by_name():
     layer = nn.LSTM(2, 2)
     assert layer._flat_weights_names == [name for name, _ in layer.named_parameters()]
     assert all(a is b for a, b in zip(layer._flat_weights, layer.parameters(), strict=True))
+
+
+def test_a_hook_steps_aside_for_the_time_it_stands():
+    """Of what is around it a selective checkpoint is told, and no longer once it is left."""
+
+    def users(t):
+        return t
+
+    def between(t):
+        return t
+
+    def inner(t):
+        return t
+
+    ends = [private.step_aside(between, (users, users))]
+    ends.append(private.step_aside(inner, (between, between)))
+    assert inner._checkpoint_internal
+    assert inner._user_hooks == between._user_hooks == (users, users)
+    for end in reversed(ends):
+        end()
+    assert not hasattr(inner, "_user_hooks")
+    assert not hasattr(between, "_user_hooks")
+    private.step_aside(inner, None)()
+    assert inner._checkpoint_internal

@@ -155,17 +155,90 @@ def test_attention_in_methods_is_softmax_and_dropout(name):
     assert {" + ".join(site.parts) for site in found} == {ATTENDS if looks_up else BYPASSING[name]}
 
 
-def test_attention_that_was_chosen_otherwise_is_left():
-    model = make("BERT")
-    model.config._attn_implementation = "flex_attention"
-    for module in model.modules():
+def choose(model, name):
+    """As set_attn_implementation does, where it would ask for a package and a GPU."""
+    for module in (model, *model.modules()):
         if hasattr(module, "config"):
-            module.config._attn_implementation = "flex_attention"
+            module.config._attn_implementation = name
+
+
+def no_rate(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    out = (query @ key.transpose(-2, -1) * scaling).softmax(-1) @ value
+    return out.transpose(1, 2).contiguous(), None
+
+
+def handed_on(module, query, key, value, attention_mask, **kwargs):
+    given = transformers.AttentionInterface()["sdpa"]
+    return given(module, query, key, value, attention_mask, **kwargs)
+
+
+RAISES = ", which raises in training where its rate is not 0"
+NOT_HANDED_ON = ", which drops nothing: transformers leaves the rate out where a kernel takes none"
+# Of what is chosen: what it does with a rate.
+CHOSEN = {
+    "flex_attention": RAISES,
+    "flash_attention_2": "",
+    "flash_attention_3": NOT_HANDED_ON,
+    "flash_attention_4": NOT_HANDED_ON,
+    "one_without": ", which drops nothing: it reads no rate",
+    "one_that_hands_on": "",
+}
+
+
+@pytest.fixture
+def registered():
+    """Two attention functions of a user's."""
+    table = transformers.AttentionInterface._global_mapping
+    before = dict(table)
+    transformers.AttentionInterface.register("one_without", no_rate)
+    transformers.AttentionInterface.register("one_that_hands_on", handed_on)
+    yield
+    table.clear()
+    table.update(before)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_attention_that_was_chosen_otherwise_is_left(name, registered):
+    model = make("BERT")
+    choose(model, name)
     report = tridrop.swap(model)
     left = [site for site in report.sites if site.status == "left"]
     assert len(left) == 2
-    assert {site.reason for site in left} == {"flex_attention was chosen for it"}
-    assert model.config._attn_implementation == "flex_attention"
+    assert {site.reason for site in left} == {f"{name} was chosen for it{CHOSEN[name]}"}
+    assert model.config._attn_implementation == name
+
+
+def test_flex_attention_raises_where_it_would_drop():
+    """What the report says of it is what transformers does."""
+    model = make("BERT")
+    choose(model, "flex_attention")
+    with pytest.raises(ValueError, match="does not support `dropout`"):
+        model(**batch("BERT"))
+
+
+@pytest.mark.parametrize("name", ["one_without", "one_that_hands_on"])
+def test_what_drops_nothing_is_seen_to_draw_nothing(name, registered):
+    model = make("BERT")
+    choose(model, name)
+    report = tridrop.swap(model)
+    found = [c for c in report.verify(**batch("BERT")).sites if c.site.status == "left"]
+    draws = name == "one_that_hands_on"
+    assert {c.verdict for c in found} == {"drops as reported" if draws else "draws nothing"}
+    assert draws or {c.detail for c in found} == {"it was called, and dropped nothing"}
+
+
+@pytest.mark.parametrize("rate", [True, False])
+def test_transformers_hands_a_rate_on_to_flash_kernels_that_take_one(rate):
+    """Those of FlashAttention-2 do; of 3 and 4 (4.0.0b36) none does, and nothing is said."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    def with_rate(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False): ...
+    def without(q, k, v, softmax_scale=None, causal=False): ...
+
+    made = flash._lazy_define_process_function(with_rate if rate else without)
+    given = made(4, 4, True, dropout=0.1)
+    given = given[0] if isinstance(given, tuple) else given
+    assert given.get("dropout_p") == (0.1 if rate else None)
 
 
 # ------------------------------------------------------------------------- forwards that differ

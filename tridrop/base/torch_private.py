@@ -12,7 +12,8 @@ Only their names are private: many libraries rely on them.
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -105,9 +106,9 @@ __all__ = [
     "CHECKED", "INTERFACES", "MODULE_ATTRIBUTES", "AnyDropout", "CheckpointFrame", "FakeTensor",
     "FunctionalTensor", "Interface", "OpOverload", "OpOverloadPacket", "TorchDispatchMode",
     "aten_softmax_backward", "backward_task", "cpu_attention", "dispatch_modes", "forward_mode",
-    "functional_collectives", "has_global_hook", "is_legacy_batched", "is_wrapped",
+    "functional_collectives", "has_global_hook", "is_legacy_batched", "is_traced", "is_wrapped",
     "partitioner_redraws", "recurrent", "require", "saved_tensor_hooks", "schema_of", "sleep",
-    "trace_state", "transformation", "tree_leaves", "watched",
+    "step_aside", "trace_state", "transformation", "tree_leaves", "watched",
 ]  # fmt: skip
 
 
@@ -149,6 +150,24 @@ def functional_collectives() -> Any:
 def schema_of(operator: OpOverload) -> Any:
     """The arguments of an operator: each has a name, and may have a default value."""
     return operator._schema.arguments
+
+
+def is_traced(x: Any) -> bool:
+    """Whether it is a tensor that stands for one, while a compiler traces."""
+    return isinstance(x, (FakeTensor, FunctionalTensor))
+
+
+def step_aside(pack: Any, around: Any) -> Callable[[], None]:
+    """Have selective checkpoints not take a hook on saved tensors for one of the user's.
+
+    From 2.14 on they ask so of the innermost hooks: those of a user are to get what they keep, too.
+    ``around`` are the hooks around ``pack``, which they then look at. The result ends it, as the
+    hook is left: what was saved holds the hook, and is not to hold what is around it.
+    """
+    if around is not None and getattr(around[0], "_checkpoint_internal", False):
+        around = around[0]._user_hooks
+    pack._checkpoint_internal, pack._user_hooks = True, around
+    return partial(delattr, pack, "_user_hooks")
 
 
 def cpu_attention(backward: bool) -> Any:

@@ -110,6 +110,11 @@ def _advice(o: Operand, t: Any, dim: int, placement: Any) -> str:
     return f"{o.label}.redistribute(placements={wanted})"
 
 
+def _where(o: Operand, t: Any, dim: int) -> str:
+    """For messages alone: Dynamo of torch 2.14 cannot make text of a placement."""
+    return f"{o.label} has placement {t.placements[dim]} on {_name_of(t.device_mesh, dim)}"
+
+
 def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) -> str | None:
     """The named dimension that a mesh dimension cuts; None, or "partial sum", if it cuts none.
 
@@ -121,19 +126,18 @@ def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) 
     first: tuple[Operand, Any] | None = None
     for o, t, linear in spread:
         placement = t.placements[dim]
-        where = f"{o.label} has placement {placement} on {_name_of(t.device_mesh, dim)}"
         if placement.is_replicate():
             continue
         if placement.is_partial():
             if not linear or placement.reduce_op != "sum":
                 raise ValueError(
-                    f"{where}, and the result is not linear in it: sum it first, with "
+                    f"{_where(o, t, dim)}, and the result is not linear in it: sum it first, with "
                     f"{_advice(o, t, dim, Replicate())} or a Shard(...) there"
                 )
             name = _PARTIAL
         elif not placement.is_shard():  # Dynamo in torch 2.11 cannot trace types of placements
             raise ValueError(
-                f"{where}; only Replicate, Shard and Partial are supported: use "
+                f"{_where(o, t, dim)}; only Replicate, Shard and Partial are supported: use "
                 f"{_advice(o, t, dim, Replicate())}"
             )
         else:
@@ -141,13 +145,15 @@ def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) 
             name = layout.even.get(name, name)
         if name == SHARED or name in layout.whole:
             why = layout.whole.get(name, "it has size 1 there, which all share")
-            raise ValueError(f"{where}, but {why}: use {_advice(o, t, dim, Replicate())}")
+            raise ValueError(
+                f"{_where(o, t, dim)}, but {why}: use {_advice(o, t, dim, Replicate())}"
+            )
         if chosen not in (None, name):
             assert first is not None
             other, its = first
             raise ValueError(
-                f"{where}, and {other.label} has {its.placements[dim]}, which cuts another "
-                f"dimension: give both the same, for instance with "
+                f"{_where(o, t, dim)}, and {other.label} has {its.placements[dim]}, which cuts "
+                f"another dimension: give both the same, for instance with "
                 f"{_advice(o, t, dim, Replicate())}"
             )
         chosen, first = name, (o, t)
@@ -156,7 +162,7 @@ def _cut(layout: Layout, spread: Sequence[tuple[Operand, Any, bool]], dim: int) 
         if len(placements) > 1:
             o, t, _ = next(s for s in spread if s[2] and s[1].placements[dim].is_partial())
             raise ValueError(
-                f"{o.label} has placement {t.placements[dim]} on {_name_of(t.device_mesh, dim)}, "
+                f"{_where(o, t, dim)}, "
                 f"and the operands have {sorted(map(str, placements))}: a whole operand would be "
                 f"added once per process. Sum first, with {_advice(o, t, dim, Replicate())}"
             )

@@ -43,7 +43,20 @@ def unbound(function: type[Function]) -> Callable[..., Any]:
     torch binds them to the signature of ``forward`` in each call, for the sake of default values,
     which these functions do not have. It takes a third of the host's time of a call on a CPU.
     """
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    if isinstance(vars(torch.autograd.Function)["apply"], classmethod):
+        # Up to torch 2.13 this method binds them, and the one that it overrides does not.
+        return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        result = function.forward(*arguments)
+        function.setup_context(ctx, arguments, result)
+        return result
+
+    # From torch 2.14 on it is done in C, for classes that have a setup_context of their own.
+    own = {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
+    bare: Any = type(function.__name__, (function,), {**own, "__module__": function.__module__})
+    apply: Callable[..., Any] = bare.apply
+    return apply
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:

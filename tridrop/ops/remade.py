@@ -17,7 +17,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
 from ..base.memory import PLAIN, as_saved, facts_of
-from ..base.torch_private import forward_mode, saved_tensor_hooks, transformation
+from ..base.torch_private import (
+    forward_mode,
+    saved_tensor_hooks,
+    step_aside,
+    transformation,
+)
 
 _CHECKPOINTS = "torch.utils.checkpoint"  # the module of the hooks of non-reentrant checkpoints
 
@@ -240,6 +245,7 @@ def remade(values: Sequence[tuple[Tensor, Recipe]]) -> Iterator[None]:
         stack.callback(recipes.clear)
         try:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+            stack.callback(step_aside(pack, around))
         except RuntimeError:
             recipes.clear()  # such hooks are disabled here, so torch saves the value itself
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import weakref
 from types import FunctionType
 from typing import Any
@@ -67,13 +69,14 @@ class Interfaces:
             return "its dropout is 0"
         if not owner._can_set_attn_implementation():
             return "its class does not support another attention function"
+        each = self.looked_up[owner].values()
         if now not in ("eager", "sdpa", None):
-            return f"{now} was chosen for it"
+            found = next((at.now() for places in each for at in places), None)
+            return f"{now} was chosen for it{_what_it_drops(now, found)}"
         if now != "eager" and not is_attention(F.scaled_dot_product_attention):
             return "torch's scaled_dot_product_attention was replaced"
         if now == "eager" and getattr(owner.config, "reorder_and_upcast_attn", False):
             return "it upcasts its scores (reorder_and_upcast_attn)"
-        each = self.looked_up[owner].values()
         replaced = [at.name for found in each for at in found if _is_replaced(at)]
         return f"its attention function was replaced: {replaced[0]}" if replaced else ""
 
@@ -137,6 +140,27 @@ def _looked_up(function: FunctionType, chosen: str | None) -> list[At]:
         return [At(table, str(chosen))]
     names = [name for name in function.__code__.co_names if name.endswith(_EAGER)]
     return [At(function.__globals__, name) for name in names if name in function.__globals__]
+
+
+def _what_it_drops(name: str, function: Any) -> str:
+    """What a function of transformers' table does with a rate, where it is not to drop by it."""
+    if name == "flex_attention":
+        return ", which raises in training where its rate is not 0"
+    if name in ("flash_attention_3", "flash_attention_4"):
+        return ", which drops nothing: transformers leaves the rate out where a kernel takes none"
+    return "" if _may_read(function, "dropout") else ", which drops nothing: it reads no rate"
+
+
+def _may_read(function: Any, argument: str) -> bool:
+    """Whether a function names an argument, or hands on what it is given without naming it."""
+    code = getattr(function, "__code__", None)
+    if code is None or argument in (*code.co_varnames, *code.co_consts):
+        return True
+    count = code.co_argcount + code.co_kwonlyargcount
+    starred = sum(bool(code.co_flags & f) for f in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
+    names = code.co_varnames[count : count + starred]
+    loads = (at.argval for at in dis.get_instructions(code) if at.opname.startswith("LOAD"))
+    return any(name in names for x in loads for name in (x if isinstance(x, tuple) else (x,)))
 
 
 def _is_replaced(at: At) -> bool:

@@ -105,10 +105,15 @@ class Locator:
         ``line`` is the line of the call in the innermost frame, if that is already past the call.
         """
         inner: list[nn.Module] = []
+        here: list[_Found] = []  # of inner functions that do not name the module
         while frame is not None:
             owner = self.owner(frame)
-            if owner is not None:
-                found = self._match(owner, frame, line, inner)
+            if owner is None:
+                here += self._here(frame, line)
+            else:
+                found = next((i for module, i in here if module is owner), None)
+                if found is None:
+                    found = self._match(owner, frame, line, inner)
                 if found is not None:
                     return found
                 inner.append(owner)
@@ -156,7 +161,7 @@ class Locator:
             return
         here = self._here(frame)
         if here:
-            owner = self.owner(frame)
+            owner = next((m for f in _out(frame) if (m := self.owner(f)) is not None), None)
             reached.update(i for module, i in here if module is owner)
 
     def entered(self, frame: FrameType, reached: set[int]) -> None:

@@ -7,19 +7,20 @@ left as it was, whatever happens.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from numbers import Real
-from types import FrameType
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base.modules import all_modules, is_keras
-from ..base.torch_private import OpOverload, TorchDispatchMode, schema_of, tree_leaves
+from ..base.torch_private import OpOverload, TorchDispatchMode, is_traced, schema_of, tree_leaves
 from .generators import Generators
 
 # Operators of torch that draw random numbers for a dropout; the randint of a seed is not among
@@ -159,6 +160,9 @@ def cost_of(
 class _Counter(TorchDispatchMode):
     """Counts the operators that torch dispatches."""
 
+    # flex_attention, cond and their kin, which take functions, come through here as well.
+    supports_higher_order_operators = True
+
     def __init__(self, generators: Generators, observer: Observer | None) -> None:
         super().__init__()
         self.generators, self.observer = generators, observer
@@ -171,21 +175,43 @@ class _Counter(TorchDispatchMode):
         profile = sys.getprofile()
         sys.setprofile(None)  # calls made here and inside operators are not the model's
         try:
-            return self.dispatched(func, args, kwargs or {})
+            return self.dispatched(func, args, kwargs or {}, profile)
         finally:
             sys.setprofile(profile)
 
-    def dispatched(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def dispatched(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], profile: Any
+    ) -> Any:
+        if not isinstance(func, OpOverload):
+            self.operators += 1  # with what it does besides calling the functions
+            return func(*(self.seen(x, profile) for x in args), **kwargs)
         states = [] if self.observer is None else self.generators.torch_state()
         result = func(*args, **kwargs)
-        if isinstance(func, OpOverload):
-            if self.observer is not None:
-                self.observer(func, args, kwargs, states)
-            self.dropouts += _drops(func, args, kwargs)
-            touched = tree_leaves((args, kwargs, result))
-            computes = not func.is_view and func.overloadpacket.__name__ not in _FREE
-            self.operators += computes and any(isinstance(x, Tensor) for x in touched)
+        touched = tree_leaves((args, kwargs, result))
+        if any(map(is_traced, touched)):  # the functions are traced, for their gradient
+            return result
+        if self.observer is not None:
+            self.observer(func, args, kwargs, states)
+        self.dropouts += _drops(func, args, kwargs)
+        computes = not func.is_view and func.overloadpacket.__name__ not in _FREE
+        self.operators += computes and any(isinstance(x, Tensor) for x in touched)
         return result
+
+    def seen(self, argument: Any, profile: Any) -> Any:
+        """An argument of an operator that takes functions; a function is seen while it runs."""
+        if not isinstance(argument, (FunctionType, MethodType, functools.partial, nn.Module)):
+            return argument
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            inner = sys.getprofile()
+            sys.setprofile(profile)
+            try:
+                with self:
+                    return argument(*args, **kwargs)
+            finally:
+                sys.setprofile(inner)
+
+        return call
 
 
 def _drops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -207,6 +233,8 @@ def rates_of(
 ) -> list[float | None]:
     """The rates that an operator takes; None for a rate in a tensor on another device."""
     given = given_to(func, args, kwargs)
+    if func.overloadpacket.__name__ == "dropout":  # which is seen where autograd is past
+        return [float(given["p"]) if given["train"] else 0.0]
     names = ("p", "p_tensor", "drop_path") if func.namespace == "tridrop" else _RATES
     found: list[float | None] = []
     for p in (given[name] for name in names if name in given):
@@ -229,6 +257,8 @@ class _Saved:
     def hooks(self) -> AbstractContextManager[None]:
         def pack(tensor: Tensor) -> Tensor:
             # Not the tensor itself: a node that holds its own output would never be freed.
+            if is_traced(tensor):
+                return tensor
             self.tensors.append(tensor.detach())
             self.within.append(bool(self.layers) and self.in_layer())
             return self.tensors[-1]

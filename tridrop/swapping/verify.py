@@ -33,8 +33,9 @@ class Checked:
     Attributes:
         site: the site of the report.
         verdict: "drops as reported"; "does not drop as reported"; "draws nothing", if it was
-            called; "never called"; "p read but not used here", for a module that was not called but
-            whose rate was read by other code.
+            called, with a rate of 0 or for a function that drops nothing; "never called"; "p read
+            but not used here", for a module that was not called but whose rate was read by other
+            code.
         detail: what was observed, in words.
         before, after: how many times it drew, before and after the swap.
     """
@@ -166,8 +167,7 @@ def _verdict(i: int, site: Site, first: Run, second: Run, locator: Locator) -> t
     before, after = bool(first.of(i)), bool(second.of(i))
     if not before and not after:
         if i in first.reached or i in second.reached:
-            unknown = "it was called" if site.p is None else "it was called with a rate of 0"
-            return SILENT, "its rate is 0" if site.p == 0 else unknown
+            return SILENT, "its rate is 0" if site.p == 0 else "it was called, and dropped nothing"
         read = first.reads.get(i)
         if read:
             return READ, f"at {read}"

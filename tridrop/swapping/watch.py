@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base.torch_private import AnyDropout, OpOverload
+from ..base.torch_private import AnyDropout, OpOverload, is_traced
 from ..contract.mask import new_seed
 from . import lazy
 from .generators import Generators, moved
@@ -107,7 +107,7 @@ class Watch:
     def seed(self, seed: Tensor, owner: nn.Module, place: int | None) -> None:
         """Called when a place in a rewritten forward takes a seed."""
         site = self.locator.of_place(owner, place)
-        if site is not None:
+        if site is not None and not is_traced(seed):
             self.seeds.setdefault(tuple(seed.tolist()), set()).add(site)
 
     def operator(
