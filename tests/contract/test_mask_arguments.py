@@ -358,7 +358,7 @@ def test_errors_of_noise_shape_and_shard(call, where, error, message):
         ((2.0,), {}, "non-negative"),
         ((True,), {}, "non-negative"),
         ((4,), {"domain": "drop_path"}, "two dimensions"),
-        ((4, 2), {"domain": "drop_path", "noise_shape": (4, 1)}, "no noise_shape"),
+        ((4, 2), {"domain": "drop_path", "noise_shape": (4, 1)}, "without noise_shape"),
         ((4, 2), {"domain": "attention"}, "known: 'elements', 'drop_path'"),
     ],
     ids=str,

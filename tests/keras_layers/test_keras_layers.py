@@ -224,7 +224,7 @@ def test_compiled_training_steps():
         (lambda: layers.AlphaDropout(0.5, seed=2**31), ValueError, "32 bits"),
         (lambda: layers.MultiHeadAttention(1, 4, seed=2**40), ValueError, "32 bits"),
         (lambda: layers.Dropout(0.5, seed="1"), ValueError, "must be an integer"),
-        (lambda: layers.GaussianDropout(1.0), ValueError, r"give one in \[0, 1\)"),
+        (lambda: layers.GaussianDropout(1.0), ValueError, r"give a rate in \[0, 1\)"),
         (lambda: layers.Dropout(0.5, noise_shape=(0, 1)), ValueError, "positive"),
         (lambda: layers.SpatialDropout1D(0.5)(torch.ones(2, 2), training=True), ValueError, "ndim"),
         (

@@ -31,7 +31,7 @@ def test_every_bit_in_keras_on_torch():
 
 def test_the_lines_for_all_are_the_same_in_each_file():
     assert len(FILES) == 5
-    begin, end = "# ----- Seeds, rates and places", "\n# ----- "
+    begin, end = "# ----- Seeds, rates and coordinates", "\n# ----- "
     texts = [path.read_text() for path in FILES]
     shared = {text[text.index(begin) :].partition(end)[0] for text in texts}
     assert len(shared) == 1
@@ -69,7 +69,7 @@ BAD = [
     ({"noise_shape": (2, 2)}, ValueError, r"noise_shape = \(2, 2\) for shape \(2, 3\)"),
     ({"noise_shape": (1,)}, ValueError, "give for each dimension 1"),
     ({"shard": ((2, 3), (1, 0))}, ValueError, "origin \\+ shape within global_shape"),
-    ({"shard": ((2, 3, 4), (0, 0, 0))}, ValueError, "with an entry for each dimension"),
+    ({"shard": ((2, 3, 4), (0, 0, 0))}, ValueError, "each with an entry per dimension"),
     ({"domain": "attention"}, ValueError, "give one of elements, drop_path"),
     ({"domain": "drop_path", "shape": (3,)}, ValueError, "two dimensions or more"),
 ]

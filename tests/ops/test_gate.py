@@ -198,7 +198,7 @@ def test_the_double_backward_of_both_backends_is_one(backend):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(2, 300, 8), (5, 4, 24), (9, 24), (3, 1000, 260)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 300, 8), (5, 4, 24), (9, 24), (3, 300, 260)], ids=str)
 def test_programs_keep_to_a_sample(shape):
     """The plan covers every row once, and the partial sums of samples lie apart."""
     x, _, gate = (t.detach() for t in operands(shape))

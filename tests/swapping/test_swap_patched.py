@@ -290,7 +290,7 @@ def test_what_torch_keeps_in_a_patched_dropout_is_reported(monkeypatch):
     monkeypatch.setattr(F, "dropout", damped(F.dropout))
     report = tridrop.swap(make())
     left = {site.reason for site in report.sites if site.kind == "Dropout"}
-    assert left == {"Dropout.forward, or a function of torch's in it, was replaced"}
+    assert left == {"Dropout.forward, or a function of torch that it calls, was replaced"}
 
 
 def test_a_patched_sequential_is_not_unrolled(monkeypatch):
