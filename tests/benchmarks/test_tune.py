@@ -131,7 +131,7 @@ def test_the_verdict_names_what_spills_less_and_what_that_costs():
     more, less = _row("more", 21.0), _row("less", 20.0)
     assert "instead of 20 this does not: more" in tune.verdict([spills, more])
     assert tune.verdict([spills, more, less]).endswith("do not: less")
-    assert "every candidate" in tune.verdict([spills, _row("other", 1.0, "spills 8 bytes")])
+    assert "no candidate is better" in tune.verdict([spills, _row("other", 1.0, "spills 8 bytes")])
     assert tune.verdict([less, more]).startswith("-> stays")
 
 
