@@ -180,10 +180,7 @@ def compare(states: list[State], table: str, rounds: int) -> Iterator[dict[str, 
         times: list[list[float]] = []
         for _ in range(rounds):
             random.shuffle(turns)
-            found = {
-                i: state.ask("time", name, counts[i])
-                for i, state in ((i, states[i]) for i in turns)
-            }
+            found = {i: states[i].ask("time", name, counts[i]) for i in turns}
             times.append([found[i] for i in range(len(states))])
         ratios = sorted(after / before for before, after in times)
         low, middle, high = statistics.quantiles(ratios, n=4)

@@ -146,18 +146,25 @@ class _Runtime:
     dropout_add = staticmethod(dropout_add)
 
 
+def only_computes(layer: Any) -> bool:
+    """Whether a call of a Keras layer is its class's ``call``, and nothing sees or adds to it."""
+    return (
+        "call" not in layer.__dict__
+        and layer.activity_regularizer is None
+        and layer._remat_mode is None
+        and not heard(layer)
+    )
+
+
 def fits(layer: Any, x: Any, residual: Any) -> bool:
     """Whether the layer only drops, and both operands have one shape, dtype and device."""
     attributes = getattr(layer, "__dict__", {})
     return (
         MARK in attributes
-        and "call" not in attributes
         and type(layer)._tridrop_holds()
         and layer.rate > 0
         and layer.noise_shape is None
-        and layer.activity_regularizer is None
-        and layer._remat_mode is None
-        and not heard(layer)
+        and only_computes(layer)
         and all(type(t) in (Tensor, nn.Parameter) and t.is_floating_point() for t in (x, residual))
         and x.dtype == residual.dtype
         and x.shape == residual.shape

@@ -24,8 +24,7 @@ from keras.src.ops.numpy import Add as AddOperation
 from torch import Tensor
 
 from .. import functional as F
-from ..base.modules import heard
-from .keras_calls import GRAPH, at_once, fits
+from .keras_calls import GRAPH, at_once, fits, only_computes
 from .present import At, is_original
 
 AddLayer: Any = keras.layers.Add
@@ -252,14 +251,10 @@ def _at_once(layer: Any, x: _Sum, norm: Any) -> Any:
 
 def _plain(operation: Any, x: Tensor) -> bool:
     """Whether a sum's or a norm's call is what it computes and no more, in x's dtype."""
-    if "call" in operation.__dict__:
-        return False
-    return isinstance(operation, AddOperation) or (
-        operation.activity_regularizer is None
-        and operation._remat_mode is None
-        and not heard(operation)
-        and keras.backend.standardize_dtype(x.dtype) == operation.compute_dtype
-    )
+    if isinstance(operation, AddOperation):
+        return "call" not in operation.__dict__
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return only_computes(operation) and bool(dtype == operation.compute_dtype)
 
 
 def _masked(*tensors: Any) -> bool:
