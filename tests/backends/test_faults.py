@@ -324,7 +324,7 @@ for i in range(20):
     made._cache = loop_cache.LoopCache(add_one)
     assert made(1) == 2
     if i % 2:
-        for path in loop_cache.folder().glob("*.loop"):
+        for path in loop_cache.folder().glob("[!.]*.loop"):  # drafts begin with a dot
             path.unlink(missing_ok=True)
 """
 

@@ -81,6 +81,16 @@ def test_a_device_is_written_to_and_stays():
     assert not Path("/dev/null").is_file()
 
 
+def test_a_file_that_another_process_removes(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text("before")
+    with replacing(path) as draft:
+        draft.write_text("after")
+        path.unlink()
+    assert path.read_text() == "after"
+    assert names(tmp_path) == ["table.json"]
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "none" / "table.json") as draft:
         draft.write_text("whole")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +23,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             draft.write_text(text)
     """
     whole = Path(os.path.realpath(path))
-    if whole.exists() and not whole.is_file():
+    try:  # asked once: other processes may make or remove the file at any time
+        mode = whole.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode):
         yield whole
         return
     draft = whole.with_name(f".{whole.stem[:100]}-{uuid.uuid4().hex[:12]}{whole.suffix}")
     try:
         yield draft
-        if whole.exists():
-            shutil.copymode(whole, draft)
+        if mode is not None:
+            draft.chmod(stat.S_IMODE(mode))
         os.replace(draft, whole)
     finally:
         draft.unlink(missing_ok=True)
