@@ -56,6 +56,26 @@ def place(t: Tensor, count: int, name: str, stored: Stored = STORED) -> tuple[Te
     return t, (t.data_ptr(), code)
 
 
+def _end(t: Tensor) -> int:
+    """The number of elements from the start of the storage to the end of ``t``'s last element."""
+    last = t.storage_offset()
+    for n, stride in zip(t.shape, t.stride(), strict=True):
+        last += (n - 1) * stride
+    return last + 1
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether ``t`` has an address, and its storage all of its elements.
+
+    It may be False for an empty tensor, and raises RuntimeError for a tensor without an address.
+    """
+    if not t.data_ptr():
+        return False
+    if t.is_contiguous() and not t.storage_offset():  # the usual case, in the shortest way
+        return t.nbytes <= t.untyped_storage().nbytes()
+    return _end(t) * t.itemsize <= t.untyped_storage().nbytes()
+
+
 def whole(t: Tensor, name: str) -> Tensor:
     """``t``, after a check that its storage holds all of its elements, whatever its strides.
 
@@ -65,13 +85,8 @@ def whole(t: Tensor, name: str) -> Tensor:
         TypeError: a tensor that is not strided.
         ValueError: the storage was freed, or is too small for the shape and strides.
     """
-    try:  # a few quick checks that nearly all tensors pass
-        if (
-            t.is_contiguous()
-            and t.data_ptr()
-            and t.storage_offset() == 0
-            and t.nbytes <= t.untyped_storage().nbytes()
-        ):
+    try:  # what nearly all tensors pass
+        if _has_memory(t):
             return t
     except RuntimeError:  # some tensors have no address, or no storage
         pass
@@ -81,10 +96,7 @@ def whole(t: Tensor, name: str) -> Tensor:
         return t.clone()
     if t.device.type not in _DEVICES or t.numel() == 0:
         return t
-    last = t.storage_offset() + sum(
-        (n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)
-    )
-    need, have = (last + 1) * t.itemsize, t.untyped_storage().nbytes()
+    need, have = _end(t) * t.itemsize, t.untyped_storage().nbytes()
     if need > have or t.data_ptr() == 0:
         raise ValueError(
             f"{name} is {_words(t)}, which needs a storage of {need} bytes, and its storage has "
@@ -106,14 +118,9 @@ def readable(seed: Tensor | None) -> bool:
 def all_whole(arguments: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ...]:
     """The arguments, after :func:`whole` of each tensor among them."""
     try:
-        for a in arguments:  # the quick checks of whole(), in one loop
+        for a in arguments:
             if a is not None and not (
-                a.is_contiguous()
-                and a.data_ptr()
-                and not a.storage_offset()
-                and a.nbytes <= a.untyped_storage().nbytes()
-                if type(a) in PLAIN
-                else not isinstance(a, Tensor)
+                _has_memory(a) if type(a) in PLAIN else not isinstance(a, Tensor)
             ):
                 break
         else:

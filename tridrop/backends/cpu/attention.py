@@ -25,7 +25,7 @@ def _kept(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, T
     if not _by_loops(inputs):
         return reference.kept_probabilities(inputs, options, softmax.attention_multiplier)
     kept = reference.scores(inputs, softmax.without_band(options))[0].contiguous()
-    lse = kept.new_empty(kept.shape[:-1], dtype=float32)
+    lse = kept.new_empty(*kept.shape[:-1], dtype=float32)
     softmax.forward(kept, inputs.seed, options, 1.0, kept, lse=lse)
     return kept, lse
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from ...base.memory import place
 from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward, Operands
-from .memory import CODES, NONE, matrix, result, vector
+from .memory import CODES, NONE, result, vector
 from .selection import Selection, Sum, selection_of, serves
+
+_NUMBER = torch.empty(1, dtype=torch.float32, device="cpu")
 
 
 @lru_cache(256)
@@ -29,27 +31,37 @@ class PreparedNorm(NamedTuple):
     shape: tuple[int, ...]
     options: NormOptions
     flags: tuple[bool, bool, bool]  # it is RMSNorm; dropout follows the norm; 1 + weight
+    keeps_stream: bool
+    statistics: Tensor  # one number with the statistics' shape: empty_like is the quickest way
 
     def forward(self, operands: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
         """(out, stream, statistics)."""
         x, bias, layer_scale, residual, weight, norm_bias, seed, _ = operands
-        options = self.options
-        columns, count = self.drop.where.cols, self.drop.count
-        (_x, u), (_residual, r) = place(x, count, "x"), matrix(residual, count, "residual")
+        options, columns, count = self.options, self.drop.where.cols, self.drop.count
+        _x, u = place(x, count, "x")
         out, o = result(_x, options.out_dtype)
-        # The dtype code says how the stream is rounded, even where the stream is not kept.
-        stream, stored = None, (0, CODES[options.stream_dtype])
-        if options.keep_stream and not options.after:
+        stream = None
+        if self.keeps_stream:
             stream, stored = result(_x, options.stream_dtype)
-        statistics = x.new_empty((*self.shape[:-1], 2), dtype=torch.float32)
-        _bias, b = vector(bias, columns, "bias")
-        _scale, g = vector(layer_scale, columns, "layer_scale")
-        _weight, w = matrix(weight, columns, "weight")
-        _norm_bias, n = matrix(norm_bias, columns, "norm_bias")
+        else:  # the dtype code says how the stream is rounded all the same
+            stored = 0, CODES[options.stream_dtype]
+        statistics = torch.empty_like(self.statistics)
+        _residual = _bias = _scale = _weight = _norm_bias = None
+        r = w = n = NONE
+        b = g = 0
+        if residual is not None:
+            _residual, r = place(residual, count, "residual")
+        if bias is not None:
+            _bias, b = vector(bias, columns, "bias")
+        if layer_scale is not None:
+            _scale, g = vector(layer_scale, columns, "layer_scale")
+        if weight is not None:
+            _weight, w = place(weight, columns, "weight")
+        if norm_bias is not None:
+            _norm_bias, n = place(norm_bias, columns, "norm_bias")
         keep_alive = (_x, _residual, _bias, _scale, _weight, _norm_bias, out, stream, statistics)
         arguments = (o, u, stored, r, statistics.data_ptr(), (b, g, w, n))
-        flags = (*self.flags, float(options.eps))
-        self.drop.call("norm_forward", seed, keep_alive, *arguments, flags)
+        self.drop.call("norm_forward", seed, keep_alive, *arguments, (*self.flags, options.eps))
         return out, stream, statistics
 
     def backward(
@@ -58,18 +70,28 @@ class PreparedNorm(NamedTuple):
         """The gradients of x, bias, layer_scale, residual, weight and norm_bias."""
         dout, dstream, stream, statistics, x, bias, layer_scale, weight, seed, _ = operands
         columns, count = self.drop.where.cols, self.drop.count
-        (_dout, d), (_dstream, ds) = place(dout, count, "dout"), matrix(dstream, count, "dstream")
+        _dout, d = place(dout, count, "dout")
         dx, at = None, NONE
         if dtypes[0] is not None:
             dx, at = result(_dout, dtypes[0])
         dresidual, further = None, NONE
         if dtypes[3] is not None and not self.options.after:
             dresidual, further = result(_dout, dtypes[3])
-        (_stream, s), (_x, u) = place(stream, count, "stream"), matrix(x, count, "x")
-        _bias, b = vector(bias, columns, "bias")
-        _scale, g = vector(layer_scale, columns, "layer_scale")
-        _weight, w = matrix(weight, columns, "weight")
+        _stream, s = place(stream, count, "stream")
         _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
+        _dstream = _x = _bias = _scale = _weight = None
+        ds = u = w = NONE
+        b = g = 0
+        if dstream is not None:
+            _dstream, ds = place(dstream, count, "dstream")
+        if x is not None:
+            _x, u = place(x, count, "x")
+        if bias is not None:
+            _bias, b = vector(bias, columns, "bias")
+        if layer_scale is not None:
+            _scale, g = vector(layer_scale, columns, "layer_scale")
+        if weight is not None:
+            _weight, w = place(weight, columns, "weight")
         sums = _sums_of_norm(columns, dtypes)
         arguments = ((d, ds, s, u), m, (b, g, w), (at, further), self.flags)
         read = (_dout, _dstream, _stream, _x, _bias, _scale, _weight, _statistics)
@@ -82,7 +104,10 @@ class PreparedNorm(NamedTuple):
 @lru_cache(256)
 def _prepare(shape: tuple[int, ...], options: NormOptions) -> PreparedNorm:
     flags = (options.norm == "rms_norm", options.after, options.zero_centered)
-    return PreparedNorm(selection_of(shape, options), shape, options, flags)
+    keeps_stream = options.keep_stream and not options.after
+    statistics = _NUMBER.expand(*shape[:-1], 2)
+    drop = selection_of(shape, options)
+    return PreparedNorm(drop, shape, options, flags, keeps_stream, statistics)
 
 
 def prepare(
