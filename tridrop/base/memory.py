@@ -61,7 +61,7 @@ def _end(t: Tensor) -> int:
     last = t.storage_offset()
     for n, stride in zip(t.shape, t.stride(), strict=True):
         last += (n - 1) * stride
-    return last + 1
+    return int(last) + 1
 
 
 def _has_memory(t: Tensor) -> bool:

@@ -20,6 +20,7 @@ from ..base.memory import PLAIN
 from ..base.strides import laid_out, order_of
 from ..base.torch_private import watched
 from ..distributed import dtensor
+from ..spec.operands import as_operands
 from .library import Known, plain, unobserved
 
 
@@ -176,7 +177,7 @@ def prepared_backward(
             or t.is_neg()
         ):
             return None
-    return ctx.prepared.backward(operands._make((*incoming, *saved)), needed)  # type: ignore[attr-defined]
+    return ctx.prepared.backward(as_operands(operands, (*incoming, *saved)), needed)
 
 
 def each_sample(

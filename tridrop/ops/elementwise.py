@@ -13,7 +13,7 @@ from ..base.strides import laid_out, order_of
 from ..contract.mask import Shard
 from ..distributed import layouts
 from ..spec.elementwise import Options, output_shape
-from ..spec.operands import Elementwise, ElementwiseBackward
+from ..spec.operands import Elementwise, ElementwiseBackward, as_operands
 from .batching import all_samples
 from .common import (
     Function,
@@ -173,11 +173,11 @@ class Fused(Function):
         p: Tensor | None,
         packed: Packed | Known,
     ) -> Tensor:
-        operands = Elementwise(x, bias, layer_scale, residual, seed, p)
         out: Tensor
         if not isinstance(packed, Known):
-            out = forward(*operands, *packed)
+            out = forward(x, bias, layer_scale, residual, seed, p, *packed)
             return out
+        operands = as_operands(Elementwise, (x, bias, layer_scale, residual, seed, p))
         out = packed.prepared.forward(operands)
         if x.is_contiguous() and (residual is None or residual.is_contiguous()):
             return out

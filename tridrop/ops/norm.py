@@ -13,7 +13,7 @@ from ..backends.reference import norm as reference
 from ..base.strides import laid_out, order_of
 from ..distributed import layouts
 from ..spec.elementwise import NormOptions
-from ..spec.operands import Norm, NormBackward
+from ..spec.operands import Norm, NormBackward, as_operands
 from .batching import all_samples
 from .common import (
     Function,
@@ -190,12 +190,12 @@ class FusedNorm(Function):
         p: Tensor | None,
         packed: PackedNorm | Known,
     ) -> tuple[Tensor, ...]:
-        operands = Norm(x, bias, layer_scale, residual, weight, norm_bias, seed, p)
+        operands = (x, bias, layer_scale, residual, weight, norm_bias, seed, p)
         results: tuple[Tensor, ...]
         if not isinstance(packed, Known):
             results = norm_forward(*operands, *packed)
             return results
-        results = packed.prepared.forward(operands)
+        results = packed.prepared.forward(as_operands(Norm, operands))
         if x.is_contiguous() and (residual is None or residual.is_contiguous()):
             return results
         return norm_laid_out(results, x, residual, packed.packed)

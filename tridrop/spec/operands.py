@@ -19,6 +19,9 @@ from .attention import AttentionInputs
 Operands = Any  # one of the tuples below, or AttentionInputs
 _O = TypeVar("_O", bound="tuple[Any, ...]")
 
+# as_operands(Norm, tensors) is Norm(*tensors), for all fields, in half the time.
+as_operands = tuple.__new__
+
 
 class Elementwise(NamedTuple):
     """residual + drop_path(layer_scale * dropout(f(x + bias))).
