@@ -316,6 +316,24 @@ def test_tridrop_saves_no_mask_for_backward() -> None:
     assert found["tridrop"] <= found["none"] + 16 * (calls + asked.layers)
 
 
+@pytest.mark.parametrize("name", options.MODELS)
+def test_the_memory_switch_keeps_less_and_trains_alike(tmp_path: Path, name: str) -> None:
+    if name != "block":
+        pytest.importorskip("transformers")
+    for switch in ((), ("--memory",)):
+        assert demo(tmp_path / str(len(switch)), "--model", name, *switch) == 0
+    without, switched = (results(tmp_path / folder)["runs"] for folder in "01")
+    assert without["tridrop"]["label"] == "tridrop"
+    assert switched["tridrop"]["label"] == "tridrop, memory"
+    # Widths 64 and 16: the inputs of the second linear layer alone are 2 x 8 x 64 numbers.
+    assert switched["tridrop"]["saved_bytes"] < without["tridrop"]["saved_bytes"] - 4 * 2 * 8 * 64
+    assert switched["eager"]["saved_bytes"] == without["eager"]["saved_bytes"]
+    exact = name != "gpt2"  # its GELU, written in Python there, becomes an op
+    for part in ("train", "valid"):
+        expected = without["tridrop"][part]
+        assert switched["tridrop"][part] == (expected if exact else pytest.approx(expected))
+
+
 def test_steps_are_scaled_to_their_speed() -> None:
     plan = train.Plan(1000, 40)
     assert not plan.scale(step=0.1, evaluation=1.0, left=130.0)  # 99 s and 25 evaluations

@@ -188,7 +188,7 @@ def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("name", "argument"),
     [("overfit", "--layers=2"), ("overfit", "--text=a"), ("masks", "--steps=3"),
-     ("uncertainty", "--model=bert")],
+     ("uncertainty", "--model=bert"), ("lora", "--memory")],
 )  # fmt: skip
 def test_options_of_other_runs_are_refused(
     name: str, argument: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -95,7 +95,7 @@ def build(options: Options, *, fused: bool, drops: bool = True) -> tuple[nn.Modu
         return GPT(options, fused=fused, drops=drops), None
     p, attention_p = (options.p, options.attention_p) if drops else (0.0, 0.0)
     model = Logits(_BUILDERS[options.model](options, p, attention_p))
-    return model, tridrop.swap(model) if fused else None
+    return model, tridrop.swap(model, memory=options.memory) if fused else None
 
 
 def examples(options: Options, windows: Tensor, generator: torch.Generator) -> Tensor:

@@ -62,7 +62,9 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(options.context, dim)
         self.dropout = tridrop.nn.Dropout(p) if fused else nn.Dropout(p)
         self.blocks = nn.ModuleList(
-            tridrop.nn.TransformerBlock(dim, heads, p=p, attention_p=attention_p)
+            tridrop.nn.TransformerBlock(
+                dim, heads, p=p, attention_p=attention_p, remake=options.memory
+            )
             if fused
             else EagerBlock(dim, heads, p, attention_p)
             for _ in range(options.layers)

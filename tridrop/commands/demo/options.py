@@ -65,6 +65,7 @@ class Options:
     eval_every: int
     out: Path
     quick: bool
+    memory: bool
     seconds: float | None = None  # what the steps are scaled to; None if steps were given
 
     def __post_init__(self) -> None:
@@ -108,6 +109,7 @@ def resolve(args: argparse.Namespace) -> Options:
         backend=args.backend,
         out=args.out,
         quick=args.quick,
+        memory=args.memory,
         **values,
     )
 
@@ -165,6 +167,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(docs/experiments.md)",
     )
     parser.add_argument("--quick", action="store_true", help="a small run of less than a minute")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="tridrop's model keeps no input of a linear layer that backward can make again "
+        "(docs/memory.md)",
+    )
     parser.add_argument(
         "--text",
         type=Path,

@@ -220,7 +220,7 @@ def make_runs(options: Options, device: torch.device, plan: Plan) -> list[Run]:
             ("eager", "eager dropout", False),
             ("eager_2", "eager, second masks", False),
             ("eager_3", "eager, third masks", False),
-            ("tridrop", "tridrop", True),
+            ("tridrop", "tridrop, memory" if options.memory else "tridrop", True),
         )
     ):
         with _generators_restored(device):

@@ -66,6 +66,7 @@ def resolve(args: argparse.Namespace) -> Settings:
     foreign = [f"--{k.replace('_', '-')}" for k in DEFAULTS if getattr(args, k) is not None]
     foreign = [name for name in foreign if name[2:] not in taken]
     foreign += ["--text"] * (args.text is not None) + ["--model"] * (args.model != MODELS[0])
+    foreign += ["--memory"] * args.memory
     if foreign:
         raise DemoError(
             f"--experiment {args.experiment} does not take {', '.join(foreign)}; it takes "
