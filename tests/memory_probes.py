@@ -95,6 +95,36 @@ def dropconnect() -> tuple[Callable[[], Tensors], Call]:
     )
 
 
+# Weights that torch's own products take and save: what hooks give these back is torch's business.
+TORCHS: list[Tensor] = []
+
+
+def weight_of(rows: int) -> Tensor:
+    TORCHS.append(numbers(rows, COLUMNS))
+    return TORCHS[-1]
+
+
+def remade_linear(activation: str) -> tuple[Callable[[], Tensors], Call]:
+    weight = weight_of(16)
+
+    def make() -> Tensors:
+        width = 2 * COLUMNS if activation == "swiglu" else COLUMNS
+        return {"x": numbers(ROWS, width), "bias": numbers(width)}
+
+    return make, lambda t: tridrop.activation_dropout_linear(
+        t["x"], weight, p=0.25, activation=activation, bias=t["bias"], seed=t["seed"]
+    )
+
+
+def remade_norm() -> tuple[Callable[[], Tensors], Call]:
+    """With an RMSNorm: the LayerNorm of such a call is torch's own operator."""
+    weights = weight_of(16), weight_of(8)
+    return lambda: {
+        "x": numbers(ROWS, COLUMNS),
+        "weight": numbers(COLUMNS),
+    }, lambda t: tridrop.norm_linear(t["x"], weights, norm="rms_norm", weight=t["weight"])
+
+
 def mask_of(op: Callable[..., Any], *arguments: Any) -> tuple[Callable[[], Tensors], Call]:
     return dict, lambda t: op(t["seed"], *arguments)
 
@@ -123,6 +153,9 @@ CALLS: dict[str, tuple[Callable[[], Tensors], Call]] = {
     "attention alone": attention(is_causal=False),
     "lora": lora(),
     "dropconnect": dropconnect(),
+    "gelu, linear": remade_linear("gelu"),
+    "swiglu, linear": remade_linear("swiglu"),
+    "rms norm, linear": remade_norm(),
     "locked": of_x(tridrop.locked_dropout, 7, ROWS, COLUMNS, p=0.25),
     "drop block": of_x(tridrop.drop_block2d, 2, 3, 16, 16, p=0.25, block_size=3),
     "heads": of_x(tridrop.head_dropout, 2, 4, 16, 8, p=0.25, rescale="kept"),
@@ -286,12 +319,16 @@ def between(name: str, key: str, change: Callable[[Tensor], None]) -> None:
     same(found, expected)
 
 
+def is_torchs(t: Tensor) -> bool:
+    return any(t.data_ptr() == weight.data_ptr() for weight in TORCHS)
+
+
 def hooked(name: str, number: int, give: Callable[[Tensor], Tensor]) -> None:
     expected = plain(name)[1]
     tensors, count = tensors_of(name), iter(range(100))
 
     def pack(t: Tensor) -> tuple[int, Tensor]:
-        return next(count), t
+        return -1 if is_torchs(t) else next(count), t
 
     def unpack(packed: tuple[int, Tensor]) -> Tensor:
         at, t = packed
@@ -308,7 +345,7 @@ def saved_by(name: str) -> int:
     tensors = tensors_of(name)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: count.append(t) or t, lambda t: t):
         CALLS[name][1](tensors)
-    return len(count)
+    return sum(not is_torchs(t) for t in count)
 
 
 def incoming(name: str, change: str) -> None:
@@ -352,7 +389,7 @@ def probes() -> Iterator[tuple[str, Callable[[], None]]]:
                     yield f"{road}: {key} {kind} between", probe(between, key, replaced(give))
             if not results_of(CALLS[name][1](tensors_of(name)))[0].requires_grad:
                 continue
-            for change in (*LOST, "zeros"):
+            for change in (*LOST, "zeros") if not name.endswith("linear") else ():
                 yield f"{road}: gradient {change}", probe(incoming, change)
             for number in range(saved_by(name)):
                 if name in _MIXED:

@@ -165,6 +165,8 @@ def as_saved(t: Tensor | None, saved: Facts) -> Tensor:
         _refuse(saved, "nothing")
     if t.shape != saved.shape or t.dtype != saved.dtype:
         _refuse(saved, _words(t))
+    if t.layout is not torch.strided:
+        _refuse(saved, f"{_words(t)} in layout {t.layout}")
     if (t.is_cpu or t.device) != saved.device:
         _refuse(saved, f"{_words(t)} on {t.device}")
     return t.resolve_neg() if t.is_neg() else t
