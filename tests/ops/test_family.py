@@ -321,6 +321,15 @@ def test_keras_spatial_dropout(dimensions, data_format):
         type(layer)(0.5, "last")
 
 
+@pytest.mark.parametrize("refused", [[1.0, 2.0], torch.ones(3, dtype=torch.int64), 1.0])
+def test_a_refused_call_of_a_layer_with_a_seed_does_not_count(refused):
+    layer = tridrop.nn.GaussianDropout(0.5, seed=1)
+    with pytest.raises(TypeError, match="input"):
+        layer(refused)
+    x = torch.ones(64)
+    assert torch.equal(layer(x), tridrop.nn.GaussianDropout(0.5, seed=1)(x))
+
+
 def test_a_layers_own_sequence_of_seeds_cannot_be_recomputed():
     layer = tridrop.nn.GaussianDropout(0.5, seed=1)
     x = torch.ones(8, requires_grad=True)

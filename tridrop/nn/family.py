@@ -11,7 +11,7 @@ from .. import functional as F
 from ..base.arguments import check_choice, check_tensor
 from ..contract import recomputation
 from ..contract.mask import as_seed, fold_in
-from ..spec.elementwise import check_probability
+from ..spec.elementwise import check_input, check_probability
 from .modules import _Site, refuse_keras, refuse_mode
 
 Function = Callable[..., Tensor]
@@ -132,6 +132,7 @@ class _Keras(_OneTensor):
         drops = self.training if training is None else training
         if found is not None or self.base is None or not drops:
             return found
+        check_input(x, "input")  # a call that is refused does not count
         if recomputation.number() is not None:
             raise RuntimeError(
                 "a layer with a seed of its own is being recomputed in backward, where it would "
