@@ -20,7 +20,6 @@ its packages.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import json
 import os
@@ -35,6 +34,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tridrop.base.files import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 TURN = 0.03  # seconds that a state calls an op for, before it is another's turn
@@ -214,10 +215,7 @@ def main() -> None:
     mean = statistics.geometric_mean(row["after_over_before"] for row in found)
     print(f"geometric mean of {len(found)} ratios: {mean:.3f}")
     if options.out is not None:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]))
-            writer.writeheader()
-            writer.writerows(found)
+        write_csv(options.out, found)
 
 
 if __name__ == "__main__":

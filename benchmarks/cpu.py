@@ -15,7 +15,6 @@ and not accumulated, like those of tensors inside a model.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import json
 import os
@@ -35,6 +34,7 @@ from torch import Tensor
 
 import tridrop
 from tridrop.backends.cpu import serving
+from tridrop.base.files import write_csv
 
 P, EPS = 0.1, 1e-6
 SIZES = {(8192, 1024): 15, (64, 64): 1000}  # shape -> rounds
@@ -228,10 +228,7 @@ def main() -> None:
         (options.out / "cpu.json").write_text(
             json.dumps({"circumstances": about, "rows": table}, indent=1) + "\n"
         )
-        with (options.out / "cpu.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(options.out / "cpu.csv", table)
 
 
 if __name__ == "__main__":

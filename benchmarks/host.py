@@ -17,7 +17,6 @@ median over the rounds of the mean time per call; eager is timed in the same rou
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import time
@@ -32,6 +31,7 @@ from gpu_plan import stub
 from torch import Tensor
 
 import tridrop
+from tridrop.base.files import write_csv
 from tridrop.commands.bench.machine import Machine
 
 P = 0.1
@@ -141,10 +141,7 @@ def main() -> None:
                 found.append(row)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / "host.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]))
-            writer.writeheader()
-            writer.writerows(found)
+        write_csv(options.out / "host.csv", found)
         written = {"about": about, "rows": found}
         (options.out / "host.json").write_text(json.dumps(written, indent=1) + "\n")
 

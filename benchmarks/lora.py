@@ -15,7 +15,6 @@ without parameters; for a compiled layer it is not counted, since the compiler c
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import tridrop
+from tridrop.base.files import write_csv
 from tridrop.commands.bench.machine import Machine
 from tridrop.commands.bench.probes import kept_by, storage_bytes
 from tridrop.commands.bench.timing import quantiles
@@ -247,10 +247,7 @@ def write(out: Path, about: dict[str, Any], table: list[dict[str, Any]]) -> None
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"circumstances": about, "rows": table}, indent=1)
     (out / "lora.json").write_text(text + "\n")
-    with (out / "lora.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(out / "lora.csv", table)
 
 
 if __name__ == "__main__":

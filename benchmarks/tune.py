@@ -24,7 +24,6 @@ written, and nothing is changed in the package.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import multiprocessing
@@ -43,6 +42,7 @@ from tune_cases import DTYPES, FAMILIES, Call, Family, Settings, Size, replaced
 
 from tridrop.backends.triton import gpu
 from tridrop.backends.triton.compile import SHARED
+from tridrop.base.files import write_csv
 from tridrop.commands import inspection
 
 Row = dict[str, Any]
@@ -248,11 +248,7 @@ def write(rows: list[Row], path: Path) -> None:
     """Write the rows as JSON and as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        names = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(file, list(names))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path.with_suffix(".csv"), rows)
 
 
 def report(

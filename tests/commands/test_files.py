@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tridrop
-from tridrop.base.files import replacing
+from tridrop.base.files import replacing, write_csv
 
 PACKAGE = Path(tridrop.__file__).resolve().parent
 
@@ -94,6 +94,15 @@ def test_a_file_that_another_process_removes(tmp_path):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "none" / "table.json") as draft:
         draft.write_text("whole")
+
+
+def test_a_table_has_the_columns_of_all_its_rows(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("before")
+    write_csv(path, [{"a": 1, "b": "x, y"}, {"a": 2, "c": None}])
+    assert path.read_bytes() == b'a,b,c\r\n1,"x, y",\r\n2,,\r\n'
+    with pytest.raises(FileNotFoundError):
+        write_csv(tmp_path / "none" / "table.csv", [])
 
 
 WRITERS = ("savefig", "write_text", "write_bytes", "open")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,3 +39,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(draft, whole)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """Replace ``path`` by a table of the rows, whose columns are all of their keys.
+
+    The columns come in the order in which the keys first occur; a row without a key has an empty
+    cell there.
+    """
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with replacing(path) as draft, draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import sys
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ...base import terminal
-from ...base.files import replacing
+from ...base.files import replacing, write_csv
 from ..inspection import DTYPES
 from . import models, op_report, plots, step_report, steps
 from .machine import Machine
@@ -262,7 +261,4 @@ class Files:
         lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
         with replacing(self.paths[0]) as draft:
             draft.write_text(f'{{"about":{json.dumps(self._about)},\n"records":[\n{lines}\n]}}\n')
-        with replacing(self.paths[1]) as draft, draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
+        write_csv(self.paths[1], records)
