@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -109,6 +110,18 @@ def test_examples_of_docstrings_are_code(site):
     assert "&gt;&gt;&gt;" in text
     assert "<blockquote>" not in text  # what Markdown makes of a bare prompt
     assert ":func:" not in text
+
+
+def test_what_is_returned_is_one_item_in_words(site):
+    """Lines of a docstring's section are neither items of their own nor, before a colon, a type."""
+    found = 0
+    for path in (site[1] / "reference").glob("*.html"):
+        for part in re.findall(r"Returns:</span>.*?<ul>(.*?)</ul>", path.read_text(), re.DOTALL):
+            (item,) = re.findall(r"<li[^>]*>(.*?)</li>", part, re.DOTALL)
+            named = re.match(r"\s*<code>(.*?)</code>", item, re.DOTALL)
+            assert named is None or len(re.sub("<[^>]+>", "", named[1]).split(". ")) == 1, item
+            found += 1
+    assert found > 20
 
 
 def test_there_is_search(site):

@@ -149,8 +149,8 @@ def dropout(
             :func:`tridrop.rng`, or else draws one from torch's generator of x's device.
 
     Returns:
-        A tensor of x's shape and dtype. Its strides are those of torch's dropout: if x is dense,
-        those of x (channels last stays channels last). A dropped element is exactly 0, even where x
+        A tensor of x's shape and dtype. Its strides are those of torch's dropout, which are x's if
+        x is dense (channels last stays channels last). A dropped element is exactly 0, even where x
         is NaN or infinite.
 
     Raises:
