@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -34,8 +33,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tridrop.base.files import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 TURN = 0.03  # seconds that a state calls an op for, before it is another's turn
@@ -136,11 +133,8 @@ class State:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--work", str(folder)]
-        environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'benchmarks'}"}
         self.process = stack.enter_context(
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         )
         stack.callback(self.process.terminate)
 
@@ -215,6 +209,8 @@ def main() -> None:
     mean = statistics.geometric_mean(row["after_over_before"] for row in found)
     print(f"geometric mean of {len(found)} ratios: {mean:.3f}")
     if options.out is not None:
+        from tridrop.base.files import write_csv  # other states' processes run this file, too
+
         write_csv(options.out, found)
 
 
