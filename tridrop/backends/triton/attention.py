@@ -19,6 +19,7 @@ from .attention_tiles import (
     keep_tile,
     key_bases,
     key_phases,
+    last_key,
     load_criterion,
     load_key,
     load_query,
@@ -38,9 +39,12 @@ def _attend(
 ):  # fmt: skip
     """Add the keys from start to stop: (weighted values, running maximum, running sum, words)."""
     total, largest, weight, words = state
-    for padded in range(start, stop, BLOCKS.N):
+    for padded in tl.range(start, stop, BLOCKS.N, warp_specialize=BLOCKS.SPECIAL is not None):
         k0 = padded - problem.origin.shift
-        key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
+        if BLOCKS.SPECIAL is None:
+            key = load_key(bases[0], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
+        else:
+            key = bases[0].load([k0, 0])
         if FEATURES.DROPS and not BLOCKS.AHEAD:
             # Drawn before the product, since ptxas then shares more (923 instructions, 997 after).
             keep = keep_tile(problem, place, criterion, q0, padded, BLOCKS, FEATURES)
@@ -51,6 +55,19 @@ def _attend(
             new = tl.maximum(largest, tl.max(score, 1) * factor)
             probability = tl.exp2(score * factor - new[:, None])
             shrink = tl.exp2(largest - new)
+        elif BLOCKS.SPECIAL is not None:
+            # The same, since a specialised forward has upper bounds alone, and a positive factor.
+            room = last_key(problem, place, q0 + tl.arange(0, BLOCKS.M), FEATURES) - k0
+            # An index divided by 8 is a constant of a register. ptxas compares with it after the
+            # product; otherwise it would compare before, and keep 64 bits per thread (+ 270).
+            n = tl.arange(0, BLOCKS.N)
+            inside = room[:, None] - (n % 8)[None, :] >= (n // 8 * 8)[None, :]
+            score = tl.where(inside, score, float("-inf"))
+            factor = problem.factors.scale * LOG2E
+            new = tl.maximum(largest, tl.max(score, 1) * factor)
+            pivot = tl.where(new == float("-inf"), 0.0, new)  # nothing to attend to so far
+            probability = tl.exp2(score * factor - pivot[:, None])
+            shrink = tl.exp2(largest - pivot)
         else:
             score, _ = make_scores(score, problem, place, q0, k0, BLOCKS, BOUNDS, FEATURES)
             new = tl.maximum(largest, tl.max(score, 1))
@@ -63,7 +80,10 @@ def _attend(
             if BLOCKS.AHEAD:
                 keep = decide_tile(words, criterion, BLOCKS, FEATURES)
             probability = tl.where(keep, probability, criterion[3])
-        value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
+        if BLOCKS.SPECIAL is None:
+            value = load_value(bases[1], problem, place, k0, BLOCKS, LAYOUT, BOUNDS)
+        else:
+            value = bases[1].load([k0, 0])
         total = dot_add(probability.to(value.dtype), value, total, FEATURES)
         if FEATURES.DROPS and BLOCKS.AHEAD:
             # ptxas moves code that is written before a product behind the wait for it. Here, behind
@@ -71,6 +91,12 @@ def _attend(
             words = draw_next(score, problem, place, criterion, q0, padded + BLOCKS.N, BLOCKS)
         largest = new
     return total, largest, weight, words
+
+
+@triton.jit
+def _describe(base, length, width, STEP: tl.constexpr, HEIGHT: tl.constexpr, COLS: tl.constexpr):
+    """The rows from ``base`` on as a tensor descriptor: it loads zeros in place of missing rows."""
+    return tl.make_tensor_descriptor(base, [length, width], [STEP, 1], [HEIGHT, COLS])
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -88,7 +114,16 @@ def attention_forward_kernel(
         criterion = load_criterion(problem, threshold, scale, FEATURES)
         base, _ = query_bases(problem, out, place, FEATURES, LAYOUT)
         bases = key_bases(problem, place, FEATURES, LAYOUT)
-        query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
+        if BLOCKS.SPECIAL is None:
+            query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
+        else:
+            width, value_width = shape.width, shape.value_width
+            rows = _describe(base, place.queries, width, LAYOUT.QUERY, BLOCKS.M, BLOCKS.E)
+            query = rows.load([q0, 0])
+            bases = (
+                _describe(bases[0], place.keys, width, LAYOUT.KEY, BLOCKS.N, BLOCKS.E),
+                _describe(bases[1], place.keys, value_width, LAYOUT.VALUE, BLOCKS.N, BLOCKS.V),
+            )
         largest = tl.full([BLOCKS.M], float("-inf"), tl.float32)
         weight = tl.full([BLOCKS.M], 0.0, tl.float32)
         if problem.tensors.sinks is not None:
@@ -100,29 +135,25 @@ def attention_forward_kernel(
         if FEATURES.DROPS and BLOCKS.AHEAD:
             words = draw_tile(problem, place, criterion, q0, a, 0, BLOCKS)
         state = (tl.full([BLOCKS.M, BLOCKS.V], 0.0, tl.float32), largest, weight, words)
-        if FEATURES.LOWER or FEATURES.SHIFTED:
+        if BLOCKS.SPECIAL is not None:
             state = _attend(
-                state, query, bases, problem, place, criterion, q0, a, b,
+                state, query, bases, problem, place, criterion, q0, a, d,
+                BLOCKS.SPECIAL, BLOCKS, FEATURES, LAYOUT,
+            )  # fmt: skip
+        else:
+            if FEATURES.LOWER or FEATURES.SHIFTED:
+                state = _attend(
+                    state, query, bases, problem, place, criterion, q0, a, b,
+                    EDGE, BLOCKS, FEATURES, LAYOUT,
+                )  # fmt: skip
+            state = _attend(
+                state, query, bases, problem, place, criterion, q0, b, c,
+                INNER, BLOCKS, FEATURES, LAYOUT,
+            )  # fmt: skip
+            state = _attend(
+                state, query, bases, problem, place, criterion, q0, c, d,
                 EDGE, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
-        state = _attend(
-            state,
-            query,
-            bases,
-            problem,
-            place,
-            criterion,
-            q0,
-            b,
-            c,
-            INNER,
-            BLOCKS,
-            FEATURES,
-            LAYOUT,
-        )
-        state = _attend(
-            state, query, bases, problem, place, criterion, q0, c, d, EDGE, BLOCKS, FEATURES, LAYOUT
-        )
         total, largest, weight, _ = state
         empty = weight == 0
         share = tl.where(empty, 0.0, criterion[2] / tl.where(empty, 1.0, weight))

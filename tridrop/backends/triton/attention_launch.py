@@ -1,10 +1,10 @@
-"""The launchers of attention, which decide tiles, strides and features by sizes alone."""
+"""The launchers of attention, which decide strides and features by sizes alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...contract.mask import TILE
 from ...spec.attention import HEAD_DIM_LIMIT, AttentionInputs, AttentionOptions, empty_output
 from ...spec.operands import AttentionBackward, inputs_of
-from . import gpu, launch
+from . import gpu, launch, specialised
 from .attention import attention_forward_kernel
 from .attention_backward import (
     Incoming,
@@ -21,6 +21,7 @@ from .attention_backward import (
     attention_dmask_kernel,
     attention_dquery_kernel,
 )
+from .attention_settings import Tile, dkey_tile, dquery_tile, forward_tile
 from .attention_tiles import (
     Blocks,
     Factors,
@@ -32,128 +33,9 @@ from .attention_tiles import (
     Strides,
     Tensors,
 )
-from .gpu import Gpu
-
-
-class Tile(NamedTuple):
-    """Queries and keys of a tile (keys a multiple of 32), warps and pipeline stages.
-
-    ``reload``: the kernel for the gradients of keys loads keys and values again for each block of
-    queries. ``ahead``: forward draws a block's mask while the products of the block before are
-    running. ``loop``: the kernel for the gradients of keys keeps its loop over query heads even
-    where there is only one.
-    """
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-    reload: bool = False
-    ahead: bool = False
-    loop: bool = False
-
 
 # Up to this length, sums and differences of positions fit 32 bits, also for a tile's last row.
 LENGTH_LIMIT = (1 << 30) - (1 << 10)
-
-
-# The tiles were found from the machine code (docs/design.md has the figures). For bf16 at head
-# dimensions 64 and 128 they are the largest that spill no register, or nearly none in backward; for
-# wider heads they are what fits the shared memory: 227 KiB, or the 99 KiB of the smallest GPU.
-#
-# On Hopper a product runs asynchronously while its warps do something else. A loop with two stages
-# waits at once for the load that it has just started; three stages keep a block of keys and values
-# in flight for a whole turn. The forward there draws a block's mask after the products of the block
-# before: if it is written before them, ptxas moves it behind the wait. On other GPUs a product
-# occupies its warp, and drawing ahead would only take registers. An attention mask takes registers
-# and shared memory, so with one a tile of forward has half as many keys.
-#
-# Two kernels spill at 128 with dropout. On sm_90 it is that for the gradients of keys where
-# attention is causal: 112 bytes per thread, six reloads among the 742 instructions of the loop
-# without bounds. On sm_100 it is the forward: 368 bytes, none of them in that loop. With one stage
-# instead of two neither spills (24.0 instructions per score instead of 23.2, and 15.1 instead of
-# 15.2), but then no load is asynchronous. Only a GPU can tell what that costs (benchmarks/tune.py).
-
-
-def _first_that_fits(tiles: Sequence[Tile], room: int, needs: Callable[[Tile], int]) -> Tile:
-    """The first tile that needs at most ``room`` bytes of shared memory, or else the last one."""
-    return next((tile for tile in tiles if needs(tile) <= room), tiles[-1])
-
-
-def _forward_needs(tile: Tile, width: int, element_size: int, mask: int) -> int:
-    """Bytes of shared memory that a program of forward needs on Hopper."""
-    loaded = 2 * tile.keys * width * element_size
-    masks = (tile.num_stages - 1) * tile.queries * tile.keys * mask
-    return tile.queries * width * element_size + tile.num_stages * loaded + masks
-
-
-def _dquery_needs(tile: Tile, width: int, element_size: int, mask: int) -> int:
-    """The same for the gradient of queries, whose programs hold dout as well."""
-    return _forward_needs(tile, width, element_size, mask) + tile.queries * width * element_size
-
-
-def forward_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile:
-    """The forward's tile; ``width`` is the larger of the two padded head dimensions.
-
-    ``mask`` is the size of an element of the attention mask, 0 without one.
-    """
-    if element_size == 4:
-        return Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 8, 1)
-    if width > 128:
-        return Tile(128, 64, 8, 2) if target.generation >= 90 else Tile(32, 32, 4, 2)
-    if target.generation != 90:
-        return Tile(128, 128 if target.generation > 90 else 64, 8, 2)
-    smaller = (Tile(128, 64, 8, 3, ahead=True), Tile(128, 64, 8, 2, ahead=True))
-    larger = (Tile(128, 128, 8, 3, ahead=True), Tile(128, 128, 8, 2, ahead=True))
-    return _first_that_fits(
-        smaller if mask else (*larger, *smaller),
-        target.shared,
-        lambda tile: _forward_needs(tile, width, element_size, mask),
-    )
-
-
-def dquery_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile:
-    """The tile for the gradients of queries and of the attention mask; ``mask`` as in forward."""
-    if element_size == 4:
-        return Tile(32 if width <= 64 else 16, 32, 4, 1)
-    if target.generation == 90 and width <= 128:
-        return _first_that_fits(
-            (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-            target.shared,
-            lambda tile: _dquery_needs(tile, width, element_size, mask),
-        )
-    if width <= 64 or (width <= 128 and target.generation >= 90):
-        return Tile(128, 64, 8, 2)
-    return Tile(128, 32, 8, 1) if width <= 128 or target.generation >= 90 else Tile(64, 32, 8, 1)
-
-
-def dkey_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile:
-    """The tile for the gradients of keys and values; ``mask`` as in forward."""
-    if element_size == 4:
-        tile = Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
-        # On NVIDIA's GPUs the operands of products in fp32 lie in shared memory: keys, values,
-        # queries and gradients; with TF32 the last two lie there twice, once transposed. At 256
-        # columns that is 131,072 bytes, or 102,400 with the scores where products are exact, but
-        # some GPUs have only 99 KiB. With ``reload`` it is 65,536, or up to 99,328.
-        needed = (2 * tile.queries + tile.keys) * 2 * width * element_size
-        return tile._replace(reload=target.generation > 0 and needed > target.shared)
-    # If the compiler knows that a loop has one turn, it removes the loop, and in the remaining code
-    # ptxas waits for each product separately (warning C7515), except where there is an upper bound.
-    # At 128 without an attention mask it does not wait, and the loop would only take registers.
-    loop = target.generation == 90 and (width <= 64 or mask > 0)
-    if width <= 64:
-        return Tile(64, 64, 4, 2, loop=loop)
-    if width <= 128:
-        if target.generation == 100:
-            # 128 x 64 with one stage takes 30.1 instructions per score; where attention is causal,
-            # 29.2, and it spills 160 bytes. This tile takes 27.4 and 25.3, spills nothing and loads
-            # ahead. With an attention mask in fp32 it needs 230,400 of the 232,448 bytes of shared
-            # memory.
-            return Tile(64, 128, 8, 2)
-        if target.generation == 90:
-            return Tile(128, 64, 8, 2, loop=loop)
-        return Tile(32, 64, 4, 1)
-    return Tile(128, 32, 8, 2) if target.generation == 90 else Tile(32, 32, 4, 1)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:
@@ -257,15 +139,7 @@ class Call:
                 Problem(t, strides, self.shape, self.origin, self.factors),
                 self.threshold,
                 self.scale,
-                BLOCKS=Blocks(
-                    tile.queries,
-                    tile.keys,
-                    _padded(width),
-                    _padded(value_width),
-                    tile.reload,
-                    tile.ahead,
-                    tile.loop,
-                ),
+                BLOCKS=Blocks(*tile[:2], _padded(width), _padded(value_width), *tile[4:]),
                 FEATURES=Features(**self.flags, VECTOR=vector),
                 LAYOUT=layout,
                 num_warps=tile.num_warps,
@@ -289,6 +163,13 @@ class Call:
         found: Tile = tile_for(widest, size, gpu.of(self.device), *more)
         return found
 
+    def specialised_tile(self) -> Tile | None:
+        """The tile of a specialised forward, where it was asked for and serves the call."""
+        if not specialised.asked():
+            return None
+        specialised.check(self.device)
+        return specialised.tile(self.tensors, self.shape, self.flags, self.factors.scale)
+
 
 def _padded(n: int) -> int:
     return max(16, launch.next_power_of_2(n))
@@ -307,8 +188,12 @@ def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tup
         if inputs.sinks is not None and not call.packed:
             lse.copy_(inputs.sinks[None, :, None])  # a sink has a share, and no value
         return out, lse
-    tile = call.tile(forward_tile, call.mask_size)
-    call.launch(attention_forward_kernel, tile, call.query_blocks(tile), out, out, lse)
+    tile = call.specialised_tile() or call.tile(forward_tile, call.mask_size)
+    arguments = (attention_forward_kernel, tile, call.query_blocks(tile), out, out, lse)
+    if tile.special is None:
+        call.launch(*arguments)
+    else:
+        specialised.run(call.device, partial(call.launch, *arguments))
     return out, lse
 
 

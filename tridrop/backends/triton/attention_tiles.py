@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .constant import Constant
-from .mask import decide_scores, layout_of, load_rate, score_words
+from .mask import decide_scores, keep_scores_flat, layout_of, load_rate, score_words
 from .mask import load_key as load_philox_key
 from .tiles import multiple_of, to_float
 
@@ -45,9 +45,10 @@ Features = namedtuple(
 )
 # Compile-time: queries, keys, width and value width of a tile; whether the kernel for the gradients
 # of keys loads keys and values again for each block of queries; whether forward draws a block's
-# mask while the products of the block before are running; and whether the kernel for the gradients
-# of keys loops over the query heads of a key head even if there is only one.
-Blocks = namedtuple("Blocks", "M N E V RELOAD AHEAD LOOP")
+# mask while the products of the block before are running; whether the kernel for the gradients
+# of keys loops over the query heads of a key head even if there is only one; and None, or the
+# bounds, INNER or EDGE, of the only loop of a specialised forward (specialised.py).
+Blocks = namedtuple("Blocks", "M N E V RELOAD AHEAD LOOP SPECIAL")
 # Compile-time: the width and value width, or 0 where they are smaller than their blocks, and the
 # strides between rows of query, key, value and out or dout.
 Layout = namedtuple("Layout", "WIDTH VALUE_WIDTH QUERY KEY VALUE OUT")
@@ -269,13 +270,24 @@ def is_plain(problem, BOUNDS: tl.constexpr, FEATURES: tl.constexpr):
 
 
 @triton.jit
+def last_key(problem, place, query, FEATURES: tl.constexpr):
+    """The last key that each query attends to; its keys are a range."""
+    last = place.keys - 1 + query * 0
+    if FEATURES.UPPER:
+        last = tl.minimum(last, query + problem.shape.upper)
+    if problem.tensors.mask is not None:
+        last = tl.where(query < place.queries, last, -1)
+    return last
+
+
+@triton.jit
 def make_scores(
     product, problem, place, q0, k0, BLOCKS: tl.constexpr, BOUNDS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
     """(scores * log2(e), -inf where excluded; tanh(score / softcap)) of the tile at (q0, k0)."""
     tensors, strides = problem.tensors, problem.strides
-    shape, factors = problem.shape, problem.factors
+    factors = problem.factors
     query, key = q0 + tl.arange(0, BLOCKS.M), k0 + tl.arange(0, BLOCKS.N)
     capped = product
     if FEATURES.SOFTCAP:
@@ -285,17 +297,12 @@ def make_scores(
         score = capped * (factors.cap * LOG2E)
     else:
         score = product * (factors.scale * LOG2E)
-    # A query's keys are a range: one comparison per bound.
-    last = place.keys - 1 + query * 0
-    if FEATURES.UPPER:
-        last = tl.minimum(last, query + shape.upper)
-    if tensors.mask is not None:
-        last = tl.where(query < place.queries, last, -1)
-    inside = key[None, :] <= last[:, None]
+    # one comparison per bound
+    inside = key[None, :] <= last_key(problem, place, query, FEATURES)[:, None]
     if FEATURES.LOWER or FEATURES.SHIFTED:
         first = query * 0
         if FEATURES.LOWER:
-            first = tl.maximum(first, query + shape.lower)
+            first = tl.maximum(first, query + problem.shape.lower)
         inside = inside & (key[None, :] >= first[:, None])
     if tensors.mask is not None:
         base = tensors.mask + tl.cast(place.batch, tl.int64) * strides.mask[0]
@@ -361,8 +368,16 @@ def keep_tile(
     problem, place, criterion, q0, padded, BLOCKS: tl.constexpr, FEATURES: tl.constexpr
 ):  # fmt: skip
     """The decisions of the tile at query q0 and the padded key index."""
-    words = draw_tile(problem, place, criterion, q0, padded, 0, BLOCKS)
-    return decide_tile(words, criterion, BLOCKS, FEATURES)
+    if BLOCKS.SPECIAL is None:
+        words = draw_tile(problem, place, criterion, q0, padded, 0, BLOCKS)
+        return decide_tile(words, criterion, BLOCKS, FEATURES)
+    else:
+        origin = problem.origin
+        return keep_scores_flat(
+            origin.query + q0, origin.tile + padded // 32,
+            (origin.batch + place.batch, origin.head + place.head),
+            criterion[0], criterion[1], FEATURES.MAYBE_ZERO, BLOCKS.M, BLOCKS.N,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -168,14 +168,18 @@ def decide_scores(
     # are constants of a register, so that no shared memory, shuffle or select remains. (With join
     # and reshape the words would pass through shared memory: when the compiler moves a layout
     # conversion, it does not carry a product of 64 bits through two joins.)
-    w0, w1, w2, w3 = words
     octet = tl.arange(0, 4)[None, None, :, None, None]
-    word = tl.where(
-        octet < 2, tl.where(octet == 0, w0, w1), tl.where(octet == 2, w2, w3)
-    )  # [QUERIES, KEYS / 32, 4, 4, 1]
     odd = tl.arange(0, 2)[None, None, None, None, :]
-    bits = tl.where(odd == 0, word, (word << 16) | (word >> 16))
+    bits = _bits_of_keys(words, octet, odd)  # [QUERIES, KEYS / 32, 4, 4, 2]
     return _decide(tl.reshape(bits, [QUERIES, KEYS]), threshold, MAYBE_ZERO)
+
+
+@triton.jit
+def _bits_of_keys(words, octet, odd):
+    """The bits of a call's keys: ``octet`` selects a word, and ``odd`` is 1 for its second half."""
+    w0, w1, w2, w3 = words
+    word = tl.where(octet < 2, tl.where(octet == 0, w0, w1), tl.where(octet == 2, w2, w3))
+    return tl.where(odd == 0, word, (word << 16) | (word >> 16))
 
 
 @triton.jit
@@ -186,6 +190,27 @@ def keep_scores(
     """The decisions of a tile of scores: bool, [QUERIES, KEYS]; see :func:`score_words`."""
     words = score_words(query, tile, where, key, 0, QUERIES, KEYS)
     return decide_scores(words, threshold, MAYBE_ZERO, QUERIES, KEYS)
+
+
+@triton.jit
+def keep_scores_flat(
+    query, tile, where, key, threshold, MAYBE_ZERO: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """:func:`keep_scores` without an array of more than two dimensions.
+
+    Triton divides the rows of a loop among groups of warps only where nothing is reshaped. Here
+    each key computes its own call, and LLVM keeps one of the eight that are the same in a thread.
+    """
+    row = (query + tl.arange(0, QUERIES)).to(tl.uint32)[:, None]
+    n = tl.arange(0, KEYS)
+    group = (tile * 4).to(tl.uint32) + (n // 32 * 4 + n % 8 // 2).to(tl.uint32)
+    zero = tl.zeros([1, 1], tl.uint32)
+    batch = zero + where[0].to(tl.uint32)
+    head = zero + (where[1].to(tl.uint32) | (DOMAIN_ATTENTION << 28))
+    words = philox(row, group[None, :], batch, head, key[0], key[1])
+    bits = _bits_of_keys(words, (n // 8 % 4)[None, :], (n % 2)[None, :])
+    return _decide(bits, threshold, MAYBE_ZERO)
 
 
 @triton.jit
