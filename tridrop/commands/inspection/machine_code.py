@@ -183,7 +183,7 @@ def philox_rounds(code: Code) -> float:
     They are recognised by Philox's two multipliers. Rounds that a thread computes for several
     elements at once count once, and so do rounds that the compiler shares between two calls.
     """
-    products = set(map(id, _amd_products(code.body) if code.amd else _sass_products(code.body)))
+    products = set(map(id, _amd_products(code.body) if code.amd else philox_products(code.body)))
     return sum(id(i) in products for i in code.main) / 2
 
 
@@ -207,7 +207,7 @@ def exposed(body: Body) -> Exposed | None:
     groups = sum(i.op.startswith("HGMMA") and "gsb0" in i.operands for i in body)
     if not groups:
         return None
-    philox = set(map(id, _sass_products(body)))
+    philox = set(map(id, philox_products(body)))
     idle = False
     found: list[Instruction] = []
     # Twice, since products may be running from the iteration before.
@@ -235,7 +235,8 @@ def pending_loads(body: Body) -> int | None:
     return min(waits, default=None)
 
 
-def _sass_products(body: Body) -> list[Instruction]:
+def philox_products(body: Body) -> list[Instruction]:
+    """NVIDIA's products with Philox's two multipliers that have a high word: two in a round."""
     # cuobjdump prints a constant with its sign.
     spelled = {s for m in MULTIPLIERS for s in (f"{m:#x}", f"-{(1 << 32) - m:#x}")}
     wide = [i for i in body if i.op.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32"))]
