@@ -249,12 +249,11 @@ def _tuned(out: Path, family: str, part: str) -> Piece:
     return Piece(name, command, 150.0, part)
 
 
-def _hopper(out: Path) -> Piece:
-    """The changes made for Hopper, checked and timed against what they replaced."""
-    name = "hopper"
-    command = [sys.executable, str(BENCHMARKS / "hopper.py"), "--out", str(out / name)]
+def _hopper(out: Path, name: str, *more: str) -> Piece:
+    """Changes made for Hopper, checked and timed against what they replaced."""
+    command = [sys.executable, str(BENCHMARKS / "hopper.py"), *more, "--out", str(out / name)]
     refusals = {"this needs a Hopper GPU": "the settings are for Hopper"}
-    return Piece(name, command, 120.0, MORE, refusals=refusals)
+    return Piece(name, command, 60.0 if more else 120.0, MORE, refusals=refusals)
 
 
 def _lora(out: Path, rank: int, part: str) -> Piece:
@@ -307,7 +306,8 @@ def _first(out: Path, cache: Path) -> Iterator[Piece]:
 
 def _more(out: Path) -> Iterator[Piece]:
     """The next most important pieces."""
-    yield _hopper(out)
+    yield _hopper(out, "hopper")
+    yield _hopper(out, "hopper-specialised", "--specialised")
     yield _memory(out, "bench-memory-compile", 110.0, MORE, ["eager", "torch.compile", "tridrop"])
     for model in ("bert", "vit"):
         yield _steps(out, model, 60.0, MORE, PROVIDERS["steps"])
