@@ -76,6 +76,10 @@ STEPS = (
         "two stages, mask ahead": Tile(128, 128, 8, 2, ahead=True),
         "three stages, mask ahead": Tile(128, 128, 8, 3, ahead=True),
     }),
+    Step("two programs on a multiprocessor", "forward", {
+        "half the queries": Tile(64, 128, 4, 3, ahead=True),
+        "one program": Tile(128, 128, 8, 3, ahead=True),
+    }, (64,)),
     Step("loads ahead", "dquery", {
         "two stages": Tile(128, 64, 8, 2),
         "three stages": Tile(128, 64, 8, 3),
