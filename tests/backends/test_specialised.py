@@ -108,7 +108,7 @@ def test_heads_that_lie_between_those_of_other_tokens(monkeypatch):
 
 @pytest.fixture
 def switched_on(monkeypatch):
-    monkeypatch.setenv(specialised.ENVIRONMENT, "1")
+    monkeypatch.setenv(tridrop.backends.SPECIALIZE, "1")
     specialised.asked.cache_clear()
     yield
     specialised.asked.cache_clear()
@@ -140,14 +140,14 @@ def test_the_switch_chooses_it_and_gradients_follow(monkeypatch, switched_on, wi
 
 @pytest.mark.parametrize(("value", "expected"), [("", False), ("0", False), ("1", True)])
 def test_the_switch_is_off_by_default(monkeypatch, value, expected):
-    monkeypatch.setenv(specialised.ENVIRONMENT, value)
+    monkeypatch.setenv(tridrop.backends.SPECIALIZE, value)
     assert specialised.asked.__wrapped__() is expected
-    monkeypatch.delenv(specialised.ENVIRONMENT)
+    monkeypatch.delenv(tridrop.backends.SPECIALIZE)
     assert specialised.asked.__wrapped__() is False
 
 
 def test_the_switch_has_two_positions(monkeypatch):
-    monkeypatch.setenv(specialised.ENVIRONMENT, "yes")
+    monkeypatch.setenv(tridrop.backends.SPECIALIZE, "yes")
     with pytest.raises(ValueError, match="'yes' in the environment: use 1"):
         specialised.asked.__wrapped__()
 

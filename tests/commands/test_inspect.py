@@ -346,6 +346,17 @@ def test_without_matplotlib_a_plot_says_so(monkeypatch, capsys, tmp_path):
     assert "pip install 'tridrop[demo]'" in capsys.readouterr().err
 
 
+def test_the_kernels_are_the_ordinary_ones_that_the_switches_do_not_change(monkeypatch):
+    given = {}
+    monkeypatch.setattr(inspection.subprocess, "Popen", lambda *_, **more: given.update(more))
+    for name in ("TRITON_INTERPRET", backends.SPECIALIZE):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TRIDROP_OTHER", "1")
+    inspection._start()
+    assert "TRIDROP_OTHER" in given["env"]
+    assert {"TRITON_INTERPRET", backends.SPECIALIZE}.isdisjoint(given["env"])
+
+
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
     row = rows.Row("dropout", "unknown to the worker", "forward", torch.add)
     monkeypatch.setattr(inspection, "TABLE", {row.name: row})

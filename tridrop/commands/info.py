@@ -61,7 +61,7 @@ def collect() -> Info:
                     backends.ENVIRONMENT,
                     serving.ENVIRONMENT,
                     serving.CACHE_ENVIRONMENT,
-                    "TRIDROP_WARP_SPECIALIZE",
+                    backends.SPECIALIZE,
                     "TRITON_INTERPRET",
                     "CUDA_VISIBLE_DEVICES",
                 )

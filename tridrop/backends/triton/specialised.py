@@ -23,11 +23,11 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import SPECIALIZE
 from . import gpu, launch
 from .attention_settings import Tile
 from .attention_tiles import EDGE, INNER, Shape, Tensors
 
-ENVIRONMENT = "TRIDROP_WARP_SPECIALIZE"
 # The versions of Triton whose machine code was looked at.
 VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 KEYS = 128
@@ -40,9 +40,9 @@ ALIGNMENT = 16
 @cache
 def asked() -> bool:
     """Whether the environment asks for it."""
-    value = os.environ.get(ENVIRONMENT, "")
+    value = os.environ.get(SPECIALIZE, "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"{ENVIRONMENT}={value!r} in the environment: use 1 (on) or 0 (off)")
+        raise ValueError(f"{SPECIALIZE}={value!r} in the environment: use 1 (on) or 0 (off)")
     return value == "1"
 
 
@@ -62,7 +62,7 @@ def check(device: torch.device) -> None:
     reason = why_not(device)
     if reason is not None:
         raise RuntimeError(
-            f"{ENVIRONMENT}=1 asks for warp specialisation, but {reason}: remove it from the "
+            f"{SPECIALIZE}=1 asks for warp specialisation, but {reason}: remove it from the "
             "environment"
         )
 

@@ -132,8 +132,10 @@ def provenance() -> dict[str, str]:
 
 def _start() -> subprocess.Popen[str]:
     # In a separate process, Triton compiles even if it interprets in this one, and can compile for
-    # a GPU that this machine does not have.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # a GPU that this machine does not have. The rows are those of the ordinary kernels: a count per
+    # score says nothing of a kernel whose threads do different things.
+    others = ("TRITON_INTERPRET", backends.SPECIALIZE)
+    environment = {k: v for k, v in os.environ.items() if k not in others}
     command = [sys.executable, "-m", "tridrop.commands.inspection.worker"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
