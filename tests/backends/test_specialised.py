@@ -14,7 +14,7 @@ import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
 from tridrop.backends.triton import attention_launch, gpu, launch, specialised
 from tridrop.backends.triton.attention_settings import Tile
-from tridrop.spec.attention import AttentionInputs, AttentionOptions
+from tridrop.spec.attention import SPECIALIZE, AttentionInputs, AttentionOptions
 
 ON_CPU = DEVICE == "cpu"
 # The interpreter takes small tiles, and multiplies fp32 right.
@@ -108,7 +108,7 @@ def test_heads_that_lie_between_those_of_other_tokens(monkeypatch):
 
 @pytest.fixture
 def switched_on(monkeypatch):
-    monkeypatch.setenv(tridrop.backends.SPECIALIZE, "1")
+    monkeypatch.setenv(SPECIALIZE, "1")
     specialised.asked.cache_clear()
     yield
     specialised.asked.cache_clear()
@@ -140,14 +140,14 @@ def test_the_switch_chooses_it_and_gradients_follow(monkeypatch, switched_on, wi
 
 @pytest.mark.parametrize(("value", "expected"), [("", False), ("0", False), ("1", True)])
 def test_the_switch_is_off_by_default(monkeypatch, value, expected):
-    monkeypatch.setenv(tridrop.backends.SPECIALIZE, value)
+    monkeypatch.setenv(SPECIALIZE, value)
     assert specialised.asked.__wrapped__() is expected
-    monkeypatch.delenv(tridrop.backends.SPECIALIZE)
+    monkeypatch.delenv(SPECIALIZE)
     assert specialised.asked.__wrapped__() is False
 
 
 def test_the_switch_has_two_positions(monkeypatch):
-    monkeypatch.setenv(tridrop.backends.SPECIALIZE, "yes")
+    monkeypatch.setenv(SPECIALIZE, "yes")
     with pytest.raises(ValueError, match="'yes' in the environment: use 1"):
         specialised.asked.__wrapped__()
 

@@ -12,8 +12,8 @@ import specialised_machine_code as program
 import triton
 from apart import printed
 
-import tridrop
 from tridrop.backends.triton import specialised
+from tridrop.spec.attention import SPECIALIZE
 
 PROGRAM = Path(program.__file__)
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -29,7 +29,7 @@ WITH_BOUNDS = 1120
 @pytest.fixture(scope="module")
 def records():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    found = json.loads(printed(PROGRAM, **{tridrop.backends.SPECIALIZE: "1"}))
+    found = json.loads(printed(PROGRAM, **{SPECIALIZE: "1"}))
     return {(r["feature"], r["width"], r["p"], r["dtype"]): r for r in found}
 
 

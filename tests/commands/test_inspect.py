@@ -16,6 +16,7 @@ from tridrop import backends
 from tridrop.commands import cli, inspection
 from tridrop.commands.inspection import devices, machine_code, report, rows
 from tridrop.contract.mask import PHILOX_M0, PHILOX_M1
+from tridrop.spec.attention import SPECIALIZE
 
 ROOT = Path(__file__).parents[2]
 PINNED = f"triton=={triton.__version__}" in (ROOT / "constraints.txt").read_text()
@@ -349,12 +350,12 @@ def test_without_matplotlib_a_plot_says_so(monkeypatch, capsys, tmp_path):
 def test_the_kernels_are_the_ordinary_ones_that_the_switches_do_not_change(monkeypatch):
     given = {}
     monkeypatch.setattr(inspection.subprocess, "Popen", lambda *_, **more: given.update(more))
-    for name in ("TRITON_INTERPRET", backends.SPECIALIZE):
+    for name in ("TRITON_INTERPRET", SPECIALIZE):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TRIDROP_OTHER", "1")
     inspection._start()
     assert "TRIDROP_OTHER" in given["env"]
-    assert {"TRITON_INTERPRET", backends.SPECIALIZE}.isdisjoint(given["env"])
+    assert {"TRITON_INTERPRET", SPECIALIZE}.isdisjoint(given["env"])
 
 
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch):

@@ -27,8 +27,6 @@ from .protocol import Backend
 
 NAMES = ("triton", "cpu", "reference")
 ENVIRONMENT = "TRIDROP_BACKEND"
-# Asks the triton backend for a forward of attention whose warps divide the work.
-SPECIALIZE = "TRIDROP_WARP_SPECIALIZE"
 
 
 class _Thread(threading.local):

@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__, backends
 from ..backends.cpu import serving
+from ..spec.attention import SPECIALIZE
 
 
 class Info(dict[str, Any]):
@@ -61,7 +62,7 @@ def collect() -> Info:
                     backends.ENVIRONMENT,
                     serving.ENVIRONMENT,
                     serving.CACHE_ENVIRONMENT,
-                    backends.SPECIALIZE,
+                    SPECIALIZE,
                     "TRITON_INTERPRET",
                     "CUDA_VISIBLE_DEVICES",
                 )

@@ -27,6 +27,8 @@ from .elementwise import (
 )
 
 HEAD_DIM_LIMIT = 256
+# In the environment: asks the Triton backend for a forward whose warps divide the work.
+SPECIALIZE = "TRIDROP_WARP_SPECIALIZE"
 Window = int | tuple[int | None, int | None]
 
 

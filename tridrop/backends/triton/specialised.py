@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import SPECIALIZE
+from ...spec.attention import SPECIALIZE
 from . import gpu, launch
 from .attention_settings import Tile
 from .attention_tiles import EDGE, INNER, Shape, Tensors

@@ -22,6 +22,7 @@ from threading import Thread
 from typing import Any
 
 from ... import __version__, backends
+from ...spec.attention import SPECIALIZE
 from .devices import DEVICES
 from .records import DTYPES
 from .rows import OPS, TABLE
@@ -134,7 +135,7 @@ def _start() -> subprocess.Popen[str]:
     # In a separate process, Triton compiles even if it interprets in this one, and can compile for
     # a GPU that this machine does not have. The rows are those of the ordinary kernels: a count per
     # score says nothing of a kernel whose threads do different things.
-    others = ("TRITON_INTERPRET", backends.SPECIALIZE)
+    others = ("TRITON_INTERPRET", SPECIALIZE)
     environment = {k: v for k, v in os.environ.items() if k not in others}
     command = [sys.executable, "-m", "tridrop.commands.inspection.worker"]
     pipe = subprocess.PIPE
