@@ -96,7 +96,8 @@ def _specialised(width: int, causal: int) -> Step:
     bounds = (EDGE if causal else INNER).value
     special = Tile(128, specialised.KEYS, 4, specialised.STAGES[width], special=bounds)
     settings = {"ordinary": Tile(128, 128, 8, 3, ahead=True), "specialised": special}
-    return Step("warps that divide the work", "forward", settings, (width,), (causal,))
+    name = f"warps that divide the work, D = {width}{', causal' * causal}"
+    return Step(name, "forward", settings, (width,), (causal,))
 
 
 # The last setting is not the launchers' own, unless TRIDROP_WARP_SPECIALIZE=1 is set.
