@@ -49,6 +49,15 @@ def copies(text: str) -> list[list[str]]:
     return [list(m.groups()) for line in lines if (m := re.search(pattern, line))]
 
 
+def ranges(text: str) -> list[list[list[int]]]:
+    """For each group that computes, the ranges of indices that it makes: [start, end]."""
+    found = []
+    for part in re.split(r"\n *partition\d+\(", text)[1:]:
+        lines = re.findall(r"tt\.make_range \{[^}]*\bend = (\d+)[^}]*\bstart = (\d+)", part)
+        found.append(sorted([int(start), int(end)] for end, start in set(lines)))
+    return found
+
+
 def group_of(body: Body) -> dict[str, int]:
     """What a loop of one group of warps does in a turn."""
     products = [i for i in body if i.op.startswith("HGMMA")]
@@ -83,6 +92,7 @@ def record(feature: str, width: int, p: float, dtype: torch.dtype) -> dict:
         "limit": SHARED[ARCH],
         "groups": [g for g in groups if g["products"] or g["loads"]],
         "copies": copies(middle.text),
+        "ranges": ranges(middle.text),
     }
 
 
