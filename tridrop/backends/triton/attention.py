@@ -59,7 +59,7 @@ def _attend(
             # The same, since a specialised forward has upper bounds alone, and a positive factor.
             room = last_key(problem, place, q0 + tl.arange(0, BLOCKS.M), FEATURES) - k0
             # An index divided by 8 is a constant of a register. ptxas compares with it after the
-            # product; otherwise it would compare before, and keep 64 bits per thread (+ 270).
+            # product; otherwise it would compare before, and keep 64 bits (270 instructions).
             n = tl.arange(0, BLOCKS.N)
             inside = room[:, None] - (n % 8)[None, :] >= (n // 8 * 8)[None, :]
             score = tl.where(inside, score, float("-inf"))
