@@ -1,12 +1,14 @@
 """What is compiled is said on a terminal, once, and `tridrop warmup` compiles it ahead."""
 
 import io
+import json
 import logging
 import os
 import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,10 +123,94 @@ def test_the_families_are_all_loops():
     with pytest.MonkeyPatch.context() as patch:
         for name in mine:
             patch.setitem(loops, name, watched(name))
-        for family in warmup.FAMILIES.values():
+        for name, family in warmup.FAMILIES.items():
             before = len(called)
-            assert len(list(family())) == warmup.LOOPS == len(called) - before
+            assert len(list(family())) == warmup.LOOPS[name]
+            assert len(called) - before == (0 if name == "activations" else warmup.LOOPS[name])
     assert called == set(mine)
+    assert list(warmup.LOOPS) == list(warmup.FAMILIES)
+    forms = {form for forms in serving.kernels().functions.values() for form in forms}
+    assert len(forms) == warmup.LOOPS["activations"] + 1  # the identity needs no loop
+
+
+COMPILED = """
+import json, torch, tridrop
+from numba.core import event
+
+compiled = []
+
+
+class Listener(event.Listener):
+    def on_start(self, event):
+        compiled.append(event.data["dispatcher"])
+
+    def on_end(self, event):
+        pass
+
+
+event.register("numba:compile", Listener())
+x = torch.ones(2, 8, requires_grad=True)
+for call in {calls}:
+    exec(call)
+    found = []
+    for f in dict.fromkeys(compiled):
+        file, name = f.py_func.__module__.split(".")[-1], f.py_func.__name__
+        for signature, made in f.overloads.items():
+            found.append([file, name, str(signature), type(made.library).__name__])
+    print(json.dumps(found))
+    compiled.clear()
+"""
+
+
+def compiled(*calls):
+    """For each of a program's calls, (file, function, signature, sort of code) of all that it
+    compiles."""
+    program = COMPILED.format(calls=calls)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRIDROP_CPU_CACHE": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return [[tuple(entry) for entry in json.loads(line)] for line in run.stdout.splitlines()]
+
+
+FILES = ("elementwise", "norm", "softmax", "activations")
+
+
+def test_a_call_compiles_what_it_needs():
+    """The first dropout: its kernel, without its backward, activations or other families. An
+    activation: the loops over the form of it that is called, and nothing else."""
+    first, more, known = compiled(
+        "tridrop.dropout(x, 0.5)",
+        "tridrop.activation_dropout(x, 0.5, activation='silu')",
+        "tridrop.dropout_add(x, x, 0.1, bias=x[0], layer_scale=x[1])",
+    )
+    kernels = {(file, name) for file, name, _, code in first if code == "JITCodeLibrary"}
+    kernels = {kernel for kernel in kernels if kernel[0] in FILES}
+    assert kernels == {("elementwise", "forward")}
+    assert {name for file, name, *_ in first if file == "activations"} == {"activate"}
+    assert {file for file, *_ in more} == {"activations"}
+    assert {name for *_, name, _, code in more if code == "JITCodeLibrary"} == {"silu"}
+    assert known == []
+
+
+def test_steps_are_compiled_once_and_make_no_machine_code():
+    """What keeps the time to compile short, and shows in no result."""
+    warm = "from tridrop.commands import warmup\n"
+    (found,) = compiled(warm + "for family in warmup.FAMILIES.values(): list(family())")
+    steps = [entry for entry in found if entry[3] == "_NoMachineCode"]
+    assert len(steps) > 50
+    assert not [entry for entry in steps if "Literal" in entry[2]]
+    ours = {path.stem for path in Path(compiling.__file__).parent.glob("*.py")}
+    others = {entry[:2] for entry in found if entry[0] in ours and entry not in steps}
+    kernels = {
+        ("mask", "keep_rows"), ("mask", "keep_scores"),
+        *((file, name) for file in FILES[:3] for name in ("forward", "backward")),
+    }  # fmt: skip
+    assert {entry for entry in others if entry[0] != "activations"} == kernels
+    assert len(others) == len(kernels) + warmup.LOOPS["activations"]
 
 
 def test_refusals(monkeypatch, capsys):

@@ -40,10 +40,12 @@ def test_the_loops_have_each_in_full_and_short_precision():
     from tridrop.backends.cpu.loops import activations
 
     assert sorted(activations.FUNCTIONS) == FUNCTIONS
-    for name, (full, short) in activations.FUNCTIONS.items():
+    assert list(activations.FORMS) == list(activations.FUNCTIONS)
+    for name, (full, short) in activations.FORMS.items():
         assert (full is not short) == elementwise.FUNCTIONS[name].curved, name
-    numbers = {n for pair in activations.NUMBERS.values() for n in pair}
-    assert numbers == set(range(len(activations.FORMS)))  # no two names share a form
+    forms = {form for pair in activations.FORMS.values() for form in pair}
+    assert len({form.name for form in forms}) == len(forms)  # each has a file of its own on disk
+    assert {form.name for form in forms if form.address == 0} == {"none"}
 
 
 def test_an_activation_without_an_entry_names_the_table():
@@ -57,7 +59,7 @@ def test_an_activation_without_an_entry_names_the_table():
 @needs_numba
 def test_a_function_that_the_loops_lack_is_no_other_function(monkeypatch):
     loops = serving.kernels()
-    without = {name: n for name, n in loops.functions.items() if name != "silu"}
+    without = {name: f for name, f in loops.functions.items() if name != "silu"}
     monkeypatch.setattr(loops, "functions", without)
     with pytest.raises(NotImplementedError, match=r"silu, and .*/loops/activations.FUNCTIONS"):
         tridrop.activation_dropout(torch.ones(3, 17), 0.25, activation="silu", seed=1)

@@ -31,11 +31,11 @@ class PreparedElementwise(NamedTuple):
     shape: tuple[int, ...]
     options: Options
     function: elementwise.Function
-    # The loops' form of f: its number in activations.FORMS, and whether it is gated. ``full`` has
-    # full precision; ``short`` serves results of 16 bits, and is the same object where f has one
-    # form alone.
-    full: tuple[int, bool]
-    short: tuple[int, bool]
+    # The loops' forms of f (activations.Form). ``full`` has full precision; ``short`` serves
+    # results of 16 bits, and is the same object where f has one form alone.
+    full: Any
+    short: Any
+    gated: bool
     columns: int
     width: int  # the columns of x: twice those of the result where f is gated
 
@@ -107,10 +107,12 @@ class PreparedElementwise(NamedTuple):
         return dx, dbias, dlayer_scale
 
     def _form(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
-        """The form for results of these dtypes: the short one if all are rounded to 16 bits."""
-        if self.short is self.full or torch.float32 in dtypes:
-            return self.full
-        return self.short
+        """The address of f's loops for results of these dtypes, and whether f is gated.
+
+        Loops of the short form serve if all results are rounded to 16 bits.
+        """
+        full = self.short is self.full or torch.float32 in dtypes
+        return (self.full if full else self.short).address, self.gated
 
     def _is_torchs(self, x: Tensor, *others: Tensor | None) -> bool:
         return elementwise.is_torchs(self.function, self.options.gated, x, *others)
@@ -120,13 +122,12 @@ class PreparedElementwise(NamedTuple):
 def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
     drop = selection_of(shape, options)
     check_functions(drop.loops.functions, "backends/cpu/loops/activations.FUNCTIONS")
-    numbers = drop.loops.functions[options.function]
-    full, short = ((number, options.gated) for number in numbers)
+    full, short = drop.loops.functions[options.function]
     columns = drop.where.cols
     width = 2 * columns if options.gated else columns
     return PreparedElementwise(
         drop, shape, options, elementwise.FUNCTIONS[options.function],
-        full, full if short == full else short, columns, width,
+        full, short, options.gated, columns, width,
     )  # fmt: skip
 
 

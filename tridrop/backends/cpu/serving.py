@@ -75,12 +75,12 @@ def _load() -> Any:
     global _loaded, _broken
     if _loaded is None and _broken is None:
         try:
-            from .loops import activations, compiling, elementwise, mask, norm, softmax
+            from .loops import activations, compiling, decorators, elementwise, mask, norm, softmax
         except ImportError as error:  # numba refuses a NumPy that is too new for it
             _broken = f"numba cannot be imported: {error}"
             warnings.warn(f"the reference backend serves CPU tensors: {_broken}", stacklevel=2)
             return None
-        compiling.watch(kept=mask.CACHE)
+        compiling.watch(kept=decorators.CACHE)
         loops = {
             "keep_rows": mask.keep_rows,
             "keep_scores": mask.keep_scores,
@@ -91,7 +91,7 @@ def _load() -> Any:
             "norm_forward": norm.forward,
             "norm_backward": norm.backward,
         }
-        _loaded = SimpleNamespace(functions=activations.NUMBERS)
+        _loaded = SimpleNamespace(functions=activations.FORMS)
         for name, loop in loops.items():
             setattr(_loaded, name, _first_call(name, loop))
     return _loaded

@@ -13,11 +13,14 @@ For negative x the tail itself is computed, and not 1 + erf, whose digits would 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 from numba import uint32
 
-from .mask import inline, part
-from .storage import bits_of, value_of
+from .decorators import address_of, by_address, call_at, inline
+from .memory import bits_of, value_of, vector
 
 _fused = {"contract"}
 _ZERO, _HALF, _ONE, _TWO = (np.float32(v) for v in (0, 0.5, 1, 2))
@@ -236,74 +239,80 @@ FUNCTIONS = {
     "silu": both(silu_by),
     "quick_gelu": both(quick_gelu_by),
 }
-# Compiled loops take integers: a form's number is its index in FORMS, and callers look it up by the
-# name in NUMBERS.
-FORMS = tuple(dict.fromkeys(form for forms in FUNCTIONS.values() for form in forms))
-NUMBERS = {name: tuple(map(FORMS.index, forms)) for name, forms in FUNCTIONS.items()}
+
+# The loops over one form, by the number that a kernel calls them with.
+_ACTIVATE, _DERIVE, _DIFFERENTIATE = 0, 1, 2
 
 
-def of_function(make):
-    """A function of (number, u, ...) that runs the loop over (u, ...) for that number in FORMS.
+class Form:
+    """One form of an activation, whose loops are compiled when their address is first asked for.
 
-    ``make`` makes the loop for one form.
+    Compiled with the kernels, the loops over all forms took half of the first dropout's time to
+    compile, which needs none of them. So a kernel takes the address of the loops it needs.
     """
-    *loops, last = (part(_fused)(make(form)) for form in FORMS)
 
-    @inline(_fused)
-    def dispatch(number, u, *others):
-        last(u, *others)
+    def __init__(self, name: str, function: Any) -> None:
+        self.name = name
+        self._function = function
 
-    for number, loop in reversed([*enumerate(loops)]):
-        dispatch = branch(number, loop, dispatch)
+    @functools.cached_property
+    def address(self) -> int:
+        """The address of the loops; 0 for the identity, which needs none."""
+        if self._function is identity:
+            return 0
+        self._compiled = self._loops()  # lives as long as its address may be called
+        return address_of(self._compiled)
 
-    @part(_fused)
-    def call(number, u, *others):
-        dispatch(number, u, *others)
+    def _loops(self) -> Any:
+        f = self._function
 
-    return call
+        def loops(which, first, second, size):
+            u = vector(first, size, np.float32)
+            if which == _ACTIVATE:
+                for j in range(size):
+                    u[j] = f(u[j])[0]
+                return
+            w = vector(second, size, np.float32)
+            if which == _DERIVE:
+                for j in range(size):
+                    w[j] = w[j] * f(u[j])[1]
+            else:
+                for j in range(size):
+                    w[j], u[j] = f(u[j])
 
-
-def branch(wanted, loop, otherwise):
-    """A function that runs ``loop`` for the number ``wanted``, and else ``otherwise``."""
-
-    @inline(_fused)
-    def dispatch(number, u, *others):
-        if number == wanted:
-            loop(u, *others)
-        else:
-            otherwise(number, u, *others)
-
-    return dispatch
-
-
-@of_function
-def activate(f):
-    """u = f(u)."""
-
-    def loop(u, size):
-        for j in range(size):
-            u[j] = f(u[j])[0]
-
-    return loop
+        loops.__name__ = loops.__qualname__ = self.name
+        return by_address(_fused)(loops)
 
 
-@of_function
-def derive(f):
+def _named(name: str, full: Any, short: Any) -> tuple[Form, Form]:
+    """The two forms of a function, one object where it has one form alone."""
+    form = Form(name, full)
+    return form, form if short is full else Form(f"{name}_short", short)
+
+
+# name -> (form of full precision, short form)
+FORMS = {name: _named(name, *functions) for name, functions in FUNCTIONS.items()}
+
+
+@inline(set())
+def activate(address, u, size):
+    """u = f(u), for the f whose loops are at an address; 0 stands for the identity."""
+    if address != 0:
+        call_at(address, _ACTIVATE, u.ctypes.data, 0, size)
+
+
+@inline(set())
+def derive(address, u, g, size):
     """g = g * f'(u)."""
-
-    def loop(u, g, size):
-        for j in range(size):
-            g[j] = g[j] * f(u[j])[1]
-
-    return loop
+    if address != 0:
+        call_at(address, _DERIVE, u.ctypes.data, g.ctypes.data, size)
 
 
-@of_function
-def differentiate(f):
+@inline(set())
+def differentiate(address, u, w, size):
     """(w, u) = (f(u), f'(u))."""
-
-    def loop(u, w, size):
+    if address != 0:
+        call_at(address, _DIFFERENTIATE, u.ctypes.data, w.ctypes.data, size)
+    else:
         for j in range(size):
-            w[j], u[j] = f(u[j])
-
-    return loop
+            w[j], u[j] = identity(u[j])

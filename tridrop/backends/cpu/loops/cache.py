@@ -36,8 +36,10 @@ from ....base.files import replacing
 # All files that the loops are compiled from; a test follows their imports.
 SOURCES = (
     "backends/cpu/loops/activations.py",
+    "backends/cpu/loops/decorators.py",
     "backends/cpu/loops/elementwise.py",
     "backends/cpu/loops/mask.py",
+    "backends/cpu/loops/memory.py",
     "backends/cpu/loops/norm.py",
     "backends/cpu/loops/softmax.py",
     "backends/cpu/loops/steps.py",
@@ -122,6 +124,11 @@ class LoopCache(FunctionCache):  # type: ignore[misc]
 
     def _stem(self) -> str:
         return f"{self._py_func.__module__.rpartition('.')[2]}.{self._py_func.__name__}"
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        """What a file is for. numba's own key also has the values that a function closes over, and
+        a compiled function among them has another number in each process; the stamp covers them."""
+        return sig, codegen.magic_tuple(), self._stem()
 
     def path_of(self, key: tuple[Any, ...]) -> Path:
         """The file for a signature and a processor; all versions of the sources share it."""

@@ -11,42 +11,38 @@ from __future__ import annotations
 import numpy as np
 
 from .activations import activate, derive, differentiate
+from .decorators import NOTHING, inline, kernel, written_out
 from .mask import (
     LANES,
     STRIP,
-    cut,
     following,
-    inline,
-    keep_alive,
-    kernel,
     last_and_factor,
     next_piece,
     randoms,
-    scratch,
 )
+from .memory import part_of, release, scratch, vector
 from .steps import accumulate_selected, add_vector, clear, copy, multiply, multiply_vector
-from .storage import add_selected, load, load_rows, store, store_selected, store_selected_rows
+from .storage import add_selected, load_rows, store, store_selected, store_selected_rows
 
 
-@inline(set())
+@written_out
 def strips(count):
     """Memory for ``count`` strips; the first one holds the random bits."""
     return scratch(4 * STRIP + count * STRIP * LANES)
 
 
-@inline(set())
+@written_out
 def strip(memory, k):
-    return cut(memory, (4 + k * LANES) * STRIP, STRIP * LANES, np.float32)
+    return vector(memory + 4 * (4 + k * LANES) * STRIP, STRIP * LANES, np.float32)
 
 
 @inline(set())
 def load_biased(x, bias, row, rows, width, column, size, into):
     """into = x + bias of a piece, which begins at ``column`` in rows of ``width``."""
-    if size == width:
-        load(x, row * width, rows * size, into)
-    else:
-        reach = (rows - 1) * width + size
-        load_rows(x, row * width + column, reach, rows, width, size, into)
+    at, reach = row * width + column, (rows - 1) * width + size
+    # Whole rows lie one after the other, and are one long loop.
+    count, length = (1, rows * size) if size == width else (rows, size)
+    load_rows(x, at, reach, count, width, length, into)
     add_vector(into, rows, size, bias, column)
 
 
@@ -57,37 +53,36 @@ def store_gradient(dx, dbias, row, rows, width, column, size, u, bits, last, sca
     The piece begins at ``column`` in rows of ``width``.
     """
     accumulate_selected(dbias, column, rows, size, u, bits, last, scale)
-    if dx[0] == 0:
-        return
-    if size == width:
-        store_selected(dx, row * width, rows * size, u, bits, last, scale)
-    else:
+    if dx[0] != 0:
         at, reach = row * width + column, (rows - 1) * width + size
-        store_selected_rows(dx, at, reach, rows, width, size, u, bits, last, scale)
+        count, length = (1, rows * size) if size == width else (rows, size)
+        store_selected_rows(dx, at, reach, count, width, length, u, bits, last, scale)
 
 
 @kernel
 def forward(start, stop, columns, decisions, scale, out, x, bias, layer_scale, residual, options):
     """out = residual + layer_scale * f(x + bias) * multiplier, for the rows from start to stop.
 
-    ``options`` are the number of f in activations.FORMS, and whether f is gated: then x has twice
-    as many columns, two halves, and f(first) * second takes the place of f.
+    ``options`` are the address of f's loops (activations.Form), and whether f is gated: then x has
+    twice as many columns, two halves, and f(first) * second takes the place of f.
     """
     function, gated = options
-    width = 2 * columns if gated else columns
+    halves = 2 if gated else 1  # in a loop, so that what is done to both is compiled once
+    width = halves * columns
     memory = strips(3)
     bits, words = randoms(memory, STRIP * LANES, decisions[5])
     u, v = strip(memory, 1), strip(memory, 2)
-    r, done = start, 0
+    r, done = start, NOTHING
     while r < stop:
         rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
         last, factor = last_and_factor(decisions, scale, r)
         at, count = r * columns + done, rows * size
-        kept = bits[lane : lane + count]
-        load_biased(x, bias, r, rows, width, done, size, u)
+        kept = part_of(bits, lane, count)
+        for half in range(halves):
+            first = half * columns + done
+            load_biased(x, bias, r, rows, width, first, size, strip(memory, 1 + half))
         activate(function, u, count)
         if gated:
-            load_biased(x, bias, r, rows, width, columns + done, size, v)
             multiply(u, count, v)
         multiply_vector(u, rows, size, layer_scale, done)
         if residual[0] != 0:
@@ -96,7 +91,7 @@ def forward(start, stop, columns, decisions, scale, out, x, bias, layer_scale, r
         else:
             store_selected(out, at, count, u, kept, last, factor)
         r, done = following(r, rows, done + size, columns)
-    keep_alive(memory)
+    release(memory)
 
 
 @kernel
@@ -108,24 +103,25 @@ def backward(start, stop, columns, decisions, scale, grad, x, bias, layer_scale,
     """
     function, gated = options
     dbias, dscale = sums
-    width = 2 * columns if gated else columns
+    halves = 2 if gated else 1  # in a loop, so that what is done to both is compiled once
+    width = halves * columns
     memory = strips(6)
     bits, words = randoms(memory, STRIP * LANES, decisions[5])
     g, u, v = strip(memory, 1), strip(memory, 2), strip(memory, 3)
     w, product = strip(memory, 4), strip(memory, 5)
-    clear(dbias, 0, width)
-    clear(dscale, 0, columns)
-    r, done = start, 0
+    clear(dbias, NOTHING, width)
+    clear(dscale, NOTHING, columns)
+    r, done = start, NOTHING
     while r < stop:
         rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
         last, factor = last_and_factor(decisions, scale, r)
         count = rows * size
-        kept = bits[lane : lane + count]
-        load(grad, r * columns + done, count, g)
+        kept = part_of(bits, lane, count)
+        load_biased(grad, NOTHING, r, rows, columns, done, size, g)
         if x[0] != 0:
-            load_biased(x, bias, r, rows, width, done, size, u)
-        if gated:
-            load_biased(x, bias, r, rows, width, columns + done, size, v)
+            for half in range(halves):
+                first = half * columns + done
+                load_biased(x, bias, r, rows, width, first, size, strip(memory, 2 + half))
         if gated or dscale != 0:
             differentiate(function, u, w, count)
             multiply(w, count, g)
@@ -138,12 +134,13 @@ def backward(start, stop, columns, decisions, scale, grad, x, bias, layer_scale,
         if gated:
             multiply(g, count, v)
             multiply_vector(w, rows, size, layer_scale, done)
-            store_gradient(dx, dbias, r, rows, width, columns + done, size, w, kept, last, factor)
         # The selection comes last: a dropped element's gradient is 0 whatever its input was.
         if gated or dscale != 0:
             multiply(g, count, u)
         else:
             derive(function, u, g, count)
-        store_gradient(dx, dbias, r, rows, width, done, size, g, kept, last, factor)
+        for half in range(halves):
+            d, first = strip(memory, 1 + 3 * half), half * columns + done  # g, then w
+            store_gradient(dx, dbias, r, rows, width, first, size, d, kept, last, factor)
         r, done = following(r, rows, done + size, columns)
-    keep_alive(memory)
+    release(memory)

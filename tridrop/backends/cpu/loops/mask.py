@@ -11,12 +11,8 @@ Kernels are serial and hold no lock; their callers divide the rows among threads
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
-from numba import carray, njit, types, uint32, uint64
-from numba.core.dispatcher import Dispatcher
-from numba.extending import intrinsic
+from numba import uint32, uint64
 
 from ....contract.mask import (
     LANES,
@@ -28,7 +24,8 @@ from ....contract.mask import (
     STREAM_MULTIPLIER,
     TILE,
 )
-from .cache import LoopCache
+from .decorators import NOTHING, inline, kernel, part, written_out
+from .memory import release, scratch, vector
 
 M0, M1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1)
 W0, W1 = np.uint32(PHILOX_W0), np.uint32(PHILOX_W1)
@@ -36,77 +33,8 @@ HALF, WORD = np.uint32(16), np.uint64(32)
 MULTIPLIER, ALL = np.uint64(STREAM_MULTIPLIER), np.uint32(0xFFFFFFFF)
 STRIP = 128  # calls per piece: 1024 columns, 6 KiB of words and bits
 
-LINE = 16  # words of a cache line
 
-CACHE = os.environ.get("TRIDROP_CPU_CACHE") != "0"
-
-
-_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # for functions only kernels call
-
-
-def kernel(function):
-    """A function that Python calls: it is compiled at its first call, or loaded from the cache."""
-    made = njit(nogil=True, error_model="numpy")(function)
-    if CACHE and isinstance(made, Dispatcher):  # NUMBA_DISABLE_JIT leaves functions as they are
-        made._cache = LoopCache(function)  # enable_caching() does so with numba's own cache
-    return made
-
-
-def part(fastmath):
-    """A function that kernels call, compiled with the first kernel that needs it.
-
-    It is for code that would make the kernels several times as long if it were inlined. Handing
-    arrays over to it takes as long as some sixty elements. ``fastmath`` names all liberties that
-    are taken with floating-point numbers: "contract" joins a product and a sum in one instruction;
-    "reassoc" sums in any order.
-    """
-    return njit(error_model="numpy", fastmath=fastmath, **_INNER)
-
-
-def inline(fastmath):
-    """A function that is inlined into its callers; ``fastmath`` as in :func:`part`."""
-    return njit(error_model="numpy", fastmath=fastmath, forceinline=True, **_INNER)
-
-
-@intrinsic
-def _pointer(context, address):
-    """An address as a pointer."""
-
-    def build(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), build
-
-
-@inline(set())
-def vector(address, size, dtype):
-    """The numbers at an address, as an array. Callers of kernels keep the memory alive."""
-    return carray(_pointer(address), (size,), dtype)
-
-
-@inline(set())
-def scratch(size):
-    """Memory for ``size`` words, to be cut into arrays; kernels end with :func:`keep_alive`."""
-    return np.empty(size + LINE, np.uint32)
-
-
-@inline(set())
-def cut(memory, start, shape, dtype):
-    """An array in scratch memory, ``start`` words after the first full cache line.
-
-    The array has no owner: for an array with an owner, numba counts references atomically wherever
-    it goes into a tuple.
-    """
-    begin = (memory.ctypes.data + 4 * LINE - 1) // (4 * LINE) * LINE
-    return carray(_pointer(4 * (begin + start)), shape, dtype)
-
-
-@njit
-def keep_alive(memory):
-    """Keep scratch memory allocated up to this call."""
-
-
-@njit(inline="always")
+@written_out
 def philox(c0, c1, c2, c3, k0, k1):
     for _ in range(PHILOX_ROUNDS):
         a = uint64(c0) * M0
@@ -118,7 +46,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@njit(inline="always")
+@written_out
 def rotate(word):
     return uint32(word << HALF) | uint32(word >> HALF)
 
@@ -245,14 +173,14 @@ def last_and_factor(decisions, scale, row):
 @inline(set())
 def randoms(memory, size, last):
     """The arrays (bits, words) at the beginning of scratch memory, with room for ``size`` bits."""
-    bits = cut(memory, 4 * STRIP, size, np.uint32)
+    bits = vector(memory + 16 * STRIP, size, np.uint32)
     if last < 0:
         for j in range(size):
             bits[j] = ALL
-    return bits, cut(memory, 0, (4, STRIP), np.uint32)
+    return bits, vector(memory, (4, STRIP), np.uint32)
 
 
-@inline(set())
+@written_out
 def following(row, rows, done, columns):
     """The row and the column where the next piece begins."""
     return (row, done) if done < columns else (row + rows, 0)
@@ -267,7 +195,7 @@ def keep_rows(start, stop, columns, decisions, out):
     memory = scratch(12 * STRIP)
     bits, words = randoms(memory, STRIP * LANES, decisions[5])
     last = last_and_factor(decisions, 1.0, start)[0]
-    r, done = start, 0
+    r, done = start, NOTHING
     while r < stop:
         rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
         total = rows * size
@@ -275,7 +203,7 @@ def keep_rows(start, stop, columns, decisions, out):
         for j in range(total):
             o[j] = b[j] > last
         r, done = following(r, rows, done + size, columns)
-    keep_alive(memory)
+    release(memory)
 
 
 @part(set())
@@ -340,4 +268,4 @@ def keep_scores(start, stop, keys, sizes, seed, domain, last, origin, out):
             for j in range(size):
                 o[j] = b[j] > uint32(last)
             done += size
-    keep_alive(memory)
+    release(memory)

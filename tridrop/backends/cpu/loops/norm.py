@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from .elementwise import load_biased, store_gradient
+from .decorators import NOTHING, inline, kernel, written_out
 from .mask import (
     LANES,
-    LINE,
     STRIP,
-    cut,
-    inline,
-    keep_alive,
-    kernel,
     last_and_factor,
     next_piece,
     randoms,
-    scratch,
-    vector,
 )
+from .memory import LINE, part_of, release, scratch, vector
 from .steps import (
     ANY_ORDER,
     accumulate,
     accumulate_selected,
     add,
+    add_vector,
     clear,
     fill,
     multiply,
@@ -137,7 +132,7 @@ def gains(weight, centred, into):
     if weight[0] == 0:
         fill(into, into.size, _ONE)
         return
-    load(weight, 0, into.size, into)
+    load(weight, NOTHING, into.size, into)
     if centred:
         for j in range(into.size):
             into[j] += _ONE
@@ -149,17 +144,17 @@ def bits_of_row(columns):
     return max(STRIP * LANES, (columns // LINE + 2) * LINE)
 
 
-@inline(set())
+@written_out
 def rows_of_scratch(memory, k, columns):
     """Array number k, for one row or several short ones, as long as the bits."""
     width = bits_of_row(columns)
-    return cut(memory, 4 * STRIP + k * width, width, np.float32)
+    return vector(memory + 16 * STRIP + 4 * k * width, width, np.float32)
 
 
 @inline(set())
 def row_bits(bits, words, decisions, row, stop, columns):
     """Fill ``bits`` for one whole row, or for several short ones: (rows, lane)."""
-    rows, lane, done = next_piece(bits, words, decisions, row, 0, stop, columns)
+    rows, lane, done = next_piece(bits, words, decisions, row, NOTHING, stop, columns)
     while done < columns:
         done += next_piece(bits[lane + done :], words, decisions, row, done, stop, columns)[2]
     return rows, lane
@@ -188,28 +183,27 @@ def forward(
     gains(weight, centred, gain[:columns])
     fill(shift, columns, _ZERO)
     if norm_bias[0] != 0:
-        load(norm_bias, 0, columns, shift)
-    unkept = (spare.ctypes.data, stream[1])
+        load(norm_bias, NOTHING, columns, shift)
+    unkept = (np.int64(spare.ctypes.data), stream[1])
     r = start
     while r < stop:
         rows, lane = row_bits(bits, words, decisions, r, stop, columns)
         last, factor = last_and_factor(decisions, scale, r)
         at, count, whole = r * columns, rows * columns, _ZERO
-        kept = bits[lane : lane + count]
-        load_biased(x, bias, r, rows, columns, 0, columns, u)
+        kept = part_of(bits, lane, count)
+        load(x, at, count, u)
+        add_vector(u, rows, columns, bias, NOTHING)
         if not after:
-            multiply_vector(u, rows, columns, layer_scale, 0)
+            multiply_vector(u, rows, columns, layer_scale, NOTHING)
             if residual[0] != 0:
                 add_selected(residual, at, count, u, kept, last, factor)
             else:
                 select(u, count, kept, last, factor)
             # The stream is rounded first: forward normalises the numbers that backward reads.
-            if stream[0] != 0:
-                whole = store_rounded(stream, at, count, u)
-            else:
-                whole = store_rounded(unkept, 0, count, u)
+            into, begin = (stream, at) if stream[0] != 0 else (unkept, NOTHING)
+            whole = store_rounded(into, begin, count, u)
         # Sizes alone decide how a row is summed, so its sum does not depend on the rows beside it.
-        moments = statistics[2 * r : 2 * (r + rows)]
+        moments = part_of(statistics, 2 * r, 2 * rows)
         find_moments(moments, u, rows, columns, not (short or after), whole, rms, eps)
         if after:
             normalise(u, rows, columns, moments, gain, shift)
@@ -221,7 +215,7 @@ def forward(
         elif after:
             store_selected(out, at, count, u, kept, last, factor)
         r += rows
-    keep_alive(memory)
+    release(memory)
 
 
 @kernel
@@ -248,19 +242,19 @@ def backward(start, stop, columns, decisions, scale, given, found, vectors, resu
     gains(weight, centred, gain[:columns])
     fill(of_weight, columns, _ZERO)
     fill(of_bias, columns, _ZERO)
-    clear(dbias, 0, columns)
-    clear(dscale, 0, columns)
+    clear(dbias, NOTHING, columns)
+    clear(dscale, NOTHING, columns)
     r = start
     while r < stop:
         rows, lane = row_bits(bits, words, decisions, r, stop, columns)
         last, factor = last_and_factor(decisions, scale, r)
         at, count = r * columns, rows * columns
-        kept = bits[lane : lane + count]
+        kept = part_of(bits, lane, count)
         load(dout, at, count, d)
         if after:
             select(d, count, kept, last, factor)
         load(stream, at, count, u)
-        moments = statistics[2 * r : 2 * (r + rows)]
+        moments = part_of(statistics, 2 * r, 2 * rows)
         differentiate(d, u, rows, columns, moments, gain, of_weight, of_bias, rms)
         if dstream[0] != 0:
             load(dstream, at, count, u)
@@ -268,19 +262,22 @@ def backward(start, stop, columns, decisions, scale, given, found, vectors, resu
         if after:
             if dx[0] != 0:
                 store(dx, at, count, d)
-            accumulate(dbias, 0, rows, columns, d)
+            accumulate(dbias, NOTHING, rows, columns, d)
         else:
             if dresidual[0] != 0:
                 store(dresidual, at, count, d)
             if dscale != 0:
-                load_biased(x, bias, r, rows, columns, 0, columns, u)
+                load(x, at, count, u)
+                add_vector(u, rows, columns, bias, NOTHING)
                 multiply(u, count, d)
-                accumulate_selected(dscale, 0, rows, columns, u, kept, last, factor)
-            multiply_vector(d, rows, columns, layer_scale, 0)
-            store_gradient(dx, dbias, r, rows, columns, 0, columns, d, kept, last, factor)
+                accumulate_selected(dscale, NOTHING, rows, columns, u, kept, last, factor)
+            multiply_vector(d, rows, columns, layer_scale, NOTHING)
+            accumulate_selected(dbias, NOTHING, rows, columns, d, kept, last, factor)
+            if dx[0] != 0:
+                store_selected(dx, at, count, d, kept, last, factor)
         r += rows
     if dweight[0] != 0:
-        store(dweight, 0, columns, of_weight)
+        store(dweight, NOTHING, columns, of_weight)
     if dnorm_bias[0] != 0:
-        store(dnorm_bias, 0, columns, of_bias)
-    keep_alive(memory)
+        store(dnorm_bias, NOTHING, columns, of_bias)
+    release(memory)

@@ -19,21 +19,15 @@ from numba import int32
 
 from ....contract.mask import TILE
 from .activations import exp
+from .decorators import inline, kernel, part, written_out
 from .mask import (
-    LINE,
     STRIP,
-    cut,
-    inline,
-    keep_alive,
-    kernel,
     key_words,
-    part,
     place_of_row,
     randoms,
     score_bits,
-    scratch,
-    vector,
 )
+from .memory import LINE, release, scratch, vector
 from .steps import ANY_ORDER, add, copy, fill, select, total
 from .storage import load, store
 
@@ -151,9 +145,9 @@ def width_of(keys):
     return (keys // LINE + 2 + 2 * TILE // LINE) * LINE
 
 
-@inline(set())
+@written_out
 def row_of_scratch(memory, k, keys):
-    return cut(memory, 4 * STRIP + k * width_of(keys), keys, np.float32)
+    return vector(memory + 16 * STRIP + 4 * k * width_of(keys), keys, np.float32)
 
 
 @inline(set())
@@ -203,7 +197,7 @@ def forward(start, stop, keys, sizes, decisions, factor, band, scale, x, out, pr
         lane = bits_of_row(bits, words, decisions, r, sizes, first, end)
         select(v, end - first, bits[lane : lane + end - first], last, np.float32(factor))
         store(out, r * keys, keys, u)
-    keep_alive(memory)
+    release(memory)
 
 
 @kernel
@@ -260,4 +254,4 @@ def backward(start, stop, keys, sizes, decisions, factor, band, scale, given, ke
             clear(v, w, _ZERO)
         outside(g, first, end)
         store(dx, r * keys, keys, g)
-    keep_alive(memory)
+    release(memory)

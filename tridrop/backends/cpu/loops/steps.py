@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .mask import inline, vector
+from .decorators import inline, written_out
+from .memory import part_of, vector
 
 _ZERO = np.float32(0)
 ANY_ORDER = {"reassoc", "contract", "nsz"}  # sums in any order, in as many parts as a vector has
@@ -60,10 +61,10 @@ def total(u):
     return found
 
 
-@inline(set())
+@written_out
 def row_of(u, k, size):
     """Row number k of a piece."""
-    return u[k * size : (k + 1) * size]
+    return part_of(u, k * size, size)
 
 
 @inline(set())

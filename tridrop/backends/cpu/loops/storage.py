@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import uint16, uint32
 
-from .mask import inline, vector
+from .decorators import inline
+from .memory import bits_of, part_of, value_of, vector
 
 FP32, BF16, FP16 = 0, 1, 2  # the dtype codes
 
@@ -22,16 +23,6 @@ _SHIFT, _REBIAS, _BEYOND = np.uint32(13), np.float32(2.0**112), np.float32(65536
 _OVERFLOW, _SUBNORMAL = np.uint32(143 << 23), np.uint32(113 << 23)
 _REBIAS_AND_HALF = np.uint32((1 << 32) - (112 << 23) + 0xFFF)  # modulo 2^32
 _HALF_POINT = np.float32(0.5)  # added to a subnormal of fp16, it leaves the rounded bits lowest
-
-
-@inline(set())
-def bits_of(value):
-    return np.float32(value).view(np.uint32)
-
-
-@inline(set())
-def value_of(bits):
-    return np.uint32(bits).view(np.float32)
 
 
 @inline(set())
@@ -119,7 +110,7 @@ def load_rows(read, write):
 
     def loop(elements, rows, stride, size, into):
         for k in range(rows):
-            row, u = elements[k * stride : k * stride + size], into[k * size : (k + 1) * size]
+            row, u = part_of(elements, k * stride, size), part_of(into, k * size, size)
             for j in range(size):
                 u[j] = read(row[j])
 
@@ -181,8 +172,8 @@ def store_selected_rows(read, write):
 
     def loop(elements, rows, stride, size, u, bits, last, scale):
         for k in range(rows):
-            row, at = elements[k * stride : k * stride + size], k * size
-            v, b = u[at : at + size], bits[at : at + size]
+            row = part_of(elements, k * stride, size)
+            v, b = part_of(u, k * size, size), part_of(bits, k * size, size)
             for j in range(size):
                 row[j] = write((v[j] if b[j] > last else _ZERO) * scale)
 

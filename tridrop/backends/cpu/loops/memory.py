@@ -1,0 +1,95 @@
+"""Memory by its address: arrays in it, scratch memory for a kernel, and the bits of numbers.
+
+These are intrinsics, which numba puts into the functions that use them. ``carray``, ``np.empty``
+and ``view`` do the same by two to four functions of numba for each dtype, whose compilation was a
+sixth of the first dropout's. An array by address has no owner: if it had one, numba would count
+references atomically wherever it goes into a tuple.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir as llvm
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, np_cfarray
+
+LINE = 16  # words of a cache line
+_WORD, _POINTER = llvm.IntType(64), llvm.IntType(8).as_pointer()
+
+
+@intrinsic
+def vector(context, address, shape, dtype):
+    """The numbers at an address, as an array. Callers of kernels keep the memory alive."""
+    dimensions = len(shape) if isinstance(shape, types.BaseTuple) else 1
+    array = types.Array(dtype.dtype, dimensions, "C")
+
+    def build(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _POINTER)
+        given = array(types.voidptr, *signature.args[1:])
+        return np_cfarray(context, builder, given, (pointer, *arguments[1:]))
+
+    return array(types.int64, shape, dtype), build
+
+
+@intrinsic
+def part_of(context, array, start, size):
+    """``array[start : start + size]``, which must lie inside: indices are not looked at."""
+
+    def build(context, builder, signature, arguments):
+        data = make_array(array)(context, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), _POINTER)
+        given = array(types.voidptr, size, types.DType(array.dtype))
+        return np_cfarray(context, builder, given, (pointer, arguments[2]))
+
+    return array(array, types.int64, types.int64), build
+
+
+@intrinsic
+def scratch(context, size):
+    """The address of new memory for ``size`` words, where a cache line begins.
+
+    Kernels end with :func:`release`.
+    """
+
+    def build(context, builder, signature, arguments):
+        # The word before the line says where the memory begins.
+        size = builder.mul(arguments[0], _WORD(4))
+        begin = context.nrt.allocate(builder, builder.add(size, _WORD(8 + 4 * LINE)))
+        begin = builder.ptrtoint(begin, _WORD)
+        address = builder.and_(builder.add(begin, _WORD(7 + 4 * LINE)), _WORD(-4 * LINE))
+        builder.store(begin, _begin(builder, address))
+        return address
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def release(context, address):
+    """Free what :func:`scratch` returned."""
+
+    def build(context, builder, signature, arguments):
+        begin = builder.load(_begin(builder, arguments[0]))
+        context.nrt.free(builder, builder.inttoptr(begin, _POINTER))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+def _begin(builder, address):
+    return builder.inttoptr(builder.sub(address, _WORD(8)), _WORD.as_pointer())
+
+
+@intrinsic
+def bits_of(context, value):
+    """The bits of an fp32 number."""
+    return types.uint32(types.float32), _reinterpret
+
+
+@intrinsic
+def value_of(context, bits):
+    """The fp32 number with these bits."""
+    return types.float32(types.uint32), _reinterpret
+
+
+def _reinterpret(context, builder, signature, arguments):
+    return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
