@@ -403,3 +403,11 @@ def test_an_edited_file_that_a_loop_only_imports_is_not_served_from_the_cache(tm
         assert "damaged file" in error
         assert "cannot keep compiled loops" in error
         assert error.count("RuntimeWarning") == 2
+
+
+def test_an_unknown_version_of_numba_compiles_in_its_own_way(tmp_path):
+    """Its pipeline is not taken apart, and the loop makes the mask of the contract all the same."""
+    newer = "import numba\nnumba.version_info = numba.version_info._replace(minor=999)\n"
+    asked = "from tridrop.backends.cpu.loops import decorators\nprint(sorted(decorators._INNER))\n"
+    process = python(newer + LOOP + asked, ROOT.parent, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "['error_model', 'no_cfunc_wrapper', 'no_cpython_wrapper']" in output(process)[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 from llvmlite import ir as llvm
 from numba import njit, types
@@ -107,12 +108,14 @@ class _Step(_Kernel):
     lowering = _LowerStep
 
 
-_INNER = {
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-    "pipeline_class": _Step,
-}
+# The pipelines use parts of numba that are not public. They were looked at in these versions; in
+# another one numba's own pipeline makes the same loops, in twice the time.
+OLDEST, NEWEST = (0, 61), (0, 68)
+_KNOWN = OLDEST <= (numba.version_info.major, numba.version_info.minor) <= NEWEST
+_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_OUTER = {"error_model": "numpy", "nogil": True}
+if _KNOWN:
+    _INNER["pipeline_class"], _OUTER["pipeline_class"] = _Step, _Kernel
 
 
 def _cached(made, function):
@@ -124,8 +127,7 @@ def _cached(made, function):
 
 def kernel(function):
     """A function that Python calls: it is compiled at its first call, or loaded from the cache."""
-    made = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, pipeline_class=_Kernel)
-    return _cached(made(function), function)
+    return _cached(njit(no_cfunc_wrapper=True, **_OUTER)(function), function)
 
 
 def part(fastmath):
@@ -158,13 +160,7 @@ _LOOPS = types.void(types.int64, types.int64, types.int64, types.int64)
 
 def by_address(fastmath):
     """A function of four integers that kernels call by its address, see :func:`address_of`."""
-    made = njit(
-        nogil=True,
-        error_model="numpy",
-        fastmath=fastmath,
-        no_cpython_wrapper=True,
-        pipeline_class=_Kernel,
-    )
+    made = njit(fastmath=fastmath, no_cpython_wrapper=True, **_OUTER)
     return lambda function: _cached(made(function), function)
 
 
