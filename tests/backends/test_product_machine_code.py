@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import triton
 from apart import printed
 
+MINOR = ".".join(triton.__version__.split(".")[:2])
 PROGRAM = Path(__file__).parents[1] / "product_machine_code.py"
 
 
@@ -27,8 +29,9 @@ def test_masks_take_no_shared_memory_of_their_own(records):
     """What may be added is the masked tile: an operand of the product, as the tile without a mask.
 
     On sm_90 both pass through shared memory, and nothing is added (two bytes an element for rank
-    256). sm_80 can take the tile that is not masked from its pipeline's buffer, and the masked one
-    needs room: two bytes an element, in backward four, with the gradient on its way to the store.
+    256, and in forward with Triton 3.8). sm_80 can take the tile that is not masked from its
+    pipeline's buffer, and the masked one needs room: two bytes an element, in backward four, with
+    the gradient on its way to the store.
     """
     operands = {}
     for r in records:
@@ -37,6 +40,8 @@ def test_masks_take_no_shared_memory_of_their_own(records):
     for (target, kernel, ranks), found in operands.items():
         for plain, dropped in zip(found[False], found[True], strict=True):
             more = 0 if target == "sm_90" and ranks != (256,) else 4
+            if MINOR == "3.8" and kernel == "product_kernel":
+                more = max(more, 2)
             keys = 32 * len(ranks)  # what the compiler rounds up to
             limit = plain["shared"] + more * dropped["tile"] + keys
             assert dropped["shared"] <= limit, (target, kernel, ranks)
