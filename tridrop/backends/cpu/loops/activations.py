@@ -254,14 +254,16 @@ class Form:
     def __init__(self, name: str, function: Any) -> None:
         self.name = name
         self._function = function
+        self._compiled: list[Any] = []
 
     @functools.cached_property
     def address(self) -> int:
         """The address of the loops; 0 for the identity, which needs none."""
         if self._function is identity:
             return 0
-        self._compiled = self._loops()  # lives as long as its address may be called
-        return address_of(self._compiled)
+        loops = self._loops()
+        self._compiled.append(loops)  # live as long as their address may be called, by any thread
+        return address_of(loops)
 
     def _loops(self) -> Any:
         f = self._function
