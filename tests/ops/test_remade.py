@@ -6,6 +6,7 @@ import math
 import pickle
 import threading
 import weakref
+from decimal import Decimal
 from functools import partial
 
 import pytest
@@ -614,3 +615,10 @@ def test_hooks_that_somebody_disabled_are_not_needed():
 
     for a, b in zip(expected, gradients(call, weight), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("p", [Decimal("NaN"), Decimal("0.5"), "0.5", True, None, [0.5]])
+def test_rates_are_checked_before_they_are_compared(p):
+    x, weight = torch.ones(2, 4), torch.ones(3, 4, requires_grad=True)
+    with pytest.raises(TypeError, match=r"p is .*give a number in \[0, 1\]"):
+        tridrop.activation_dropout_linear(x, weight, p=p, activation="gelu")

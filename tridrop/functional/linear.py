@@ -234,12 +234,18 @@ def remade_product(first: Tensor, second: Tensor) -> Tensor:
     return attach(out, lambda: Recipe(make, (second, *recipe.sources), names, _WHAT, recipe))
 
 
+def _drops(p: float | Tensor, training: bool) -> bool:
+    """Whether a call drops anything, after a check of its ``p``."""
+    spec.check_probability(p, tensor_allowed=True)
+    return spec.drops(p, training)
+
+
 def remade_dropout(
     x: Tensor, p: float | Tensor, seed: int | Tensor | None, training: bool = True
 ) -> Tensor:
     """``dropout(x)``, with a recipe if x has one."""
     recipe = recipe_of(x)
-    if recipe is None or not spec.drops(p, training):
+    if recipe is None or not _drops(p, training):
         return dropout(x, p, training, seed=seed)
     where, drawn = in_batch(x.shape), seed_of(x, seed)
     out = dropout(x, p, training, shard=where, seed=drawn)
@@ -269,7 +275,7 @@ def remade_activation(
     if not recipes_allowed():
         return activation_dropout(x, p, training, bias=bias, shard=shard, seed=seed, **options)
     drawn, where = None, shard
-    if isinstance(x, Tensor) and not x.is_nested and spec.drops(p, training):
+    if isinstance(x, Tensor) and not x.is_nested and _drops(p, training):
         drawn = seed_of(x, seed)
         if shard is None:
             where = in_batch(spec.output_shape(x, spec.check_activation(activation)))
