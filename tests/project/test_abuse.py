@@ -72,6 +72,8 @@ def test_outcomes_are_compared():
     a, nan = torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])
     assert difference(a, a.clone()) is None
     assert difference(nan, nan.clone()) is None
+    assert difference(torch.complex(a, nan), torch.complex(a, nan)) is None
+    assert "NaN" in difference(torch.complex(a, a), torch.complex(a, nan))
     assert "NaN" in difference(a, nan)
     assert "infinities" in difference(a, torch.tensor([1.0, float("inf")]))
     assert "differ" in difference(a, a + 0.01)
