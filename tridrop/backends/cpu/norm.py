@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...base.memory import place
+from ...base.memory import Matrix, place
 from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward, Operands
 from .memory import CODES, NONE, result, vector
@@ -24,11 +24,25 @@ def _sums_of_norm(columns: int, dtypes: tuple[torch.dtype | None, ...]) -> tuple
     return tuple(Sum(columns, dtypes[i], rounded=i > 3) for i in (1, 2, 4, 5))
 
 
+def _places_of(
+    columns: int, bias: Tensor | None, layer_scale: Tensor | None, weight: Tensor | None
+) -> tuple[tuple[Tensor | None, ...], tuple[int, int, Matrix]]:
+    """The vectors that forward and backward take, or copies, and where they are."""
+    b = g = 0
+    w = NONE
+    if bias is not None:
+        bias, b = vector(bias, columns, "bias")
+    if layer_scale is not None:
+        layer_scale, g = vector(layer_scale, columns, "layer_scale")
+    if weight is not None:
+        weight, w = place(weight, columns, "weight")
+    return (bias, layer_scale, weight), (b, g, w)
+
+
 class PreparedNorm(NamedTuple):
     """The norm family, for calls whose tensors have one shape."""
 
     drop: Selection
-    shape: tuple[int, ...]
     options: NormOptions
     flags: tuple[bool, bool, bool]  # it is RMSNorm; dropout follows the norm; 1 + weight
     keeps_stream: bool
@@ -46,21 +60,15 @@ class PreparedNorm(NamedTuple):
         else:  # the dtype code says how the stream is rounded all the same
             stored = 0, CODES[options.stream_dtype]
         statistics = torch.empty_like(self.statistics)
-        _residual = _bias = _scale = _weight = _norm_bias = None
-        r = w = n = NONE
-        b = g = 0
+        _vectors, places = _places_of(columns, bias, layer_scale, weight)
+        _residual = _norm_bias = None
+        r = n = NONE
         if residual is not None:
             _residual, r = place(residual, count, "residual")
-        if bias is not None:
-            _bias, b = vector(bias, columns, "bias")
-        if layer_scale is not None:
-            _scale, g = vector(layer_scale, columns, "layer_scale")
-        if weight is not None:
-            _weight, w = place(weight, columns, "weight")
         if norm_bias is not None:
             _norm_bias, n = place(norm_bias, columns, "norm_bias")
-        keep_alive = (_x, _residual, _bias, _scale, _weight, _norm_bias, out, stream, statistics)
-        arguments = (o, u, stored, r, statistics.data_ptr(), (b, g, w, n))
+        keep_alive = (_x, _residual, _vectors, _norm_bias, out, stream, statistics)
+        arguments = (o, u, stored, r, statistics.data_ptr(), (*places, n))
         self.drop.call("norm_forward", seed, keep_alive, *arguments, (*self.flags, options.eps))
         return out, stream, statistics
 
@@ -79,22 +87,16 @@ class PreparedNorm(NamedTuple):
             dresidual, further = result(_dout, dtypes[3])
         _stream, s = place(stream, count, "stream")
         _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
-        _dstream = _x = _bias = _scale = _weight = None
-        ds = u = w = NONE
-        b = g = 0
+        _vectors, places = _places_of(columns, bias, layer_scale, weight)
+        _dstream = _x = None
+        ds = u = NONE
         if dstream is not None:
             _dstream, ds = place(dstream, count, "dstream")
         if x is not None:
             _x, u = place(x, count, "x")
-        if bias is not None:
-            _bias, b = vector(bias, columns, "bias")
-        if layer_scale is not None:
-            _scale, g = vector(layer_scale, columns, "layer_scale")
-        if weight is not None:
-            _weight, w = place(weight, columns, "weight")
         sums = _sums_of_norm(columns, dtypes)
-        arguments = ((d, ds, s, u), m, (b, g, w), (at, further), self.flags)
-        read = (_dout, _dstream, _stream, _x, _bias, _scale, _weight, _statistics)
+        arguments = ((d, ds, s, u), m, places, (at, further), self.flags)
+        read = (_dout, _dstream, _stream, _x, _vectors, _statistics)
         keep_alive = (read, dx, dresidual)
         found = self.drop.sum("norm_backward", seed, dout, sums, keep_alive, *arguments)
         dbias, dscale, dweight, dnorm_bias = found
@@ -107,7 +109,7 @@ def _prepare(shape: tuple[int, ...], options: NormOptions) -> PreparedNorm:
     keeps_stream = options.keep_stream and not options.after
     statistics = _NUMBER.expand(*shape[:-1], 2)
     drop = selection_of(shape, options)
-    return PreparedNorm(drop, shape, options, flags, keeps_stream, statistics)
+    return PreparedNorm(drop, options, flags, keeps_stream, statistics)
 
 
 def prepare(
