@@ -3,6 +3,7 @@
     python benchmarks/beside.py COMMIT                  that commit, and the working tree
     python benchmarks/beside.py COMMIT OTHER            two commits, or folders with a checkout
     python benchmarks/beside.py COMMIT --table host     calls of [64, 64] alone (minutes)
+    python benchmarks/beside.py COMMIT --only 64x64     calls with this text in their names
     python benchmarks/beside.py COMMIT --out FILE       write a CSV file there
 
 A machine that others use changes its speed from second to second, so that two runs one after the
@@ -163,11 +164,13 @@ def folder_of(state: str, stack: ExitStack) -> Path:
     return folder
 
 
-def compare(states: list[State], table: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each call that all states have."""
+def compare(
+    states: list[State], table: str, rounds: int, only: str = ""
+) -> Iterator[dict[str, Any]]:
+    """A row for each call that all states have, and whose name contains ``only``."""
     shared = [state.ask("names", table) for state in states]
     turns = list(range(len(states)))
-    for name in [n for n in shared[0] if all(n in names for names in shared)]:
+    for name in [n for n in shared[0] if only in n and all(n in names for names in shared)]:
         counts = []
         for state in states:
             state.ask("time", name, 3)  # compiles, and learns the call
@@ -195,6 +198,7 @@ def main() -> None:
     parser.add_argument("before", help="a commit, or a folder with a checkout")
     parser.add_argument("after", nargs="?", default=str(ROOT), help="the working tree by default")
     parser.add_argument("--table", choices=TABLES, action="append", help="all by default")
+    parser.add_argument("--only", default="", metavar="TEXT", help="calls with TEXT in their names")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -203,9 +207,11 @@ def main() -> None:
         folders = [folder_of(state, stack) for state in (options.before, options.after)]
         states = [State(folder, stack) for folder in folders]
         for table in options.table or TABLES:
-            for row in compare(states, table, options.rounds):
+            for row in compare(states, table, options.rounds, options.only):
                 print(*row.values(), sep="\t", flush=True)
                 found.append(row)
+    if not found:
+        raise SystemExit(f"no call that both states have contains {options.only!r} in its name")
     mean = statistics.geometric_mean(row["after_over_before"] for row in found)
     print(f"geometric mean of {len(found)} ratios: {mean:.3f}")
     if options.out is not None:

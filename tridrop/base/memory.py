@@ -9,6 +9,7 @@ do. So :func:`place` alone gives out addresses, and only of memory that the tens
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import mul
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -58,10 +59,8 @@ def place(t: Tensor, count: int, name: str, stored: Stored = STORED) -> tuple[Te
 
 def _end(t: Tensor) -> int:
     """The number of elements from the start of the storage to the end of ``t``'s last element."""
-    last = t.storage_offset()
-    for n, stride in zip(t.shape, t.stride(), strict=True):
-        last += (n - 1) * stride
-    return int(last) + 1
+    strides = t.stride()
+    return int(t.storage_offset() + sum(map(mul, t.shape, strides)) - sum(strides)) + 1
 
 
 def _has_memory(t: Tensor) -> bool:
@@ -69,11 +68,7 @@ def _has_memory(t: Tensor) -> bool:
 
     It may be False for an empty tensor, and raises RuntimeError for a tensor without an address.
     """
-    if not t.data_ptr():
-        return False
-    if t.is_contiguous() and not t.storage_offset():  # the usual case, in the shortest way
-        return t.nbytes <= t.untyped_storage().nbytes()
-    return _end(t) * t.itemsize <= t.untyped_storage().nbytes()
+    return bool(t.data_ptr()) and _end(t) * t.itemsize <= t.untyped_storage().nbytes()
 
 
 def whole(t: Tensor, name: str) -> Tensor:
@@ -109,24 +104,37 @@ def whole(t: Tensor, name: str) -> Tensor:
 def readable(seed: Tensor | None) -> bool:
     """Whether the host can read the seed: it is a CPU tensor with data, or None."""
     return (
-        (seed is None or (type(seed) is Tensor and seed.device.type == "cpu"))
+        (seed is None or (type(seed) is Tensor and seed.is_cpu))
         # Inside torch.func's transformations even the result of torch.empty has no storage.
         and transformation() is None
     )
 
 
-def all_whole(arguments: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ...]:
-    """The arguments, after :func:`whole` of each tensor among them."""
+def all_have_memory(arguments: Iterable[Any]) -> bool:
+    """Whether all tensors among the arguments are plain ones, each with all of its elements."""
     try:
         for a in arguments:
-            if a is not None and not (
-                _has_memory(a) if type(a) in PLAIN else not isinstance(a, Tensor)
-            ):
-                break
-        else:
-            return arguments
+            if a is None:
+                continue
+            if type(a) not in PLAIN:
+                if isinstance(a, Tensor):
+                    return False
+            elif not (
+                a.is_contiguous()  # the usual case, in the shortest way
+                and not a.storage_offset()
+                and a.data_ptr()
+                and a.nbytes <= a.untyped_storage().nbytes()
+            ) and not _has_memory(a):
+                return False
     except RuntimeError:  # some tensors have no address, or no storage
-        pass
+        return False
+    return True
+
+
+def all_whole(arguments: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ...]:
+    """The arguments, after :func:`whole` of each tensor among them."""
+    if all_have_memory(arguments):
+        return arguments
     return tuple(
         [
             # None is asked for first: isinstance() takes longer

@@ -145,18 +145,19 @@ class SoftmaxDropout(Function):
                 t.dtype if t is not None and needed else None
                 for t, needed in zip((scores, mask), ctx.needs_input_grad[:2], strict=True)
             )
-        returned = ctx.packed.return_softmax
-        unused = () if returned or softmax is None else (softmax,)
+            # Where the result is the softmax of the scores, at most with an attention mask, and
+            # only the scores have a gradient, backward is torch's own, which needs the result
+            # alone.
+            ctx.plain = (
+                seed is None and p is None and ctx.dtypes[1] is None
+                and not ctx.packed.return_softmax
+                and ctx.packed.backend != "triton" and ctx.packed.scale == 1
+            )  # fmt: skip
+        unused = () if ctx.packed.return_softmax or softmax is None else (softmax,)
         ctx.mark_non_differentiable(lse, *unused)
         ctx.set_materialize_grads(False)
-        # Where the result is the softmax of the scores, at most with an attention mask, and only
-        # the scores have a gradient, backward is torch's own, which needs the result alone.
-        ctx.plain = (
-            seed is None and p is None and ctx.dtypes[1] is None and not returned
-            and ctx.packed.backend != "triton" and ctx.packed.scale == 1
-        )  # fmt: skip
         if ctx.plain:
-            save(ctx, ctx.packed, ("out",), out)
+            save(ctx, packed, ("out",), out)
         else:
             save(ctx, packed, SoftmaxBackward, scores, mask, lse, seed, p)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from ..base.memory import all_whole
+from ..base.memory import all_have_memory, all_whole
 from .attention import AttentionInputs
 
 Operands = Any  # one of the tuples below, or AttentionInputs
@@ -150,12 +150,13 @@ def inputs_of(operands: AttentionBackward) -> AttentionInputs:
 
 def checked(operands: _O) -> _O:
     """The operands; ValueError where a tensor has lost its memory: see ``base.memory.whole``."""
+    if all_have_memory(operands):
+        return operands
     names = operands._fields  # type: ignore[attr-defined]
     gain = getattr(operands, "layer_scale", None)
     if gain is not None and gain.dim() > 1:  # the public argument is called gate
         names = tuple("gate" if name == "layer_scale" else name for name in names)
-    found = all_whole(operands, names)
-    return operands if found is operands else operands._make(found)  # type: ignore[attr-defined]
+    return operands._make(all_whole(operands, names))  # type: ignore[attr-defined]
 
 
 class Prepared(Protocol):

@@ -22,6 +22,7 @@ from .memory import NONE, result, vector
 from .selection import Selection, Sum, selection_of, serves
 
 _NO_SUMS = (0, 0)  # the addresses of two absent sums
+_NOTHING = elementwise.Multiplier(None, 1.0)  # drops nothing
 
 
 class PreparedElementwise(NamedTuple):
@@ -43,10 +44,9 @@ class PreparedElementwise(NamedTuple):
         """The op."""
         x, bias, layer_scale, residual, seed, _ = operands
         if not self.drop.drops and self._is_torchs(x, bias, layer_scale, residual):
-            nothing = elementwise.Multiplier(None, 1.0)
             whole = checked(operands)
-            found = elementwise.compose(whole, nothing, self.options, False)
-            return found.clone() if elementwise.shares_memory(found, whole.x) else found
+            found = elementwise.compose(whole, _NOTHING, self.options, False)
+            return found.clone() if found is whole.x else found
         columns, width, count = self.columns, self.width, self.drop.count
         x, u = place(x, count if width == columns else 2 * count, "x")
         b = g = 0

@@ -96,11 +96,13 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
         query, key, value, 0.0, plan.is_causal, attn_mask=plan.mask, scale=options.scale
     )
     lse = log_sum.contiguous()
-    if not bool((lse < torch.inf).all()):
+    low, high = map(float, torch.aminmax(lse))
+    if not high < torch.inf:
         # Some score is NaN or infinite. The kernel adds minus infinity to an excluded key's score,
         # which leaves NaN there; and its log-sum-exp differs from the composition's.
         return None
-    if bool((lse == 0).any()):  # 0 stands for a row without keys, and rarely for another one
+    # 0 stands for a row without keys, and rarely for another one
+    if low <= 0 <= high and bool((lse == 0).any()):
         if plan.mask is not None:
             empty = _without_keys(plan.mask, query.shape[2], key.shape[2], plan)
             lse.masked_fill_(empty, -torch.inf)
@@ -128,10 +130,13 @@ def backward(
     wide = [_adjacent(t.to(plan.wide)) for t in given]
     lse = lse.to(plan.wide)
     # A row without keys has probabilities of 0, whatever its scores are: exp(score - inf).
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    if float(lse.amin()) == -torch.inf:
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     found = _BACKWARD(*wide, lse, 0.0, plan.is_causal, attn_mask=plan.mask, scale=options.scale)
-    if not all(map(are_finite, found)):
+    dquery, dkey, _ = found
+    if not (are_finite(dquery) and are_finite(dkey)):
         # With an infinite gradient or operand the kernel gives NaN for an excluded key, whose
-        # probability and gradient are 0.
+        # probability and gradient are 0. Where that is in the gradient of the values, the gradient
+        # of the scores has it, and so has that of the queries.
         return None
     return (*found, None, None)

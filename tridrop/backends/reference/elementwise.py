@@ -157,23 +157,14 @@ def multiplier(
     return Multiplier(keep, scale)
 
 
-def _halves(u: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
-    if not options.gated:
-        return u, None
-    first, second = u.chunk(2, dim=-1)
-    return first, second
-
-
 def activate(u: Tensor, options: Options, exact: bool = True) -> Tensor:
     """v = f(u), or f(first half) * second half; without ``exact``, f is torch's own function."""
-    first, second = _halves(u, options)
-    value = _function(first, options, exact)
-    return value if second is None else value * second
-
-
-def _function(first: Tensor, options: Options, exact: bool = True) -> Tensor:
     function = FUNCTIONS[options.function]
-    return function.value(first) if exact else function.torchs(first)
+    f = function.value if exact else function.torchs
+    if not options.gated:
+        return f(u)
+    first, second = u.chunk(2, dim=-1)
+    return f(first) * second
 
 
 def is_torchs(function: Function, gated: bool, x: Tensor, *others: Tensor | None) -> bool:
@@ -182,11 +173,13 @@ def is_torchs(function: Function, gated: bool, x: Tensor, *others: Tensor | None
     It is where a single operation of torch does it, which rounds once as the loops do; and for
     curved functions in fp32, so that results have torch's bits. All operands must have one dtype.
     """
-    given = [t for t in others if t is not None]
-    if any(t.dtype != x.dtype for t in given):
-        return False
-    steps = function.steps + gated + len(given)
-    return steps < 2 or (function.curved and x.dtype == torch.float32)
+    dtype, steps = x.dtype, function.steps + gated
+    for t in others:
+        if t is not None:
+            if t.dtype is not dtype:
+                return False
+            steps += 1
+    return steps < 2 or (function.curved and dtype is torch.float32)
 
 
 def compose(
@@ -229,12 +222,12 @@ def gradients(
         if needs[2]:
             assert layer_scale is not None
             dlayer_scale = _sum_to(layer_scale, drop(grad * activate(u, options)))
-        first, second = _halves(u, options)
-        derivative = FUNCTIONS[options.function].slope
-        if second is None:
-            parts = [scaled * derivative(first)]
+        function = FUNCTIONS[options.function]
+        if options.gated:
+            first, second = u.chunk(2, dim=-1)
+            parts = [scaled * second * function.slope(first), scaled * function.value(first)]
         else:
-            parts = [scaled * second * derivative(first), scaled * _function(first, options)]
+            parts = [scaled * function.slope(u)]
     # The selection comes last, so that a dropped element's gradient is 0 whatever its input was.
     dropped = [drop(part) for part in parts]
     dx = dropped[0] if len(dropped) == 1 else torch.cat(dropped, -1)

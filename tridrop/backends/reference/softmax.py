@@ -160,13 +160,15 @@ def softmax_gradients(
     softmax: Callable[[Tensor], Tensor] = _differentiable,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the scores and a float mask; differentiable if the function ``softmax`` is."""
-    probabilities = softmax(masked_scores(options.scale * scores, mask, options))
+    scale = options.scale
+    scaled = scores if scale == 1 else scale * scores
+    probabilities = softmax(masked_scores(scaled, mask, options))
     dp = torch.zeros_like(probabilities) if dout is None else drop(dout)
     if dsoftmax is not None:
         dp = dp + dsoftmax
     ds = of_scores(dp, probabilities)
     return (
-        options.scale * ds if needs[0] else None,
+        None if not needs[0] else ds if scale == 1 else scale * ds,
         ds.sum_to_size(mask.shape) if needs[1] and mask is not None else None,
     )
 
@@ -211,7 +213,9 @@ def softmax_backward(
         None if t is None or dtype is None else t.to(dtype).contiguous()
         for t, dtype in zip(results, dtypes, strict=True)
     )
-    return dscores, None if dmask is None else unaliased(dmask, scores)
+    if dmask is not None:
+        dmask = unaliased(dmask, scores if dscores is None else dscores)
+    return dscores, dmask
 
 
 def widened(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -243,21 +243,21 @@ def forward(operands: Elementwise, options: Options) -> Tensor:
     if plan.empty:
         return out
     masks = launch.mask_arguments(plan, p)
-    x = launch.matrix(x, plan.where.cols * (2 if options.gated else 1))
-    other = None if residual is None else launch.matrix(residual, plan.where.cols)
+    matrix, stride = launch.matrix(x, plan.where.cols * (2 if options.gated else 1))
+    other, other_stride = launch.matrix(residual, plan.where.cols)
     launch.run(
         forward_kernel,
         plan,
         out.device,
         out,
-        Operands(x, launch.vector(bias), launch.vector(layer_scale), other, seed, masks.rate),
-        plan.sizes(x.stride(0), 0 if other is None else other.stride(0)),
+        Operands(matrix, launch.vector(bias), launch.vector(layer_scale), other, seed, masks.rate),
+        plan.sizes(stride, other_stride),
         plan.origin,
         *masks.arguments,
         FUNCTIONS=(*FUNCTIONS[options.function], options.gated, samples is not None),
         MASKS=masks.MASKS,
         WHOLE=plan.whole,
-        VECTOR=launch.vector_width(plan, x, other),
+        VECTOR=launch.vector_width(plan.where.cols, stride, other_stride),
     )
     return out
 
@@ -289,22 +289,22 @@ def backward(
     if plan.empty:
         return dx, total(partial[0], dtypes[1]), total(dgain, dtypes[2])
     masks = launch.mask_arguments(plan, p)
-    grad = launch.matrix(grad, plan.where.cols)
-    matrix = None if x is None else launch.matrix(x, width)
+    incoming, grad_stride = launch.matrix(grad, plan.where.cols)
+    matrix, stride = launch.matrix(x, width)
     launch.run(
         backward_kernel,
         plan,
         grad.device,
-        grad,
+        incoming,
         Gradients(dx, *partial),
         Operands(matrix, launch.vector(bias), launch.vector(layer_scale), None, seed, masks.rate),
-        plan.sizes(0 if matrix is None else matrix.stride(0), grad.stride(0)),
+        plan.sizes(stride, grad_stride),
         plan.origin,
         *masks.arguments,
         FUNCTIONS=(*FUNCTIONS[options.function], options.gated, samples is not None),
         MASKS=masks.MASKS,
         WHOLE=plan.whole,
-        VECTOR=launch.vector_width(plan, matrix, grad),
+        VECTOR=launch.vector_width(plan.where.cols, stride, grad_stride),
         STRIP=plan.strip,
     )
     return dx, total(partial[0], dtypes[1]), total(dgain, dtypes[2])

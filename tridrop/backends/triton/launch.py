@@ -96,6 +96,14 @@ def strip(row_blocks: int, col_blocks: int) -> int:
     return next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
 
 
+class MaskArguments(NamedTuple):
+    """The kernels' arguments about the masks."""
+
+    arguments: tuple[int, float, int, float]  # threshold, scale, path_threshold, path_scale
+    MASKS: tuple[int, bool, int]  # what the mask covers, whether drop_path drops, the noise's index
+    rate: Tensor | None
+
+
 class Plan:
     """Sizes, coordinates, tile and grid of the calls with these arguments.
 
@@ -140,6 +148,9 @@ class Plan:
         (elements, drop_path), (scale, path_scale) = options.thresholds(), options.scales()
         self.rates = (elements, scale, drop_path, path_scale)
         self.noise = options.noise
+        covers = self.element_mask if elements > 0 else int(mask.NO_MASK)
+        masks = (covers, drop_path > 0, NOISES.index(options.noise))
+        self.masks = MaskArguments(self.rates, masks, None)
 
     @cached_property
     def strips(self) -> int:
@@ -227,21 +238,30 @@ def partial_sums(
     )
 
 
-def matrix(x: Tensor, cols: int) -> Tensor:
-    """``x`` as [rows, cols] with adjacent columns; a copy only if its strides allow no view."""
+def matrix(x: Tensor | None, cols: int) -> tuple[Tensor | None, int]:
+    """``x`` for a kernel that reads rows of ``cols`` adjacent elements, and the stride of the rows.
+
+    It is copied only if its strides allow no view as a matrix. An absent tensor has stride 0.
+    """
+    if x is None:
+        return None, 0
+    if x.is_contiguous():  # a kernel takes its address alone, and a view takes a microsecond
+        return x, cols
     try:
         matrix = x.view(-1, cols)
     except RuntimeError:
         matrix = x.reshape(-1, cols)
-    return matrix if matrix.stride(1) == 1 or cols == 1 else matrix.contiguous()
+    if matrix.stride(1) != 1 and cols != 1:
+        matrix = matrix.contiguous()
+    return matrix, matrix.stride(0)
 
 
-def vector_width(plan: Plan, *matrices: Tensor | None) -> int:
+def vector_width(cols: int, *strides: int) -> int:
     """How many elements, up to 8, one load can take: consecutive ones, aligned in every row.
 
     It is also 1 where every size is a multiple of 16, which Triton sees by itself.
     """
-    sizes = math.gcd(plan.where.cols, *(m.stride(0) for m in matrices if m is not None))
+    sizes = math.gcd(cols, *strides)
     return 1 if sizes % 16 == 0 else math.gcd(LANES, sizes)
 
 
@@ -293,21 +313,12 @@ def rate(p: Tensor | None, noise: str = "mask") -> Tensor | None:
     return None if p is None else rate_table(noise, p)
 
 
-class MaskArguments(NamedTuple):
-    """The kernels' arguments about the masks."""
-
-    arguments: tuple[int, float, int, float]  # threshold, scale, path_threshold, path_scale
-    MASKS: tuple[
-        int, bool, int
-    ]  # what the mask covers, whether drop_path drops, index of the noise
-    rate: Tensor | None
-
-
 def mask_arguments(plan: Plan, p: Tensor | None) -> MaskArguments:
-    elements, _, path, _ = plan.rates
-    use = plan.element_mask if p is not None or elements > 0 else int(mask.NO_MASK)
-    noise = NOISES.index(plan.noise)
-    return MaskArguments(plan.rates, (use, path > 0, noise), rate(p, plan.noise))
+    """The masks' arguments of a call; ``p`` is a rate that only the device knows."""
+    if p is None:
+        return plan.masks
+    _, path, noise = plan.masks.MASKS
+    return MaskArguments(plan.rates, (plan.element_mask, path, noise), rate(p, plan.noise))
 
 
 def why_not(device: torch.device, dtypes: list[torch.dtype]) -> str | None:

@@ -34,8 +34,8 @@ def norm_forward(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor |
     if plan.empty:
         return out, stream if options.keep_stream else None, statistics
     masks = launch.mask_arguments(plan, p)
-    matrix = launch.matrix(x, cols)
-    other = None if residual is None else launch.matrix(residual, cols)
+    matrix, stride = launch.matrix(x, cols)
+    other, other_stride = launch.matrix(residual, cols)
     launch.run(
         norm_forward_kernel,
         plan,
@@ -44,12 +44,12 @@ def norm_forward(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor |
         Kept(stream, statistics),
         Operands(matrix, launch.vector(bias), launch.vector(layer_scale), other, seed, masks.rate),
         Affine(launch.vector(weight), launch.vector(norm_bias), options.eps),
-        plan.sizes(matrix.stride(0), 0 if other is None else other.stride(0)),
+        plan.sizes(stride, other_stride),
         plan.origin,
         *masks.arguments,
         NORM=_constants(options),
         MASKS=masks.MASKS,
-        VECTOR=launch.vector_width(plan, matrix, other),
+        VECTOR=launch.vector_width(cols, stride, other_stride),
         CHUNKS=plan.col_blocks,
     )
     return out, stream if options.keep_stream else None, statistics
@@ -76,10 +76,11 @@ def norm_backward(
     partial = launch.partial_sums(plan, dout.device, *widths)
     if not plan.empty:
         masks = launch.mask_arguments(plan, p)
-        matrix = launch.matrix(dout, cols)
-        x = None if x is None else launch.matrix(x, cols)
-        source = launch.matrix(stream, cols)
-        strided = source if options.after else x
+        matrix, dout_stride = launch.matrix(dout, cols)
+        x, stride = launch.matrix(x, cols)
+        source, stream_stride = launch.matrix(stream, cols)
+        if options.after:  # the kernel makes the norm's input again from the stream
+            stride = stream_stride
         launch.run(
             norm_backward_kernel,
             plan,
@@ -88,12 +89,12 @@ def norm_backward(
             Gradients(dx, dresidual, *partial),
             Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, masks.rate),
             Affine(launch.vector(weight), None, options.eps),
-            plan.sizes(0 if strided is None else strided.stride(0), matrix.stride(0)),
+            plan.sizes(stride, dout_stride),
             plan.origin,
             *masks.arguments,
             NORM=_constants(options),
             MASKS=masks.MASKS,
-            VECTOR=launch.vector_width(plan, strided, matrix),
+            VECTOR=launch.vector_width(cols, stride, dout_stride),
             LOOPS=(plan.strip, plan.col_blocks, backward_stages(plan, options, dout.device)),
         )
     dweight, dnorm_bias, dbias, dlayer_scale = map(total, partial, sums)

@@ -114,7 +114,7 @@ def product_forward(operands: Product, options: ProductOptions) -> Tensor:
     splits = launch.cdiv(plan.col_blocks, size)
     dtype = weight.dtype if splits == 1 else torch.float32
     out = torch.empty((splits, plan.where.rows, weight.shape[0]), dtype=dtype, device=x.device)
-    x = launch.matrix(x, plan.where.cols)
+    matrix, stride = launch.matrix(x, plan.where.cols)
     weight = weight.contiguous()
     masks, threshold, gain = _mask_arguments(plan, p, options)
     launch.run(
@@ -122,15 +122,15 @@ def product_forward(operands: Product, options: ProductOptions) -> Tensor:
         _Programs(plan.tile, (plan.row_blocks, splits, 1)),
         out.device,
         out,
-        Matrices(x, weight, seeds, launch.rate(p)),
-        plan.sizes(x.stride(0), 0),
+        Matrices(matrix, weight, seeds, launch.rate(p)),
+        plan.sizes(stride, 0),
         plan.origin,
         options.ranks,
         threshold,
         gain,
         MASKS=masks,
         WHOLE=plan.whole and plan.col_blocks % size == 0,
-        VECTOR=launch.vector_width(plan, x),
+        VECTOR=launch.vector_width(plan.where.cols, stride),
         PRECISION=precision(weight.dtype),
         RANK=rank,
         CHUNK=size,
@@ -159,7 +159,7 @@ def product_backward(
         shape = (plan.strips, *weight.shape)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     grad = grad.reshape(-1, weight.shape[0]).contiguous()
-    x = launch.matrix(x, plan.where.cols)
+    matrix, stride = launch.matrix(x, plan.where.cols)
     weight = weight.contiguous()
     masks, threshold, gain = _mask_arguments(plan, p, options)
     launch.run(
@@ -168,15 +168,15 @@ def product_backward(
         x.device,
         grad,
         MatrixGradients(dx, partial),
-        Matrices(x, weight, seeds, launch.rate(p)),
-        plan.sizes(x.stride(0), 0),
+        Matrices(matrix, weight, seeds, launch.rate(p)),
+        plan.sizes(stride, 0),
         plan.origin,
         options.ranks,
         threshold,
         gain,
         MASKS=masks,
         WHOLE=plan.whole,
-        VECTOR=launch.vector_width(plan, x),
+        VECTOR=launch.vector_width(plan.where.cols, stride),
         PRECISION=precision(weight.dtype),
         RANK=rank,
         STRIP=plan.strip,
