@@ -48,6 +48,19 @@ def test_tensors_without_their_memory_are_refused(loops):
     assert int(count) > 1000
 
 
+def test_kernels_read_tensors_of_any_strides():
+    """Also seeds, statistics and log-sum-exps, which a kernel reads from their addresses on."""
+    interpreter = {"TRITON_INTERPRET": "1", "TRIDROP_BACKEND": "triton"}
+    ran = child("memory_probes.py", "spread", 5, **interpreter)
+    *lines, last = ran.stdout.splitlines()
+    wrong = [line for line in lines if line.startswith("WRONG")]
+    assert not wrong, "\n".join(wrong)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    word, count, failed = last.split()
+    assert (word, failed) == ("done", "0")
+    assert int(count) > 80
+
+
 @needs_numba
 def test_interrupts_free_no_memory_that_threads_write_to():
     ran = child("interrupts.py", 600)

@@ -78,11 +78,11 @@ class Call:
         self.heads, self.shared_heads = heads, key.shape[1]
         drops = inputs.p is not None or options.threshold() > 0
         shift = options.origin[3] % TILE if drops else 0
-        key_mask = None if inputs.key_mask is None else inputs.key_mask.contiguous()
+        key_mask = launch.vector(inputs.key_mask)
         self.tensors = Tensors(
             query, key, value, inputs.mask, key_mask, launch.vector(inputs.sinks),
             launch.vector(inputs.cu_query), launch.vector(inputs.cu_key),
-            inputs.seed if drops else None, launch.rate(inputs.p),
+            launch.vector(inputs.seed) if drops else None, launch.rate(inputs.p),
         )  # fmt: skip
         # A bound that excludes no score is left out, and one that excludes all scores is moved
         # close to them, so that its sums fit 32 bits.
@@ -210,7 +210,7 @@ def attention_backward(
         make(t) if need and t is not None else None for t, need in zip(like, needs, strict=True)
     ]
     dquery, dkey, dvalue, dmask, _ = found
-    dout, out = launch.adjacent(dout), launch.adjacent(out)
+    dout, out, lse = launch.adjacent(dout), launch.adjacent(out), lse.contiguous()
     delta = torch.empty_like(lse)
     if lse.numel():
         rows = 64
@@ -219,7 +219,7 @@ def attention_backward(
                 delta,
                 out,
                 dout,
-                None if dlse is None else dlse.contiguous(),
+                launch.vector(dlse),
                 _strides(out)[:3],
                 _strides(dout)[:3],
                 call.shape,

@@ -271,6 +271,7 @@ def adjacent(t: Tensor) -> Tensor:
 
 
 def vector(v: Tensor | None) -> Tensor | None:
+    """``v``, or a contiguous copy of it, for a kernel that reads it from its address on."""
     return None if v is None else v.contiguous()
 
 

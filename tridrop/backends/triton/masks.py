@@ -75,7 +75,7 @@ def attention_keep_mask(
     with launch.on(seed.device):
         attention_keep_mask_kernel[grid](
             out,
-            seed,
+            launch.vector(seed),
             launch.rate(p),
             Scores(heads, queries, keys),
             Start(at, head, query, key // TILE, shift),
@@ -118,7 +118,7 @@ def decision_bits(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     with launch.on(seed.device):
         decision_bits_kernel[grid](
             out,
-            seed,
+            launch.vector(seed),
             rows,
             cols,
             BLOCK_ROWS=block_rows,

@@ -42,7 +42,14 @@ def norm_forward(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor |
         out.device,
         out,
         Kept(stream, statistics),
-        Operands(matrix, launch.vector(bias), launch.vector(layer_scale), other, seed, masks.rate),
+        Operands(
+            matrix,
+            launch.vector(bias),
+            launch.vector(layer_scale),
+            other,
+            launch.vector(seed),
+            masks.rate,
+        ),
         Affine(launch.vector(weight), launch.vector(norm_bias), options.eps),
         plan.sizes(stride, other_stride),
         plan.origin,
@@ -78,16 +85,24 @@ def norm_backward(
         masks = launch.mask_arguments(plan, p)
         matrix, dout_stride = launch.matrix(dout, cols)
         x, stride = launch.matrix(x, cols)
-        source, stream_stride = launch.matrix(stream, cols)
-        if options.after:  # the kernel makes the norm's input again from the stream
-            stride = stream_stride
+        if options.after:  # the stream is the norm's input, of any strides, and x is not needed
+            source, stride = launch.matrix(stream, cols)
+        else:
+            source = launch.vector(stream)
         launch.run(
             norm_backward_kernel,
             plan,
             dout.device,
-            Incoming(matrix, None if dstream is None else dstream.contiguous(), source, statistics),
+            Incoming(matrix, launch.vector(dstream), source, launch.vector(statistics)),
             Gradients(dx, dresidual, *partial),
-            Operands(x, launch.vector(bias), launch.vector(layer_scale), None, seed, masks.rate),
+            Operands(
+                x,
+                launch.vector(bias),
+                launch.vector(layer_scale),
+                None,
+                launch.vector(seed),
+                masks.rate,
+            ),
             Affine(launch.vector(weight), None, options.eps),
             plan.sizes(stride, dout_stride),
             plan.origin,
