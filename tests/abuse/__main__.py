@@ -1,4 +1,4 @@
-"""``python -m tests.abuse --calls 60000 [--seed 1] [--op dropout] [--only 123]``"""
+"""``python -m tests.abuse --calls 60000 [--seed 1] [--op NAME] [--only 123] [--against triton]``"""
 
 from __future__ import annotations
 
@@ -39,13 +39,18 @@ class Found:
                 print(f"    {record['detail']}", flush=True)
 
 
-def child(seed: int, first: int, last: int, op: str | None, found: Found, verbose: bool) -> int:
+def child(
+    seed: int, first: int, last: int, op: str | None, against: str, found: Found, verbose: bool
+) -> int:
     """Run calls in a process; the number of the next call, which is past one that crashed."""
     command = [sys.executable, "-m", __package__, "--child", "--seed", str(seed)]
     command += ["--first", str(first), "--calls", str(last - first)]
     command += [] if op is None else ["--op", op]
+    command += ["--against", against]
     root = Path(__file__).parents[__package__.count(".") + 1]
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
+    if against == "triton":
+        environment["TRITON_INTERPRET"] = "1"
     paths = [str(root), str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     process = subprocess.Popen(
@@ -114,6 +119,12 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first call")
     parser.add_argument("--only", type=int, help="one call, by its number, in this process")
     parser.add_argument("--examples", type=int, default=40, help="faults to print")
+    parser.add_argument(
+        "--against",
+        choices=("torch", "triton"),
+        default="torch",
+        help="what the compiled loops are compared with; Triton runs in its interpreter",
+    )
     parser.add_argument("--verbose", action="store_true", help="print each call")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -122,12 +133,12 @@ def main() -> int:
 
         first = given.first if given.only is None else given.only
         count = given.calls if given.only is None else 1
-        run(given.seed, range(first, first + count), given.op)
+        run(given.seed, range(first, first + count), given.op, given.against)
         return 0
     found, number, last = Found(given.examples), given.first, given.first + given.calls
     while number < last:
         batch = min(last, number + _BATCH)
-        number = child(given.seed, number, batch, given.op, found, given.verbose)
+        number = child(given.seed, number, batch, given.op, given.against, found, given.verbose)
         if given.calls > _BATCH:
             print(f"{number - given.first} calls, {len(found.faults)} faults", flush=True)
     print(table(found))

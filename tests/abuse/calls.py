@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tridrop import backends
 from tridrop.backends.cpu import serving
 
 from . import values
@@ -21,7 +22,12 @@ from .outcomes import Outcome, flat, of_error
 from .right import Plan, right
 from .targets import Parameter, Target
 
-WAYS = ("numba", "torch")
+# way -> the environment variable that selects it, and its value
+WAYS = {
+    "numba": (serving.ENVIRONMENT, "numba"),
+    "torch": (serving.ENVIRONMENT, "torch"),
+    "triton": (backends.ENVIRONMENT, "triton"),  # in the interpreter
+}
 
 
 def odd_tensor(t: Tensor, chooser: random.Random) -> tuple[str, Any]:
@@ -208,12 +214,13 @@ def _taken(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _served_by(way: str) -> Any:
-    before = os.environ.get(serving.ENVIRONMENT)
-    os.environ[serving.ENVIRONMENT] = way
+    variable, value = WAYS[way]
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[serving.ENVIRONMENT]
+            del os.environ[variable]
         else:
-            os.environ[serving.ENVIRONMENT] = before
+            os.environ[variable] = before

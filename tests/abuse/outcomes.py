@@ -20,6 +20,8 @@ KINDS = {
     "NotImplementedError": False,
     "torch's own error": False,
     "as torch's module": False,
+    "refused by Triton": False,
+    "not finite, and Triton differs": False,  # docs/design.md: its kernels do not mend such rows
     "another error of ours": True,
     "the two ways differ": True,
     "only one way raises": True,
@@ -114,8 +116,11 @@ _TOLERANCES = {
 }
 
 
-def difference(a: Any, b: Any) -> str | None:
-    """How two results of one question differ; None where they agree."""
+def difference(a: Any, b: Any, finite: bool = False) -> str | None:
+    """How two results of one question differ; None where they agree.
+
+    With ``finite``, numbers that are not finite in one of them are left out.
+    """
     if isinstance(a, Tensor) != isinstance(b, Tensor):
         return f"{type(a).__name__} and {type(b).__name__}"
     if not isinstance(a, Tensor):
@@ -139,6 +144,9 @@ def difference(a: Any, b: Any) -> str | None:
         return None if torch.equal(a, b) else "other numbers"
     tolerance = _TOLERANCES.get(a.dtype, 0.1)
     x, y = a.double(), b.double()
+    if finite:
+        both = x.isfinite() & y.isfinite()
+        x, y = x[both], y[both]
     if not torch.equal(x.isnan(), y.isnan()):
         return f"NaN {int(x.isnan().sum())} and {int(y.isnan().sum())} of {x.numel()} times"
     infinite = x.isinf() | y.isinf()
@@ -152,17 +160,26 @@ def difference(a: Any, b: Any) -> str | None:
     return None if apart <= bound and not math.isnan(apart) else f"numbers differ by {apart:.3g}"
 
 
-def disagreement(first: Outcome, second: Outcome) -> tuple[str, str] | None:
+_REFUSED = "use tridrop.backend('reference')"
+
+
+def disagreement(first: Outcome, second: Outcome, against: str = "torch") -> tuple[str, str] | None:
     """(kind, how) where the two ways of a call do not agree."""
     if (first.kind == "ok") != (second.kind == "ok"):
-        which = "the loops raise" if second.kind == "ok" else "torch's way raises"
+        if _REFUSED in second.error:  # for instance fp64: it says which backend serves the call
+            return "refused by Triton", second.error
+        which = "the loops raise" if second.kind == "ok" else "the other way raises"
         return "only one way raises", f"{which}: {first.error or second.error}"
     if first.kind != "ok":
         return None
     if len(first.results) != len(second.results):
         return "the two ways differ", f"{len(first.results)} and {len(second.results)} results"
+    notes = []
     for number, (a, b) in enumerate(zip(first.results, second.results, strict=True)):
         how = difference(a, b)
-        if how is not None:
+        if how is None:
+            continue
+        if against != "triton" or difference(a, b, finite=True) is not None:
             return "the two ways differ", f"result {number}: {how}"
-    return None
+        notes.append(f"result {number}: {how}")
+    return ("not finite, and Triton differs", notes[0]) if notes else None

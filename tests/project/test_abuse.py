@@ -83,6 +83,13 @@ def test_outcomes_are_compared():
     assert disagreement(right, wrong)[0] == "only one way raises"
     assert disagreement(right, Outcome("ok", results=[nan]))[0] == "the two ways differ"
     assert disagreement(wrong, wrong) is None
+    # In a row with NaN Triton's kernels may have more of them, and nothing else.
+    apart, others = Outcome("ok", results=[nan]), Outcome("ok", results=[nan + 0.1])
+    assert disagreement(right, apart, "triton")[0] == "not finite, and Triton differs"
+    assert disagreement(right, others, "triton")[0] == "the two ways differ"
+    refused = Outcome("another error of ours", "x: use tridrop.backend('reference')")
+    assert disagreement(right, refused, "triton")[0] == "refused by Triton"
+    assert disagreement(refused, right, "triton")[0] == "only one way raises"
 
 
 def watched(monkeypatch, code):
@@ -94,7 +101,7 @@ def watched(monkeypatch, code):
 
     monkeypatch.setattr(command.subprocess, "Popen", start)
     found = command.Found(0)
-    after = command.child(1, 3, 9, None, found, False)
+    after = command.child(1, 3, 9, None, "torch", found, False)
     return after, [(fault["kind"], fault["number"]) for fault in found.faults], found
 
 

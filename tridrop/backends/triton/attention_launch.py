@@ -42,7 +42,7 @@ def _strides(t: Tensor | None) -> tuple[int, ...]:
     """Strides in elements; 0 along dimensions of size 1, along which a mask is broadcast."""
     if t is None:
         return ()
-    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
+    return tuple([0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)])
 
 
 class Call:
@@ -76,7 +76,8 @@ class Call:
                 "tridrop.backend('reference')"
             )
         self.heads, self.shared_heads = heads, key.shape[1]
-        drops = inputs.p is not None or options.threshold() > 0
+        self.threshold, self.scale = options.threshold(), options.keep_scale()
+        drops = inputs.p is not None or self.threshold > 0
         shift = options.origin[3] % TILE if drops else 0
         key_mask = launch.vector(inputs.key_mask)
         self.tensors = Tensors(
@@ -89,6 +90,8 @@ class Call:
         lower, upper = options.lower, options.upper
         lower = None if lower is None or lower <= -self.queries else min(lower, self.keys)
         upper = None if upper is None or upper >= self.keys else max(upper, -self.queries)
+        # whether there is no score at all
+        self.empty = self.batch * heads * self.queries * self.keys == 0
         self.shape = Shape(
             heads, heads // max(1, self.shared_heads), self.queries, self.keys, tokens, width,
             value_width, lower or 0, upper or 0,
@@ -96,7 +99,7 @@ class Call:
         batch, head, first, key_first = options.origin
         self.origin = Origin(batch, head, first, key_first // TILE, shift)
         self.factors = Factors(abs(options.scale), options.softcap)
-        self.threshold, self.scale = options.threshold(), options.keep_scale()
+        self.padded = _padded(width), _padded(value_width)
         self.flags = {
             "LOWER": lower is not None,
             "UPPER": upper is not None,
@@ -109,11 +112,6 @@ class Call:
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }
 
-    @property
-    def empty(self) -> bool:
-        """Whether there is no score at all."""
-        return self.batch * self.heads * self.queries * self.keys == 0
-
     def strides(self, out: Tensor) -> Strides:
         t = self.tensors
         key_mask = 0 if t.key_mask is None or t.key_mask.shape[0] == 1 else t.key_mask.stride(0)
@@ -124,11 +122,11 @@ class Call:
         self, kernel: Any, tile: Tile, programs: int, out: Tensor, *args: Any, **more: Any
     ) -> None:
         """Launch a kernel with ``args`` and the problem; in backward, ``out`` is dout."""
-        width, value_width = self.shape.width, self.shape.value_width
-        t = self.tensors
+        (width, value_width), t = self.padded, self.tensors
         layout = Layout(
-            *(n if n == _padded(n) else 0 for n in (width, value_width)),
-            *(x.stride(2) for x in (t.query, t.key, t.value, out)),
+            width if width == self.shape.width else 0,
+            value_width if value_width == self.shape.value_width else 0,
+            *[x.stride(2) for x in (t.query, t.key, t.value, out)],
         )
         strides = self.strides(out)
         steps = [*layout[2:], *strides.query, *strides.key, *strides.value, *strides.out]
@@ -139,7 +137,7 @@ class Call:
                 Problem(t, strides, self.shape, self.origin, self.factors),
                 self.threshold,
                 self.scale,
-                BLOCKS=Blocks(*tile[:2], _padded(width), _padded(value_width), *tile[4:]),
+                BLOCKS=Blocks(*tile[:2], width, value_width, *tile[4:]),
                 FEATURES=Features(**self.flags, VECTOR=vector),
                 LAYOUT=layout,
                 num_warps=tile.num_warps,
@@ -159,8 +157,7 @@ class Call:
 
     def tile(self, tile_for: Any, *more: int) -> Tile:
         size = torch.finfo(self.dtype).bits // 8
-        widest = max(_padded(self.shape.width), _padded(self.shape.value_width))
-        found: Tile = tile_for(widest, size, gpu.of(self.device), *more)
+        found: Tile = tile_for(max(self.padded), size, gpu.of(self.device), *more)
         return found
 
     def specialised_tile(self) -> Tile | None:
@@ -224,7 +221,7 @@ def attention_backward(
                 _strides(dout)[:3],
                 call.shape,
                 BLOCK=rows,
-                VALUES=_padded(out.shape[-1]),
+                VALUES=call.padded[1],
                 **launch.OPTIONS,
             )
     if needs[4] and inputs.sinks is not None:
