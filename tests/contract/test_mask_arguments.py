@@ -166,6 +166,26 @@ def test_int_seed_is_the_pair_with_stream_0():
     assert as_seed(7, DEVICE).device.type == DEVICE
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_seed_may_be_a_column_of_a_table(backend):
+    """Its two numbers are not adjacent in memory then."""
+    table = torch.tensor([[3, 7], [1 << 40, 9]], device=DEVICE)
+    x, q = torch.ones(4, 24, device=DEVICE), torch.ones(1, 2, 8, 8, device=DEVICE)
+    with tridrop.backend(backend):
+        for seed in table.unbind(1):
+            straight = seed.contiguous()
+            for call in (
+                lambda s: tridrop.dropout(x, 0.5, seed=s),
+                lambda s: tridrop.dropout_add_rms_norm(x, x, None, p=0.5, seed=s),
+                lambda s: tridrop.softmax_dropout(q, 0.5, seed=s),
+                lambda s: tridrop.scaled_dot_product_attention(q, q, q, None, 0.5, seed=s),
+                lambda s: tridrop.keep_mask(s, (4, 24), 0.5),
+                lambda s: tridrop.attention_keep_mask(s, (1, 2, 8, 8), 0.5),
+                lambda s: tridrop.normal_noise(s, (4, 24)),
+            ):
+                assert torch.equal(call(seed), call(straight))
+
+
 def test_new_seed_follows_the_generator_of_the_device():
     torch.manual_seed(5)
     first, second = tridrop.new_seed(DEVICE), tridrop.new_seed(DEVICE)

@@ -283,6 +283,22 @@ def test_rows_whose_lse_is_minus_infinity_have_no_gradients(backend, mask, p):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("turned", [0, 1, 2])
+def test_gradients_of_transposed_operands(backend, turned):
+    """The elements of a row of query, key or value need not be adjacent."""
+    given = [t.detach() for t in inputs()]
+    given[turned] = given[turned].mT.contiguous().mT
+    assert given[turned].stride(-1) > 1
+    results = []
+    for tensors in (given, [t.contiguous() for t in given]):
+        leaves = [t.requires_grad_() for t in tensors]
+        out = sdpa(*leaves, dropout_p=0.3, seed=3)
+        results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert results[0][1 + turned].stride() == given[turned].stride()
+
+
 # ------------------------------------------------------------------------------ heads and extras
 
 

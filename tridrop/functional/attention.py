@@ -315,7 +315,7 @@ def scaled_dot_product_attention_backward(
     over the blocks of queries. The function is not differentiable.
 
     Args:
-        grad, out: ``[B, H, L, Ev]``; lse: ``[B, H, L]``.
+        grad, out: ``[B, H, L, Ev]``, grad of query's dtype; lse: ``[B, H, L]``.
         query, key, value: ``[B, H, L, E]``, ``[B, Hkv, S, E]`` and ``[B, Hkv, S, Ev]``.
         seed: the seed of the forward. All other arguments are as in the forward too.
 
@@ -343,6 +343,7 @@ def scaled_dot_product_attention_backward(
             f"must be {wanted}, {wanted} and {wanted[:-1]}"
         )
     query, key, value = _autocast(query, key, value)
+    spec_attention.check_dtypes(query, grad=grad)
     with torch.no_grad():
         call = _checked(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, key_mask,

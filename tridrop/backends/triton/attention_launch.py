@@ -206,7 +206,9 @@ def attention_backward(
     found = [
         make(t) if need and t is not None else None for t, need in zip(like, needs, strict=True)
     ]
-    dquery, dkey, dvalue, dmask, _ = found
+    # The kernels write rows of adjacent elements; a transposed operand's gradient is copied there.
+    dquery, dkey, dvalue = (None if t is None else launch.adjacent(t) for t in found[:3])
+    dmask = found[3]
     dout, out, lse = launch.adjacent(dout), launch.adjacent(out), lse.contiguous()
     delta = torch.empty_like(lse)
     if lse.numel():
@@ -244,13 +246,16 @@ def attention_backward(
         programs = blocks * call.shared_heads * call.batch
         # One kernel computes both; if only one is needed, the other is computed and discarded.
         pair = (
-            make(inputs.key) if dkey is None else dkey,
-            make(inputs.value) if dvalue is None else dvalue,
+            launch.adjacent(make(inputs.key)) if dkey is None else dkey,
+            launch.adjacent(make(inputs.value)) if dvalue is None else dvalue,
         )
         both = [_strides(t)[:3] for t in pair]
         call.launch(attention_dkey_kernel, tile, programs, dout, *pair, *both, incoming)
     if dmask is not None:
         _mask_gradient(call, incoming, dmask)
+    for result, written in zip(found[:3], (dquery, dkey, dvalue), strict=True):
+        if result is not None and written is not None and written is not result:
+            result.copy_(written)
     return tuple(found)
 
 
