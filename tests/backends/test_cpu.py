@@ -621,6 +621,21 @@ def test_numba_is_imported_when_it_is_used(choice):
     assert run.returncode == 0, run.stderr
 
 
+FIRST = """
+import torch, tridrop
+call = lambda x: tridrop.dropout(x, 0.5, seed=3)
+x = torch.ones(4, 16)
+found = torch.compile(call, fullgraph=True, backend="eager")(x)
+assert torch.equal(found, call(x))
+"""
+
+
+def test_the_first_call_may_be_a_compiled_one():
+    """Which the compiler traces, and not the import of the loops."""
+    run = python(FIRST)
+    assert run.returncode == 0, run.stderr
+
+
 CACHED = """
 import torch, tridrop
 tridrop.dropout(torch.ones(8), 0.5, seed=1)

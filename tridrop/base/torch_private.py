@@ -105,10 +105,11 @@ _is_compiling = torch.compiler.is_compiling
 __all__ = [
     "CHECKED", "INTERFACES", "MODULE_ATTRIBUTES", "AnyDropout", "CheckpointFrame", "FakeTensor",
     "FunctionalTensor", "Interface", "OpOverload", "OpOverloadPacket", "TorchDispatchMode",
-    "aten_softmax_backward", "backward_task", "cpu_attention", "dispatch_modes", "forward_mode",
-    "functional_collectives", "has_global_hook", "is_legacy_batched", "is_traced", "is_wrapped",
-    "partitioner_redraws", "recurrent", "require", "saved_tensor_hooks", "schema_of", "sleep",
-    "step_aside", "trace_state", "transformation", "tree_leaves", "watched",
+    "aten_softmax_backward", "backward_task", "constant_when_compiling", "cpu_attention",
+    "dispatch_modes", "forward_mode", "functional_collectives", "has_global_hook",
+    "is_legacy_batched", "is_traced", "is_wrapped", "partitioner_redraws", "recurrent", "require",
+    "saved_tensor_hooks", "schema_of", "sleep", "step_aside", "trace_state", "transformation",
+    "tree_leaves", "watched",
 ]  # fmt: skip
 
 
@@ -126,6 +127,14 @@ def watched() -> bool:
         or profiler._is_profiler_enabled
         or trace_state() is not None
     )
+
+
+def constant_when_compiling(function: Callable[..., Any]) -> None:
+    """Let Dynamo call a function while it traces, and keep the result as a constant.
+
+    This is what torch.compiler.assume_constant_result does, which imports the compiler: a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward_mode() -> bool:

@@ -8,7 +8,7 @@ from ..base.arguments import check_flags, check_module
 from ..base.modules import all_modules
 from ..contract.seeds import number_sites
 from . import classes, found, kinds
-from .encoders import has_path
+from .encoders import TWINS, has_path, note_twins
 from .interfaces import Interfaces, restore_attention
 from .keras_calls import GRAPH, MARK
 from .keras_models import Layers
@@ -96,6 +96,7 @@ def _apply(survey: Survey, interfaces: Interfaces) -> None:
         changes = survey.levels.dropout if drops_samples else survey.work(module).changes()
         if changes or has_path(base):
             module.__class__ = classes.swapped_class(base, recipe)
+            note_twins(module)
     for module in survey.names:
         if type(module) in REPLACEMENTS and survey.replaces(module):
             module.__class__ = REPLACEMENTS[type(module)]
@@ -127,6 +128,7 @@ def _number(model: nn.Module, survey: Survey) -> None:
 
 # What a swap, and tridrop's classes for Keras layers, put into the __dict__ of a module.
 _LEFT_IN = (
+    *TWINS,
     "_tridrop_site",
     "_tridrop_count",
     "_tridrop_attention_site",

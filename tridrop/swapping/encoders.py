@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
 from .kinds import base_of
 
@@ -25,23 +26,40 @@ def has_path(base: type) -> bool:
 def closing(base: type) -> dict[str, Any]:
     """The attributes of a swapped class that close this path while there is an adapter."""
     if issubclass(base, nn.TransformerEncoderLayer):
-        return _closing(base, "activation_relu_or_gelu", 0, _adapted)
+        return _closing(base, _LAYERS, 0, _adapted)
     if issubclass(base, nn.TransformerEncoder):
-        return _closing(base, "use_nested_tensor", False, _any_adapted)
+        return _closing(base, _STACKS, False, _any_adapted)
     return {}
+
+
+_LAYERS, _STACKS = "activation_relu_or_gelu", "use_nested_tensor"
+# Dynamo of torch 2.11 reads `self.__dict__[name]` as `self.name`, which is a property here and so
+# has no end. It reads another entry of the dictionary, which holds the same value.
+_TWIN = "_tridrop_"
+TWINS = (_TWIN + _LAYERS, _TWIN + _STACKS)
+
+
+def note_twins(module: nn.Module) -> None:
+    """Store the value of a swapped module's attribute once more, for the compiler."""
+    for name in (_LAYERS, _STACKS):
+        if name in module.__dict__:
+            module.__dict__[_TWIN + name] = module.__dict__[name]
 
 
 def _closing(
     base: type, name: str, closed: object, adapted: Callable[[nn.Module], bool]
 ) -> dict[str, Any]:
+    twin = _TWIN + name
+
     def get(self: nn.Module) -> Any:
-        if name not in self.__dict__:
+        key = twin if is_compiling() else name
+        if key not in self.__dict__:
             raise AttributeError(name)
-        value = self.__dict__[name]
+        value = self.__dict__[key]
         return closed if value and adapted(self) else value
 
     def set(self: nn.Module, value: object) -> None:
-        self.__dict__[name] = value
+        self.__dict__[name] = self.__dict__[twin] = value
 
     unused = [*getattr(base, "__jit_unused_properties__", []), name]  # TorchScript would compile it
     return {name: property(get, set), "__jit_unused_properties__": unused}

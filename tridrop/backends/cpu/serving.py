@@ -13,6 +13,8 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
+from ...base.torch_private import constant_when_compiling
+
 ENVIRONMENT, CACHE_ENVIRONMENT = "TRIDROP_CPU", "TRIDROP_CPU_CACHE"
 NAMES = ("numba", "torch")
 
@@ -24,6 +26,9 @@ _broken: str | None = None  # why numba, though installed, could not be imported
 def can_serve() -> bool:
     """Whether numba is installed and can be imported."""
     return _has_numba and _load() is not None
+
+
+constant_when_compiling(can_serve)  # a compiled call may be the first one, which loads the loops
 
 
 def why_not() -> str:
