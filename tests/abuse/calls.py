@@ -71,7 +71,7 @@ class Call:
     def __init__(self, target: Target, seed: int, number: int, oddities: int | None = None) -> None:
         self.target, self.key = target, f"{seed}:{number}:{target.name}"
         self.oddities, self.what = oddities, ""
-        self.narrow = False  # whether bfloat16 is among the right arguments
+        self.narrow = False  # whether bfloat16 is among the arguments
         self.right: list[dict[str, Any]] = []
         self.odd: list[tuple[int, str, Any]] = []
 
@@ -103,11 +103,6 @@ class Call:
                     if _is_given(p, chooser)
                 }
             )
-        self.narrow = any(
-            isinstance(t, Tensor) and t.dtype == torch.bfloat16
-            for group in given
-            for t in flat(list(group.values()))
-        )
         places = [(group, name) for group in given for name in group]
         count = chooser.choices((0, 1, 2, 3), (1, 6, 2, 1))[0]
         count = count if self.oddities is None else self.oddities
@@ -119,6 +114,11 @@ class Call:
             what, group[name] = odd(group[name], chooser)
             self.odd.append((0 if group is given[0] else 1, name, group[name]))
             notes.append(f"{name}: {what}")
+        self.narrow = any(
+            isinstance(t, Tensor) and t.dtype == torch.bfloat16
+            for group in given
+            for t in flat(list(group.values()))
+        )
         self.what = f"{target.name}({'; '.join(notes) or 'nothing odd'})"
         return given[0], given[1]
 

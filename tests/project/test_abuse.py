@@ -14,7 +14,9 @@ from abuse.outcomes import Outcome, difference, disagreement, of_error
 from abuse.targets import targets
 
 import tridrop
+from tridrop.backends.cpu import serving
 
+needs_numba = pytest.mark.skipif(not serving.serves(), reason="numba does not serve CPU tensors")
 ROOT = Path(__file__).parents[2]
 TARGETS = targets()
 
@@ -32,6 +34,14 @@ def test_no_wrong_call_crashes_disagrees_poisons_or_raises_what_is_not_clear():
     assert result.returncode == 0, result.stdout + result.stderr
     assert ["all", "2000"] in [line.split() for line in result.stdout.splitlines()]
     assert after.stdout == before.stdout
+
+
+@needs_numba
+def test_tritons_kernels_agree_with_the_loops():
+    """In the interpreter, also where arguments have odd strides."""
+    result = abuse("--calls", "400", "--seed", "2", "--against", "triton")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ["all", "400"] in [line.split() for line in result.stdout.splitlines()]
 
 
 def test_every_public_name_is_a_target():
