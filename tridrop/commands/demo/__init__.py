@@ -17,6 +17,7 @@ from . import architectures, experiments, report, text, train
 from .display import Display
 from .options import DemoError, Options, add_arguments, resolve
 from .place import backend_of, check_backend, device_of
+from .plan import Plan
 from .stops import INTERRUPTED, TERMINATED, Terminated, Terminations
 
 __all__ = ["add_arguments", "run"]
@@ -60,7 +61,7 @@ def _run(
     terminations: Terminations,
 ) -> int:
     """Train, then write and show the results."""
-    plan = train.Plan(options.steps, options.eval_every)
+    plan = Plan(options.steps, options.eval_every, options.seconds)
     runs = train.make_runs(options, device, plan)
     record = train.Record()
     console.print(

@@ -28,8 +28,8 @@ DEFAULTS: dict[str, Any] = {
 }
 MODELS = ("block", "gpt2", "bert")
 EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
-# Without --steps, the number of steps is scaled to the speed of the first ones, so that training
-# takes at most this many seconds: five minutes and one, less the time to import, measure and draw.
+# Without --steps, the number of steps follows their speed, so that training takes at most this many
+# seconds: five minutes and one, less the time to import, to write the results and to draw.
 SECONDS, QUICK_SECONDS = 260.0, 40.0
 QUICK: dict[str, Any] = {
     "steps": 240,
@@ -66,7 +66,7 @@ class Options:
     out: Path
     quick: bool
     memory: bool
-    seconds: float | None = None  # what the steps are scaled to; None if steps were given
+    seconds: float | None = None  # what training may take; None if steps were given
 
     def __post_init__(self) -> None:
         """Raises DemoError if options do not fit each other."""
@@ -200,7 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "steps",
         _count,
-        "training steps of each run; if not given, fewer if they would take too long",
+        "training steps of each run; if not given, fewer where they would take too long",
     )
     add("eval-every", _count, "steps between two evaluations; fewer if there are fewer steps")
     add("train-bytes", _count, "size of the training part, from the start of the text")

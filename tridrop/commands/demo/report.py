@@ -21,7 +21,8 @@ import tridrop
 from ...base.files import replacing
 from .architectures import TITLES
 from .options import DemoError, Options
-from .train import EAGER, Plan, Record, Run
+from .plan import Plan
+from .train import EAGER, Record, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +79,9 @@ def summary(
         "unit": f"nats per {'masked ' * (options.model == 'bert')}byte, in evaluation mode",
         "interrupted": interrupted,
         "steps_planned": plan.steps,
-        "steps_scaled": plan.why,
+        "steps_scaled": plan.why(),
+        "steps_changes": plan.as_json(),
+        "training_seconds": round(plan.took, 3),
         "steps_done": record.steps[-1],
         "steps": record.steps,
         "runs": {run.name: _run_summary(run, eager, record) for run in runs},

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,11 +16,9 @@ from tridrop.swapping import Report
 from . import architectures
 from .model import loss_of
 from .options import Options
+from .plan import Plan
 
 WARM_UP = 20  # steps over which the learning rate rises
-MEASURED = 10  # steps whose speed determines the number of steps
-LEAST = 2 * MEASURED  # steps that are taken even if they take too long
-EVALUATIONS = 6  # the least number of evaluations
 
 
 class Diverged(RuntimeError):
@@ -32,45 +29,13 @@ class Watcher(Protocol):
     """Gets notified of the progress."""
 
     def planned(self, plan: Plan) -> None:
-        """The number of steps was scaled to their speed."""
+        """The number of steps has changed with their speed."""
 
     def stepped(self, run: Run, step: int, loss: float) -> None:
         """``run`` has done step number ``step``."""
 
     def evaluated(self, record: Record) -> None:
         """All runs have been evaluated."""
-
-
-@dataclass
-class Plan:
-    """The numbers of steps, in all and between evaluations; ``why`` says why they were scaled."""
-
-    steps: int
-    eval_every: int
-    why: str | None = None
-
-    def scale(self, step: float, evaluation: float, left: float) -> bool:
-        """Plan fewer steps if all would take longer than ``left``; return whether that is so.
-
-        ``step`` and ``evaluation`` are the seconds that one of each takes. Evaluations are as far
-        apart as planned, or closer, so that there are enough of them.
-        """
-        would = (self.steps - MEASURED) * step + self.steps // self.eval_every * evaluation
-        if would <= left:
-            return False
-        more = left / (step + evaluation / self.eval_every)
-        if more < EVALUATIONS * self.eval_every:
-            more = (left - EVALUATIONS * evaluation) / step
-        steps = min(self.steps, max(LEAST, MEASURED + int(more)))
-        if steps == self.steps:
-            return False
-        self.why = (
-            f"A step of all runs takes {step:.2g} s, so that all {self.steps:,} would take "
-            f"{would / 60:.1f} minutes: only {steps:,} are taken. --steps {self.steps} takes all"
-        )
-        self.eval_every = min(self.eval_every, -(-steps // EVALUATIONS))
-        self.steps = steps
-        return True
 
 
 class Run:
@@ -283,17 +248,18 @@ def train(
     plan: Plan,
     record: Record,
     watcher: Watcher,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """Train all runs by the plan, and add the measurements to ``record``.
 
-    If the options limit the seconds, counted from here, the number of steps is scaled to the speed
-    of the first ones, and torch gets the number of threads that is faster.
+    If the plan limits the seconds, which ``clock`` counts from here, the number of steps follows
+    their speed, and torch gets the number of threads that is faster.
 
     The record grows by whole evaluations, so that it is consistent after an interrupt at any time.
 
     Raises Diverged if a loss is no longer finite.
     """
-    began, device = time.perf_counter(), runs[0].device
+    began, device = clock(), runs[0].device
     fixed = torch.Generator().manual_seed(options.seed)
     windows = windows_of(valid_tokens, options.context)
     valid = architectures.examples(options, windows, fixed).to(device)
@@ -305,6 +271,7 @@ def train(
         run.measure(first)
 
     def evaluate(step: int) -> None:
+        start = clock()
         found = {
             run.name: (run.evaluate(seen, options.batch), run.evaluate(valid, options.batch))
             for run in runs
@@ -313,25 +280,25 @@ def train(
             raise Diverged(f"a loss is no longer finite at step {step}: lower --lr")
         record.add(step, found)
         watcher.evaluated(record)
+        now = clock()
+        plan.evaluated(step, now - start, now - began)
 
-    if options.seconds is not None:
+    if plan.seconds is not None:
         torch.set_num_threads(runs[0].faster_threads(first))
-    start, step = time.perf_counter(), 0
+    step = 0
     evaluate(0)
-    evaluated = time.perf_counter()
     while step < plan.steps:
+        start = clock()
         step += 1
         tokens = first if step == 1 else next(data).to(device)
         # In turns, other load on the machine affects all runs equally, and none is always first.
         turn = step % len(runs)
         for run in runs[turn:] + runs[:turn]:
             watcher.stepped(run, step, run.step(tokens))
-        if step == MEASURED and options.seconds is not None:
-            now = time.perf_counter()
-            left = options.seconds - (now - began)
-            if plan.scale((now - evaluated) / MEASURED, evaluated - start, left):
-                watcher.planned(plan)
-        if step % plan.eval_every == 0 or step == plan.steps:
+        now = clock()
+        if plan.stepped(step, now - start, now - began):
+            watcher.planned(plan)
+        if plan.due(step):
             evaluate(step)
 
 

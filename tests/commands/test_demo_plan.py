@@ -1,0 +1,242 @@
+"""tridrop demo: the number of steps follows their speed, by a clock that the tests set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tridrop.commands.demo
+from tridrop.commands.demo import options, plan, text, train
+
+TINY = [
+    "--layers=1", "--dim=16", "--heads=2", "--context=8", "--batch=2",
+    "--train-bytes=200", "--valid-bytes=100", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+    yield
+    torch.set_num_threads(threads)
+
+
+def parse(*arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tridrop demo")
+    tridrop.commands.demo.add_arguments(parser)
+    return parser.parse_args([str(a) for a in arguments])
+
+
+# ------------------------------------------------------------------- the plan, by numbers alone
+
+
+class Machine:
+    """Takes steps and evaluations of given seconds by a plan, as train() does."""
+
+    def __init__(self, asked: plan.Plan) -> None:
+        self.plan, self.now, self.steps = asked, 0.0, []
+
+    def go(self, step: Callable[[float], float], evaluation: Callable[[float], float]) -> None:
+        def evaluate(n: int) -> None:
+            took = evaluation(self.now)
+            self.now += took
+            self.plan.evaluated(n, took, self.now)
+            self.steps.append(n)
+
+        evaluate(0)
+        n = 0
+        while n < self.plan.steps:
+            n += 1
+            took = step(self.now)
+            self.now += took
+            self.plan.stepped(n, took, self.now)
+            if self.plan.due(n):
+                evaluate(n)
+
+
+def at(*pace: tuple[float, float]) -> Callable[[float], float]:
+    """Seconds by the time: the second of the last pair whose first has come."""
+    return lambda now: [value for since, value in pace if now >= since][-1]
+
+
+def test_a_machine_that_is_fast_enough_takes_all_steps() -> None:
+    asked = plan.Plan(1000, 40, 260.0)
+    machine = Machine(asked)
+    machine.go(at((0, 0.2)), at((0, 2.0)))
+    assert machine.steps == list(range(0, 1001, 40))
+    assert (asked.changes, asked.why()) == ([], None)
+
+
+def test_a_slow_machine_takes_fewer_and_uses_its_time() -> None:
+    asked = plan.Plan(1000, 40, 260.0)
+    machine = Machine(asked)
+    machine.go(at((0, 1.0)), at((0, 5.0)))
+    assert 230 < machine.now <= 260
+    assert len(machine.steps) > plan.EVALUATIONS
+    assert machine.steps[-1] == asked.steps < 260
+    first = asked.changes[0]
+    assert (first.step, first.step_seconds) == (10, 1.0)
+
+
+@pytest.mark.parametrize("since", [1, 30, 100, 200, 240, 250])
+def test_a_load_that_comes_later_is_seen(since: float) -> None:
+    """Five times as slow from then on: the first ten steps could not have said it."""
+    asked = plan.Plan(1000, 40, 260.0)
+    machine = Machine(asked)
+    machine.go(at((0, 0.25), (since, 1.25)), at((0, 2.0), (since, 10.0)))
+    assert machine.steps[-1] == asked.steps < 1000
+    assert machine.now <= 260 + 10  # an evaluation more, where the slowness was not yet known
+    assert asked.changes
+
+
+def test_a_load_that_ends_gives_the_steps_back() -> None:
+    asked = plan.Plan(400, 40, 260.0)
+    machine = Machine(asked)
+    machine.go(at((0, 2.0), (60, 0.25)), at((0, 5.0), (60, 1.0)))
+    assert asked.changes[0].steps < 150
+    assert machine.steps[-1] == asked.steps == 400
+    assert machine.now <= 260
+    why = asked.why()
+    assert why is not None
+    assert "400 for 400" in why  # all were taken, by a plan that had changed
+
+
+def test_the_time_that_is_up_ends_all_runs_at_the_same_step() -> None:
+    asked = plan.Plan(1000, 1000, 100.0)
+    machine = Machine(asked)
+    machine.go(at((0, 0.05), (10, 0.5), (90, 8.0)), at((0, 1.0)))
+    last = asked.changes[-1]
+    assert last.steps == last.step == machine.steps[-1]
+    assert "all runs end here" in asked.news()
+    asked.took = 104.2
+    why = asked.why()
+    assert why is not None
+    for words in ("Training took 104 s", "at most 100", f"the time was up at step {last.step}"):
+        assert words in why
+    assert "--steps 1000 takes all" in why
+
+
+def test_a_few_steps_are_taken_however_slow_they_are() -> None:
+    asked = plan.Plan(240, 40, 40.0)
+    machine = Machine(asked)
+    machine.go(at((0, 60.0)), at((0, 60.0)))
+    assert machine.steps == [0, plan.LEAST]
+    few = plan.Plan(7, 4, 40.0)
+    machine = Machine(few)
+    machine.go(at((0, 60.0)), at((0, 60.0)))
+    assert machine.steps == [0, 4, 7]
+    assert few.why() is None
+
+
+def test_evaluations_take_at_most_half_of_the_time() -> None:
+    asked = plan.Plan(1000, 40, 260.0)
+    machine = Machine(asked)
+    machine.go(at((0, 0.5)), at((0, 50.0)))
+    assert machine.now <= 260
+    assert (len(machine.steps) - 1) * 50 <= 150
+
+
+def test_steps_that_were_given_are_taken() -> None:
+    asked = plan.Plan(50, 20)
+    machine = Machine(asked)
+    machine.go(at((0, 1e6)), at((0, 1e6)))
+    assert machine.steps == [0, 20, 40, 50]
+    assert (asked.changes, asked.why()) == ([], None)
+
+
+def test_news_say_what_has_changed() -> None:
+    asked = plan.Plan(1000, 40, 260.0)
+    asked.evaluated(0, 1.0, 5.0)
+    told = [
+        asked.news()
+        for step in range(1, 31)
+        if asked.stepped(step, 0.5 if step < 20 else 0.2, 5 + 0.5 * step)
+    ]
+    before = asked.changes[0].steps
+    assert told == [
+        "After step 10 a step of all runs takes 0.5 s, so that all 1,000 would take 8.4 minutes, "
+        f"without evaluations: {before} are planned",
+        "After step 30 a step of all runs takes 0.2 s, so that there is time for more: "
+        f"1,000 instead of {before}",
+    ]
+
+
+# ----------------------------------------------------------------------- the command and its runs
+
+
+class Clock:
+    """Time goes by as runs take steps; ``load`` is how slow the machine then is."""
+
+    def __init__(self, load: Callable[[float], float]) -> None:
+        self.now, self._load = 0.0, load
+
+    def __call__(self) -> float:
+        return self.now
+
+    def planned(self, changed: plan.Plan) -> None: ...
+
+    def stepped(self, run: train.Run, step: int, loss: float) -> None:
+        self.now += self._load(self.now) / 5
+
+    def evaluated(self, record: train.Record) -> None:
+        self.now += 3 * self._load(self.now)
+
+
+def trained(load: Callable[[float], float]) -> tuple[plan.Plan, list[train.Run], train.Record]:
+    asked = options.resolve(parse(*TINY, "--eval-every=40"))
+    asked_plan = plan.Plan(60, 20, 40.0)
+    tokens, valid = text.split(text.reference_text(), 200, 100)
+    runs = train.make_runs(asked, torch.device("cpu"), asked_plan)
+    record, clock = train.Record(), Clock(load)
+    train.train(runs, tokens, valid, asked, asked_plan, record, clock, clock)
+    return asked_plan, runs, record
+
+
+def test_all_runs_take_the_same_steps_at_the_same_rates() -> None:
+    asked, runs, record = trained(at((0, 0.1), (5, 2.0)))
+    assert record.steps[-1] == asked.steps < 60
+    assert {len(run.seconds) for run in runs} == {asked.steps}
+    assert len({run.schedule.get_last_lr()[0] for run in runs}) == 1
+    assert asked.took <= 40 + 6
+    for run in runs:
+        assert len(record.valid(run.name)) == len(record.steps)
+
+
+def test_the_same_times_give_the_same_curves() -> None:
+    curves = []
+    for _ in range(2):
+        _, runs, record = trained(at((0, 0.1), (5, 2.0)))
+        curves.append([(record.steps, record.train(run.name)) for run in runs])
+    assert curves[0] == curves[1]
+
+
+def test_the_command_says_and_saves_what_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(options, "QUICK_SECONDS", 0.0)
+    assert tridrop.commands.demo.run(parse(*TINY, "--quick", "--out", tmp_path)) == 0
+    found: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
+    assert found["options"]["steps"] == 240
+    assert found["steps_planned"] == found["steps_done"] == plan.LEAST
+    (change,) = found["steps_changes"]
+    assert (change["step"], change["steps"]) == (plan.LEAST, plan.LEAST)
+    assert found["training_seconds"] >= change["elapsed"] > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"all runs end here, after step {plan.LEAST}" in said
+    assert f"{plan.LEAST} for 240" in said
+    assert "--steps 240 takes all" in said
+    assert found["steps_scaled"] in said
+
+
+def test_time_limits_are_those_of_the_options() -> None:
+    assert options.resolve(parse("--steps=5")).seconds is None
+    assert options.resolve(parse()).seconds == options.SECONDS < 300
+    assert options.resolve(parse("--quick")).seconds == options.QUICK_SECONDS < 60
