@@ -111,7 +111,7 @@ class Plan:
         """The last change, in a sentence."""
         last = self.changes[-1]
         if last.steps == last.step:
-            return f"Time is left for an evaluation only: all runs end here, after step {last.step:,}"
+            return f"Time is left for one evaluation: all runs end here, after step {last.step:,}"
         before = self.changes[-2].steps if len(self.changes) > 1 else self.asked
         takes = f"After step {last.step:,} a step of all runs takes {last.step_seconds:.2g} s"
         if last.steps > before:
