@@ -240,3 +240,40 @@ def test_time_limits_are_those_of_the_options() -> None:
     assert options.resolve(parse("--steps=5")).seconds is None
     assert options.resolve(parse()).seconds == options.SECONDS < 300
     assert options.resolve(parse("--quick")).seconds == options.QUICK_SECONDS < 60
+
+
+# -------------------------------------------------------------------------------------- the sizes
+
+
+def test_a_size_sets_what_was_not_given() -> None:
+    small, medium = (options.resolve(parse("--size", size)) for size in options.SIZES)
+    assert small == options.resolve(parse())
+    assert (medium.size, medium.dim, medium.heads, medium.context) == ("medium", 256, 8, 256)
+    assert medium.batch * medium.context == small.batch * small.context
+    assert medium.dim // medium.heads == small.dim // small.heads
+    assert options.resolve(parse("--size=medium", "--dim=64")).dim == 64
+    quick = options.resolve(parse("--size=medium", "--quick"))
+    assert (quick.context, quick.train_bytes) == (256, options.QUICK["train_bytes"])
+
+
+def test_the_table_and_the_results_name_the_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*TINY, "--size=medium", "--steps=2", "--out", tmp_path]
+    assert tridrop.commands.demo.run(parse(*arguments)) == 0
+    found: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
+    assert found["options"]["size"] == "medium"
+    assert "size medium:" in capsys.readouterr().out
+
+
+def test_help_tells_the_values_of_a_size() -> None:
+    parser = argparse.ArgumentParser()
+    tridrop.commands.demo.add_arguments(parser)
+    said = " ".join(parser.format_help().split())
+    assert "bytes that the model sees at a time (default: 64, medium 256)" in said
+    assert "validation part, from the end of the text (default: 16384, quick 4096)" in said
+
+
+def test_an_experiment_takes_no_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tridrop.commands.demo.run(parse("--experiment=masks", "--size=medium")) == 2
+    assert "does not take --size" in capsys.readouterr().err

@@ -26,6 +26,12 @@ DEFAULTS: dict[str, Any] = {
     "valid_bytes": 16_384,
     "eval_every": 40,
 }
+# What each --size changes. A medium step has as many tokens as a small one; its attention is four
+# times as large, which is where eager dropout costs most.
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {},
+    "medium": {"dim": 256, "heads": 8, "context": 256, "batch": 4},
+}
 MODELS = ("block", "gpt2", "bert")
 EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
 # Without --steps, the number of steps follows their speed, so that training takes at most this many
@@ -66,6 +72,7 @@ class Options:
     out: Path
     quick: bool
     memory: bool
+    size: str
     seconds: float | None = None  # what training may take; None if steps were given
 
     def __post_init__(self) -> None:
@@ -89,11 +96,11 @@ class Options:
 
 
 def resolve(args: argparse.Namespace) -> Options:
-    """The options of ``args``: the given values, else those of --quick, else the defaults.
+    """The options of ``args``: the given values, else those of --quick and --size, or the defaults.
 
     Raises DemoError if they do not fit each other.
     """
-    values = DEFAULTS | (QUICK if args.quick else {})
+    values = DEFAULTS | SIZES[args.size] | (QUICK if args.quick else {})
     for name in DEFAULTS:
         given = getattr(args, name)
         if given is not None:
@@ -110,6 +117,7 @@ def resolve(args: argparse.Namespace) -> Options:
         out=args.out,
         quick=args.quick,
         memory=args.memory,
+        size=args.size,
         **values,
     )
 
@@ -144,9 +152,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         # The parser's own default stays None, so that --quick overrides only options not given.
         key = name.replace("-", "_")
         default = "that of --p" if DEFAULTS[key] is None else DEFAULTS[key]
-        quick = f", quick {QUICK[key]}" if key in QUICK else ""
+        others = {"quick": QUICK, **SIZES}
+        also = "".join(f", {of} {values[key]}" for of, values in others.items() if key in values)
         parser.add_argument(
-            f"--{name}", type=kind, metavar="N", help=f"{text} (default: {default}{quick})"
+            f"--{name}", type=kind, metavar="N", help=f"{text} (default: {default}{also})"
         )
 
     parser.add_argument(
@@ -167,6 +176,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(docs/experiments.md)",
     )
     parser.add_argument("--quick", action="store_true", help="a small run of less than a minute")
+    parser.add_argument(
+        "--size",
+        choices=tuple(SIZES),
+        default=next(iter(SIZES)),
+        help="small: width 128, 64 bytes at a time; medium: width 256, 256 bytes at a time, where "
+        "tridrop gains more on a CPU (default: %(default)s)",
+    )
     parser.add_argument(
         "--memory",
         action="store_true",

@@ -14,7 +14,9 @@ from typing import Any
 LOOK = 10  # steps between two looks at the speed, which is the mean over as many
 LEAST = LOOK  # steps that are taken even if they take too long
 EVALUATIONS = 6  # the least number of evaluations, if they take no more than half of the time
-SLACK = 0.75  # more steps are planned again if those planned take less of the time left than this
+# The plan changes if its steps would take more of the time left than the first, or, where there are
+# more to take, less than the second: a speed that wavers does not change it.
+TIGHT, SLACK = 1.1, 0.75
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Plan:
             return False
         would = (self.steps - step) * one
         would += evaluation * max(1, (self.steps - step) // self.eval_every)
-        if would <= left and (self.steps == self.asked or would >= SLACK * left):
+        if would <= TIGHT * left and (self.steps == self.asked or would >= SLACK * left):
             return False
         self.eval_every = self._eval_asked
         more = int(left / (one + evaluation / self.eval_every))

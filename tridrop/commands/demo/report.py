@@ -186,7 +186,8 @@ def table(result: dict[str, Any]) -> Table:
     columns += ["step time\n/ eager", "saved MiB\n(/ eager)"]
     columns += ["peak MiB\n(/ eager)"] if on_gpu else []
     view = Table(
-        title=f"{result['parameters']:,} parameters, {result['steps_done']} steps",
+        title=f"size {result['options']['size']}: {result['parameters']:,} parameters, "
+        f"{result['steps_done']} steps",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
