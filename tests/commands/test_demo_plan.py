@@ -41,14 +41,15 @@ def parse(*arguments: object) -> argparse.Namespace:
 class Machine:
     """Takes steps and evaluations of given seconds by a plan, as train() does."""
 
-    def __init__(self, asked: plan.Plan) -> None:
-        self.plan, self.now, self.steps = asked, 0.0, []
+    def __init__(self, steps: int, eval_every: int, seconds: float | None = None) -> None:
+        self.now, self.steps = 0.0, []
+        self.plan = plan.Plan(steps, eval_every, seconds, clock=lambda: self.now)
 
     def go(self, step: Callable[[float], float], evaluation: Callable[[float], float]) -> None:
         def evaluate(n: int) -> None:
             took = evaluation(self.now)
             self.now += took
-            self.plan.evaluated(n, took, self.now)
+            self.plan.evaluated(n, took)
             self.steps.append(n)
 
         evaluate(0)
@@ -57,7 +58,7 @@ class Machine:
             n += 1
             took = step(self.now)
             self.now += took
-            self.plan.stepped(n, took, self.now)
+            self.plan.stepped(n, took)
             if self.plan.due(n):
                 evaluate(n)
 
@@ -68,16 +69,16 @@ def at(*pace: tuple[float, float]) -> Callable[[float], float]:
 
 
 def test_a_machine_that_is_fast_enough_takes_all_steps() -> None:
-    asked = plan.Plan(1000, 40, 260.0)
-    machine = Machine(asked)
+    machine = Machine(1000, 40, 260.0)
+    asked = machine.plan
     machine.go(at((0, 0.2)), at((0, 2.0)))
     assert machine.steps == list(range(0, 1001, 40))
     assert (asked.changes, asked.why()) == ([], None)
 
 
 def test_a_slow_machine_takes_fewer_and_uses_its_time() -> None:
-    asked = plan.Plan(1000, 40, 260.0)
-    machine = Machine(asked)
+    machine = Machine(1000, 40, 260.0)
+    asked = machine.plan
     machine.go(at((0, 1.0)), at((0, 5.0)))
     assert 230 < machine.now <= 260
     assert len(machine.steps) > plan.EVALUATIONS
@@ -89,8 +90,8 @@ def test_a_slow_machine_takes_fewer_and_uses_its_time() -> None:
 @pytest.mark.parametrize("since", [1, 30, 100, 200, 240, 250])
 def test_a_load_that_comes_later_is_seen(since: float) -> None:
     """Five times as slow from then on: the first ten steps could not have said it."""
-    asked = plan.Plan(1000, 40, 260.0)
-    machine = Machine(asked)
+    machine = Machine(1000, 40, 260.0)
+    asked = machine.plan
     machine.go(at((0, 0.25), (since, 1.25)), at((0, 2.0), (since, 10.0)))
     assert machine.steps[-1] == asked.steps < 1000
     assert machine.now <= 260 + 10  # an evaluation more, where the slowness was not yet known
@@ -98,8 +99,8 @@ def test_a_load_that_comes_later_is_seen(since: float) -> None:
 
 
 def test_a_load_that_ends_gives_the_steps_back() -> None:
-    asked = plan.Plan(400, 40, 260.0)
-    machine = Machine(asked)
+    machine = Machine(400, 40, 260.0)
+    asked = machine.plan
     machine.go(at((0, 2.0), (60, 0.25)), at((0, 5.0), (60, 1.0)))
     assert asked.changes[0].steps < 150
     assert machine.steps[-1] == asked.steps == 400
@@ -110,8 +111,8 @@ def test_a_load_that_ends_gives_the_steps_back() -> None:
 
 
 def test_the_time_that_is_up_ends_all_runs_at_the_same_step() -> None:
-    asked = plan.Plan(1000, 1000, 100.0)
-    machine = Machine(asked)
+    machine = Machine(1000, 1000, 100.0)
+    asked = machine.plan
     machine.go(at((0, 0.05), (10, 0.5), (90, 8.0)), at((0, 1.0)))
     last = asked.changes[-1]
     assert last.steps == last.step == machine.steps[-1]
@@ -125,41 +126,41 @@ def test_the_time_that_is_up_ends_all_runs_at_the_same_step() -> None:
 
 
 def test_a_few_steps_are_taken_however_slow_they_are() -> None:
-    asked = plan.Plan(240, 40, 40.0)
-    machine = Machine(asked)
+    machine = Machine(240, 40, 40.0)
+    asked = machine.plan
     machine.go(at((0, 60.0)), at((0, 60.0)))
     assert machine.steps == [0, plan.LEAST]
-    few = plan.Plan(7, 4, 40.0)
-    machine = Machine(few)
+    machine = Machine(7, 4, 40.0)
     machine.go(at((0, 60.0)), at((0, 60.0)))
     assert machine.steps == [0, 4, 7]
-    assert few.why() is None
+    assert machine.plan.why() is None
 
 
 def test_evaluations_take_at_most_half_of_the_time() -> None:
-    asked = plan.Plan(1000, 40, 260.0)
-    machine = Machine(asked)
+    machine = Machine(1000, 40, 260.0)
+    asked = machine.plan
     machine.go(at((0, 0.5)), at((0, 50.0)))
     assert machine.now <= 260
     assert (len(machine.steps) - 1) * 50 <= 150
 
 
 def test_steps_that_were_given_are_taken() -> None:
-    asked = plan.Plan(50, 20)
-    machine = Machine(asked)
+    machine = Machine(50, 20)
+    asked = machine.plan
     machine.go(at((0, 1e6)), at((0, 1e6)))
     assert machine.steps == [0, 20, 40, 50]
     assert (asked.changes, asked.why()) == ([], None)
 
 
 def test_news_say_what_has_changed() -> None:
-    asked = plan.Plan(1000, 40, 260.0)
-    asked.evaluated(0, 1.0, 5.0)
-    told = [
-        asked.news()
-        for step in range(1, 31)
-        if asked.stepped(step, 0.5 if step < 20 else 0.2, 5 + 0.5 * step)
-    ]
+    now = 0.0
+    asked = plan.Plan(1000, 40, 260.0, clock=lambda: now)
+    asked.evaluated(0, 1.0)
+    told = []
+    for step in range(1, 31):
+        now = 5 + 0.5 * step
+        if asked.stepped(step, 0.5 if step < 20 else 0.2):
+            told.append(asked.news())
     before = asked.changes[0].steps
     assert told == [
         "After step 10 a step of all runs takes 0.5 s, so that all 1,000 would take 8.4 minutes, "
@@ -192,11 +193,12 @@ class Clock:
 
 def trained(load: Callable[[float], float]) -> tuple[plan.Plan, list[train.Run], train.Record]:
     asked = options.resolve(parse(*TINY, "--eval-every=40"))
-    asked_plan = plan.Plan(60, 20, 40.0)
+    clock = Clock(load)
+    asked_plan = plan.Plan(60, 20, 40.0, clock)
     tokens, valid = text.split(text.reference_text(), 200, 100)
     runs = train.make_runs(asked, torch.device("cpu"), asked_plan)
-    record, clock = train.Record(), Clock(load)
-    train.train(runs, tokens, valid, asked, asked_plan, record, clock, clock)
+    record = train.Record()
+    train.train(runs, tokens, valid, asked, asked_plan, record, clock)
     return asked_plan, runs, record
 
 

@@ -34,9 +34,10 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 MODELS = ("block", "gpt2", "bert")
 EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
-# Without --steps, the number of steps follows their speed, so that training takes at most this many
-# seconds: five minutes and one, less the time to import, to write the results and to draw.
-SECONDS, QUICK_SECONDS = 260.0, 40.0
+# Without --steps, the number of steps follows their speed, so that the last evaluation ends after at
+# most this many seconds: five minutes and one, less what imports, results and drawings take on a
+# busy machine.
+SECONDS, QUICK_SECONDS = 240.0, 40.0
 QUICK: dict[str, Any] = {
     "steps": 240,
     "train_bytes": 2_048,
@@ -73,7 +74,7 @@ class Options:
     quick: bool
     memory: bool
     size: str
-    seconds: float | None = None  # what training may take; None if steps were given
+    seconds: float | None = None  # until the last evaluation; None if steps were given
 
     def __post_init__(self) -> None:
         """Raises DemoError if options do not fit each other."""

@@ -7,7 +7,9 @@ curves have the same steps and the same learning rates.
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,11 +40,20 @@ class Plan:
     Args:
         steps: the steps asked for.
         eval_every: the steps between two evaluations; fewer if there are fewer steps.
-        seconds: what the training may take. The number of steps then follows their speed, up to
-            ``steps``; None takes ``steps`` however long they take.
+        seconds: what all may take, counted from here to the last evaluation. The number of steps
+            then follows their speed, up to ``steps``; None takes ``steps`` however long they take.
+        clock: counts seconds.
     """
 
-    def __init__(self, steps: int, eval_every: int, seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        eval_every: int,
+        seconds: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.clock = clock
+        self.began = clock()
         self.asked = self.steps = steps
         self.eval_every = self._eval_asked = eval_every
         self.seconds = seconds
@@ -53,10 +64,10 @@ class Plan:
         self._first = 0.0  # the seconds of the evaluation before the first step
         self._in_steps: list[float] = []  # what each evaluation took, in steps of that time
 
-    def evaluated(self, step: int, seconds: float, elapsed: float) -> None:
+    def evaluated(self, step: int, seconds: float) -> None:
         """An evaluation after ``step`` steps took that long."""
         self._evaluated.append(step)
-        self.took = elapsed
+        self.took = self.clock() - self.began
         if step:
             self._in_steps.append(seconds / self._pace())
         else:
@@ -66,7 +77,7 @@ class Plan:
         """Whether there is to be an evaluation after that step."""
         return step >= self._evaluated[-1] + self.eval_every or step == self.steps
 
-    def stepped(self, step: int, seconds: float, elapsed: float) -> bool:
+    def stepped(self, step: int, seconds: float) -> bool:
         """A step of all runs took that long; return whether the plan has changed.
 
         The time left is looked at after each step, and the training ends while there is just time
@@ -75,7 +86,8 @@ class Plan:
         self._recent.append(seconds)
         if self.seconds is None or step < LEAST or step == self.steps:
             return False
-        one, left = self._pace(), self.seconds - elapsed
+        one, elapsed = self._pace(), self.clock() - self.began
+        left = self.seconds - elapsed
         if step == LEAST:
             self._in_steps.append(self._first / one)
         evaluation = one * statistics.median(self._in_steps)

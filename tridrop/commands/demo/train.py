@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -248,18 +248,17 @@ def train(
     plan: Plan,
     record: Record,
     watcher: Watcher,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """Train all runs by the plan, and add the measurements to ``record``.
 
-    If the plan limits the seconds, which ``clock`` counts from here, the number of steps follows
-    their speed, and torch gets the number of threads that is faster.
+    If the plan limits the seconds, the number of steps follows their speed, and torch gets the
+    number of threads that is faster.
 
     The record grows by whole evaluations, so that it is consistent after an interrupt at any time.
 
     Raises Diverged if a loss is no longer finite.
     """
-    began, device = clock(), runs[0].device
+    clock, device = plan.clock, runs[0].device
     fixed = torch.Generator().manual_seed(options.seed)
     windows = windows_of(valid_tokens, options.context)
     valid = architectures.examples(options, windows, fixed).to(device)
@@ -280,8 +279,7 @@ def train(
             raise Diverged(f"a loss is no longer finite at step {step}: lower --lr")
         record.add(step, found)
         watcher.evaluated(record)
-        now = clock()
-        plan.evaluated(step, now - start, now - began)
+        plan.evaluated(step, clock() - start)
 
     if plan.seconds is not None:
         torch.set_num_threads(runs[0].faster_threads(first))
@@ -295,8 +293,7 @@ def train(
         turn = step % len(runs)
         for run in runs[turn:] + runs[:turn]:
             watcher.stepped(run, step, run.step(tokens))
-        now = clock()
-        if plan.stepped(step, now - start, now - began):
+        if plan.stepped(step, clock() - start):
             watcher.planned(plan)
         if plan.due(step):
             evaluate(step)
