@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import tridrop.commands.demo
-from tridrop.commands.demo import options, plan, text, train
+from tridrop.commands.demo import options, plan, report, text, train
 
 TINY = [
     "--layers=1", "--dim=16", "--heads=2", "--context=8", "--batch=2",
@@ -127,7 +129,6 @@ def test_the_time_that_is_up_ends_all_runs_at_the_same_step() -> None:
 
 def test_a_few_steps_are_taken_however_slow_they_are() -> None:
     machine = Machine(240, 40, 40.0)
-    asked = machine.plan
     machine.go(at((0, 60.0)), at((0, 60.0)))
     assert machine.steps == [0, plan.LEAST]
     machine = Machine(7, 4, 40.0)
@@ -138,7 +139,6 @@ def test_a_few_steps_are_taken_however_slow_they_are() -> None:
 
 def test_evaluations_take_at_most_half_of_the_time() -> None:
     machine = Machine(1000, 40, 260.0)
-    asked = machine.plan
     machine.go(at((0, 0.5)), at((0, 50.0)))
     assert machine.now <= 260
     assert (len(machine.steps) - 1) * 50 <= 150
@@ -279,3 +279,21 @@ def test_help_tells_the_values_of_a_size() -> None:
 def test_an_experiment_takes_no_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert tridrop.commands.demo.run(parse("--experiment=masks", "--size=medium")) == 2
     assert "does not take --size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_table_fits_into_80_columns(tmp_path: Path, device: str) -> None:
+    """Also with negative gaps, large models and the column of a GPU's peak."""
+    assert tridrop.commands.demo.run(parse(*TINY, "--steps=2", "--out", tmp_path)) == 0
+    result: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
+    result["device"]["type"] = device
+    for run in result["runs"].values():
+        run |= {"gap_final": -0.25, "saved_bytes": 1234 << 20, "peak_bytes": 2345 << 20}
+        run |= {"train_final": 5.5, "train_best": 5.25, "peak_ratio": 1.0}
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(report.table(result))
+    words = shown.getvalue()
+    assert "…" not in words
+    for word in ("eager, second masks", "5.50 (5.25)", "-0.25", "1234.0"):
+        assert word in words
+    assert ("2345.0" in words) == (device == "cuda")

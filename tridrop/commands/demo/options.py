@@ -34,9 +34,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 MODELS = ("block", "gpt2", "bert")
 EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
-# Without --steps, the number of steps follows their speed, so that the last evaluation ends after at
-# most this many seconds: five minutes and one, less what imports, results and drawings take on a
-# busy machine.
+# Without --steps, the number of steps follows their speed, so that the last evaluation ends within
+# this many seconds: five minutes and one, less what imports, results and drawings take on a busy
+# machine.
 SECONDS, QUICK_SECONDS = 240.0, 40.0
 QUICK: dict[str, Any] = {
     "steps": 240,

@@ -182,8 +182,9 @@ def notes(result: dict[str, Any]) -> list[str]:
 def table(result: dict[str, Any]) -> Table:
     """The summary as a table for the terminal."""
     on_gpu = result["device"]["type"] == "cuda"
-    columns = ["train loss\nfinal (best)", "valid loss\nfinal (best)", "gap"]
-    columns += ["step time\n/ eager", "saved MiB\n(/ eager)"]
+    # Narrow enough for 80 columns; with the peak of a GPU the last ones wrap rather than be cut.
+    columns = ["train loss\n(best)", "valid loss\n(best)", "gap", "time\n/ eager"]
+    columns += ["saved MiB\n(/ eager)"]
     columns += ["peak MiB\n(/ eager)"] if on_gpu else []
     view = Table(
         title=f"size {result['options']['size']}: {result['parameters']:,} parameters, "
@@ -193,7 +194,7 @@ def table(result: dict[str, Any]) -> Table:
     )
     view.add_column("run", no_wrap=True)
     for column in columns:
-        view.add_column(column, justify="right", no_wrap=True)
+        view.add_column(column, justify="right", no_wrap="MiB" not in column)
     for run in result["runs"].values():
         ratio = run["step_time_ratio"]
         cells = [
