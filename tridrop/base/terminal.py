@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have them
 
 
 def live() -> Console:
@@ -90,5 +91,16 @@ def html(content: Any) -> str:
 
 def interrupted(command: str, rest: str = "") -> int:
     """Print one line about the interrupt by Ctrl-C, and return the exit status."""
-    print(f"tridrop {command}: interrupted{rest}", file=sys.stderr)
+    print(f"{' '.join(('tridrop', command)).rstrip()}: interrupted{rest}", file=sys.stderr)
     return INTERRUPTED
+
+
+def unread() -> int:
+    """Drop what is still to be printed, since whoever read it has stopped, as ``head`` does.
+
+    Returns the exit status. Without this Python would complain at its end.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return UNREAD
