@@ -72,7 +72,9 @@ def run(console: Console, args: argparse.Namespace) -> int:
             with bar(console, experiment.ticks(settings)) as progress:
                 measured = experiment.measure(settings, device, progress)
         except KeyboardInterrupt:
-            console.print("Interrupted before there were results: nothing is written.")
+            console.print(
+                "Interrupted before two seeds were done, which findings need: nothing is written."
+            )
             return terminations.status(INTERRUPTED)
         terminations.finish()
         _write(console, settings, experiment, where, measured, progress.interrupted)
