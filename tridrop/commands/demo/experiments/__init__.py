@@ -73,7 +73,7 @@ def run(console: Console, args: argparse.Namespace) -> int:
                 measured = experiment.measure(settings, device, progress)
         except KeyboardInterrupt:
             console.print(
-                "Interrupted before two seeds were done, which findings need: nothing is written."
+                "Interrupted before there were results, of two seeds or more: nothing is written."
             )
             return terminations.status(INTERRUPTED)
         terminations.finish()
