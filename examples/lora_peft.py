@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tridrop
 
+torch.set_num_threads(1)  # on small tensors more threads only wait, long on a busy machine
 torch.manual_seed(0)
 base = LlamaForCausalLM(
     LlamaConfig(

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
 from tridrop.swapping.trainer import SwapCallback
 
+torch.set_num_threads(1)  # on small tensors more threads only wait, long on a busy machine
 torch.manual_seed(0)
 model = BertForMaskedLM(
     BertConfig(

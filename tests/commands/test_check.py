@@ -3,7 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -284,6 +288,33 @@ def test_an_interrupt_of_any_command_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("tridrop.commands.info.main", stop)
     assert cli.main(["info"]) == 130
     assert capsys.readouterr().err == "tridrop info: interrupted\n"
+
+
+def test_an_interrupt_before_the_command_is_known_is_one_line(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parser", stop)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "tridrop: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["info"], 141), (["demo", "--experiment=masks", "--quick"], 1)],  # 1 is rich's
+)
+def test_a_reader_that_stops_is_no_error(tmp_path, command, status):
+    """As in `tridrop info | head -1`, where Python would print a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run(
+        [sys.executable, "-m", "tridrop", *command],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=writing, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (status, "")
 
 
 def test_command_prints_json(capsys):

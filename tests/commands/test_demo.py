@@ -20,7 +20,7 @@ from figures import inside
 from hosts import PLAIN
 
 import tridrop.commands.demo
-from tridrop.commands.demo import architectures, model, options, report, text, train
+from tridrop.commands.demo import architectures, model, options, plan, report, text, train
 
 TINY = [
     "--layers=1", "--dim=16", "--heads=2", "--context=8", "--batch=2",
@@ -276,18 +276,18 @@ def test_a_run_trains_as_if_it_were_alone() -> None:
     tokens, valid = text.split(text.reference_text(), 200, 100)
 
     def losses(only: str | None) -> list[float]:
-        plan = train.Plan(asked.steps, asked.eval_every)
-        runs = train.make_runs(asked, torch.device("cpu"), plan)
+        planned = plan.Plan(asked.steps, asked.eval_every)
+        runs = train.make_runs(asked, torch.device("cpu"), planned)
         runs = [r for r in runs if only in (None, r.name)]
         record = train.Record()
-        train.train(runs, tokens, valid, asked, plan, record, Silent())
+        train.train(runs, tokens, valid, asked, planned, record, Silent())
         return record.train("tridrop")
 
     assert losses("tridrop") == losses(None)
 
 
 class Silent:
-    def planned(self, plan: train.Plan) -> None: ...
+    def planned(self, changed: plan.Plan) -> None: ...
 
     def stepped(self, run: train.Run, step: int, loss: float) -> None: ...
 
@@ -298,7 +298,7 @@ def test_tridrop_saves_no_mask_for_backward() -> None:
     """Eager's masks are fp32 on a CPU; tridrop's seeds are 16 bytes a call."""
 
     def saved(asked: options.Options) -> dict[str, int]:
-        runs = train.make_runs(asked, torch.device("cpu"), train.Plan(1, 1))
+        runs = train.make_runs(asked, torch.device("cpu"), plan.Plan(1, 1))
         windows = torch.randint(256, (asked.batch, asked.context + 1))
         for run in runs:
             run.measure(examples(windows))
@@ -334,29 +334,9 @@ def test_the_memory_switch_keeps_less_and_trains_alike(tmp_path: Path, name: str
         assert switched["tridrop"][part] == (expected if exact else pytest.approx(expected))
 
 
-def test_steps_are_scaled_to_their_speed() -> None:
-    plan = train.Plan(1000, 40)
-    assert not plan.scale(step=0.1, evaluation=1.0, left=130.0)  # 99 s and 25 evaluations
-    assert (plan.steps, plan.eval_every, plan.why) == (1000, 40, None)
-    assert train.Plan(1000, 10).scale(step=0.5, evaluation=1.0, left=125.0)  # 0.6 s for each
-    assert plan.scale(step=0.5, evaluation=1.0, left=106.0)  # 100 s for steps, 6 evaluations
-    assert (plan.steps, plan.eval_every) == (210, 35)
-    assert plan.why is not None
-    for words in (
-        "A step of all runs takes 0.5 s",
-        "1,000 would take 8.7 minutes",
-        "210 are taken",
-    ):
-        assert words in plan.why
-    slow = train.Plan(240, 40)
-    assert slow.scale(step=60.0, evaluation=60.0, left=1.0)
-    assert (slow.steps, slow.eval_every) == (train.LEAST, 4)
-    assert not train.Plan(12, 4).scale(step=60.0, evaluation=60.0, left=1.0)  # few as it is
-
-
 def test_the_threads_are_the_faster_and_nothing_else_changes() -> None:
     asked = tiny()
-    (run, *_) = train.make_runs(asked, torch.device("cpu"), train.Plan(1, 1))
+    (run, *_) = train.make_runs(asked, torch.device("cpu"), plan.Plan(1, 1))
     before = [w.clone() for w in run.model.parameters()]
     generators = [state.clone() for state in run._generators]
     torch.set_num_threads(3)
@@ -366,22 +346,6 @@ def test_the_threads_are_the_faster_and_nothing_else_changes() -> None:
         assert torch.equal(weight, was)
         assert weight.grad is None
     assert all(map(torch.equal, run._generators, generators))
-
-
-def test_the_command_scales_its_steps_unless_they_are_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert options.resolve(parse("--steps=5")).seconds is None
-    assert options.resolve(parse()).seconds == options.SECONDS < 300
-    assert options.resolve(parse("--quick")).seconds == options.QUICK_SECONDS < 60
-    monkeypatch.setattr(options, "QUICK_SECONDS", 0.0)
-    assert tridrop.commands.demo.run(parse(*TINY, "--quick", "--out", tmp_path)) == 0
-    found = results(tmp_path)
-    assert found["options"]["steps"] == 240
-    assert found["steps_planned"] == found["steps_done"] == train.LEAST
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.count("240 would take") == 2  # when it is decided, and below the table
-    assert said.count("--steps 240 takes all") == 2
 
 
 def test_the_band_of_eager_runs_is_drawn_and_named(tmp_path: Path) -> None:

@@ -119,3 +119,28 @@ def test_the_job_for_public_runners_runs_commands_that_there_are():
     matrix = (ROOT / "tests" / "matrix.py").read_text()
     torches = re.findall(r'Row\("([\d.]+)"', matrix)
     assert {row for row in rows if row != "pinned"} == {torches[0], torches[-1]}
+    # A row of tests/matrix.py looks for its own Python, which the job has to set up.
+    pythons = {r["torch"]: r["python"] for r in jobs["test"]["strategy"]["matrix"]["include"]}
+    for row, python in re.findall(r'Row\("([\d.]+)", "([\d.]+)"', matrix):
+        assert pythons.get(row, python) == python
+    # The oldest and the newest Python that the package names.
+    named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    ends = {named[0], named[-1]}
+    pinned = {r["python"] for r in jobs["test"]["strategy"]["matrix"]["include"]}
+    assert ends <= pinned
+    assert ends == set(jobs["package"]["strategy"]["matrix"]["python"])
+
+
+def test_a_python_has_one_pin_of_a_package():
+    """A pin that only newer Pythons have leaves an older one another, and not two or none."""
+    requirements = pytest.importorskip("packaging.requirements")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [requirements.Requirement(line) for line in lines if line and line[0] != "#"]
+    for minor in range(10, 15):
+        here = {"python_version": f"3.{minor}"}
+        names = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(here)]
+        assert len(names) == len(set(names)), minor
+        missing = {pin.name for pin in pins} - set(names)
+        assert missing <= {"keras", "keras-hub"}, (
+            minor
+        )  # which pyproject.toml asks for from 3.11 on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from .. import __version__
@@ -89,11 +90,16 @@ def _info(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    args = parser().parse_args(argv)
-    try:
-        status: int = args.run(args)
-    except KeyboardInterrupt:
-        from ..base import terminal
+    from ..base import terminal
 
-        return terminal.interrupted(args.command)
+    command = ""
+    try:
+        args = parser().parse_args(argv)
+        command = args.command
+        status: int = args.run(args)
+        sys.stdout.flush()  # here, where a reader that has stopped is no error
+    except KeyboardInterrupt:
+        return terminal.interrupted(command)
+    except BrokenPipeError:
+        return terminal.unread()
     return status

@@ -135,9 +135,9 @@ class Report:
         raise TypeError(_NO_MODEL)
 
     def __getattr__(self, name: str) -> NoReturn:
-        if hasattr(nn.Module, name) and not name.startswith("__"):
-            raise AttributeError(f"no {name}: {_NO_MODEL}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        said = f"{type(self).__name__!r} object has no attribute {name!r}"
+        # Libraries look for names with underscores; others are written by people who mean a model.
+        raise AttributeError(said if name.startswith("_") else f"{said}: {_NO_MODEL}")
 
     def counts(self) -> dict[str, int]:
         """How many sites were fused, swapped and left."""

@@ -17,6 +17,7 @@ from . import architectures, experiments, report, text, train
 from .display import Display
 from .options import DemoError, Options, add_arguments, resolve
 from .place import backend_of, check_backend, device_of
+from .plan import Plan
 from .stops import INTERRUPTED, TERMINATED, Terminated, Terminations
 
 __all__ = ["add_arguments", "run"]
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         if args.experiment is not None:
             return experiments.run(console, args)
         options = resolve(args)
+        plan = Plan(options.steps, options.eval_every, options.seconds)
         report.check_plotting()
         architectures.check(options.model)
         device = device_of(options.device)
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         slices = text.split(source[1], options.train_bytes, options.valid_bytes)
         with backend_of(options.backend), Terminations() as terminations:
             backend = check_backend(device)
-            status = _run(console, options, device, backend, source, slices, terminations)
+            status = _run(console, options, plan, device, backend, source, slices, terminations)
             return terminations.status(status)
     except Terminated:  # before there was anything to keep
         return TERMINATED
@@ -53,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(
     console: Console,
     options: Options,
+    plan: Plan,
     device: torch.device,
     backend: str,
     source: tuple[str, bytes],
@@ -60,7 +63,6 @@ def _run(
     terminations: Terminations,
 ) -> int:
     """Train, then write and show the results."""
-    plan = train.Plan(options.steps, options.eval_every)
     runs = train.make_runs(options, device, plan)
     record = train.Record()
     console.print(

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .options import Options
-from .train import Plan, Record, Run
+from .plan import Plan
+from .train import Record, Run
 
 
 class Display:
@@ -55,7 +56,7 @@ class Display:
         """Print how many steps there will be, and why."""
         for task in self._tasks.values():
             self._progress.update(task, total=plan.steps)
-        self._console.print(f"{plan.why}.", soft_wrap=True)
+        self._console.print(f"{plan.news()}.", soft_wrap=True)
 
     def stepped(self, run: Run, step: int, loss: float) -> None:
         """Show the loss and the speed of ``run`` after its step number ``step``."""

@@ -26,11 +26,18 @@ DEFAULTS: dict[str, Any] = {
     "valid_bytes": 16_384,
     "eval_every": 40,
 }
+# What each --size changes. A medium step has as many tokens as a small one; its attention is four
+# times as large, which is where eager dropout costs most.
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {},
+    "medium": {"dim": 256, "heads": 8, "context": 256, "batch": 4},
+}
 MODELS = ("block", "gpt2", "bert")
 EXPERIMENTS = ("overfit", "uncertainty", "masks", "lora")
-# Without --steps, the number of steps is scaled to the speed of the first ones, so that training
-# takes at most this many seconds: five minutes and one, less the time to import, measure and draw.
-SECONDS, QUICK_SECONDS = 260.0, 40.0
+# Without --steps, the number of steps follows their speed, so that the last evaluation ends within
+# this many seconds: five minutes and one, less what imports, results and drawings take on a busy
+# machine.
+SECONDS, QUICK_SECONDS = 240.0, 40.0
 QUICK: dict[str, Any] = {
     "steps": 240,
     "train_bytes": 2_048,
@@ -66,7 +73,8 @@ class Options:
     out: Path
     quick: bool
     memory: bool
-    seconds: float | None = None  # what the steps are scaled to; None if steps were given
+    size: str
+    seconds: float | None = None  # until the last evaluation; None if steps were given
 
     def __post_init__(self) -> None:
         """Raises DemoError if options do not fit each other."""
@@ -89,11 +97,11 @@ class Options:
 
 
 def resolve(args: argparse.Namespace) -> Options:
-    """The options of ``args``: the given values, else those of --quick, else the defaults.
+    """The options of ``args``: the given values, else those of --quick and --size, or the defaults.
 
     Raises DemoError if they do not fit each other.
     """
-    values = DEFAULTS | (QUICK if args.quick else {})
+    values = DEFAULTS | SIZES[args.size] | (QUICK if args.quick else {})
     for name in DEFAULTS:
         given = getattr(args, name)
         if given is not None:
@@ -110,6 +118,7 @@ def resolve(args: argparse.Namespace) -> Options:
         out=args.out,
         quick=args.quick,
         memory=args.memory,
+        size=args.size,
         **values,
     )
 
@@ -144,9 +153,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         # The parser's own default stays None, so that --quick overrides only options not given.
         key = name.replace("-", "_")
         default = "that of --p" if DEFAULTS[key] is None else DEFAULTS[key]
-        quick = f", quick {QUICK[key]}" if key in QUICK else ""
+        others = {"quick": QUICK, **SIZES}
+        also = "".join(f", {of} {values[key]}" for of, values in others.items() if key in values)
         parser.add_argument(
-            f"--{name}", type=kind, metavar="N", help=f"{text} (default: {default}{quick})"
+            f"--{name}", type=kind, metavar="N", help=f"{text} (default: {default}{also})"
         )
 
     parser.add_argument(
@@ -167,6 +177,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(docs/experiments.md)",
     )
     parser.add_argument("--quick", action="store_true", help="a small run of less than a minute")
+    parser.add_argument(
+        "--size",
+        choices=tuple(SIZES),
+        default=next(iter(SIZES)),
+        help="small: width 128, 64 bytes at a time; medium: width 256, 256 bytes at a time, where "
+        "tridrop gains more on a CPU (default: %(default)s)",
+    )
     parser.add_argument(
         "--memory",
         action="store_true",
@@ -200,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "steps",
         _count,
-        "training steps of each run; if not given, fewer if they would take too long",
+        "training steps of each run; if not given, fewer where they would take too long",
     )
     add("eval-every", _count, "steps between two evaluations; fewer if there are fewer steps")
     add("train-bytes", _count, "size of the training part, from the start of the text")

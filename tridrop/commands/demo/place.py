@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -36,3 +37,14 @@ def check_backend(device: torch.device) -> str:
     except (ImportError, RuntimeError, ValueError) as error:
         raise DemoError(str(error)) from error
     return name
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch has one thread inside this context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

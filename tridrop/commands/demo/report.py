@@ -21,7 +21,8 @@ import tridrop
 from ...base.files import replacing
 from .architectures import TITLES
 from .options import DemoError, Options
-from .train import EAGER, Plan, Record, Run
+from .plan import Plan
+from .train import EAGER, Record, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +79,9 @@ def summary(
         "unit": f"nats per {'masked ' * (options.model == 'bert')}byte, in evaluation mode",
         "interrupted": interrupted,
         "steps_planned": plan.steps,
-        "steps_scaled": plan.why,
+        "steps_scaled": plan.why(),
+        "steps_changes": plan.as_json(),
+        "training_seconds": round(plan.took, 3),
         "steps_done": record.steps[-1],
         "steps": record.steps,
         "runs": {run.name: _run_summary(run, eager, record) for run in runs},
@@ -179,17 +182,19 @@ def notes(result: dict[str, Any]) -> list[str]:
 def table(result: dict[str, Any]) -> Table:
     """The summary as a table for the terminal."""
     on_gpu = result["device"]["type"] == "cuda"
-    columns = ["train loss\nfinal (best)", "valid loss\nfinal (best)", "gap"]
-    columns += ["step time\n/ eager", "saved MiB\n(/ eager)"]
+    # Narrow enough for 80 columns; with the peak of a GPU the last ones wrap rather than be cut.
+    columns = ["train loss\n(best)", "valid loss\n(best)", "gap", "time\n/ eager"]
+    columns += ["saved MiB\n(/ eager)"]
     columns += ["peak MiB\n(/ eager)"] if on_gpu else []
     view = Table(
-        title=f"{result['parameters']:,} parameters, {result['steps_done']} steps",
+        title=f"size {result['options']['size']}: {result['parameters']:,} parameters, "
+        f"{result['steps_done']} steps",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     view.add_column("run", no_wrap=True)
     for column in columns:
-        view.add_column(column, justify="right", no_wrap=True)
+        view.add_column(column, justify="right", no_wrap="MiB" not in column)
     for run in result["runs"].values():
         ratio = run["step_time_ratio"]
         cells = [

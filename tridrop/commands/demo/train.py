@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -17,11 +16,10 @@ from tridrop.swapping import Report
 from . import architectures
 from .model import loss_of
 from .options import Options
+from .place import one_thread
+from .plan import Plan
 
 WARM_UP = 20  # steps over which the learning rate rises
-MEASURED = 10  # steps whose speed determines the number of steps
-LEAST = 2 * MEASURED  # steps that are taken even if they take too long
-EVALUATIONS = 6  # the least number of evaluations
 
 
 class Diverged(RuntimeError):
@@ -32,45 +30,13 @@ class Watcher(Protocol):
     """Gets notified of the progress."""
 
     def planned(self, plan: Plan) -> None:
-        """The number of steps was scaled to their speed."""
+        """The number of steps has changed with their speed."""
 
     def stepped(self, run: Run, step: int, loss: float) -> None:
         """``run`` has done step number ``step``."""
 
     def evaluated(self, record: Record) -> None:
         """All runs have been evaluated."""
-
-
-@dataclass
-class Plan:
-    """The numbers of steps, in all and between evaluations; ``why`` says why they were scaled."""
-
-    steps: int
-    eval_every: int
-    why: str | None = None
-
-    def scale(self, step: float, evaluation: float, left: float) -> bool:
-        """Plan fewer steps if all would take longer than ``left``; return whether that is so.
-
-        ``step`` and ``evaluation`` are the seconds that one of each takes. Evaluations are as far
-        apart as planned, or closer, so that there are enough of them.
-        """
-        would = (self.steps - MEASURED) * step + self.steps // self.eval_every * evaluation
-        if would <= left:
-            return False
-        more = left / (step + evaluation / self.eval_every)
-        if more < EVALUATIONS * self.eval_every:
-            more = (left - EVALUATIONS * evaluation) / step
-        steps = min(self.steps, max(LEAST, MEASURED + int(more)))
-        if steps == self.steps:
-            return False
-        self.why = (
-            f"A step of all runs takes {step:.2g} s, so that all {self.steps:,} would take "
-            f"{would / 60:.1f} minutes: only {steps:,} are taken. --steps {self.steps} takes all"
-        )
-        self.eval_every = min(self.eval_every, -(-steps // EVALUATIONS))
-        self.steps = steps
-        return True
 
 
 class Run:
@@ -147,19 +113,19 @@ class Run:
         times as fast. Weights and generators do not change.
         """
         threads, generators = torch.get_num_threads(), self._generators
-        times: dict[int, float] = {}
-        for count in (threads, 1):
+        times: dict[int, list[float]] = {1: [], threads: []}
+        for count in (1, threads) * 3:
+            if times[threads] and min(times[threads]) > 3 * min(times[1]):
+                break  # threads that wait for each other, which takes long
             torch.set_num_threads(count)
-            for _ in range(3):
-                start = time.perf_counter()
-                with self._own_generators():
-                    loss_of(self.model.train(), tokens).backward()
-                seconds = time.perf_counter() - start
-                times[count] = min(seconds, times.get(count, seconds))
+            start = time.perf_counter()
+            with self._own_generators():
+                loss_of(self.model.train(), tokens).backward()
+            times[count].append(time.perf_counter() - start)
         torch.set_num_threads(threads)
         self.model.zero_grad(set_to_none=True)
         self._generators = generators
-        return min(times, key=times.__getitem__)
+        return min(times, key=lambda count: min(times[count]))
 
     def measure(self, tokens: Tensor) -> None:
         """Set ``saved_bytes`` and ``peak_bytes`` from one step's forward and backward.
@@ -286,14 +252,14 @@ def train(
 ) -> None:
     """Train all runs by the plan, and add the measurements to ``record``.
 
-    If the options limit the seconds, counted from here, the number of steps is scaled to the speed
-    of the first ones, and torch gets the number of threads that is faster.
+    If the plan limits the seconds, the number of steps follows their speed, and torch gets the
+    number of threads that is faster.
 
     The record grows by whole evaluations, so that it is consistent after an interrupt at any time.
 
     Raises Diverged if a loss is no longer finite.
     """
-    began, device = time.perf_counter(), runs[0].device
+    clock, device = plan.clock, runs[0].device
     fixed = torch.Generator().manual_seed(options.seed)
     windows = windows_of(valid_tokens, options.context)
     valid = architectures.examples(options, windows, fixed).to(device)
@@ -301,10 +267,13 @@ def train(
     seen = architectures.examples(options, windows, fixed).to(device)
     data = batches(train_tokens, options)
     first = next(data).to(device)
-    for run in runs:
-        run.measure(first)
+    # What is measured first depends on no threads, and on a busy machine one is many times as fast.
+    with nullcontext() if plan.seconds is None else one_thread():
+        for run in runs:
+            run.measure(first)
 
     def evaluate(step: int) -> None:
+        start = clock()
         found = {
             run.name: (run.evaluate(seen, options.batch), run.evaluate(valid, options.batch))
             for run in runs
@@ -313,25 +282,23 @@ def train(
             raise Diverged(f"a loss is no longer finite at step {step}: lower --lr")
         record.add(step, found)
         watcher.evaluated(record)
+        plan.evaluated(step, clock() - start)
 
-    if options.seconds is not None:
+    if plan.seconds is not None:
         torch.set_num_threads(runs[0].faster_threads(first))
-    start, step = time.perf_counter(), 0
+    step = 0
     evaluate(0)
-    evaluated = time.perf_counter()
     while step < plan.steps:
+        start = clock()
         step += 1
         tokens = first if step == 1 else next(data).to(device)
         # In turns, other load on the machine affects all runs equally, and none is always first.
         turn = step % len(runs)
         for run in runs[turn:] + runs[:turn]:
             watcher.stepped(run, step, run.step(tokens))
-        if step == MEASURED and options.seconds is not None:
-            now = time.perf_counter()
-            left = options.seconds - (now - began)
-            if plan.scale((now - evaluated) / MEASURED, evaluated - start, left):
-                watcher.planned(plan)
-        if step % plan.eval_every == 0 or step == plan.steps:
+        if plan.stepped(step, clock() - start):
+            watcher.planned(plan)
+        if plan.due(step):
             evaluate(step)
 
 

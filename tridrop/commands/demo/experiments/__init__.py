@@ -7,8 +7,7 @@ and of one that states the findings in sentences. docs/experiments.md explains t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 from rich.console import Console
 
 from .. import report
-from ..place import backend_of, check_backend, device_of
+from ..place import backend_of, check_backend, device_of, one_thread
 from ..stops import INTERRUPTED, Terminations
 from . import lora, masks, overfit, uncertainty
 from .progress import Bar, bar
@@ -66,13 +65,16 @@ def run(console: Console, args: argparse.Namespace) -> int:
     report.check_plotting()
     device = device_of(settings.device)
     experiment = _EXPERIMENTS[settings.experiment]
-    with backend_of(settings.backend), _one_thread(), Terminations() as terminations:
+    # Images are small: more threads would only wait, and with one sums have one order anywhere.
+    with backend_of(settings.backend), one_thread(), Terminations() as terminations:
         where = report.environment(device, check_backend(device), "scikit-learn", "peft")
         try:
             with bar(console, experiment.ticks(settings)) as progress:
                 measured = experiment.measure(settings, device, progress)
         except KeyboardInterrupt:
-            console.print("Interrupted before there were results: nothing is written.")
+            console.print(
+                "Interrupted before there were results, of two seeds or more: nothing is written."
+            )
             return terminations.status(INTERRUPTED)
         terminations.finish()
         _write(console, settings, experiment, where, measured, progress.interrupted)
@@ -107,14 +109,3 @@ def _write(
     for line in result["findings"]:
         console.print(line)
     console.print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread: for small images more would only wait, and sums have one order anywhere."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..options import DEFAULTS, MODELS, DemoError
+from ..options import DEFAULTS, MODELS, SIZES, DemoError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def resolve(args: argparse.Namespace) -> Settings:
     foreign = [f"--{k.replace('_', '-')}" for k in DEFAULTS if getattr(args, k) is not None]
     foreign = [name for name in foreign if name[2:] not in taken]
     foreign += ["--text"] * (args.text is not None) + ["--model"] * (args.model != MODELS[0])
-    foreign += ["--memory"] * args.memory
+    foreign += ["--memory"] * args.memory + ["--size"] * (args.size != next(iter(SIZES)))
     if foreign:
         raise DemoError(
             f"--experiment {args.experiment} does not take {', '.join(foreign)}; it takes "
