@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...base.torch_private import transformation
 from ...spec.attention import AttentionInputs, AttentionOptions, empty_output
 from ...spec.operands import AttentionBackward, inputs_of
 from .blocks import blocks, is_block
@@ -281,14 +282,19 @@ def attention_gradients(
     inputs = inputs._replace(query=query, key=key, value=value, mask=mask, sinks=sinks)
     like = (query, key, value, mask, sinks)
     wide = reduce(torch.promote_types, (t.dtype for t in like if t is not None), torch.float32)
-    if is_block(inputs):
+    if is_block(inputs, settings):
         grad, dlse, out, lse = (None if t is None else t.to(wide) for t in (dout, dlse, out, lse))
         assert grad is not None
         return _gradients(grad, dlse, out, lse, wide_of(inputs), settings, needs, of_scores)
+    # Every block has queries of its own. Without a band, blocks have all keys of other heads, or
+    # all keys of the same ones; of these the first one writes, and the others add.
+    whole_keys = settings.lower is None and settings.upper is None and inputs.cu_query is None
+    written_whole = (inputs.cu_query is None, whole_keys, whole_keys, False, False)
     totals = [
-        None if t is None or not need else dout.new_zeros(t.shape, dtype=wide)
-        for t, need in zip(like, needs, strict=True)
+        None if t is None or not need else _sums(t, dout, wide, whole)
+        for t, need, whole in zip(like, needs, written_whole, strict=True)
     ]
+    written = set()
     for block in blocks(inputs, settings):
         grad, dlse_part, out_part, lse_part = (
             None if t is None else t[block.query].to(wide) for t in (dout, dlse, out, lse)
@@ -297,10 +303,28 @@ def attention_gradients(
         of_block = wide_of(block.inputs), block.options
         found = _gradients(grad, dlse_part, out_part, lse_part, *of_block, needs, of_scores)
         places = (block.query, block.key, block.key, block.mask, (block.heads,))
-        for sums, gradient, place in zip(totals, found, places, strict=True):
-            if sums is not None and gradient is not None:
+        for i, (sums, gradient, place) in enumerate(zip(totals, found, places, strict=True)):
+            if sums is None or gradient is None:
+                continue
+            at = i, *((part.start, part.stop) for part in place)
+            if written_whole[i] and at not in written:
+                written.add(at)
+                sums[place].copy_(gradient)
+            else:
                 sums[place].add_(gradient)
     return tuple(totals)
+
+
+def _sums(t: Tensor, dout: Tensor, dtype: torch.dtype, written_whole: bool) -> Tensor:
+    """Memory for the gradient of ``t``, with its strides where they need not be made later.
+
+    It is 0, unless blocks write to all of it before they add.
+    """
+    if not written_whole:
+        return dout.new_zeros(t.shape, dtype=dtype)
+    if transformation() is None:
+        return torch.empty_like(t, dtype=dtype)
+    return dout.new_empty(t.shape, dtype=dtype)
 
 
 def _like(t: Tensor, source: Tensor) -> Tensor:

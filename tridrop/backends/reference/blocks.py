@@ -91,15 +91,29 @@ def shared(mask: Tensor | None, where: Index) -> Index:
     )
 
 
-def is_block(inputs: AttentionInputs) -> bool:
-    """Whether the call stays one block, because cutting it would cost more than it saves."""
-    batch, heads, queries, _ = inputs.query.shape
-    return inputs.cu_query is None and batch * heads * queries * inputs.key.shape[2] <= _SMALL
+def is_block(inputs: AttentionInputs, options: AttentionOptions) -> bool:
+    """Whether the call stays one block, with all of its keys.
+
+    That is so if a block holds all of its scores, or if cutting it would cost more than it saves.
+    """
+    if inputs.cu_query is not None:
+        return False
+    (batch, heads, queries, _), keys = inputs.query.shape, inputs.key.shape[2]
+    scores = batch * heads * queries * keys
+    if scores <= _SMALL:
+        return True
+    lower, upper = options.lower, options.upper
+    return (
+        scores <= _SCORES.get(inputs.query.device.type, _MOST_SCORES)
+        and (queries <= _BAND or (lower is None and upper is None))
+        and (lower is None or lower <= 0)
+        and (upper is None or queries + upper >= keys)
+    )
 
 
 def blocks(inputs: AttentionInputs, options: AttentionOptions) -> Iterator[Block]:
     """The call as a sequence of calls that are not packed and have few scores each."""
-    if is_block(inputs):
+    if is_block(inputs, options):
         yield Block(inputs, options, _WHOLE, _WHOLE, _WHOLE, slice(None))
         return
     packed = inputs.cu_query is not None
