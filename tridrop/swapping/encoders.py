@@ -52,7 +52,7 @@ def _closing(
     twin = _TWIN + name
 
     def get(self: nn.Module) -> Any:
-        key = twin if is_compiling() else name
+        key = twin if is_compiling() and twin in self.__dict__ else name
         if key not in self.__dict__:
             raise AttributeError(name)
         value = self.__dict__[key]
