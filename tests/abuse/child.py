@@ -14,7 +14,7 @@ import torch
 
 from . import values
 from .calls import Call
-from .outcomes import Outcome, difference, disagreement
+from .outcomes import Outcome, difference, disagreement, refused
 from .targets import Target, targets
 
 SLOW = 10.0  # seconds; a wrong call that compiles anew takes longer than any that does not
@@ -87,7 +87,7 @@ def run(seed: int, numbers: range, only: str | None, against: str) -> None:
         elif (
             second.kind == "another error of ours"
             and kind != "as torch's module"
-            and against != "triton"  # what the loops say was looked at; Triton refuses more
+            and not refused(second)
         ):
             kind, detail = second.kind, second.error
         elif taken > SLOW:

@@ -160,13 +160,15 @@ def difference(a: Any, b: Any, finite: bool = False) -> str | None:
     return None if apart <= bound and not math.isnan(apart) else f"numbers differ by {apart:.3g}"
 
 
-_REFUSED = "use tridrop.backend('reference')"
+def refused(outcome: Outcome) -> bool:
+    """Whether a backend said, as Triton does of fp64, which other one serves such a call."""
+    return "use tridrop.backend('reference')" in outcome.error
 
 
 def disagreement(first: Outcome, second: Outcome, against: str = "torch") -> tuple[str, str] | None:
     """(kind, how) where the two ways of a call do not agree."""
     if (first.kind == "ok") != (second.kind == "ok"):
-        if _REFUSED in second.error:  # for instance fp64: it says which backend serves the call
+        if refused(second):
             return "refused by Triton", second.error
         which = "the loops raise" if second.kind == "ok" else "the other way raises"
         return "only one way raises", f"{which}: {first.error or second.error}"

@@ -5,36 +5,19 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from demo_helpers import TINY, parse, settled  # noqa: F401
 from rich.console import Console
 
 import tridrop.commands.demo
 from tridrop.commands.demo import options, plan, report, text, train
 
-TINY = [
-    "--layers=1", "--dim=16", "--heads=2", "--context=8", "--batch=2",
-    "--train-bytes=200", "--valid-bytes=100", "--device=cpu",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-    yield
-    torch.set_num_threads(threads)
-
-
-def parse(*arguments: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tridrop demo")
-    tridrop.commands.demo.add_arguments(parser)
-    return parser.parse_args([str(a) for a in arguments])
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 # ------------------------------------------------------------------- the plan, by numbers alone

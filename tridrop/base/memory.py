@@ -68,7 +68,11 @@ def _has_memory(t: Tensor) -> bool:
 
     It may be False for an empty tensor, and raises RuntimeError for a tensor without an address.
     """
-    return bool(t.data_ptr()) and _end(t) * t.itemsize <= t.untyped_storage().nbytes()
+    if not t.data_ptr():
+        return False
+    if t.is_contiguous() and not t.storage_offset():  # the usual case, in the shortest way
+        return t.nbytes <= t.untyped_storage().nbytes()
+    return _end(t) * t.itemsize <= t.untyped_storage().nbytes()
 
 
 def whole(t: Tensor, name: str) -> Tensor:
@@ -114,17 +118,9 @@ def all_have_memory(arguments: Iterable[Any]) -> bool:
     """Whether all tensors among the arguments are plain ones, each with all of its elements."""
     try:
         for a in arguments:
-            if a is None:
-                continue
-            if type(a) not in PLAIN:
-                if isinstance(a, Tensor):
-                    return False
-            elif not (
-                a.is_contiguous()  # the usual case, in the shortest way
-                and not a.storage_offset()
-                and a.data_ptr()
-                and a.nbytes <= a.untyped_storage().nbytes()
-            ) and not _has_memory(a):
+            if a is not None and not (
+                _has_memory(a) if type(a) in PLAIN else not isinstance(a, Tensor)
+            ):
                 return False
     except RuntimeError:  # some tensors have no address, or no storage
         return False

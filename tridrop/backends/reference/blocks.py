@@ -99,16 +99,10 @@ def is_block(inputs: AttentionInputs, options: AttentionOptions) -> bool:
     if inputs.cu_query is not None:
         return False
     (batch, heads, queries, _), keys = inputs.query.shape, inputs.key.shape[2]
-    scores = batch * heads * queries * keys
-    if scores <= _SMALL:
+    if batch * heads * queries * keys <= _SMALL:
         return True
-    lower, upper = options.lower, options.upper
-    return (
-        scores <= _SCORES.get(inputs.query.device.type, _MOST_SCORES)
-        and (queries <= _BAND or (lower is None and upper is None))
-        and (lower is None or lower <= 0)
-        and (upper is None or queries + upper >= keys)
-    )
+    whole = tuple(slice(0, size) for size in (batch, heads, queries, keys))
+    return next(_cuts(inputs, options, queries, keys)) == whole
 
 
 def blocks(inputs: AttentionInputs, options: AttentionOptions) -> Iterator[Block]:

@@ -21,7 +21,7 @@ from ...contract.mask import LANES, Coordinates, coordinates
 from ...contract.noise import NOISES, rate_table
 from ...spec.elementwise import Options
 from . import mask
-from .tiles import Origin, Shape
+from .tiles import Operands, Origin, Shape
 
 # 128 threads with 32 elements each: per thread and operand, four 16-byte loads of bf16 in flight
 # and four Philox calls, over which the arithmetic of addresses and the key is spread. Compiled for
@@ -273,6 +273,18 @@ def adjacent(t: Tensor) -> Tensor:
 def vector(v: Tensor | None) -> Tensor | None:
     """``v``, or a contiguous copy of it, for a kernel that reads it from its address on."""
     return None if v is None else v.contiguous()
+
+
+def operands(
+    matrix: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    masks: MaskArguments,
+) -> Operands:
+    """The kernels' operands; the two matrices are results of :func:`matrix`."""
+    return Operands(matrix, vector(bias), vector(layer_scale), residual, vector(seed), masks.rate)
 
 
 class Programs(Protocol):

@@ -9,7 +9,6 @@ from ...spec.operands import Norm, NormBackward
 from . import gpu, launch
 from .norm import Affine, Gradients, Incoming, Kept, norm_backward_kernel, norm_forward_kernel
 from .sums import total
-from .tiles import Operands
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -42,14 +41,7 @@ def norm_forward(operands: Norm, options: NormOptions) -> tuple[Tensor, Tensor |
         out.device,
         out,
         Kept(stream, statistics),
-        Operands(
-            matrix,
-            launch.vector(bias),
-            launch.vector(layer_scale),
-            other,
-            launch.vector(seed),
-            masks.rate,
-        ),
+        launch.operands(matrix, bias, layer_scale, other, seed, masks),
         Affine(launch.vector(weight), launch.vector(norm_bias), options.eps),
         plan.sizes(stride, other_stride),
         plan.origin,
@@ -95,14 +87,7 @@ def norm_backward(
             dout.device,
             Incoming(matrix, launch.vector(dstream), source, launch.vector(statistics)),
             Gradients(dx, dresidual, *partial),
-            Operands(
-                x,
-                launch.vector(bias),
-                launch.vector(layer_scale),
-                None,
-                launch.vector(seed),
-                masks.rate,
-            ),
+            launch.operands(x, bias, layer_scale, None, seed, masks),
             Affine(launch.vector(weight), None, options.eps),
             plan.sizes(stride, dout_stride),
             plan.origin,

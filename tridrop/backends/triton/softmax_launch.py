@@ -79,11 +79,7 @@ class Rows:
     ) -> tuple[Sizes, Strides, int]:
         """(sizes, strides, number of elements that lie aligned in every row), for the kernels."""
         scores_strides, mask_strides, dout_strides = (
-            (0,) * len(self.shape)
-            if t is None
-            else t.stride()
-            if t.shape == self.shape
-            else t.expand(self.shape).stride()
+            (0,) * len(self.shape) if t is None else t.expand(self.shape).stride()
             for t in (scores, mask, dout)
         )
         strides = (scores_strides, mask_strides, dout_strides)
