@@ -6,8 +6,7 @@
 
 The score of a key that a mask or a band excludes is -inf. A query whose keys are all excluded has
 P = 0, out = 0 and lse = -inf. ``multiplier`` is the random part, a constant for the derivative. A
-backend may compute the part between the two products in its own way, with the same values: see
-:data:`Keep` and :data:`OfScores`.
+backend may compute the steps of a block in its own way, with the same values: see :class:`Steps`.
 """
 
 from __future__ import annotations
@@ -45,10 +44,14 @@ def repeat(t: Tensor, heads: int) -> Tensor:
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1)
 
 
-def scores(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor | None]:
+def scores(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> tuple[Tensor, Tensor | None]:
     """(scores, tanh(score / softcap) or None without a softcap), both [B, H, Sq, Sk]."""
     query, key, mask, key_mask = inputs.query, inputs.key, inputs.mask, inputs.key_mask
-    score = (query * options.scale) @ repeat(key, query.shape[1]).transpose(-1, -2)
+    score = multiply(query * options.scale, repeat(key, query.shape[1]).transpose(-1, -2))
     capped: Tensor | None = None
     if options.softcap:
         capped = torch.tanh(score / options.softcap)
@@ -99,27 +102,40 @@ def kept_probabilities(
     return random_part(tuple(score.shape), inputs.seed, inputs.p, options)(probabilities), lse
 
 
-Keep = Callable[[AttentionInputs, AttentionOptions], tuple[Tensor, Tensor]]
+class ScoreGradients(NamedTuple):
+    """What a block's gradients are computed from, besides its operands."""
+
+    kept: Tensor  # P * multiplier
+    dscore: Tensor  # the gradient of the scores after the attention mask
+    capped: Tensor | None  # the second result of scores()
+    dsinks: Tensor | None  # [H]
 
 
-@without_autocast
-def attention_forward(
-    inputs: AttentionInputs, options: AttentionOptions, keep: Keep = kept_probabilities
-) -> tuple[Tensor, Tensor]:
-    """(out, lse): out as empty_output makes it; lse [B, H, Sq], fp32, or fp64 for fp64."""
-    query = inputs.query
-    out = empty_output(query, inputs.value.shape[-1])
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_empty(query.shape[:-1], dtype=wide)
-    if inputs.cu_query is not None:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    for block in blocks(inputs, options):
-        one = wide_of(block.inputs)
-        kept, log_sum = keep(one, block.options)
-        out[block.query] = kept @ repeat(one.value, one.query.shape[1])
-        lse[block.query] = log_sum
-    return out, lse
+class Product(NamedTuple):
+    """A gradient that is scale * left @ right, [B, H, M, N], or its sums over groups of heads."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    heads: int  # of the gradient
+
+    def value(self) -> Tensor:
+        """The gradient; differentiable."""
+        found = self.left @ self.right
+        if self.scale != 1:
+            found = found * self.scale
+        if self.heads == found.shape[1]:
+            return found
+        return found.unflatten(1, (self.heads, found.shape[1] // self.heads)).sum(2)
+
+
+def write(gradient: Product | Tensor, into: Tensor, add: bool) -> None:
+    """Write a gradient, or add it to what is there."""
+    found = gradient.value() if isinstance(gradient, Product) else gradient
+    if add:
+        into.add_(found)
+    else:
+        into.copy_(found)
 
 
 @without_autocast
@@ -155,15 +171,6 @@ def torchs(inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
     return F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=causal, scale=options.scale
     )
-
-
-class ScoreGradients(NamedTuple):
-    """What a block's gradients are computed from, besides its operands."""
-
-    kept: Tensor  # P * multiplier
-    dscore: Tensor  # the gradient of the scores after the attention mask
-    capped: Tensor | None  # the second result of scores()
-    dsinks: Tensor | None  # [H]
 
 
 def score_gradients(
@@ -204,18 +211,38 @@ def score_gradients(
     return ScoreGradients(kept, dscore, capped, dsinks)
 
 
-# A function with the arguments and results of score_gradients().
-OfScores = Callable[
-    [
-        Tensor,
-        Tensor | None,
-        Tensor | None,
-        Tensor | None,
-        AttentionInputs,
-        AttentionOptions,
-    ],
-    ScoreGradients,
-]
+class Steps(NamedTuple):
+    """How a block is computed: by this file's differentiable functions, or a backend's own."""
+
+    keep: Callable[..., tuple[Tensor, Tensor]]  # as kept_probabilities()
+    of_scores: Callable[..., ScoreGradients]  # as score_gradients()
+    multiply: Callable[[Tensor, Tensor], Tensor]  # a product of matrices [B, H, M, K], [B, H, K, N]
+    write: Callable[[Product | Tensor, Tensor, bool], None]  # as write()
+    in_place: bool  # whether results are written where they stay even if a call is one block
+
+
+STEPS = Steps(kept_probabilities, score_gradients, torch.matmul, write, False)
+
+
+@without_autocast
+def attention_forward(
+    inputs: AttentionInputs, options: AttentionOptions, steps: Steps = STEPS
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): out as empty_output makes it; lse [B, H, Sq], fp32, or fp64 for fp64."""
+    query = inputs.query
+    out = empty_output(query, inputs.value.shape[-1])
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty(query.shape[:-1], dtype=wide)
+    if inputs.cu_query is not None:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    for block in blocks(inputs, options):
+        one = wide_of(block.inputs)
+        kept, lse[block.query] = steps.keep(one, block.options)
+        heads = one.query.shape[1]
+        attended = Product(kept, repeat(one.value, heads), 1.0, heads)
+        steps.write(attended, out[block.query], False)
+    return out, lse
 
 
 def _gradients(
@@ -226,25 +253,19 @@ def _gradients(
     inputs: AttentionInputs,
     options: AttentionOptions,
     needs: tuple[bool, ...],
-    of_scores: OfScores,
-) -> Gradients:
+    steps: Steps,
+) -> tuple[Product | Tensor | None, ...]:
     """The gradients of one block; see :func:`attention_gradients`."""
-    query, key, mask = inputs.query, inputs.key, inputs.mask
+    query, key, mask, scale = inputs.query, inputs.key, inputs.mask, options.scale
     heads, groups = query.shape[1], key.shape[1]
-    dkept = dout @ repeat(inputs.value, heads).transpose(-1, -2)
+    dkept = steps.multiply(dout, repeat(inputs.value, heads).transpose(-1, -2))
     delta = None if out is None else (dout * out).sum(-1, keepdim=True)
-    kept, dscore, capped, dsinks = of_scores(dkept, delta, dlse, lse, inputs, options)
-    dvalue = kept.transpose(-1, -2) @ dout
+    kept, dscore, capped, dsinks = steps.of_scores(dkept, delta, dlse, lse, inputs, options)
     draw = dscore if capped is None else dscore * (1 - capped * capped)
-
-    def of_groups(t: Tensor) -> Tensor:
-        """Sum over the query heads that share a key head."""
-        return t if groups == heads else t.unflatten(1, (groups, heads // groups)).sum(2)
-
     return (
-        draw @ repeat(key, heads) * options.scale if needs[0] else None,
-        of_groups(draw.transpose(-1, -2) @ (query * options.scale)) if needs[1] else None,
-        of_groups(dvalue) if needs[2] else None,
+        Product(draw, repeat(key, heads), scale, heads) if needs[0] else None,
+        Product(draw.transpose(-1, -2), query, scale, groups) if needs[1] else None,
+        Product(kept.transpose(-1, -2), dout, 1.0, groups) if needs[2] else None,
         dscore.sum_to_size(mask.shape) if needs[3] and mask is not None else None,
         dsinks if needs[4] else None,
     )
@@ -263,7 +284,7 @@ def attention_gradients(
     needs: tuple[bool, ...],
     out: Tensor | None = None,
     lse: Tensor | None = None,
-    of_scores: OfScores = score_gradients,
+    steps: Steps = STEPS,
 ) -> Gradients:
     """Gradients of query, key, value, mask and sinks; differentiable.
 
@@ -282,17 +303,20 @@ def attention_gradients(
     inputs = inputs._replace(query=query, key=key, value=value, mask=mask, sinks=sinks)
     like = (query, key, value, mask, sinks)
     wide = reduce(torch.promote_types, (t.dtype for t in like if t is not None), torch.float32)
-    if is_block(inputs, settings):
+    whole = is_block(inputs, settings)
+    if whole and not steps.in_place:
         grad, dlse, out, lse = (None if t is None else t.to(wide) for t in (dout, dlse, out, lse))
         assert grad is not None
-        return _gradients(grad, dlse, out, lse, wide_of(inputs), settings, needs, of_scores)
+        found = _gradients(grad, dlse, out, lse, wide_of(inputs), settings, needs, steps)
+        return tuple(t.value() if isinstance(t, Product) else t for t in found)
     # Every block has queries of its own. Without a band, blocks have all keys of other heads, or
     # all keys of the same ones; of these the first one writes, and the others add.
     whole_keys = settings.lower is None and settings.upper is None and inputs.cu_query is None
-    written_whole = (inputs.cu_query is None, whole_keys, whole_keys, False, False)
+    whole_queries = inputs.cu_query is None
+    written_whole = (whole_queries, whole_keys or whole, whole_keys or whole, whole, whole)
     totals = [
-        None if t is None or not need else _sums(t, dout, wide, whole)
-        for t, need, whole in zip(like, needs, written_whole, strict=True)
+        None if t is None or not need else _sums(t, dout, wide, first)
+        for t, need, first in zip(like, needs, written_whole, strict=True)
     ]
     written = set()
     for block in blocks(inputs, settings):
@@ -301,17 +325,14 @@ def attention_gradients(
         )
         assert grad is not None
         of_block = wide_of(block.inputs), block.options
-        found = _gradients(grad, dlse_part, out_part, lse_part, *of_block, needs, of_scores)
+        gradients = _gradients(grad, dlse_part, out_part, lse_part, *of_block, needs, steps)
         places = (block.query, block.key, block.key, block.mask, (block.heads,))
-        for i, (sums, gradient, place) in enumerate(zip(totals, found, places, strict=True)):
+        for i, (sums, gradient, place) in enumerate(zip(totals, gradients, places, strict=True)):
             if sums is None or gradient is None:
                 continue
             at = i, *((part.start, part.stop) for part in place)
-            if written_whole[i] and at not in written:
-                written.add(at)
-                sums[place].copy_(gradient)
-            else:
-                sums[place].add_(gradient)
+            steps.write(gradient, sums[place], not written_whole[i] or at in written)
+            written.add(at)
     return tuple(totals)
 
 
@@ -338,7 +359,7 @@ def attention_backward(
     operands: AttentionBackward,
     options: AttentionOptions,
     needs: tuple[bool, ...],
-    of_scores: OfScores = score_gradients,
+    steps: Steps = STEPS,
 ) -> Gradients:
     """Gradients of query, key, value, mask and sinks, like their tensors; None if not needed."""
     dout, dlse, out, lse, *_ = operands
@@ -346,7 +367,7 @@ def attention_backward(
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
     whole_out, whole_lse = (out, lse) if options.block else (None, None)
     results = attention_gradients(
-        dout, dlse, *like, None, (inputs, options), needs, whole_out, whole_lse, of_scores
+        dout, dlse, *like, None, (inputs, options), needs, whole_out, whole_lse, steps
     )
     return as_tensors(results, inputs)
 

@@ -25,7 +25,7 @@ from ....contract.mask import (
     TILE,
 )
 from .decorators import NOTHING, inline, kernel, part, written_out
-from .memory import release, scratch, vector
+from .memory import release, scratch, store_columns, store_groups, vector
 
 M0, M1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1)
 W0, W1 = np.uint32(PHILOX_W0), np.uint32(PHILOX_W1)
@@ -44,11 +44,6 @@ def philox(c0, c1, c2, c3, k0, k1):
         k0 = uint32(k0 + W0)
         k1 = uint32(k1 + W1)
     return c0, c1, c2, c3
-
-
-@written_out
-def rotate(word):
-    return uint32(word << HALF) | uint32(word >> HALF)
 
 
 @part(set())
@@ -77,11 +72,9 @@ def rows_words(words, k0, k1, high, row, step, group, groups, count):
 
 @part(set())
 def spread(bits, words, count):
-    """The 32 bits of each of the eight columns of ``count`` groups."""
-    for g in range(count):
-        for i in range(4):
-            bits[LANES * g + 2 * i] = words[i, g]
-            bits[LANES * g + 2 * i + 1] = rotate(words[i, g])
+    """The 32 bits of each of the eight columns of ``count`` groups, and of up to three more."""
+    for g in range(0, count, 4):
+        store_groups(words, g, STRIP, bits, LANES * g)
 
 
 @part(set())
@@ -223,9 +216,7 @@ def score_tiles(bits, words, key, domain, place, first, count):
         )
     for t in range(tiles):
         for octet in range(4):
-            for pair in range(4):
-                word, at = words[octet, 4 * t + pair], TILE * t + LANES * octet + 2 * pair
-                bits[at], bits[at + 1] = word, rotate(word)
+            store_columns(words, STRIP * octet + 4 * t, bits, TILE * t + LANES * octet)
     return lane, min(count, TILE * tiles - lane)
 
 

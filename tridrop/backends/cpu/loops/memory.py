@@ -93,3 +93,74 @@ def value_of(context, bits):
 
 def _reinterpret(context, builder, signature, arguments):
     return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+
+_FOUR, _FOUR_WIDE = llvm.VectorType(llvm.IntType(32), 4), llvm.VectorType(_WORD, 4)
+
+
+@intrinsic
+def store_columns(context, words, start, bits, at):
+    """The bits of eight columns from four adjacent words, each of which decides two columns.
+
+    A word is the bits of the first of its two columns; its halves in the other order are those of
+    the second one. As a loop this is not made into vector instructions, and takes seven times as
+    long. Nothing is looked at: indices count from the arrays' beginnings.
+    """
+
+    def build(context, builder, signature, arguments):
+        given = _load_four(context, builder, words, arguments[0], arguments[1])
+        _store_columns(context, builder, bits, arguments[2], arguments[3], given)
+        return context.get_dummy_value()
+
+    return types.void(words, types.int64, bits, types.int64), build
+
+
+@intrinsic
+def store_groups(context, words, start, stride, bits, at):
+    """The bits of four groups of eight columns, from the words of four calls.
+
+    Word i of the calls is at ``start`` + i * ``stride`` in ``words``, call after call.
+    """
+
+    def build(context, builder, signature, arguments):
+        array, start, stride, into, at = arguments
+        rows = []
+        for _ in range(4):
+            rows.append(_load_four(context, builder, words, array, start))
+            start = builder.add(start, stride)
+
+        def shuffled(first, second, *places):
+            order = llvm.Constant(_FOUR, list(places))
+            return builder.shuffle_vector(first, second, order)
+
+        for pair in ((0, 4, 1, 5), (2, 6, 3, 7)):  # the words of calls 0 and 1, then of 2 and 3
+            low = shuffled(rows[0], rows[1], *pair)
+            high = shuffled(rows[2], rows[3], *pair)
+            for half in ((0, 1, 4, 5), (2, 3, 6, 7)):
+                call = shuffled(low, high, *half)
+                _store_columns(context, builder, bits, into, at, call)
+                at = builder.add(at, _WORD(8))
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(words, index, index, bits, index), build
+
+
+def _pointer(context, builder, kind, array, at, to):
+    data = make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), to.as_pointer())
+
+
+def _load_four(context, builder, kind, array, at):
+    found = builder.load(_pointer(context, builder, kind, array, at, _FOUR))
+    found.align = 4
+    return found
+
+
+def _store_columns(context, builder, kind, array, at, four):
+    word = builder.zext(four, _FOUR_WIDE)
+    half, three = (llvm.Constant(_FOUR_WIDE, [count] * 4) for count in (16, 48))
+    # The second column's bits are above: the word's low half at the top, its high half below that.
+    upper = builder.shl(builder.lshr(word, half), builder.add(half, half))
+    both = builder.or_(builder.or_(word, upper), builder.shl(word, three))
+    builder.store(both, _pointer(context, builder, kind, array, at, _FOUR_WIDE)).align = 4
