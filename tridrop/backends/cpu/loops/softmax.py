@@ -28,8 +28,8 @@ from .mask import (
     score_bits,
 )
 from .memory import LINE, release, scratch, vector
-from .steps import ANY_ORDER, add, copy, fill, select, total
-from .storage import load, store
+from .steps import ANY_ORDER, add, fill
+from .storage import for_each_dtype, load, store
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _NOTHING, _MAGNITUDE, _SIGN = np.float32(-np.inf), np.int32(0x7FFFFFFF), np.int32(31)
@@ -42,15 +42,23 @@ def ordered(word):
     return int32(word ^ int32(int32(word >> _SIGN) & _MAGNITUDE))
 
 
-@part(set())
-def largest(u):
-    """The largest number, found among integers, since a loop over floats that may be NaN would not
-    become vector instructions."""
-    found = _LEAST
-    for j in range(u.size):
-        word = ordered(np.float32(u[j]).view(np.int32))
-        found = word if word > found else found
-    return np.int32(ordered(found)).view(np.float32)
+@for_each_dtype(set())
+def load_scaled(read, write):
+    """into = scale * elements, in fp32; returns the largest number.
+
+    It is found among integers, since a loop over floats that may be NaN would not become vector
+    instructions.
+    """
+
+    def loop(elements, scale, into):
+        found = _LEAST
+        for j in range(elements.size):
+            into[j] = read(elements[j]) * scale
+            word = ordered(np.float32(into[j]).view(np.int32))
+            found = word if word > found else found
+        return np.int32(ordered(found)).view(np.float32)
+
+    return loop
 
 
 @part(set())
@@ -61,11 +69,19 @@ def has_nan(u):
     return found
 
 
+@inline(ANY_ORDER)
+def plus(first, second):
+    return first + second
+
+
 @part({"contract"})
 def exponentials(u, shift):
-    """u = exp(u - shift), where no u is larger than shift."""
+    """u = exp(u - shift), where no u is larger than shift; returns their sum, in any order."""
+    found = _ZERO
     for j in range(u.size):
         u[j] = exp(u[j] - shift, _ZERO)
+        found = plus(found, u[j])
+    return found
 
 
 @inline(set())
@@ -83,24 +99,75 @@ def inner(u, v):
     return found
 
 
-@inline({"contract"})
-def project(u, v, along, scale):
-    """v = u * (v - along) * scale."""
-    for j in range(u.size):
-        v[j] = u[j] * (v[j] - along) * scale
+@for_each_dtype(set())
+def store_kept(read, write):
+    """u = u * inverse; elements = u * factor where kept, exactly 0 elsewhere."""
+
+    def loop(elements, u, inverse, bits, last, factor):
+        for j in range(elements.size):
+            u[j] *= inverse
+            elements[j] = write((u[j] if bits[j] > last else _ZERO) * factor)
+
+    return loop
+
+
+@for_each_dtype(set())
+def load_kept(read, write):
+    """into = elements * factor where kept, exactly 0 elsewhere."""
+
+    def loop(elements, into, bits, last, factor):
+        for j in range(elements.size):
+            into[j] = (read(elements[j]) if bits[j] > last else _ZERO) * factor
+
+    return loop
+
+
+@for_each_dtype({"contract"})
+def store_projected(read, write):
+    """elements = u * (v - along) * scale."""
+
+    def loop(elements, u, v, along, scale):
+        for j in range(elements.size):
+            elements[j] = write(u[j] * (v[j] - along) * scale)
+
+    return loop
+
+
+@part({"contract"})
+def store_projected_some(dx, at, size, u, v, along, scale):
+    """:func:`store_projected`, but 0 where u is 0, whatever v and ``along`` are."""
+    for j in range(size):
+        v[j] = u[j] * (v[j] - along) * scale if u[j] != _ZERO else _ZERO
+    store(dx, at, size, v)
+
+
+@for_each_dtype(set())
+def store_zeros(read, write):
+    def loop(elements):
+        for j in range(elements.size):
+            elements[j] = write(_ZERO)
+
+    return loop
+
+
+@part(set())
+def clear_outside(matrix, start, keys, first, end):
+    """Set a row, which begins at ``start``, to 0 before the key ``first`` and from ``end`` on."""
+    store_zeros(matrix, start, first)
+    store_zeros(matrix, start + end, keys - end)
 
 
 @inline(set())
-def softmax(u):
-    """u = exp(u - log-sum-exp), or 0 if all of u is -inf; returns the log-sum-exp."""
-    shift = largest(u)
+def exponentials_of(u, shift):
+    """u = exp(u - shift), where ``shift`` is the largest; returns (log-sum-exp, 1 / sum).
+
+    If all of u is -inf, it becomes 0.
+    """
     if shift == _NOTHING and not has_nan(u):
         fill(u, u.size, _ZERO)
-        return _NOTHING
-    exponentials(u, shift)
-    whole = total(u)
-    rescale(u, _ONE / whole)
-    return shift + np.log(whole)
+        return _NOTHING, _ONE
+    whole = exponentials(u, shift)
+    return shift + np.log(whole), _ONE / whole
 
 
 @part(set())
@@ -150,13 +217,6 @@ def row_of_scratch(memory, k, keys):
     return vector(memory + 16 * STRIP + 4 * k * width_of(keys), keys, np.float32)
 
 
-@inline(set())
-def outside(u, first, end):
-    """u = 0 before ``first`` and from ``end`` on."""
-    fill(u[:first], first, _ZERO)
-    fill(u[end:], u.size - end, _ZERO)
-
-
 @part(set())
 def clear_excluded(x, at, size, scale, spare, u):
     """In a row with NaN, set the probabilities u to 0 where the score is minus infinity.
@@ -164,9 +224,7 @@ def clear_excluded(x, at, size, scale, spare, u):
     The scores are read once more for that.
     """
     scores = spare[:size]
-    load(x, at, size, scores)
-    if scale != 1:
-        rescale(scores, np.float32(scale))
+    load_scaled(x, at, size, scale, scores)
     clear(scores, u, _NOTHING)
 
 
@@ -179,24 +237,27 @@ def forward(start, stop, keys, sizes, decisions, factor, band, scale, x, out, pr
     memory = scratch(4 * STRIP + 3 * width_of(keys))
     bits, words = randoms(memory, width_of(keys), decisions[2])
     u, spare = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
-    last = np.uint32(max(0, decisions[2]))
+    last, factor = np.uint32(max(0, decisions[2])), np.float32(factor)
     for r in range(start, stop):
         first, end = seen(r, sizes[1], keys, band)
-        outside(u, first, end)
-        v = u[first:end]
-        load(x, r * keys + first, end - first, v)
-        if scale != 1:
-            rescale(v, np.float32(scale))
-        found = softmax(v)
+        at, size = r * keys + first, end - first
+        v = u[:size]
+        found, inverse = exponentials_of(v, load_scaled(x, at, size, np.float32(scale), v))
+        if found != found or probabilities[0] != 0:
+            rescale(v, inverse)
+            inverse = _ONE
         if found != found:
-            clear_excluded(x, r * keys + first, end - first, scale, spare, v)
+            clear_excluded(x, at, size, np.float32(scale), spare, v)
         if lse != 0:
             vector(lse, stop, np.float32)[r] = found
         if probabilities[0] != 0:
-            store(probabilities, r * keys, keys, u)
+            store(probabilities, at, size, v)
         lane = bits_of_row(bits, words, decisions, r, sizes, first, end)
-        select(v, end - first, bits[lane : lane + end - first], last, np.float32(factor))
-        store(out, r * keys, keys, u)
+        store_kept(out, at, size, v, inverse, bits[lane : lane + size], last, factor)
+        if size < keys:
+            clear_outside(out, r * keys, keys, first, end)
+            if probabilities[0] != 0:
+                clear_outside(probabilities, r * keys, keys, first, end)
     release(memory)
 
 
@@ -212,46 +273,44 @@ def backward(start, stop, keys, sizes, decisions, factor, band, scale, given, ke
     bits, words = randoms(memory, width_of(keys), decisions[2])
     u, g = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
     spare = row_of_scratch(memory, 3, keys)
-    last = np.uint32(max(0, decisions[2]))
+    last, factor = np.uint32(max(0, decisions[2])), np.float32(factor)
     for r in range(start, stop):
         first, end = seen(r, sizes[1], keys, band)
-        size = end - first
-        v, w = u[first:end], g[first:end]
-        load(x, r * keys + first, size, v)
-        if scale != 1:
-            rescale(v, np.float32(scale))
-        found = softmax(v)
+        at, size = r * keys + first, end - first
+        v, w = u[:size], g[:size]
+        found, inverse = exponentials_of(v, load_scaled(x, at, size, np.float32(scale), v))
+        if found != found or kept[0] == 0:
+            rescale(v, inverse)
+            inverse = _ONE
         if found != found:
-            clear_excluded(x, r * keys + first, size, scale, spare, v)
+            clear_excluded(x, at, size, np.float32(scale), spare, v)
         lane = bits_of_row(bits, words, decisions, r, sizes, first, end)
         b = bits[lane : lane + size]
         if kept[0] != 0:
-            outside(spare, first, end)
-            c = spare[first:end]
-            copy(v, size, c)
-            select(c, size, b, last, np.float32(factor))
-            store(kept, r * keys, keys, spare)
+            store_kept(kept, at, size, v, inverse, b, last, factor)
         if dout[0] != 0:
-            load(dout, r * keys + first, size, w)
-            select(w, size, b, last, np.float32(factor))
+            load_kept(dout, at, size, w, b, last, factor)
         else:
             fill(w, size, _ZERO)
         if dsoftmax[0] != 0:
-            c = spare[first:end]
-            load(dsoftmax, r * keys + first, size, c)
+            c = spare[:size]
+            load(dsoftmax, at, size, c)
             add(w, size, c)
         along = inner(v, w)
         # A key with the probability 0 adds nothing to the sum and has the gradient 0, even where
         # the incoming gradient is not finite.
-        not_finite = not np.isfinite(along)
-        if not_finite:
+        finite = np.isfinite(along)
+        if not finite:
             along = inner_of_some(v, w)
         if dlse != 0:
             along -= vector(dlse, stop, np.float32)[r]
-            not_finite = not_finite or not np.isfinite(along)
-        project(v, w, along, np.float32(scale))
-        if not_finite:
-            clear(v, w, _ZERO)
-        outside(g, first, end)
-        store(dx, r * keys, keys, g)
+            finite = finite and np.isfinite(along)
+        if finite:
+            store_projected(dx, at, size, v, w, along, np.float32(scale))
+        else:
+            store_projected_some(dx, at, size, v, w, along, np.float32(scale))
+        if size < keys:
+            clear_outside(dx, r * keys, keys, first, end)
+            if kept[0] != 0:
+                clear_outside(kept, r * keys, keys, first, end)
     release(memory)
