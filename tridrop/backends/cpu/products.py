@@ -14,8 +14,8 @@ from torch import Tensor
 from ..reference.attention import Product
 from ..reference.attention import write as write_value
 
-# Numbers per sample in the tensors that a product would copy. A copy takes some 0.3 ns a number, and a call
-# 8 us: at [8, 4, 128, 32] both take the same time.
+# Numbers per sample in the tensors that a product would copy. A copy takes some 0.3 ns a number,
+# and a call 8 us: at [8, 4, 128, 32] both take the same time.
 _LARGE = 1 << 15
 
 
