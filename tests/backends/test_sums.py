@@ -16,26 +16,41 @@ from tridrop.backends.triton import sums
 def test_sums_are_those_of_fp64(strips, shape):
     torch.manual_seed(0)
     partial = torch.randn(strips, *shape, device=DEVICE)
-    found = sums.total(partial, torch.float32)
+    (found,) = sums.totals([partial], [torch.float32])
     assert found.shape == shape
     error = (found.double() - partial.double().sum(0)).abs()
     # a rounding for each addition, of what is added in magnitude
     assert bool((error <= partial.abs().double().sum(0) * strips * 2**-24).all())
-    assert torch.equal(sums.total(partial, torch.float32), found)
-    assert torch.equal(sums.total(partial, torch.float16), found.half())  # rounded once
+    (again, half) = sums.totals([partial, partial], [torch.float32, torch.float16])
+    assert torch.equal(again, found)
+    assert torch.equal(half, found.half())  # rounded once
+
+
+@pytest.mark.parametrize("strips", [1, 3])
+def test_sums_of_equal_sizes_are_one_launch(strips, monkeypatch):
+    launches = []
+    run = sums.launch.run
+    monkeypatch.setattr(
+        sums.launch, "run", lambda *args, **kwargs: launches.append(args) or run(*args, **kwargs)
+    )
+    torch.manual_seed(0)
+    partials = [torch.randn(strips, 9, device=DEVICE) for _ in range(4)]
+    dtypes = [torch.bfloat16, None, torch.bfloat16, torch.float32]
+    found = sums.totals([*partials, None], [*dtypes, torch.float32])
+    assert found[1] is None
+    assert found[4] is None
+    for i in (0, 2, 3):
+        torch.testing.assert_close(found[i], partials[i].sum(0).to(dtypes[i]))
+    # one for bfloat16 and one for fp32; a single strip is the sum already
+    assert len(launches) == (0 if strips == 1 else 2)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 2, 4)])
 def test_sums_of_nothing_are_zero(shape):
-    found = sums.total(torch.empty(shape, device=DEVICE), torch.float16)
+    (found,) = sums.totals([torch.empty(shape, device=DEVICE)], [torch.float16])
     assert found.shape == shape[1:]
     assert found.dtype == torch.float16
     assert not found.any()
-
-
-def test_what_is_not_wanted_is_not_summed():
-    assert sums.total(None, torch.float32) is None
-    assert sums.total(torch.ones(2, 2, device=DEVICE), None) is None
 
 
 PROGRAM = """

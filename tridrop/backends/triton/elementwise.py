@@ -25,7 +25,7 @@ from . import launch, mask
 from .activations import FUNCTIONS
 from .mask import ELEMENTS, NO_MASK, keep_elements, keep_rows, load_key, load_rate, row_coordinates
 from .noise import ALPHA, FILL, GAUSSIAN, alpha_shift, gaussian
-from .sums import total
+from .sums import totals
 from .tiles import (
     Operands,
     columns,
@@ -287,7 +287,7 @@ def backward(
     if dgain is not None and samples is not None:
         dgain = dgain.view(plan.strips // max(1, samples), samples, plan.where.cols)
     if plan.empty:
-        return dx, total(partial[0], dtypes[1]), total(dgain, dtypes[2])
+        return dx, *totals((partial[0], dgain), dtypes[1:])
     masks = launch.mask_arguments(plan, p)
     incoming, grad_stride = launch.matrix(grad, plan.where.cols)
     matrix, stride = launch.matrix(x, width)
@@ -307,7 +307,7 @@ def backward(
         VECTOR=launch.vector_width(plan.where.cols, stride, grad_stride),
         STRIP=plan.strip,
     )
-    return dx, total(partial[0], dtypes[1]), total(dgain, dtypes[2])
+    return dx, *totals((partial[0], dgain), dtypes[1:])
 
 
 def _samples(layer_scale: Tensor | None) -> int | None:

@@ -42,6 +42,9 @@ ROW_SUMS = 1 << 22
 # with a few resident blocks each, and few enough that partial sums stay small beside the data. The
 # number does not depend on the device, because the order of the sums must not.
 REDUCTION_PROGRAMS = 512
+# So many row blocks are summed by one program: a second launch, which would add the sums of
+# several, takes longer than their few turns.
+FEW_ROW_BLOCKS = 4
 MAX_GRID_Y = 65535
 
 
@@ -93,6 +96,8 @@ def gated_reduction_tile(rows: int, cols: int) -> Tile:
 
 def strip(row_blocks: int, col_blocks: int) -> int:
     """How many row blocks one program of a reduction sums: a power of two."""
+    if row_blocks <= FEW_ROW_BLOCKS:
+        return next_power_of_2(max(1, row_blocks))
     return next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
 
 
@@ -225,6 +230,8 @@ def row_strip(row_blocks: int, cols: int) -> int:
     There are at most REDUCTION_PROGRAMS programs, and at most ROW_SUMS partial sums per gradient.
     """
     programs = max(1, min(REDUCTION_PROGRAMS, ROW_SUMS // cols))
+    if row_blocks <= FEW_ROW_BLOCKS:
+        programs = 1
     return next_power_of_2(cdiv(row_blocks, programs))
 
 

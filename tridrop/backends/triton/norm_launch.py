@@ -8,7 +8,7 @@ from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward
 from . import gpu, launch
 from .norm import Affine, Gradients, Incoming, Kept, norm_backward_kernel, norm_forward_kernel
-from .sums import total
+from .sums import totals
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -97,7 +97,7 @@ def norm_backward(
             VECTOR=launch.vector_width(cols, stride, dout_stride),
             LOOPS=(plan.strip, plan.col_blocks, backward_stages(plan, options, dout.device)),
         )
-    dweight, dnorm_bias, dbias, dlayer_scale = map(total, partial, sums)
+    dweight, dnorm_bias, dbias, dlayer_scale = totals(partial, sums)
     return dx, dbias, dlayer_scale, dresidual, dweight, dnorm_bias
 
 

@@ -15,7 +15,7 @@ from ...spec.product import ProductOptions
 from . import launch
 from .launch import Tile
 from .product import product_backward_kernel, product_kernel
-from .sums import total
+from .sums import totals
 
 # x is [rows, cols]; `rate` is the (threshold, scale) pair on the device if p is a tensor.
 Matrices = namedtuple("Matrices", "x weight seeds rate")
@@ -135,7 +135,7 @@ def product_forward(operands: Product, options: ProductOptions) -> Tensor:
         RANK=rank,
         CHUNK=size,
     )
-    whole = out[0] if splits == 1 else total(out, weight.dtype)
+    (whole,) = totals((out,), (weight.dtype,))
     assert whole is not None
     return whole.view(out_shape)
 
@@ -181,4 +181,4 @@ def product_backward(
         RANK=rank,
         STRIP=plan.strip,
     )
-    return dx, total(partial, weight.dtype)
+    return dx, *totals((partial,), (weight.dtype,))
