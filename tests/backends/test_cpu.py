@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hosts import imported_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ exact = settings(max_examples=150, deadline=None, derandomize=True)
 
 @pytest.fixture(autouse=True)
 def _no_choice(monkeypatch):
-    monkeypatch.delenv("TRIDROP_CPU", raising=False)
+    imported_with(monkeypatch)
 
 
 def pair(seed, stream=0):
@@ -185,12 +186,12 @@ def test_a_forked_child_draws_the_same():
 # ---------------------------------------------------------------------------------------- the ops
 
 
-def both(call, monkeypatch):
-    """The results of ``call`` by numba and by torch."""
+def both(call):
+    """The results of ``call`` by the loops and by the reference."""
     results = []
-    for name in ("numba", "torch"):
-        monkeypatch.setenv("TRIDROP_CPU", name)
-        results.append(call())
+    for name in ("cpu", "reference"):
+        with tridrop.backend(name):
+            results.append(call())
     return results
 
 
@@ -214,7 +215,7 @@ def test_dropout_add_is_bitwise_the_same(dtype, layout, monkeypatch):
         out = tridrop.dropout_add(a, b, 0.3, seed=5)
         return out.detach(), *torch.autograd.grad(out, (a, b), grad)
 
-    for quick, plain in zip(*both(call, monkeypatch), strict=True):
+    for quick, plain in zip(*both(call), strict=True):
         assert quick.dtype == plain.dtype
         assert torch.equal(quick, plain)
 
@@ -261,7 +262,7 @@ def compare(op, given_, grad, monkeypatch, largest=0.0):
         return out.detach(), *torch.autograd.grad(out, leaves, g, allow_unused=True)
 
     exactly = call(*(t.double() for t in given_))
-    quick, plain = both(lambda: call(*given_), monkeypatch)
+    quick, plain = both(lambda: call(*given_))
     for q, p, e in zip(quick, plain, exactly, strict=True):
         if q is None:
             assert p is None
@@ -544,7 +545,7 @@ def test_second_derivatives_are_those_of_torch(monkeypatch):
         (second,) = torch.autograd.grad((first * r.float()).sum(), leaf)
         return first.detach(), second
 
-    for quick, plain in zip(*both(call, monkeypatch), strict=True):
+    for quick, plain in zip(*both(call), strict=True):
         torch.testing.assert_close(quick, plain)
     mine = tridrop.dropout
     grad = torch.func.grad(lambda t: mine(t, 0.5, seed=1).square().sum())
@@ -568,7 +569,7 @@ def test_modes_of_torch():
 
 
 def test_an_unknown_choice_raises(monkeypatch):
-    monkeypatch.setenv("TRIDROP_CPU", "numbr")
+    imported_with(monkeypatch, TRIDROP_CPU="numbr")
     with pytest.raises(ValueError, match="TRIDROP_CPU is 'numbr'; known: numba, torch"):
         tridrop.dropout(torch.ones(8), 0.5)
     assert "known: numba, torch" in info.render(info.collect())
@@ -578,7 +579,7 @@ def test_numba_asked_for_but_absent_says_what_to_do(monkeypatch):
     monkeypatch.setattr(serving, "_has_numba", False)
     assert tridrop.backends.name_for(torch.device("cpu")) == "reference"
     assert "numba is not installed" in info.render(info.collect())
-    monkeypatch.setenv("TRIDROP_CPU", "numba")
+    imported_with(monkeypatch, TRIDROP_CPU="numba")
     with pytest.raises(ImportError, match="pip install numba"):
         tridrop.dropout(torch.ones(8), 0.5)
 
@@ -593,14 +594,14 @@ def test_a_broken_numba_is_reported(monkeypatch):
         tridrop.dropout(torch.ones(8), 0.5)
     assert "numba cannot be imported" in serving.report()
     monkeypatch.setattr(serving, "_broken", None)
-    monkeypatch.setenv("TRIDROP_CPU", "numba")
+    imported_with(monkeypatch, TRIDROP_CPU="numba")
     with pytest.raises(ImportError):
         tridrop.dropout(torch.ones(8), 0.5)
 
 
 def test_torch_by_choice(monkeypatch):
-    monkeypatch.setenv("TRIDROP_CPU", "torch")
-    assert not serving.serves()
+    imported_with(monkeypatch, TRIDROP_CPU="torch")
+    assert tridrop.backends.name_for(torch.device("cpu")) == "reference"
     assert "default on cpu: reference" in info.render(info.collect())
     with tridrop.backend("cpu"):  # what is named goes before it
         assert tridrop.backends.name_for(torch.device("cpu")) == "cpu"

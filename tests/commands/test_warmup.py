@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hosts import imported_with
 
 from tridrop.backends.cpu import serving
 from tridrop.backends.cpu.loops import compiling
@@ -222,7 +223,7 @@ def test_refusals(monkeypatch, capsys):
     assert cli.main(["warmup"]) == 2
     assert "compiled loops would not be kept" in capsys.readouterr().err
     monkeypatch.delenv("TRIDROP_CPU_CACHE")
-    monkeypatch.setenv("TRIDROP_CPU", "torch")
+    imported_with(monkeypatch, TRIDROP_CPU="torch")
     assert cli.main(["warmup"]) == 0
     assert "nothing to compile: the reference backend" in capsys.readouterr().out
 

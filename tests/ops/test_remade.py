@@ -547,7 +547,7 @@ def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alo
             return torch.autograd.grad(out.sum(), [weight])[0]
 
     assert torch.equal(weights(False), weights(True))
-    seen = []
+    before, seen = backends.named(), []
 
     def look(name):
         with backends.in_this_thread(name):
@@ -562,7 +562,7 @@ def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alo
     for thread in threads:
         thread.join()
     assert seen == [True, True]
-    assert backends.explicit() is None
+    assert backends.named() == before
 
 
 def test_a_write_before_the_recipe_was_cast_is_seen():

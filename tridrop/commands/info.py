@@ -60,7 +60,7 @@ def collect() -> Info:
                 name: os.environ[name]
                 for name in (
                     backends.ENVIRONMENT,
-                    serving.ENVIRONMENT,
+                    backends.CPU_ENVIRONMENT,
                     serving.CACHE_ENVIRONMENT,
                     SPECIALIZE,
                     "TRITON_INTERPRET",
