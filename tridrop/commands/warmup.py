@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -52,11 +53,16 @@ def _masks() -> Iterator[None]:
     yield
 
 
+def _forms() -> list[Any]:
+    """The forms of activations that have loops."""
+    forms = [form for pair in serving.kernels().functions.values() for form in pair]
+    return [form for form in dict.fromkeys(forms) if form.name != "none"]
+
+
 def _activations() -> Iterator[None]:
-    functions = serving.kernels().functions.values()
-    for form in dict.fromkeys(form for forms in functions for form in forms):
-        if form.address:  # compiles the loops over it
-            yield
+    for form in _forms():
+        _ = form.address  # compiles the loops over it
+        yield
 
 
 # Those that take longest come first. Each yields once per compiled loop.
@@ -67,7 +73,11 @@ FAMILIES: dict[str, Callable[[], Iterator[None]]] = {
     "activations": _activations,
     "masks": _masks,
 }
-LOOPS = {"elementwise": 2, "norms": 2, "softmax": 2, "activations": 9, "masks": 2}
+
+
+def loops_of(family: str) -> int:
+    """How many loops a family compiles."""
+    return len(_forms()) if family == "activations" else 2
 
 
 def run(
@@ -143,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"tridrop warmup: {text}", file=sys.stderr)
         return 2
     names = [name for name in FAMILIES if name in args.family or not args.family]
-    loops = sum(LOOPS[name] for name in names)
+    loops = sum(map(loops_of, names))
     with terminal.bar() as progress:
         task = progress.add_task("compiling loops", total=loops)
         failed = run(names, args.jobs, lambda _: progress.advance(task))
