@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
 from rich.table import Table
 
 import tridrop
 
+from ...base import terminal
 from ...base.files import replacing
 from .architectures import TITLES
 from .options import DemoError, Options
@@ -186,11 +186,9 @@ def table(result: dict[str, Any]) -> Table:
     columns = ["train loss\n(best)", "valid loss\n(best)", "gap", "time\n/ eager"]
     columns += ["saved MiB\n(/ eager)"]
     columns += ["peak MiB\n(/ eager)"] if on_gpu else []
-    view = Table(
-        title=f"size {result['options']['size']}: {result['parameters']:,} parameters, "
-        f"{result['steps_done']} steps",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    view = terminal.table(
+        f"size {result['options']['size']}: {result['parameters']:,} parameters, "
+        f"{result['steps_done']} steps"
     )
     view.add_column("run", no_wrap=True)
     for column in columns:
