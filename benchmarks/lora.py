@@ -31,8 +31,8 @@ from torch import Tensor, nn
 import tridrop
 from tridrop.base.files import write_csv
 from tridrop.commands.bench.machine import Machine
-from tridrop.commands.bench.probes import kept_by, storage_bytes
 from tridrop.commands.bench.timing import quantiles
+from tridrop.commands.saved import kept_by, storage_bytes
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS, RATES = (8, 16, 64), (0.0, 0.05)
@@ -115,8 +115,7 @@ class Subject:
         if self.provider.endswith("compile"):
             return None
         _, kept = kept_by(lambda: self.model(x))
-        parameters = {w.untyped_storage().data_ptr() for w in self.model.parameters()}
-        return storage_bytes(t for t in kept if t.untyped_storage().data_ptr() not in parameters)
+        return storage_bytes(kept, without=self.model.parameters())
 
 
 def rows(machine: Machine, rank: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hosts import imported_with
 
 import tridrop.commands.demo
 
@@ -19,7 +20,7 @@ TINY = [
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend is chosen by the device, and torch has one thread."""
-    monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
+    imported_with(monkeypatch)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny tensors: a second thread only waits
     yield

@@ -32,7 +32,19 @@ def _check_steps(steps: int) -> None:
 
 
 @dataclass(frozen=True)
-class Linear:
+class _Ramp:
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_probability(self.start, "start")
+        check_probability(self.end, "end")
+        _check_steps(self.steps)
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
     """A rate that goes linearly from ``start`` to ``end`` in ``steps`` steps, and then stays.
 
         p(t) = start + (end - start) * min(t / steps, 1)
@@ -41,22 +53,13 @@ class Linear:
     [0.0, 0.1, 0.4, 0.4]
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_probability(self.start, "start")
-        check_probability(self.end, "end")
-        _check_steps(self.steps)
-
     def __call__(self, step: int) -> float:
         part = min(step / self.steps, 1)
         return self.start * (1 - part) + self.end * part
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Ramp):
     """A rate that goes from ``start`` to ``end`` along half a cosine wave, and then stays.
 
         p(t) = end + (start - end) * (1 + cos(pi * min(t / steps, 1))) / 2
@@ -64,15 +67,6 @@ class Cosine:
     >>> [round(Cosine(0.2, 0.0, steps=4)(t), 3) for t in (0, 1, 2, 3, 4)]
     [0.2, 0.171, 0.1, 0.029, 0.0]
     """
-
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_probability(self.start, "start")
-        check_probability(self.end, "end")
-        _check_steps(self.steps)
 
     def __call__(self, step: int) -> float:
         part = (1 + math.cos(math.pi * min(step / self.steps, 1))) / 2

@@ -151,10 +151,8 @@ def _compile_tests(piece: Piece, environ: dict[str, str], arch: int, workers: in
     command = [*piece.command, "-p", "gpu_plan.stub_device", "-q", "--tb=no", "--maxfail=1000000"]
     command[command.index("-n") + 1] = str(workers)
     command = [part for part in command if not part.startswith("--junitxml")]
-    found = subprocess.run(
-        command, cwd=ROOT, env=environ | {"GPU_PLAN_ARCH": str(arch)}, capture_output=True,
-        text=True,
-    )  # fmt: skip
+    environ = environ | {"GPU_PLAN_ARCH": str(arch), "TRIDROP_BACKEND": "triton"}
+    found = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     if found.returncode not in (0, 1):
         raise RuntimeError(f"{piece.name} did not run:\n{found.stdout[-3000:]}{found.stderr}")
 

@@ -121,8 +121,8 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=40, help="faults to print")
     parser.add_argument(
         "--against",
-        choices=("torch", "triton"),
-        default="torch",
+        choices=("reference", "triton"),
+        default="reference",
         help="what the compiled loops are compared with; Triton runs in its interpreter",
     )
     parser.add_argument("--verbose", action="store_true", help="print each call")

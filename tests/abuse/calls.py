@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import random
 import warnings
 from collections.abc import Callable
@@ -14,20 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tridrop import backends
-from tridrop.backends.cpu import serving
+import tridrop
 
 from . import values
 from .outcomes import Outcome, flat, of_error
 from .right import Plan, right
 from .targets import Parameter, Target
-
-# way -> the environment variable that selects it, and its value
-WAYS = {
-    "numba": (serving.ENVIRONMENT, "numba"),
-    "torch": (serving.ENVIRONMENT, "torch"),
-    "triton": (backends.ENVIRONMENT, "triton"),  # in the interpreter
-}
 
 
 def odd_tensor(t: Tensor, chooser: random.Random) -> tuple[str, Any]:
@@ -76,7 +67,7 @@ class Call:
         self.odd: list[tuple[int, str, Any]] = []
 
     def run(self, way: str) -> Outcome:
-        """The outcome with CPU tensors served by ``way``: results, then gradients."""
+        """The outcome with CPU tensors served by a backend: results, then gradients."""
         chooser = random.Random(self.key)
         torch.manual_seed(chooser.randrange(1 << 30))
         with _served_by(way), warnings.catch_warnings():
@@ -218,15 +209,6 @@ def _taken(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in names}
 
 
-@contextlib.contextmanager
-def _served_by(way: str) -> Any:
-    variable, value = WAYS[way]
-    before = os.environ.get(variable)
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+def _served_by(way: str) -> AbstractContextManager[None]:
+    # Unless the device decides, the cpu backend refuses tensors on meta, and only this way raises.
+    return contextlib.nullcontext() if way == "cpu" else tridrop.backend(way)

@@ -38,7 +38,7 @@ def right_calls(found: dict[str, Target], seed: int) -> list[tuple[str, Outcome]
     for target in found.values():
         for number in range(2):
             call = Call(target, seed, -1 - number, oddities=0)
-            made.append((f"{call.key}", call.run("numba")))
+            made.append((f"{call.key}", call.run("cpu")))
     return made
 
 
@@ -75,7 +75,7 @@ def run(seed: int, numbers: range, only: str | None, against: str) -> None:
         say(begun=number)
         call = Call(found[pick(names, seed, number)], seed, number)
         start = time.thread_time()
-        first = call.run("numba")
+        first = call.run("cpu")
         taken = time.thread_time() - start
         what = call.what
         kind, detail = first.kind, first.error

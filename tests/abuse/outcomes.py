@@ -165,7 +165,9 @@ def refused(outcome: Outcome) -> bool:
     return "use tridrop.backend('reference')" in outcome.error
 
 
-def disagreement(first: Outcome, second: Outcome, against: str = "torch") -> tuple[str, str] | None:
+def disagreement(
+    first: Outcome, second: Outcome, against: str = "reference"
+) -> tuple[str, str] | None:
     """(kind, how) where the two ways of a call do not agree."""
     if (first.kind == "ok") != (second.kind == "ok"):
         if refused(second):

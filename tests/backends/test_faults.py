@@ -22,7 +22,7 @@ from fault_helpers import add_many, add_one
 import tridrop
 from tridrop.backends.cpu import serving
 
-if not serving.serves():
+if not serving.can_serve():
     pytest.skip("needs numba", allow_module_level=True)
 
 from numba import njit

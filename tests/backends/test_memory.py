@@ -20,7 +20,7 @@ from tridrop.backends.cpu.threads import share
 from tridrop.base import memory
 
 HERE = Path(__file__).parents[1]
-needs_numba = pytest.mark.skipif(not serving.serves(), reason="numba does not serve CPU tensors")
+needs_numba = pytest.mark.skipif(not serving.can_serve(), reason="numba does not serve CPU tensors")
 
 
 def child(script, *arguments, **environment):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from figures import inside
+from hosts import imported_with
 
 import tridrop
 from tridrop.commands import bench, check, cli
@@ -46,7 +47,7 @@ def on_a_cpu_without_caches(monkeypatch):
     monkeypatch.setattr(machine, "_cpu_cache", lambda: 2**12)
     monkeypatch.setattr(gate, "SEEDS", 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
+    imported_with(monkeypatch)
 
 
 @pytest.fixture
@@ -496,7 +497,7 @@ def test_what_cannot_be_is_refused(capsys, tmp_path, arguments, message):
 
 
 def test_triton_on_a_cpu_is_not_timed(monkeypatch):
-    monkeypatch.setenv("TRIDROP_BACKEND", "triton")
+    imported_with(monkeypatch, TRIDROP_BACKEND="triton")
     with pytest.raises(RuntimeError, match="interpreter"):
         run(ops=["dropout_add"])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from figures import inside
-from hosts import PLAIN
+from hosts import PLAIN, imported_with
 
 import tridrop
 from tridrop.commands import cli
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
+    imported_with(monkeypatch)
 
 
 def experiment(name: str, out: Path, *arguments: str) -> int:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hosts import imported_with
 
 from tridrop.backends.cpu import serving
 from tridrop.backends.cpu.loops import compiling
@@ -125,12 +126,11 @@ def test_the_families_are_all_loops():
             patch.setitem(loops, name, watched(name))
         for name, family in warmup.FAMILIES.items():
             before = len(called)
-            assert len(list(family())) == warmup.LOOPS[name]
-            assert len(called) - before == (0 if name == "activations" else warmup.LOOPS[name])
+            assert len(list(family())) == warmup.loops_of(name)
+            assert len(called) - before == (0 if name == "activations" else warmup.loops_of(name))
     assert called == set(mine)
-    assert list(warmup.LOOPS) == list(warmup.FAMILIES)
     forms = {form for forms in serving.kernels().functions.values() for form in forms}
-    assert len(forms) == warmup.LOOPS["activations"] + 1  # the identity needs no loop
+    assert len(forms) == warmup.loops_of("activations") + 1  # the identity needs no loop
 
 
 COMPILED = """
@@ -210,7 +210,7 @@ def test_steps_are_compiled_once_and_make_no_machine_code():
         *((file, name) for file in FILES[:3] for name in ("forward", "backward")),
     }  # fmt: skip
     assert {entry for entry in others if entry[0] != "activations"} == kernels
-    assert len(others) == len(kernels) + warmup.LOOPS["activations"]
+    assert len(others) == len(kernels) + warmup.loops_of("activations")
 
 
 def test_refusals(monkeypatch, capsys):
@@ -222,7 +222,7 @@ def test_refusals(monkeypatch, capsys):
     assert cli.main(["warmup"]) == 2
     assert "compiled loops would not be kept" in capsys.readouterr().err
     monkeypatch.delenv("TRIDROP_CPU_CACHE")
-    monkeypatch.setenv("TRIDROP_CPU", "torch")
+    imported_with(monkeypatch, TRIDROP_CPU="torch")
     assert cli.main(["warmup"]) == 0
     assert "nothing to compile: the reference backend" in capsys.readouterr().out
 

@@ -65,13 +65,20 @@ def test_a_function_that_the_loops_lack_is_no_other_function(monkeypatch):
         tridrop.activation_dropout(torch.ones(3, 17), 0.25, activation="silu", seed=1)
 
 
-def test_what_users_read_names_every_activation():
+def test_what_users_read_names_the_table():
+    """And, for example, what is in it; the error of a wrong name lists all."""
     readme = Path(__file__).parents[2].joinpath("README.md").read_text()
     row = next(line for line in readme.splitlines() if "`activation_dropout(" in line)
-    for name in spec.ACTIVATIONS:
-        if name != "none":
-            assert f'"{name}"' in tridrop.activation_dropout.__doc__
-            assert re.search(rf"\b{name}\b", row), name
+    doc = tridrop.activation_dropout.__doc__
+    file = "tridrop/spec/elementwise.py"
+    assert Path(spec.__file__).as_posix().endswith(file)
+    for text, table in ((row, f"[`ACTIVATIONS`]({file})"), (doc, f"{spec.__name__}.ACTIVATIONS")):
+        assert table in text
+        examples = re.findall(r'"(\w+)"', text)
+        assert len(examples) > 1
+        assert set(examples) <= set(spec.ACTIVATIONS)
+    with pytest.raises(ValueError, match=", ".join(spec.ACTIVATIONS)):
+        tridrop.activation_dropout(torch.ones(2), activation="swish")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -68,18 +68,17 @@ def run_case(case, inputs, p):
     return [*results, *(g for g in grads if g is not None), *masks]
 
 
-CPU = ["numba", "torch"] if serving.serves() else ["torch"]
+PLAIN = ["cpu", "reference"] if serving.can_serve() and DEVICE == "cpu" else ["reference"]
 
 
 @pytest.mark.parametrize("case", check.CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(
-    ("backend", "cpu", "dtype"),
-    [*(("reference", cpu, torch.bfloat16) for cpu in CPU), ("triton", CPU[0], torch.float32)],
-    ids=[*CPU, "triton"],
+    ("backend", "dtype"),
+    [*((name, torch.bfloat16) for name in PLAIN), ("triton", torch.float32)],
+    ids=[*PLAIN, "triton"],
 )
-def test_every_case(case, backend, cpu, dtype, monkeypatch):
+def test_every_case(case, backend, dtype):
     inputs = case.inputs(dtype, DEVICE, torch.Generator().manual_seed(1))
-    monkeypatch.setenv("TRIDROP_CPU", cpu)
     with tridrop.backend(backend):
         same_everywhere(lambda: run_case(case, inputs, case.p))
 
@@ -139,17 +138,16 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("cpu", CPU)
-def test_every_function_and_rates_in_tensors(name, cpu, monkeypatch):
-    monkeypatch.setenv("TRIDROP_CPU", cpu)
-
+@pytest.mark.parametrize("backend", PLAIN)
+def test_every_function_and_rates_in_tensors(name, backend):
     def run():
         x = X.clone().requires_grad_()
         out = CALLS[name](x)
         (grad,) = torch.autograd.grad(tensors_of(out)[0].float().square().sum(), x)
         return out, grad
 
-    same_everywhere(run)
+    with tridrop.backend(backend):
+        same_everywhere(run)
 
 
 def test_masks_and_noise():

@@ -32,14 +32,14 @@ MASKS = {
 
 
 @pytest.fixture
-def both(monkeypatch):
-    """``both(f)``: f by the loops, compared with f by torch; returned once."""
+def both():
+    """``both(f)``: f by the loops, compared with f by the reference; returned once."""
 
     def run(function):
         found = []
-        for way in ("numba", "torch"):
-            monkeypatch.setenv(serving.ENVIRONMENT, way)
-            found.append(function())
+        for name in ("cpu", "reference"):
+            with tridrop.backend(name):
+                found.append(function())
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5)
         return found[0]

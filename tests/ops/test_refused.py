@@ -16,19 +16,18 @@ from tridrop.functional import known
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 Q = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(1))
 META = torch.tensor(0.5, device="meta")
-WAYS = [pytest.param(way, id=way) for way in ("numba", "torch")]
 
 
 class One(IntEnum):
     ONE = 1
 
 
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    if request.param == "numba" and not serving._has_numba:
+@pytest.fixture(params=["cpu", "reference"])
+def way(request):
+    if request.param == "cpu" and not serving._has_numba:
         pytest.skip("numba is not installed")
-    monkeypatch.setenv(serving.ENVIRONMENT, request.param)
-    return request.param
+    with tridrop.backend(request.param):
+        yield request.param
 
 
 # --------------------------------------------------------------------------------------- windows

@@ -31,6 +31,7 @@ from tridrop.functional.linear import (
     remade_value,
 )
 from tridrop.ops.remade import recipe_of
+from tridrop.spec.elementwise import ACTIVATIONS
 
 ROWS, WIDTH, OUT = 24, 32, 16
 
@@ -78,14 +79,14 @@ def backend(request):
         yield request.param
 
 
-ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "swiglu", "geglu", "reglu"]
+NAMES = [name for name in ACTIVATIONS if name != "none"]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_activation_dropout_linear_is_its_parts(activation, p, backend):
     x, bias, last = draw(3, ROWS, 2 * WIDTH), ones(2 * WIDTH), draw(OUT)
-    weight = draw(OUT, WIDTH if activation.endswith("glu") else 2 * WIDTH)
+    weight = draw(OUT, WIDTH if ACTIVATIONS[activation][1] else 2 * WIDTH)
     options = {"activation": activation, "bias": bias, "seed": 5}
     compare(
         lambda: tridrop.activation_dropout_linear(x, weight, last, p, **options),
@@ -547,7 +548,7 @@ def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alo
             return torch.autograd.grad(out.sum(), [weight])[0]
 
     assert torch.equal(weights(False), weights(True))
-    seen = []
+    before, seen = backends.named(), []
 
     def look(name):
         with backends.in_this_thread(name):
@@ -562,7 +563,7 @@ def test_what_is_made_again_runs_on_the_backend_of_its_forward_in_its_thread_alo
     for thread in threads:
         thread.join()
     assert seen == [True, True]
-    assert backends.explicit() is None
+    assert backends.named() == before
 
 
 def test_a_write_before_the_recipe_was_cast_is_seen():

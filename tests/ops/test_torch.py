@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hosts import DEVICE, PLAIN
+from hosts import DEVICE, PLAIN, imported_with
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -138,7 +138,7 @@ def test_dynamic_shapes_compile(backend):
 
 
 def test_backend_of_the_environment_holds_under_compile(monkeypatch):
-    monkeypatch.setenv("TRIDROP_BACKEND", "reference")
+    imported_with(monkeypatch, TRIDROP_BACKEND="reference")
     x = torch.ones(16, device=DEVICE)
     compiled = torch.compile(lambda x: tridrop.dropout(x, 0.5, seed=1), fullgraph=True)
     assert torch.equal(compiled(x), tridrop.dropout(x, 0.5, seed=1))

@@ -16,7 +16,7 @@ from abuse.targets import targets
 import tridrop
 from tridrop.backends.cpu import serving
 
-needs_numba = pytest.mark.skipif(not serving.serves(), reason="numba does not serve CPU tensors")
+needs_numba = pytest.mark.skipif(not serving.can_serve(), reason="numba does not serve CPU tensors")
 ROOT = Path(__file__).parents[2]
 TARGETS = targets()
 
@@ -54,7 +54,7 @@ def test_every_public_name_is_a_target():
 @pytest.mark.parametrize("name", TARGETS)
 def test_right_calls_are_right(name):
     """What is odd in a call is then all that can be wrong; a new op may need a line in right.py."""
-    outcomes = [Call(TARGETS[name], 1, number, oddities=0).run("torch") for number in range(4)]
+    outcomes = [Call(TARGETS[name], 1, number, oddities=0).run("reference") for number in range(4)]
     # Writing into a leaf that requires gradients is what torch refuses.
     allowed = ("a leaf Variable that requires grad",)
     wrong = [o.error for o in outcomes if o.kind != "ok" and not any(a in o.error for a in allowed)]
@@ -111,7 +111,7 @@ def watched(monkeypatch, code):
 
     monkeypatch.setattr(command.subprocess, "Popen", start)
     found = command.Found(0)
-    after = command.child(1, 3, 9, None, "torch", found, False)
+    after = command.child(1, 3, 9, None, "reference", found, False)
     return after, [(fault["kind"], fault["number"]) for fault in found.faults], found
 
 

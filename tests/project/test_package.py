@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from apart import printed
+from hosts import imported_with
 
 import tridrop
 
@@ -189,18 +190,70 @@ def test_backend_choice(monkeypatch):
     import torch
 
     choose = tridrop.backends.name_for
-    monkeypatch.delenv("TRIDROP_BACKEND", raising=False)
+    imported_with(monkeypatch)
     assert choose(torch.device("cpu")) == "cpu"
     assert choose(torch.device("cuda")) == "triton"
-    monkeypatch.setenv("TRIDROP_BACKEND", "triton")
+    imported_with(monkeypatch, TRIDROP_BACKEND="triton")
     assert choose(torch.device("cpu")) == "triton"
     with tridrop.backend("reference"):
         assert choose(torch.device("cuda")) == "reference"
-    monkeypatch.setenv("TRIDROP_BACKEND", "cuda")
+    imported_with(monkeypatch, TRIDROP_BACKEND="cuda")
     with pytest.raises(ValueError, match="TRIDROP_BACKEND names the backend 'cuda'"):
         choose(torch.device("cpu"))
     with pytest.raises(ValueError, match="known: triton, cpu, reference"):
         tridrop.backend("jax")  # when it is made, not when it is entered
+
+
+READ_ONCE = """
+import os, torch, tridrop
+cpu = torch.device("cpu")
+def call():
+    tridrop.dropout(torch.ones(8), 0.5)
+    return tridrop.backends.name_for(cpu)
+print(call())
+os.environ |= {"TRIDROP_BACKEND": "cpu", "TRIDROP_CPU": "numba"}
+print(call())
+os.environ |= {"TRIDROP_BACKEND": "nonsense", "TRIDROP_CPU": "nonsense"}
+print(call())
+with tridrop.backend("cpu"):
+    print(tridrop.backends.name_for(cpu))
+"""
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"TRIDROP_BACKEND": "reference"},
+        {"TRIDROP_BACKEND": "reference", "TRIDROP_CPU": "numba"},
+        {"TRIDROP_BACKEND": "", "TRIDROP_CPU": "torch"},
+    ],
+)
+def test_the_environment_is_read_once(variables):
+    """When tridrop is imported; in a running process tridrop.backend names a backend."""
+    assert printed("-c", READ_ONCE, **variables).split() == ["reference"] * 3 + ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("TRIDROP_BACKEND", "TRIDROP_BACKEND names the backend 'jax'; known: triton, cpu, ref"),
+        ("TRIDROP_CPU", "TRIDROP_CPU is 'jax'; known: numba, torch"),
+    ],
+)
+def test_a_wrong_name_in_the_environment_is_an_error_at_the_first_call(variable, message):
+    program = """
+import torch, tridrop
+try:
+    tridrop.dropout(torch.ones(8), 0.5)
+except ValueError as error:
+    print(error)
+"""
+    text = printed("-c", program, **{variable: "jax"})
+    assert message in text
+    assert f"{variable} is read once, when tridrop is imported" in text
+    told = printed("-m", "tridrop", "info", **{variable: "jax"})
+    assert f"default on cpu: none: {message}" in told
+    assert f"{variable}=jax" in told
 
 
 def test_the_version_is_the_packages():

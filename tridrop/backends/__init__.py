@@ -1,5 +1,9 @@
 """Which backend serves a call: explicit > ``TRIDROP_BACKEND`` > the device of its tensors.
 
+The environment is read once, when tridrop is imported: ``TRIDROP_BACKEND``, and the older
+``TRIDROP_CPU``, which names the backend of CPU tensors where nothing else names one: "numba" is the
+cpu backend, "torch" the reference. In a running process :func:`backend` names one.
+
 Triton serves CUDA tensors where it is installed, the cpu backend serves CPU tensors where numba is
 installed, and the reference serves all others. A backend is a module with the functions of
 :class:`Backend`. Only the cpu backend imports another one, the reference, to which it hands the
@@ -26,7 +30,8 @@ from .cpu import serving as loops
 from .protocol import Backend
 
 NAMES = ("triton", "cpu", "reference")
-ENVIRONMENT = "TRIDROP_BACKEND"
+ENVIRONMENT, CPU_ENVIRONMENT = "TRIDROP_BACKEND", "TRIDROP_CPU"
+_OF_CPU_TENSORS = {"numba": "cpu", "torch": "reference"}  # the values of TRIDROP_CPU
 
 
 class _Thread(threading.local):
@@ -34,8 +39,11 @@ class _Thread(threading.local):
 
 
 class _State:
-    # Process-wide, as torch's own backend flags are, because backward runs in other threads.
-    explicit: str | None = None
+    # Process-wide, as torch's own backend flags are, because backward runs in other threads. What
+    # the environment names is not checked here but by the first call, so that `tridrop info` can
+    # report a wrong name.
+    named: str | None = os.environ.get(ENVIRONMENT) or None
+    of_cpu_tensors: str | None = os.environ.get(CPU_ENVIRONMENT) or None
 
 
 _state, _thread = _State(), _Thread()
@@ -45,10 +53,11 @@ _has_triton = importlib.util.find_spec("triton") is not None
 def backend(name: str) -> AbstractContextManager[None]:
     """Run the calls inside the block on the backend ``name``: "triton", "cpu" or "reference".
 
-    It overrides ``TRIDROP_BACKEND`` in the environment and the default, which is Triton for CUDA
-    tensors where triton is installed, the cpu backend (compiled loops) for CPU tensors where numba
-    is installed, and otherwise the reference, plain torch. Where the named backend cannot serve, an
-    op raises when it is called. The backward of a call runs on the backend of its forward.
+    It overrides ``TRIDROP_BACKEND``, which is read from the environment once, when tridrop is
+    imported, and the default, which is Triton for CUDA tensors where triton is installed, the cpu
+    backend (compiled loops) for CPU tensors where numba is installed, and otherwise the reference,
+    plain torch. Where the named backend cannot serve, an op raises when it is called. The backward
+    of a call runs on the backend of its forward.
 
     The setting is process-wide: do not enter it in several threads at once.
 
@@ -66,17 +75,24 @@ def backend(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _entered(name: str) -> Iterator[None]:
-    before = _state.explicit
-    _state.explicit = name
+    before = _state.named
+    _state.named = name
     try:
         yield
     finally:
-        _state.explicit = before
+        _state.named = before
 
 
-def _check_name(name: str, source: str) -> None:
+def _check_name(name: str, source: str, more: str = "") -> None:
     if name not in NAMES:
-        raise ValueError(f"{source} names the backend {name!r}; known: {', '.join(NAMES)}")
+        raise ValueError(f"{source} names the backend {name!r}; known: {', '.join(NAMES)}{more}")
+
+
+def _read_when(variable: str) -> str:
+    return (
+        f". {variable} is read once, when tridrop is imported: set it before, or use "
+        "tridrop.backend(...)"
+    )
 
 
 @contextmanager
@@ -93,22 +109,44 @@ def in_this_thread(name: str) -> Iterator[None]:
 
 
 def name_for(device: torch.device) -> str:
-    """The name of the backend that serves tensors on ``device``."""
-    name = explicit()
-    if name is None:
-        name = os.environ.get(ENVIRONMENT) or None
-        if name is not None:
-            _check_name(name, ENVIRONMENT)
+    """The name of the backend that serves tensors on ``device``.
+
+    Raises:
+        ValueError: the environment named a backend that is not known when tridrop was imported.
+        ImportError: ``TRIDROP_CPU`` was "numba", which cannot be imported.
+    """
+    name = named()
     if name is not None:
+        _check_name(name, ENVIRONMENT, _read_when(ENVIRONMENT))  # others are checked when named
         return name
     if device.type == "cuda" and _has_triton:
         return "triton"
-    return "cpu" if device.type == "cpu" and loops.serves() else "reference"
+    return _for_cpu_tensors() if device.type == "cpu" else "reference"
 
 
-def explicit() -> str | None:
-    """The backend that :func:`backend` or :func:`in_this_thread` names here; None where neither."""
-    return _thread.name or _state.explicit
+def _for_cpu_tensors() -> str:
+    asked = _state.of_cpu_tensors
+    if asked is None:
+        return "cpu" if loops.can_serve() else "reference"
+    if asked not in _OF_CPU_TENSORS:
+        raise ValueError(
+            f"{CPU_ENVIRONMENT} is {asked!r}; known: {', '.join(_OF_CPU_TENSORS)}"
+            f"{_read_when(CPU_ENVIRONMENT)}"
+        )
+    if asked == "numba" and not loops.can_serve():
+        raise ImportError(
+            f"{CPU_ENVIRONMENT}=numba, but {loops.why_not()}: pip install numba, or set "
+            f"{CPU_ENVIRONMENT}=torch{_read_when(CPU_ENVIRONMENT)}"
+        )
+    return _OF_CPU_TENSORS[asked]
+
+
+def named() -> str | None:
+    """The backend that is named for calls of this thread; None where the device decides.
+
+    It was named by :func:`in_this_thread`, :func:`backend` or ``TRIDROP_BACKEND``.
+    """
+    return _thread.name or _state.named
 
 
 def load(name: str) -> Backend:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -46,6 +47,11 @@ def bar() -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+def table(title: str, caption: str | None = None) -> Table:
+    """An empty table in the style of all commands."""
+    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def show(grids: Iterable[Table], plain: Callable[[], Table] | None = None) -> None:

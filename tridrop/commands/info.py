@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def collect() -> Info:
             "tridrop": __version__,
             "torch": torch.__version__,
             "cuda of torch": torch.version.cuda or getattr(torch.version, "hip", None) or "none",
-            "triton": _version("triton"),
+            **versions("triton"),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "devices": devices,
@@ -60,7 +61,7 @@ def collect() -> Info:
                 name: os.environ[name]
                 for name in (
                     backends.ENVIRONMENT,
-                    serving.ENVIRONMENT,
+                    backends.CPU_ENVIRONMENT,
                     serving.CACHE_ENVIRONMENT,
                     SPECIALIZE,
                     "TRITON_INTERPRET",
@@ -79,11 +80,13 @@ def _choice(device: str) -> str:
         return f"none: {error}"
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of packages, of which some may not be installed."""
+    found = dict.fromkeys(packages, "not installed")
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def render(found: dict[str, Any]) -> str:

@@ -13,10 +13,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
-from .. import functional
+from .. import backends, functional
 from ..backends.cpu import serving
 from ..base import terminal
 
@@ -52,11 +53,16 @@ def _masks() -> Iterator[None]:
     yield
 
 
+def _forms() -> list[Any]:
+    """The forms of activations that have loops."""
+    forms = [form for pair in serving.kernels().functions.values() for form in pair]
+    return [form for form in dict.fromkeys(forms) if form.name != "none"]
+
+
 def _activations() -> Iterator[None]:
-    functions = serving.kernels().functions.values()
-    for form in dict.fromkeys(form for forms in functions for form in forms):
-        if form.address:  # compiles the loops over it
-            yield
+    for form in _forms():
+        _ = form.address  # compiles the loops over it
+        yield
 
 
 # Those that take longest come first. Each yields once per compiled loop.
@@ -67,7 +73,11 @@ FAMILIES: dict[str, Callable[[], Iterator[None]]] = {
     "activations": _activations,
     "masks": _masks,
 }
-LOOPS = {"elementwise": 2, "norms": 2, "softmax": 2, "activations": 9, "masks": 2}
+
+
+def loops_of(family: str) -> int:
+    """How many loops a family compiles."""
+    return len(_forms()) if family == "activations" else 2
 
 
 def run(
@@ -134,15 +144,16 @@ def main(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         print(f"tridrop warmup: --jobs must be at least 1, not {args.jobs}", file=sys.stderr)
         return 2
-    if not serving.serves():
-        print("tridrop warmup: nothing to compile: the reference backend runs CPU tensors here")
+    name = backends.name_for(torch.device("cpu"))
+    if name != "cpu":
+        print(f"tridrop warmup: nothing to compile: the {name} backend runs CPU tensors here")
         return 0
     if os.environ.get(serving.CACHE_ENVIRONMENT) == "0":
         text = f"{serving.CACHE_ENVIRONMENT}=0 is set, so that compiled loops would not be kept"
         print(f"tridrop warmup: {text}", file=sys.stderr)
         return 2
     names = [name for name in FAMILIES if name in args.family or not args.family]
-    loops = sum(LOOPS[name] for name in names)
+    loops = sum(map(loops_of, names))
     with terminal.bar() as progress:
         task = progress.add_task("compiling loops", total=loops)
         failed = run(names, args.jobs, lambda _: progress.advance(task))

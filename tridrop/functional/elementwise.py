@@ -206,8 +206,8 @@ def activation_dropout(
         x: any shape and strides; float16, bfloat16, float32, or float64 (reference backend).
         p: the probability of dropping, as in :func:`dropout`.
         training: False stands for p = 0.
-        activation: None, "relu", "gelu" (exact), "gelu_tanh", "silu", "quick_gelu" (CLIP's
-            x * sigmoid(1.702 x)), or gated "reglu", "geglu", "swiglu".
+        activation: None, or a name in ``tridrop.spec.elementwise.ACTIVATIONS``, which says of each
+            whether it is gated: for instance "gelu" (exact), "gelu_tanh", and gated "swiglu".
         bias: a vector of x's last size, of any floating-point dtype.
         noise_shape, shard, seed: as in :func:`dropout`, for the shape of the result.
 

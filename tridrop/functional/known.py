@@ -8,7 +8,6 @@ take most of the time of a small call.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.cpu import serving
 from ..base.arguments import check_tensor
 from ..base.memory import PLAIN
 from ..base.torch_private import watched
@@ -29,16 +27,6 @@ Key = tuple[Any, ...]
 
 _MOST = 1024  # known calls at a time: for instance lengths of sentences times sites
 _known: dict[Key, Known] = {}
-
-# The environment variables that name a backend. os.environ.get takes a microsecond for a variable
-# that is not set, to raise and catch a KeyError; the dictionary behind it, if there is one, is
-# faster.
-_BACKEND: Any = backends.ENVIRONMENT
-_CPU: Any = serving.ENVIRONMENT
-_variable: Callable[[Any], Any] = os.environ.get
-if hasattr(os.environ, "_data") and hasattr(os.environ, "encodekey"):
-    _BACKEND, _CPU = map(os.environ.encodekey, (_BACKEND, _CPU))
-    _variable = os.environ._data.get
 
 
 def key_of(
@@ -73,7 +61,7 @@ def key_of(
         return None
     if tensors[0] is None or tensors[0].is_meta:
         return None
-    return (*key, backends.explicit(), _variable(_BACKEND), _variable(_CPU))
+    return (*key, backends.named())
 
 
 def recall(key: Key | None) -> Known | None:

@@ -117,8 +117,25 @@ class SpatialDropout1D(_Spatial, keras.layers.SpatialDropout1D):  # type: ignore
         super().__init__(rate, seed=seed, name=name, dtype=dtype)
 
 
+class _Maps(_Spatial):
+    """The arguments of the layers for images and volumes."""
+
+    def __init__(
+        self,
+        rate: float,
+        data_format: str | None = None,
+        seed: int | None = None,
+        name: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        check_seed(seed)
+        super().__init__(  # type: ignore[call-arg]  # of keras' layer
+            rate, data_format=data_format, seed=seed, name=name, dtype=dtype
+        )
+
+
 @_registered
-class SpatialDropout2D(_Spatial, keras.layers.SpatialDropout2D):  # type: ignore[misc]
+class SpatialDropout2D(_Maps, keras.layers.SpatialDropout2D):  # type: ignore[misc]
     """Drops whole feature maps of images.
 
     Args:
@@ -132,20 +149,9 @@ class SpatialDropout2D(_Spatial, keras.layers.SpatialDropout2D):  # type: ignore
     True
     """
 
-    def __init__(
-        self,
-        rate: float,
-        data_format: str | None = None,
-        seed: int | None = None,
-        name: str | None = None,
-        dtype: Any = None,
-    ) -> None:
-        check_seed(seed)
-        super().__init__(rate, data_format=data_format, seed=seed, name=name, dtype=dtype)
-
 
 @_registered
-class SpatialDropout3D(_Spatial, keras.layers.SpatialDropout3D):  # type: ignore[misc]
+class SpatialDropout3D(_Maps, keras.layers.SpatialDropout3D):  # type: ignore[misc]
     """Drops whole feature maps of volumes; see :class:`SpatialDropout2D`.
 
     >>> import torch, tridrop.keras
@@ -154,17 +160,6 @@ class SpatialDropout3D(_Spatial, keras.layers.SpatialDropout3D):  # type: ignore
     >>> bool((out == out[:, :, :1, :1, :1]).all())
     True
     """
-
-    def __init__(
-        self,
-        rate: float,
-        data_format: str | None = None,
-        seed: int | None = None,
-        name: str | None = None,
-        dtype: Any = None,
-    ) -> None:
-        check_seed(seed)
-        super().__init__(rate, data_format=data_format, seed=seed, name=name, dtype=dtype)
 
 
 @_registered

@@ -25,14 +25,15 @@ from ..base.arguments import (
 from ..contract import noise
 from ..contract.mask import Shard, scale, threshold
 
-# name -> (the function of one argument, whether the input holds two halves: f(first) * second)
+# name -> (the function of one argument, whether the input holds two halves: f(first) * second).
+# This is the list of names for users too: docstrings and README.md name it.
 ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "none": ("none", False),
     "relu": ("relu", False),
-    "gelu": ("gelu", False),
-    "gelu_tanh": ("gelu_tanh", False),
-    "silu": ("silu", False),
-    "quick_gelu": ("quick_gelu", False),
+    "gelu": ("gelu", False),  # x * cdf(x), exact
+    "gelu_tanh": ("gelu_tanh", False),  # gelu with tanh in the place of erf
+    "silu": ("silu", False),  # x * sigmoid(x)
+    "quick_gelu": ("quick_gelu", False),  # CLIP's x * sigmoid(1.702 x)
     "reglu": ("relu", True),
     "geglu": ("gelu", True),
     "swiglu": ("silu", True),

@@ -42,7 +42,6 @@ _ABSORBS: dict[str, tuple[str, ...]] = {
     "return": ("linear", "dropout", "rate", "scale", "drop_path", "call", "identity"),
 }
 _ABSORBS["rate"] = _ABSORBS["dropout_add"] = _ABSORBS["dropout"]
-_FOREIGN = (*CAUGHT, "draw", "matrix")  # calls of functions and modules that are not torch's
 COMPUTED = ("norm", "attention", *CAUGHT)  # return tensors, never values that wait
 # Ops that drop as well, without a call of a dropout that could be fused.
 _NOTED = ("attention", "within:attention", "interface", "other")

@@ -1,9 +1,4 @@
-"""Whether the compiled loops serve CPU tensors, and the import of the loops.
-
-numba, which compiles them, is optional. ``TRIDROP_CPU`` in the environment is an older way to name
-the backend for CPU tensors: "numba" is the cpu backend, "torch" the reference. It counts where
-neither ``tridrop.backend`` nor ``TRIDROP_BACKEND`` names a backend.
-"""
+"""Whether the compiled loops can serve, and the import of numba and of the loops."""
 
 from __future__ import annotations
 
@@ -15,8 +10,7 @@ from typing import Any
 
 from ...base.torch_private import constant_when_compiling
 
-ENVIRONMENT, CACHE_ENVIRONMENT = "TRIDROP_CPU", "TRIDROP_CPU_CACHE"
-NAMES = ("numba", "torch")
+CACHE_ENVIRONMENT = "TRIDROP_CPU_CACHE"
 
 _has_numba = importlib.util.find_spec("numba") is not None
 _loaded: Any = None  # the kernels by name
@@ -34,25 +28,6 @@ constant_when_compiling(can_serve)  # a compiled call may be the first one, whic
 def why_not() -> str:
     """Why the loops cannot serve."""
     return _broken or "numba is not installed"
-
-
-def serves() -> bool:
-    """Whether the loops serve CPU tensors where no backend is named.
-
-    Raises:
-        ValueError: ``TRIDROP_CPU`` is neither "numba" nor "torch".
-        ImportError: it is "numba", which cannot be imported.
-    """
-    asked = os.environ.get(ENVIRONMENT)
-    if not asked:
-        return can_serve()
-    if asked not in NAMES:
-        raise ValueError(f"{ENVIRONMENT} is {asked!r}; known: {', '.join(NAMES)}")
-    if asked == "numba" and not can_serve():
-        raise ImportError(
-            f"{ENVIRONMENT}=numba, but {why_not()}: pip install numba, or set {ENVIRONMENT}=torch"
-        )
-    return asked == "numba"
 
 
 def report() -> str:

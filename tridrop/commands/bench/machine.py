@@ -7,7 +7,6 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from ... import backends
 from ...backends.cpu import serving
 from ...base.torch_private import sleep
+from ..info import versions
 from ..inspection import provenance
 
 Thunk = Callable[[], Any]
@@ -134,13 +134,8 @@ class Machine:
 
     def about(self) -> dict[str, Any]:
         """What the figures were measured with: device, versions and commit."""
-        versions = {}
-        for package in ("torch", "triton", "numba", "numpy", "transformers"):
-            try:
-                versions[package] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                versions[package] = "not installed"
-        versions["tridrop"] = provenance()["tridrop"]
+        found = versions("torch", "triton", "numba", "numpy", "transformers")
+        found["tridrop"] = provenance()["tridrop"]
         return {
             "device": self.name,
             "cache_bytes": self.cache_bytes,
@@ -151,7 +146,7 @@ class Machine:
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
-            "versions": versions,
+            "versions": found,
             "date": time.strftime("%Y-%m-%d"),
         }
 

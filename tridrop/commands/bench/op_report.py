@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 
+from ...base import terminal
 from .gate import PASSED
 from .records import Record
 from .step_report import cost, mib, shown
@@ -27,12 +27,10 @@ def failures(records: Sequence[Record]) -> list[str]:
 
 def table(records: Sequence[Record]) -> Table:
     """A row per provider, case, dtype and mode. Times at p = 0 only enter the cost of dropout."""
-    grid = Table(
-        title="Times of ops",
-        caption="of copy: speed as a fraction of a device copy that moves the bytes the op must "
+    grid = terminal.table(
+        "Times of ops",
+        "of copy: speed as a fraction of a device copy that moves the bytes the op must "
         "move; host: time until the call returns; x: how many times as fast as",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
     for heading in ("case", "shape", "dtype", "mode", "provider"):
         grid.add_column(heading)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..check.case import Inputs
 from ..check.measure import saved_bytes
+from ..saved import kept_by, storage_bytes
 from .gate import first_line
 from .machine import Machine
 from .records import Probe
@@ -60,24 +60,6 @@ def moved_bytes(call: Callable[[Inputs], Any], operands: Operands) -> dict[str, 
     grads = [g for g in operands.backward(outs) if g is not None]
     backward = storage_bytes([*operands.grads(outs), *kept, *grads])
     return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
-
-
-def kept_by(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-    """The result of a function, and the tensors that autograd keeps for its backward."""
-    kept: list[Tensor] = []  # alive until counted, so that no two have the same address
-
-    def pack(t: Tensor) -> Tensor:
-        kept.append(t.detach())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        return function(), kept
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of the storages of tensors; each storage counts once."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(found.values())
 
 
 def probe(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.table import Table
 
+from ...base import terminal
 from ...base.files import replacing
 from .gate import PASSED
 from .models import ARCHITECTURES
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 def table(records: Sequence[StepRecord]) -> Table:
     """A row per model, provider and rate."""
-    grid = Table(
-        title="A training step: forward, backward, AdamW",
-        caption="cost of dropout: time compared with the same provider at p = 0; x: how many times "
+    grid = terminal.table(
+        "A training step: forward, backward, AdamW",
+        "cost of dropout: time compared with the same provider at p = 0; x: how many times "
         "as fast as, at the same p; sites: what tridrop.swap found",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
     for heading in ("model", "provider", "p"):
         grid.add_column(heading)

@@ -14,7 +14,8 @@ from torch import Tensor
 import tridrop
 
 from ..inspection import choose
-from . import models, probes
+from ..saved import kept_by, storage_bytes
+from . import models
 from .gate import PASSED, first_line
 from .machine import Machine
 from .models import Architecture, Size
@@ -182,11 +183,8 @@ class Trainee:
 
     def saved_bytes(self) -> int:
         """The bytes of all storages, except parameters, that a forward keeps for backward."""
-        parameters = {t.untyped_storage().data_ptr() for t in self.model.parameters()}
-        _, kept = probes.kept_by(lambda: self.loss(self.data[0]))
-        return probes.storage_bytes(
-            t for t in kept if t.untyped_storage().data_ptr() not in parameters
-        )
+        _, kept = kept_by(lambda: self.loss(self.data[0]))
+        return storage_bytes(kept, without=self.model.parameters())
 
 
 def run(

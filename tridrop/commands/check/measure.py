@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from ..saved import kept_by, storage_bytes
 from .case import Case, Inputs, unmasked
 from .invariants import MAX_Z, Invariant, Trial
 
@@ -104,22 +105,9 @@ def saved_bytes(function: Callable[[Inputs], Tensor], inputs: Inputs, main: str 
     """The bytes that autograd keeps for backward. Each storage counts once; parameters, which are
     all vectors except ``main``, do not count."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    parameters = {
-        t.untyped_storage().data_ptr()
-        for name, t in leaves.items()
-        if t.dim() == 1 and name != main
-    }
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = function(leaves)
-    del out
-    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+    parameters = [t for name, t in leaves.items() if t.dim() == 1 and name != main]
+    _, kept = kept_by(lambda: function(leaves))
+    return storage_bytes(kept, without=parameters)
 
 
 class Check:

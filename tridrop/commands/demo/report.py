@@ -8,17 +8,17 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
 from rich.table import Table
 
 import tridrop
 
+from ...base import terminal
 from ...base.files import replacing
+from ..info import versions
 from .architectures import TITLES
 from .options import DemoError, Options
 from .plan import Plan
@@ -38,15 +38,11 @@ DASHES: Any = (0, (9, 5))
 
 def environment(device: torch.device, backend: str, *packages: str) -> dict[str, Any]:
     """Versions, including those of ``packages``, the device and the backend."""
-    versions = {"python": platform.python_version(), "tridrop": tridrop.__version__}
-    for package in ("torch", "triton", "transformers", "matplotlib", *packages):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    found = {"python": platform.python_version(), "tridrop": tridrop.__version__}
+    found |= versions("torch", "triton", "transformers", "matplotlib", *packages)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
-        "versions": versions,
+        "versions": found,
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
         "backend": backend,
     }
@@ -186,11 +182,9 @@ def table(result: dict[str, Any]) -> Table:
     columns = ["train loss\n(best)", "valid loss\n(best)", "gap", "time\n/ eager"]
     columns += ["saved MiB\n(/ eager)"]
     columns += ["peak MiB\n(/ eager)"] if on_gpu else []
-    view = Table(
-        title=f"size {result['options']['size']}: {result['parameters']:,} parameters, "
-        f"{result['steps_done']} steps",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    view = terminal.table(
+        f"size {result['options']['size']}: {result['parameters']:,} parameters, "
+        f"{result['steps_done']} steps"
     )
     view.add_column("run", no_wrap=True)
     for column in columns:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tridrop.swapping import Report
 
+from ..saved import kept_by, storage_bytes
 from . import architectures
 from .model import loss_of
 from .options import Options
@@ -153,18 +154,9 @@ class Run:
 
 def saved_for_backward(model: nn.Module, tokens: Tensor) -> int:
     """The bytes that one step saves for backward. Each storage counts once, parameters do not."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: list[Tensor] = []  # alive until counted, so that no two have the same address
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_of(model, tokens).backward()
+    _, kept = kept_by(lambda: loss_of(model, tokens).backward())
     model.zero_grad(set_to_none=True)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    return sum(size for address, size in storages.items() if address not in parameters)
+    return storage_bytes(kept, without=model.parameters())
 
 
 EAGER = ("eager", "eager_2", "eager_3")

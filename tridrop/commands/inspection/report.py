@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -129,12 +128,10 @@ def group(records: Sequence[Record]) -> dict[tuple[str, str, str], dict[str, Rec
 
 def table(records: Sequence[Record]) -> Table:
     """A row per kernel, architecture and dtype."""
-    grid = Table(
-        title="Instructions per element, and other figures from the machine code",
-        caption="three figures: without dropout / tridrop / one Philox call per element; "
+    grid = terminal.table(
+        "Instructions per element, and other figures from the machine code",
+        "three figures: without dropout / tridrop / one Philox call per element; "
         "the other columns are for tridrop",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
     grid.add_column("kernel")
     for heading in ("arch", "dtype"):
