@@ -64,8 +64,8 @@ def totals(
 ) -> list[Tensor | None]:
     """The sums over the first dimension of each partial, in its dtype; None where either is None.
 
-    Partials of equal sizes, for one dtype, are summed by one launch. A sum over no strips is zero, and a partial
-    with one strip is the sum.
+    Partials of equal sizes, for one dtype, are summed by one launch. A sum over no strips is zero,
+    and a partial with one strip is the sum.
     """
     found: list[Tensor | None] = [None] * len(partials)
     pairs: dict[tuple[int, int, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
@@ -85,7 +85,5 @@ def totals(
         size = tile(strips, cols)
         programs = _Programs(size, (launch.cdiv(cols, size.cols), len(given), 1))
         outs, ours = zip(*given, strict=True)
-        launch.run(
-            sum_kernel, programs, outs[0].device, outs, ours, strips, cols, COUNT=len(given)
-        )
+        launch.run(sum_kernel, programs, outs[0].device, outs, ours, strips, cols, COUNT=len(given))
     return found
