@@ -1,6 +1,7 @@
 """Without a CUDA device the Triton kernels run in Triton's interpreter, on CPU tensors."""
 
 import importlib.metadata
+import importlib.util
 import os
 import signal
 
@@ -13,6 +14,8 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when the kernels are defined, so before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+        import quick_interpreter  # noqa: F401
 
 # What is started in the background may be told to ignore Ctrl-C; the tests raise it in themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
