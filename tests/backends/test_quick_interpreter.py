@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton.language as tl
+from hosts import DEVICE
 
 import tridrop
 from tridrop.backends.triton import launch
@@ -33,7 +34,7 @@ def test_an_unknown_type_raises_as_before():
 def results(op):
     """A norm's kernel calls functions of Triton's own library and of several files."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 40, generator=generator).requires_grad_()
+    x = torch.randn(9, 40, generator=generator).to(DEVICE).requires_grad_()
     with tridrop.backend("triton"):
         if op == "norm":
             out = tridrop.dropout_add_layer_norm(x, x, None, None, 0.3, seed=5)
@@ -64,7 +65,7 @@ def test_a_launch_replaces_the_language_once_and_puts_it_back(monkeypatch):
         return plain(function)
 
     monkeypatch.setattr(quick_interpreter, "PLAIN_PATCH", counted)
-    x = torch.ones(3, 5000)
+    x = torch.ones(3, 5000, device=DEVICE)
     with tridrop.backend("triton"):
         tridrop.dropout(x, 0.5, seed=1)
         assert 1 <= len(made) <= 2  # the second time for the module that Triton's library sees
@@ -84,7 +85,7 @@ def test_a_launch_that_fails_puts_the_language_back(monkeypatch):
     with monkeypatch.context() as patched, tridrop.backend("triton"):
         patched.setattr(type(interpreter.interpreter_builder), "create_masked_load", broken)
         with pytest.raises(interpreter.InterpreterError, match="no memory to read"):
-            tridrop.dropout(torch.ones(9), 0.5, seed=1)
+            tridrop.dropout(torch.ones(9, device=DEVICE), 0.5, seed=1)
     assert tl.load is load
     assert not quick_interpreter._replaced
 
