@@ -10,6 +10,8 @@ import torchvision_ops  # noqa: F401  # before anything imports torchvision
 
 # The tensors are small, and torch's threads waiting for each other slow parallel workers badly.
 torch.set_num_threads(1)
+# Those of the programs that tests start sleep while they wait, and turn no loops.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if not torch.cuda.is_available():
     # Read when the kernels are defined, so before anything imports them.
