@@ -1,8 +1,9 @@
 """Compile the attention kernels for GPUs that are not here and read their loops.
 
 Run as a program it prints a list of JSON records, one a kernel. As in machine_code.py, the
-launchers of the package choose what is compiled. With arguments, only those targets are compiled;
-the last argument "table" prints a table instead, the one in docs/design.md.
+launchers of the package choose what is compiled. With arguments, only those targets are compiled,
+and of one followed by ":forward" only that kernel; the last argument "table" prints a table
+instead, the one in docs/design.md.
 """
 
 from __future__ import annotations
@@ -71,11 +72,12 @@ def main() -> None:
     arguments = sys.argv[1:]
     table = arguments[-1:] == ["table"]
     records = []
-    for target in (arguments[:-1] if table else arguments) or ["sm_80", "sm_90", "sm_100"]:
+    for wanted in (arguments[:-1] if table else arguments) or ["sm_80", "sm_90", "sm_100"]:
+        target, _, only = wanted.partition(":")
         for head_dim in (64, 128):
             for causal in (False, True):
                 for p in (0.0, 0.1):
-                    for backward in (False, True):
+                    for backward in (False,) if only == "forward" else (False, True):
                         call = call_of(p, head_dim, causal, backward)
                         about = {"p": p, "head_dim": head_dim, "causal": causal}
                         records += [

@@ -1,7 +1,12 @@
 """The shared memory of attention's kernels on GPUs that are not here, for all it is asked for.
 
-Run as a program it prints a list of JSON records, one a kernel and call. Shared memory is laid out
-behind the stage "ttgir", before LLVM, which would take most of the time.
+Run as a program it prints a list of JSON records, one a kernel and call:
+
+    python tests/attention_shared.py [ARCHS [DTYPES [WIDTHS [KINDS [PRECISIONS]]]]] [-- ARCHS ...]
+
+Names are separated by commas, all of them are meant where none is given, and "--" begins another
+list of calls; a call that several lists ask for is compiled once. Shared memory is laid out behind
+the stage "ttgir", before LLVM, which would take most of the time.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 import torch
@@ -108,20 +113,33 @@ def records(arch: str, dtype: str, width: int, kind: str, precision: str) -> Ite
         }  # fmt: skip
 
 
+def groups(arguments: list[str]) -> Iterator[list[str]]:
+    """The lists between the "--"."""
+    while "--" in arguments:
+        at = arguments.index("--")
+        yield arguments[:at]
+        arguments = arguments[at + 1 :]
+    yield arguments
+
+
+def calls_of(given: list[str]) -> Iterator[tuple[str, ...]]:
+    """Every arch, dtype, width, kind and precision of one list."""
+    every = (("sm_86", "sm_89"), DTYPES, map(str, WIDTHS), KINDS, ("highest",))
+    return product(
+        *(
+            text.split(",") if text else list(default)
+            for text, default in zip_longest(given, every, fillvalue="")
+        )
+    )
+
+
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    archs, dtypes, widths, kinds, precisions = (
-        text.split(",") if text else list(default)
-        for text, default in zip(
-            [*sys.argv[1:], "", "", "", "", ""],
-            (("sm_86", "sm_89"), DTYPES, map(str, WIDTHS), KINDS, ("highest",)),
-            strict=False,
-        )
-    )
+    calls = dict.fromkeys(call for given in groups(sys.argv[1:]) for call in calls_of(given))
     found = [
         record
-        for arch, dtype, width, kind, precision in product(archs, dtypes, widths, kinds, precisions)
+        for arch, dtype, width, kind, precision in calls
         for record in records(arch, dtype, int(width), kind, precision)
     ]
     print(json.dumps(found))

@@ -9,6 +9,7 @@ is right if it is a ValueError or a TypeError, or what the op gives without the 
 """
 
 import gc
+import os
 import sys
 import traceback
 import warnings
@@ -437,4 +438,6 @@ def main(part: str = "", every: str = "1") -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter  # noqa: F401
     main(*sys.argv[1:])

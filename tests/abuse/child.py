@@ -64,6 +64,8 @@ def run(seed: int, numbers: range, only: str | None, against: str) -> None:
     faulthandler.enable()
     sys.stdout = io.StringIO()
     torch.set_num_threads(1)
+    if against == "triton":
+        from .. import quick_interpreter  # noqa: F401
     found = targets()
     if only is not None:
         found = {only: found[only]}

@@ -18,7 +18,7 @@ PINNED = f"triton=={triton.__version__}" in CONSTRAINTS.read_text()
 @pytest.fixture(scope="module")
 def records():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    found = json.loads(printed(PROGRAM, "sm_80", "sm_90"))
+    found = json.loads(printed(PROGRAM, "sm_80:forward", "sm_90"))
     return {(r["target"], r["kernel"], r["head_dim"], r["causal"], bool(r["p"])): r for r in found}
 
 

@@ -15,22 +15,49 @@ from tridrop.backends.triton import attention_launch
 PROGRAM = Path(__file__).parents[1] / "attention_shared.py"
 
 
-def records(*arguments):
+ALL = os.environ.get("TRIDROP_FEATURES") == "all"
+OTHERS = "128,256" if ALL else "256"  # widths: the widest heads take most
+# What the rule for Hopper's tiles tells apart: all kinds and D = 64 take minutes to compile.
+KINDS = "plain,causal,own bool mask,float mask,float mask of the dtype"
+HOPPER = ("64,128",) if ALL else ("128", KINDS)
+# name -> arguments of the program: archs, dtypes, widths, kinds of masks, precisions.
+CALLS = {
+    "widest": ("sm_86", "fp32,bf16", "256"),
+    "sm_89": ("sm_86,sm_89", "fp32,bf16", "256", "plain,float mask"),
+    # The mask that takes most: in fp32, with a row for each query.
+    "widths": ("sm_86", "fp32,fp16,bf16", "16,32,64,128,256", "float mask"),
+    "tf32": ("sm_86", "fp32", "128,256", "float mask,causal", "high"),
+    "others": ("sm_80,sm_90,sm_100,sm_120,gfx942", "fp32,bf16", OTHERS, "float mask"),
+    "hopper": ("sm_90", "bf16", *HOPPER),
+}
+NAMES = ("arch", "dtype", "width", "kind", "precision")
+
+
+@pytest.fixture(scope="module")
+def compiled():
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    return json.loads(printed(PROGRAM, *arguments))
+    arguments = [text for given in CALLS.values() for text in ("--", *given)]
+    return json.loads(printed(PROGRAM, *arguments[1:]))
+
+
+def records(compiled, name):
+    """The records of one list of calls."""
+    asked = dict(zip(NAMES, CALLS[name], strict=False))
+    asked = {"precision": "highest"} | asked
+    return [
+        r
+        for r in compiled
+        if all(str(r[n]) in given.split(",") for n, given in asked.items() if given)
+    ]
 
 
 def too_much(found):
     return [r for r in found if r["shared"] > r["limit"]]
 
 
-ALL = os.environ.get("TRIDROP_FEATURES") == "all"
-OTHERS = "128,256" if ALL else "256"  # widths: the widest heads take most
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_widest_heads_fit_every_mask(dtype):
-    found = records("sm_86", dtype, "256")
+def test_the_widest_heads_fit_every_mask(compiled, dtype):
+    found = [r for r in records(compiled, "widest") if r["dtype"] == dtype]
     assert {r["limit"] for r in found} == {101376}
     assert len({r["kind"] for r in found}) == 11
     kernels = {"forward", "delta", "dquery", "dkey", "dmask"}
@@ -38,39 +65,36 @@ def test_the_widest_heads_fit_every_mask(dtype):
     assert too_much(found) == []
 
 
-def test_sm_89_is_as_sm_86():
-    found = records("sm_86,sm_89", "fp32,bf16", "256", "plain,float mask")
+def test_sm_89_is_as_sm_86(compiled):
+    found = records(compiled, "sm_89")
     sizes = [[r["shared"] for r in found if r["arch"] == arch] for arch in ("sm_86", "sm_89")]
+    assert len(sizes[0]) >= 2 * (4 + 5)  # kernels without and with a mask that learns
     assert sizes[0] == sizes[1]
     assert too_much(found) == []
 
 
-def test_every_width_and_dtype_fits():
-    # The mask that takes most: in fp32, with a row for each query.
-    found = records("sm_86", "fp32,fp16,bf16", "16,32,64,128,256", "float mask")
+def test_every_width_and_dtype_fits(compiled):
+    found = records(compiled, "widths")
     assert len({(r["width"], r["dtype"]) for r in found}) == 15
     assert too_much(found) == []
 
 
-def test_tf32_fits():
-    found = records("sm_86", "fp32", "128,256", "float mask,causal", "high")
+def test_tf32_fits(compiled):
+    found = records(compiled, "tf32")
     assert {r["precision"] for r in found} == {"high"}
+    assert len({(r["width"], r["kind"]) for r in found}) == 4
     assert too_much(found) == []
 
 
-def test_other_gpus_have_room_as_well():
-    found = records("sm_80,sm_90,sm_100,sm_120,gfx942", "fp32,bf16", OTHERS, "float mask")
+def test_other_gpus_have_room_as_well(compiled):
+    found = records(compiled, "others")
     assert len({r["limit"] for r in found}) == 4
+    assert len({(r["arch"], r["dtype"]) for r in found}) == 10
     assert too_much(found) == []
 
 
-# What the rule for Hopper's tiles tells apart: all kinds and D = 64 take minutes to compile.
-KINDS = "plain,causal,own bool mask,float mask,float mask of the dtype"
-HOPPER = ("64,128",) if ALL else ("128", KINDS)
-
-
-def test_hoppers_three_stages_fit_every_mask():
-    found = records("sm_90", "bf16", *HOPPER)
+def test_hoppers_three_stages_fit_every_mask(compiled):
+    found = records(compiled, "hopper")
     assert {*KINDS.split(",")} <= {r["kind"] for r in found}
     assert too_much(found) == []
     # what the rule counts with is what is laid out
