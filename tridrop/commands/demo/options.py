@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_p": None,  # p
     "lr": 2e-3,
     "seed": 0,
-    "train_bytes": 12_288,
+    "train_bytes": 6_144,
     "valid_bytes": 16_384,
     "eval_every": 40,
 }
