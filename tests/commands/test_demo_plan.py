@@ -255,7 +255,7 @@ def test_help_tells_the_values_of_a_size() -> None:
     parser = argparse.ArgumentParser()
     tridrop.commands.demo.add_arguments(parser)
     said = " ".join(parser.format_help().split())
-    assert "bytes that the model sees at a time (default: 64, medium 256)" in said
+    assert "bytes that the model sees at a time (default: 128, medium 256)" in said
     assert "validation part, from the end of the text (default: 16384, quick 4096)" in said
 
 

@@ -181,4 +181,5 @@ def product_backward(
         RANK=rank,
         STRIP=plan.strip,
     )
-    return dx, *totals((partial,), (weight.dtype,))
+    (dweight,) = totals((partial,), (weight.dtype,))
+    return dx, dweight
