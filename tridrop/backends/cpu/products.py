@@ -40,7 +40,7 @@ def write(gradient: Product | Tensor, into: Tensor, add: bool) -> None:
 
 def merged(t: Tensor) -> Tensor:
     """``t``, or a contiguous copy of it if each product would copy it."""
-    return t.contiguous() if t.dim() == 4 and not _is_merged(t) and t[0].numel() < _LARGE else t
+    return t if _is_merged(t) or t[0].numel() >= _LARGE else t.contiguous()
 
 
 def _multiply_into(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:
@@ -67,7 +67,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bo
 
 def _is_merged(t: Tensor) -> bool:
     """Whether samples and heads form one dimension in memory."""
-    return t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1)
+    return t.shape[0] <= 1 or t.stride(0) == t.shape[1] * t.stride(1)
 
 
 def _flattened(t: Tensor) -> Tensor:
