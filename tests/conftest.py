@@ -5,6 +5,7 @@ import importlib.util
 import os
 import signal
 
+import pytest
 import torch
 import torchvision_ops  # noqa: F401  # before anything imports torchvision
 
@@ -23,6 +24,14 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LIBRARIES = ("torch", "triton", "transformers", "peft", "timm", "keras")
+
+
+@pytest.fixture(autouse=True)
+def threads_are_as_before():
+    """A library may change the number of torch's threads, by which products are rounded."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_report_header() -> str:

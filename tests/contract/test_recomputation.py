@@ -58,7 +58,8 @@ def gradients(model, losses, around=None):
 
 
 def same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    """Other masks differ by far more than the rounding of products with other numbers of rows."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 AROUND = {

@@ -45,5 +45,6 @@ def test_the_recipes_name_files_and_tables_that_are_there():
     assert len(paths) > 15
     for path in paths:
         assert (ROOT / path).exists(), path
-    for path, table in re.findall(r"`(tridrop/[^`]*)`, `(\w+)`", text):
-        assert f"\n{table}" in (ROOT / path).read_text(), f"{table} in {path}"
+    for path, name in re.findall(r"`(tridrop/[^`]*)`, `(\w+)`", text):
+        there = re.search(rf"^(def )?{name}\b", (ROOT / path).read_text(), flags=re.MULTILINE)
+        assert there, f"{name} in {path}"

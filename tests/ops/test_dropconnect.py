@@ -212,8 +212,8 @@ def test_a_recomputation_has_the_masks_of_its_forward(reentrant, ranged):
 
     plain = gradients(lambda: module(x)[0])
     again = gradients(lambda: checkpoint(lambda x: module(x)[0], x, use_reentrant=reentrant))
-    for a, b in zip(plain, again, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    # Some processors round a product by where its operands lie; another mask differs by far more.
+    torch.testing.assert_close(plain, again, rtol=1e-5, atol=1e-7)
 
 
 def test_a_checkpoint_around_keeps_what_it_would_keep():
