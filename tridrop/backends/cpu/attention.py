@@ -95,5 +95,5 @@ def attention_backward(
     if found is None:
         several = ("dout", "query", "key")  # what several products read
         given = operands._replace(**{n: products.merged(getattr(operands, n)) for n in several})
-        found = reference.attention_backward(given, options, needs, _STEPS)
+        found = reference.wide_gradients(given, options, needs, _STEPS)
     return as_tensors(found, inputs_of(operands))

@@ -354,22 +354,25 @@ def _like(t: Tensor, source: Tensor) -> Tensor:
     return t if t.dtype == empty.dtype and t.stride() == empty.stride() else empty.copy_(t)
 
 
-@without_autocast
-def attention_backward(
-    operands: AttentionBackward,
-    options: AttentionOptions,
-    needs: tuple[bool, ...],
-    steps: Steps = STEPS,
+def wide_gradients(
+    operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...], steps: Steps
 ) -> Gradients:
-    """Gradients of query, key, value, mask and sinks, like their tensors; None if not needed."""
+    """Gradients of query, key, value, mask and sinks in fp32 or fp64; None if not needed."""
     dout, dlse, out, lse, *_ = operands
     inputs = inputs_of(operands)
     like = (inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks)
     whole_out, whole_lse = (out, lse) if options.block else (None, None)
-    results = attention_gradients(
+    return attention_gradients(
         dout, dlse, *like, None, (inputs, options), needs, whole_out, whole_lse, steps
     )
-    return as_tensors(results, inputs)
+
+
+@without_autocast
+def attention_backward(
+    operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...]
+) -> Gradients:
+    """Gradients of query, key, value, mask and sinks, like their tensors; None if not needed."""
+    return as_tensors(wide_gradients(operands, options, needs, STEPS), inputs_of(operands))
 
 
 def as_tensors(results: Gradients, inputs: AttentionInputs) -> Gradients:
