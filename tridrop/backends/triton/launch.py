@@ -96,9 +96,12 @@ def gated_reduction_tile(rows: int, cols: int) -> Tile:
 
 def strip(row_blocks: int, col_blocks: int) -> int:
     """How many row blocks one program of a reduction sums: a power of two."""
-    if row_blocks <= FEW_ROW_BLOCKS:
-        return next_power_of_2(max(1, row_blocks))
-    return next_power_of_2(max(1, row_blocks * col_blocks // REDUCTION_PROGRAMS))
+    return _strip(row_blocks, row_blocks * col_blocks // REDUCTION_PROGRAMS)
+
+
+def _strip(row_blocks: int, share: int) -> int:
+    """A program's share of the row blocks, as a power of two: all of them if they are few."""
+    return next_power_of_2(max(1, row_blocks if row_blocks <= FEW_ROW_BLOCKS else share))
 
 
 class MaskArguments(NamedTuple):
@@ -230,9 +233,7 @@ def row_strip(row_blocks: int, cols: int) -> int:
     There are at most REDUCTION_PROGRAMS programs, and at most ROW_SUMS partial sums per gradient.
     """
     programs = max(1, min(REDUCTION_PROGRAMS, ROW_SUMS // cols))
-    if row_blocks <= FEW_ROW_BLOCKS:
-        programs = 1
-    return next_power_of_2(cdiv(row_blocks, programs))
+    return _strip(row_blocks, cdiv(row_blocks, programs))
 
 
 def partial_sums(
