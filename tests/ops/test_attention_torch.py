@@ -89,8 +89,11 @@ def test_other_numbers_of_dimensions(backend):
     four = dropped(query, key, value)
     five = dropped(*(t.unflatten(0, (2, 3)) for t in (query, key, value)))
     assert torch.equal(five.flatten(0, 1), four)
-    assert torch.equal(dropped(query[0], key[0], value[0]), four[0])
-    assert torch.equal(dropped(query[0, 0], key[0, 0], value[0, 0]), four[0, 0])
+    # A product of one matrix may be rounded in another way than one of many, by the processor;
+    # a number dropped in one and kept in the other differs by 0.01 and more.
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(dropped(query[0], key[0], value[0]), four[0])
+    close(dropped(query[0, 0], key[0, 0], value[0, 0]), four[0, 0])
     # a mask that is shared along one of two batch dimensions
     mask = draw(2, 1, 1, 20, 37, seed=4)
     found = dropped(*(t.unflatten(0, (2, 3)) for t in (query, key, value)), mask)
