@@ -2,7 +2,9 @@
 
 A process of its own, since threads that write to freed memory end it:
 
-    python tests/interrupts.py [how many] [seed]
+    python tests/interrupts.py [how many] [seed] [own]
+
+With "own" the loops run in tridrop's own threads, and not in those of torch.
 
 After each interrupt, tensors of the sizes that the op had in use are made where its memory was, and
 must keep what is written into them.
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 import tridrop
+from tridrop.backends.cpu import threads
 
 PATTERN = 0x5A
 LONGEST = 2  # bursts: interrupts that follow the first while it is seen to
@@ -171,4 +174,6 @@ def main(count: int, number: int) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[3:] == ["own"]:
+        threads._parallel = 0
     main(int(sys.argv[1]) if sys.argv[1:] else 20000, int(sys.argv[2]) if sys.argv[2:] else 1)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tridrop
-from tridrop.backends.cpu import masks, selection, serving, threads
+from tridrop.backends.cpu import masks, own_threads, selection, serving, threads
 from tridrop.backends.cpu import memory as cpu_memory
 from tridrop.backends.reference import elementwise
 from tridrop.commands import info
@@ -117,8 +117,25 @@ def test_long_rows_and_far_columns(columns, at):
     assert torch.equal(quick, mask.keep_mask(pair(3, 4), (5, columns), t, shard=shard))
 
 
+@pytest.fixture(params=["torch's threads", "own threads"])
+def parallel(request, monkeypatch):
+    """The loops run in threads of torch, or of tridrop."""
+    if request.param == "own threads":
+        monkeypatch.setattr(threads, "_parallel", 0)
+    elif not threads._parallel:
+        pytest.skip("torch's library has no GOMP_parallel here")
+
+
+def test_torchs_threads_are_found():
+    """They are wherever torch's library is linked with an OpenMP on Linux."""
+    openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+    if sys.platform.startswith("linux") and openmp:
+        assert threads._parallel
+        assert threads.report() == "the threads of torch"
+
+
 @needs_numba
-def test_threads_share_rows_without_a_trace():
+def test_threads_share_rows_without_a_trace(parallel):
     t, before = mask.threshold(0.2), torch.get_num_threads()
     shape = (1031, 1000)
     plain = mask.keep_mask(pair(9), shape, t)
@@ -129,13 +146,31 @@ def test_threads_share_rows_without_a_trace():
             scores = masks.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)
             expected = mask.attention_keep_mask(pair(9), (1, 2, 515, 1000), t)
             assert torch.equal(scores, expected)
-            assert threads._workers < 5
+            assert own_threads._workers < 5
     finally:
         torch.set_num_threads(before)
 
 
 @needs_numba
-def test_calls_from_several_threads_at_once():
+def test_the_threads_of_torch_take_the_parts(monkeypatch):
+    """Each part is done once, by as many threads as torch has."""
+    if not threads._parallel:
+        pytest.skip("torch's library has no GOMP_parallel here")
+    before, seen = own_threads._workers, set()
+    torch.set_num_threads(4)
+    monkeypatch.setattr(own_threads, "share", lambda *_: seen.add("own"))
+    rows = torch.ones(4096, 4096)
+    there = {int(path.name) for path in Path("/proc/self/task").iterdir()}
+    out = tridrop.dropout(rows, 0.5, seed=1)
+    now = {int(path.name) for path in Path("/proc/self/task").iterdir()}
+    assert torch.equal(out != 0, tridrop.keep_mask(1, rows.shape, 0.5))
+    assert not seen
+    assert own_threads._workers == before
+    assert len(now - there) <= 3
+
+
+@needs_numba
+def test_calls_from_several_threads_at_once(parallel):
     x, r = torch.randn(700, 1000), torch.randn(700, 1000)
     alone = [tridrop.dropout_add(x, r, 0.1, seed=i) for i in range(6)]
     found: dict[int, torch.Tensor] = {}
@@ -146,9 +181,9 @@ def test_calls_from_several_threads_at_once():
         found[i] = tridrop.dropout_add(x, r, 0.1, seed=i)
 
     try:
-        threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
+        callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+        [t.start() for t in callers]
+        [t.join() for t in callers]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[i], alone[i]) for i in range(6))
@@ -158,10 +193,12 @@ FORKED = """
 import os, torch, tridrop
 torch.set_num_threads(2)
 x = torch.randn(800, 1000)
-before = tridrop.dropout(x, 0.1, seed=1)
+def drawn():  # as bytes: an operator of torch that its threads share would not end in the child
+    return tridrop.dropout(x, 0.1, seed=1).numpy().tobytes()
+before = drawn()
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(tridrop.dropout(x, 0.1, seed=1), before) else 1)
+    os._exit(0 if drawn() == before else 1)
 raise SystemExit(os.waitpid(child, 0)[1])
 """
 
@@ -349,7 +386,7 @@ def on_a_grid(name, x, short=False):
     tensors = (value, u, ones, slope)
     v, x_, g, s = map(at, tensors)
     unscaled("forward", u.shape, tensors, v, x_, 0, 0, (0, 0), (address, False))
-    unscaled("backward", u.shape, tensors, g, x_, 0, 0, s, (0, 0), (address, False))
+    unscaled("backward", u.shape, tensors, g, x_, 0, 0, s, (1, 0, 0), (address, False))
     return value.view_as(x), slope.view_as(x)
 
 

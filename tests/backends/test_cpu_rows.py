@@ -66,9 +66,9 @@ def test_sums_take_the_rows_in_turn(shape):
     assert torch.equal(dx == 0, ~keep)
     for found, rows in ((db, dx), (dgain, keep * (x.detach() * grad) * scale)):
         sums = torch.zeros(shape[1], dtype=torch.float64)
-        for start, stop in threads.parts_of(*shape):
+        for part_of_rows in rows.split(threads.parts_of(*shape).step):
             part = torch.zeros(shape[1])
-            for row in rows[start:stop]:
+            for row in part_of_rows:
                 part += row
             sums += part
         assert torch.equal(found, sums.float())

@@ -16,7 +16,7 @@ import torch
 
 import tridrop
 from tridrop.backends.cpu import serving
-from tridrop.backends.cpu.threads import share
+from tridrop.backends.cpu.own_threads import share
 from tridrop.base import memory
 
 HERE = Path(__file__).parents[1]
@@ -62,8 +62,9 @@ def test_kernels_read_tensors_of_any_strides():
 
 
 @needs_numba
-def test_interrupts_free_no_memory_that_threads_write_to():
-    ran = child("interrupts.py", 600)
+@pytest.mark.parametrize("of", [[], ["own"]], ids=["torch's threads", "own threads"])
+def test_interrupts_free_no_memory_that_threads_write_to(of):
+    ran = child("interrupts.py", 600, 1, *of)
     assert ran.returncode == 0, f"{ran.returncode}: {ran.stderr[-2000:]}"
     interrupted = int(ran.stdout.split()[1])
     assert interrupted > 200
@@ -109,15 +110,7 @@ def test_operators_take_no_more_than_there_is():
 # -------------------------------------------------------------------------------------- sharing
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-PARTS = [(i, i + 1) for i in range(40)]
+PARTS = 40
 
 
 class Failure(BaseException):
@@ -125,10 +118,10 @@ class Failure(BaseException):
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
-def test_a_part_that_fails_ends_the_others(threads, where):
+def test_a_part_that_fails_ends_the_others(where):
     main, begun, running = threading.get_ident(), [], []
 
-    def call(number, *_):
+    def call(number):
         begun.append(number)
         running.append(number)
         time.sleep(0.002)
@@ -139,21 +132,21 @@ def test_a_part_that_fails_ends_the_others(threads, where):
     for _ in range(5):
         begun.clear()
         with pytest.raises(Failure):
-            share(PARTS, 1 << 30, call, None)
+            share(PARTS, 3, call, None)
         assert not running
-        assert len(begun) < len(PARTS)
+        assert len(begun) < PARTS
         count = len(begun)
         time.sleep(0.005)
         assert len(begun) == count
 
 
-def test_what_is_shared_is_let_go(threads):
+def test_what_is_shared_is_let_go():
     class Held:
         pass
 
     held, freed = Held(), []
     seen = weakref.ref(held, lambda _: freed.append(True))
-    share(PARTS, 1 << 30, lambda *_: None, held)
+    share(PARTS, 3, lambda _: None, held)
     assert seen() is held
     del held
     for _ in range(100):
@@ -163,9 +156,9 @@ def test_what_is_shared_is_let_go(threads):
     assert freed
 
 
-def test_all_parts_are_done_once(threads):
+def test_all_parts_are_done_once():
     done = []
     for _ in range(200):
         done.clear()
-        share(PARTS, 1 << 30, lambda number, *_: done.append(number), None)
-        assert sorted(done) == list(range(len(PARTS)))
+        share(PARTS, 3, done.append, None)
+        assert sorted(done) == list(range(PARTS))

@@ -21,7 +21,7 @@ from ..reference import elementwise
 from .memory import NONE, result, vector
 from .selection import Selection, Sum, selection_of, serves
 
-_NO_SUMS = (0, 0)  # the addresses of two absent sums
+_NO_SUMS = (1, 0, 0)  # rows of a part, and the addresses of two absent sums
 _NOTHING = elementwise.Multiplier(None, 1.0)  # drops nothing
 
 

@@ -50,12 +50,8 @@ def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: 
     """The decisions on the first ``columns`` columns of all rows: bool."""
     keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
     decisions, keep_alive = decisions_of(where, seed, domain, t)
-    out, loops = keep.data_ptr(), kernels()
-
-    def call(_: int, start: int, stop: int) -> None:
-        loops.keep_rows(start, stop, columns, decisions, out)
-
-    share(parts_of(where.rows, columns), where.rows * columns, call, (keep, keep_alive))
+    given = (columns, decisions, keep.data_ptr())
+    share(kernels().keep_rows, parts_of(where.rows, columns), given, (keep, keep_alive))
     return keep
 
 
@@ -100,10 +96,6 @@ def attention_keep_mask(
     keep = torch.empty((rows, keys), dtype=torch.bool, device="cpu")
     pair, address = pair_of(seed)
     domain, sizes = mask.DOMAINS["attention"] << 28, (heads, queries)
-    others = (keys, sizes, address, domain, t - 1, tuple(origin), keep.data_ptr())
-
-    def call(_: int, start: int, stop: int) -> None:
-        loops.keep_scores(start, stop, *others)
-
-    share(parts_of(rows, keys), rows * keys, call, (keep, pair))
+    given = (keys, sizes, address, domain, t - 1, tuple(origin), keep.data_ptr())
+    share(loops.keep_scores, parts_of(rows, keys), given, (keep, pair))
     return keep.view(tuple(shape))

@@ -32,16 +32,6 @@ class _Rows(NamedTuple):
     threshold: int
 
 
-def _further(place: Any, bytes_: int) -> Any:
-    """The address or matrix that lies ``bytes_`` behind ``place``.
-
-    The address 0 stands for an absent sum, and stays 0.
-    """
-    if isinstance(place, tuple):
-        return _further(place[0], bytes_), place[1]
-    return place and place + bytes_
-
-
 class Sum(NamedTuple):
     """A sum over the rows; its dtype is None where no gradient needs it."""
 
@@ -62,7 +52,6 @@ class Selection:
     parts: threads.Parts
     # masks.constants_of(), where a row's coordinate is its number and rows have no factors
     fixed: tuple[tuple[int, int], tuple[int, int]] | None
-    alone: int | None  # the number of rows, where they make up a single part
     count: int  # elements of the result
     drops: bool  # whether anything is dropped
 
@@ -71,16 +60,9 @@ class Selection:
 
         ``keep_alive`` holds the tensors to whose memory the arguments point.
         """
-        kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
         decisions, drawn = self._decisions(seed)
-        if self.alone is not None:
-            kernel(0, self.alone, columns, decisions, scale, *arguments)
-            return
-
-        def call(_: int, start: int, stop: int) -> None:
-            kernel(start, stop, columns, decisions, scale, *arguments)
-
-        threads.share(self.parts, self.count, call, (keep_alive, drawn))
+        given = (self.where.cols, decisions, self.scale, *arguments)
+        threads.share(getattr(self.loops, name), self.parts, given, (keep_alive, drawn))
 
     def sum(
         self,
@@ -97,11 +79,10 @@ class Selection:
         holds the tensors to whose memory they point. A part of the rows is summed in fp32, and the
         parts are then summed in fp64, in their order.
         """
-        kernel, columns, scale = getattr(self.loops, name), self.where.cols, self.scale
         decisions, drawn = self._decisions(seed)
-        count = len(self.parts)
+        count = self.parts.number
         found: list[Tensor | None] = []
-        places: list[Any] = []
+        places: list[Any] = [self.parts.step]
         unfinished: list[tuple[int, Tensor, torch.dtype]] = []
         for width, dtype, rounded in sums:
             if dtype is None:
@@ -115,17 +96,8 @@ class Selection:
                 unfinished.append((len(found), t, dtype))
             found.append(t)
         *before, options = arguments
-        if count == 1:
-            kernel(0, self.alone, columns, decisions, scale, *before, tuple(places), options)
-        else:
-
-            def call(number: int, start: int, stop: int) -> None:
-                here = tuple(
-                    _further(at, 4 * number * n.width) for at, n in zip(places, sums, strict=True)
-                )
-                kernel(start, stop, columns, decisions, scale, *before, here, options)
-
-            threads.share(self.parts, self.count, call, (keep_alive, drawn, found))
+        given = self.where.cols, decisions, self.scale, *before, tuple(places), options
+        threads.share(getattr(self.loops, name), self.parts, given, (keep_alive, drawn, found))
         for i, t, dtype in unfinished:
             if count > 1:
                 t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))
@@ -174,9 +146,8 @@ def selection(
     fixed = None
     if not rows and (not where.leading or drop_threshold == 0):
         fixed = masks.constants_of(where, "elements", drop_threshold)
-    alone = where.rows if len(parts) == 1 else None
     return Selection(
-        serving.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed, alone,
+        serving.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed,
         where.rows * where.cols, drop_threshold > 0 or bool(rows),
     )  # fmt: skip
 

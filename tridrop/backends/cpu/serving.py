@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ...base.torch_private import constant_when_compiling
+from . import threads
 
 CACHE_ENVIRONMENT = "TRIDROP_CPU_CACHE"
 
@@ -38,8 +39,9 @@ def report() -> str:
 
     off = os.environ.get(CACHE_ENVIRONMENT) == "0"
     return (
-        f"numba {version('numba')}, cache on disk {'off' if off else 'on'}; float64, a p in a "
-        "tensor, alpha and Gaussian noise, and gates are computed by the reference"
+        f"numba {version('numba')}, cache on disk {'off' if off else 'on'}, {threads.report()}; "
+        "float64, a p in a tensor, alpha and Gaussian noise, and gates are computed by the "
+        "reference"
     )
 
 

@@ -63,11 +63,7 @@ def _call(
     )
     kernel = getattr(serving.kernels(), name)
     given = (keys, (heads, queries), decisions, options.keep_scale(), band, *arguments)
-
-    def call(_: int, start: int, stop: int) -> None:
-        kernel(start, stop, *given)
-
-    share(parts_of(rows, keys), rows * keys, call, (keep_alive, pair))
+    share(kernel, parts_of(rows, keys), given, (keep_alive, pair))
 
 
 def forward(

@@ -1,163 +1,111 @@
-"""tridrop's own threads, which share the rows of a call."""
+"""The threads that share the rows of a call, those of torch where that is possible.
+
+torch's operators run in threads of OpenMP, which turn a loop for some milliseconds after each
+operator before they sleep. Other threads get no core meanwhile: with two of them on two cores,
+dropout of [512, 3072] after a matrix product took as long as with one. So the loops run in the same
+threads, by ``GOMP_parallel``, what GCC makes of a parallel region: torch's library has it on Linux,
+and both GCC's and Intel's OpenMP offer it. Elsewhere, and in a forked child, to which OpenMP's
+threads do not come along, own_threads.py serves.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable
-from contextlib import suppress
-from queue import Empty, SimpleQueue
-from threading import Thread
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-# One more thread saves time only for so many elements: they are 0.05 to 0.1 ms of work, and handing
-# them over takes 0.02 to 0.05 ms.
-_PART = 1 << 17
+from . import own_threads
+
+# Several threads save time from so many elements on: they are some 0.1 ms of work, and handing it
+# over takes a few microseconds, or 0.05 ms if the other threads sleep.
+_SHARED = 1 << 17
+_PART = 1 << 15  # the elements of a part
 # Each part has its own sums: the first number bounds their memory, the second one the rows that are
 # summed in fp32.
 _MOST_PARTS, _LONGEST_PART = 256, 1024
 
-Parts = list[tuple[int, int]]
 
-_jobs: SimpleQueue[_Job] = SimpleQueue()
-_workers = 0  # threads that wait for jobs
-# How long the calling thread sleeps if an interrupt makes it miss the signal of a helper.
-_PATIENCE = 0.01
+class Parts(NamedTuple):
+    """How the rows of a call are divided among threads."""
+
+    # The number of the first part and the one after the last, the rows, and the rows of a part, of
+    # which the last one may have fewer.
+    work: tuple[int, int, int, int]
+    shared: bool  # whether the call has enough to do for several threads
+
+    @property
+    def number(self) -> int:
+        """How many parts there are."""
+        return self.work[1]
+
+    @property
+    def step(self) -> int:
+        """How many rows a part has."""
+        return self.work[3]
+
+
+def _gomp_parallel() -> int:
+    """The address of GOMP_parallel in the OpenMP of torch's library; 0 if it has none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not sys.platform.startswith("linux") or not library.exists():
+        return 0
+    try:
+        found = ctypes.CDLL(str(library)).GOMP_parallel
+    except (AttributeError, OSError):
+        return 0
+    return ctypes.cast(found, ctypes.c_void_p).value or 0
+
+
+_parallel = _gomp_parallel()
+_ALONE = 0, 1  # the team of a call by one thread
 
 
 def _forget() -> None:
-    """Reset the state in a forked child, which has none of its parent's threads."""
-    global _jobs, _workers
-    _jobs, _workers = SimpleQueue(), 0
+    global _parallel
+    _parallel = 0
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def parts_of(rows: int, columns: int) -> Parts:
-    """The ranges of rows into which a call is divided.
+def report() -> str:
+    """What ``tridrop info`` says about the threads."""
+    return "the threads of torch" if _parallel else "threads of its own"
 
-    They depend on sizes alone, so that sums over the parts do not depend on the number of threads.
+
+def parts_of(rows: int, columns: int) -> Parts:
+    """How a call is divided.
+
+    It depends on sizes alone, so that sums over the parts do not depend on the number of threads.
     """
     parts = min(rows, rows * columns // _PART, _MOST_PARTS)
-    step = min(-(-rows // max(1, parts)), _LONGEST_PART)
-    return [(start, min(rows, start + step)) for start in range(0, rows, step or 1)]
+    step = max(1, min(-(-rows // max(1, parts)), _LONGEST_PART))
+    count = -(-rows // step)
+    return Parts((0, count, rows, step), count > 1 and rows * columns >= _SHARED)
 
 
-class _Job:
-    """The parts of one call: each thread takes one after another until none is left.
+def share(kernel: Any, parts: Parts, arguments: tuple[Any, ...], keep_alive: Any) -> None:
+    """Call a kernel with its arguments for all parts, in torch's number of threads.
 
-    It works without locks: appending to a list and taking the next number are atomic. So an
-    interrupt, or a signal handler that calls an op itself, never finds a lock taken.
+    ``keep_alive`` holds all tensors whose addresses the arguments have. No thread reads or writes
+    their memory after this function has ended, also where an interrupt ends it.
     """
-
-    def __init__(
-        self, parts: Parts, call: Callable[[int, int, int], object], keep_alive: Any
-    ) -> None:
-        self.parts = parts
-        self.call: Any = call
-        # The tensors whose addresses the kernels have live as long as a thread may use them.
-        self.keep_alive = keep_alive
-        self.numbers = iter(range(len(parts)))
-        self.entered: list[None] = []  # one entry per helper that may take parts
-        self.gone: list[None] = []  # one entry per helper that will take no more
-        self.errors: list[BaseException] = []
-        self.wake: SimpleQueue[None] = SimpleQueue()
-
-    def work(self) -> None:
-        """Take parts until none is left."""
-        for number in self.numbers:
-            self.call(number, *self.parts[number])
-
-    def help(self) -> None:
-        """Take parts in one of tridrop's own threads."""
-        # The entry comes before any part is taken: the calling thread, once no part is left, then
-        # sees all helpers that are still at work.
-        self.entered.append(None)
-        try:
-            self.work()
-        except BaseException as error:
-            self.cancel()
-            self.errors.append(error)
-        finally:
-            self.gone.append(None)
-            self.wake.put(None)
-
-    def wait(self) -> None:
-        """Return when no helper is at work. It is called when no parts are left to take."""
-        while len(self.gone) < len(self.entered):
-            with suppress(Empty):
-                self.wake.get(timeout=_PATIENCE)
-
-    def cancel(self) -> None:
-        """Let no more parts begin."""
-        for _ in self.numbers:
-            pass
-
-    def release(self) -> None:
-        """Release the function and the tensors: a helper that comes later finds no parts."""
-        self.call = self.keep_alive = None
-
-
-def _serve(jobs: SimpleQueue[_Job]) -> None:
-    """The main loop of tridrop's own threads."""
-    while True:
-        jobs.get().help()
-
-
-def share(
-    parts: Parts, elements: int, call: Callable[[int, int, int], object], keep_alive: Any
-) -> None:
-    """Run ``call(number, start, stop)`` for all parts, on at most torch's number of threads.
-
-    ``elements`` is the number of elements of all parts together. ``call`` runs a kernel and no
-    function of torch, whose modes differ from thread to thread. ``keep_alive`` holds all tensors
-    whose addresses it has. The threads are tridrop's own, since numba's either forbid two calls at
-    a time or do not survive a fork, depending on the machine. The calling thread takes parts too,
-    all of them if need be.
-
-    Whatever is raised meanwhile, in a part or by an interrupt (Ctrl-C, a signal handler), no thread
-    reads or writes the tensors' memory after this function has ended.
-    """
-    worthwhile = min(len(parts), elements // _PART)
-    threads = min(torch.get_num_threads(), worthwhile) if worthwhile > 1 else 1
+    work, shared = parts
+    threads = torch.get_num_threads() if shared else 1
     if threads < 2:
-        for number, part in enumerate(parts):
-            call(number, *part)
-        return
-    job = _Job(parts, call, keep_alive)
-    raised: BaseException | None = None
-    while True:  # until no helper is at work: a second interrupt may come during the cleanup
-        try:
-            if raised is None:
-                _hand_out(job, threads - 1)
-                job.work()
-            else:
-                job.cancel()
-            job.wait()
-            break
-        except BaseException as error:
-            raised = error
-    job.release()
-    if raised is None and job.errors:
-        raised = job.errors.pop()
-    if raised is not None:
-        try:
-            raise raised
-        finally:
-            del raised  # or its traceback would keep this frame alive, and the frame the tensors
+        kernel(_ALONE, work, arguments)
+    elif _parallel:
+        # Another number of threads than torch's would make OpenMP end some, and start them again.
+        kernel((_parallel, threads), work, arguments)
+    else:
+        cut = work[2:]
 
+        def call(number: int) -> None:
+            kernel(_ALONE, (number, number + 1, *cut), arguments)
 
-def _hand_out(job: _Job, helpers: int) -> None:
-    """Ask ``helpers`` threads to help, and start those that do not exist yet."""
-    global _workers
-    while _workers < helpers:
-        try:
-            Thread(target=_serve, args=(_jobs,), name="tridrop", daemon=True).start()
-        except RuntimeError:  # no thread can start: the interpreter is shutting down
-            return
-        _workers += 1
-    for _ in range(helpers):
-        _jobs.put(job)
+        own_threads.share(parts.number, threads, call, (keep_alive, arguments))

@@ -21,7 +21,7 @@ from .mask import (
     randoms,
 )
 from .memory import part_of, release, scratch, vector
-from .steps import accumulate_selected, add_vector, clear, copy, multiply, multiply_vector
+from .steps import accumulate_selected, add_vector, behind, clear, copy, multiply, multiply_vector
 from .storage import add_selected, load_rows, store, store_selected, store_selected_rows
 
 
@@ -96,15 +96,16 @@ def forward(start, stop, columns, decisions, scale, out, x, bias, layer_scale, r
 
 @kernel
 def backward(start, stop, columns, decisions, scale, grad, x, bias, layer_scale, dx, sums, options):
-    """Gradients of x, bias and layer_scale, from the rows from start to stop.
+    """Gradients of x, bias and layer_scale, from a part of the rows.
 
-    ``x`` is absent where f is the identity. ``sums`` are the vectors for the last two gradients, of
-    x's width and of ``columns``, summed over these rows alone.
+    ``x`` is absent where f is the identity. ``sums`` say where the last two gradients go, of x's
+    width and of ``columns``: how many rows a part has, and the addresses of the first part's
+    sums, behind which those of the other parts are.
     """
     function, gated = options
-    dbias, dscale = sums
     halves = 2 if gated else 1  # in a loop, so that what is done to both is compiled once
-    width = halves * columns
+    width, number = halves * columns, start // sums[0]
+    dbias, dscale = behind(sums[1], number * width), behind(sums[2], number * columns)
     memory = strips(6)
     bits, words = randoms(memory, STRIP * LANES, decisions[5])
     g, u, v = strip(memory, 1), strip(memory, 2), strip(memory, 3)

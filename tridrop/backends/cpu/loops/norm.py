@@ -24,6 +24,7 @@ from .steps import (
     accumulate_selected,
     add,
     add_vector,
+    behind,
     clear,
     fill,
     multiply,
@@ -223,14 +224,18 @@ def backward(start, stop, columns, decisions, scale, given, found, vectors, resu
     """Gradients from the rows from start to stop.
 
     ``given`` are dout, dstream, stream and x. ``found`` and ``vectors`` are as in :func:`forward`,
-    without norm_bias. ``results`` are dx and dresidual. ``sums`` receive the gradients of bias,
-    layer_scale, weight and norm_bias, summed over these rows alone, the last two as matrices with
-    one row. ``options`` are as in :func:`forward`, without eps.
+    without norm_bias. ``results`` are dx and dresidual. ``sums`` say where the gradients of bias,
+    layer_scale, weight and norm_bias go: how many rows a part has, and the first part's sums, the
+    last two as matrices with one row; those of the other parts are behind them, in fp32.
+    ``options`` are as in :func:`forward`, without eps.
     """
     dout, dstream, stream, x = given
     bias, layer_scale, weight = vectors
     dx, dresidual = results
-    dbias, dscale, dweight, dnorm_bias = sums
+    behind_first = start // sums[0] * columns
+    dbias, dscale = behind(sums[1], behind_first), behind(sums[2], behind_first)
+    dweight = behind(sums[3][0], behind_first), sums[3][1]
+    dnorm_bias = behind(sums[4][0], behind_first), sums[4][1]
     rms, after, centred = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 6 * width)

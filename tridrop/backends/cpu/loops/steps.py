@@ -67,6 +67,15 @@ def row_of(u, k, size):
     return part_of(u, k * size, size)
 
 
+@written_out
+def behind(address, words):
+    """The address ``words`` fp32 numbers behind another one; the address 0 means absent, and stays.
+
+    It is where one part of the rows has its sums.
+    """
+    return address + 4 * words if address != 0 else address
+
+
 @inline(set())
 def add_vector(u, rows, size, address, start):
     """Add the fp32 vector at ``address``, from ``start`` on, to rows of u, if it is not 0."""
