@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hosts import imported_with
 
+from tridrop import backends
 from tridrop.backends.cpu import serving
 from tridrop.backends.cpu.loops import compiling
 from tridrop.commands import cli, warmup
@@ -225,6 +226,16 @@ def test_refusals(monkeypatch, capsys):
     imported_with(monkeypatch, TRIDROP_CPU="torch")
     assert cli.main(["warmup"]) == 0
     assert "nothing to compile: the reference backend" in capsys.readouterr().out
+
+
+def test_without_numba_a_named_backend_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(backends._state, "named", "cpu")
+    monkeypatch.setattr(serving, "_has_numba", False)
+    assert cli.main(["warmup"]) == 2
+    assert "numba is not installed: pip install numba" in capsys.readouterr().err
+    monkeypatch.setattr(backends._state, "named", "numba")
+    assert cli.main(["warmup"]) == 2
+    assert "known: triton, cpu, reference" in capsys.readouterr().err
 
 
 def test_what_fails_is_said(monkeypatch, capsys):

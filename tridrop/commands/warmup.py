@@ -144,7 +144,12 @@ def main(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         print(f"tridrop warmup: --jobs must be at least 1, not {args.jobs}", file=sys.stderr)
         return 2
-    name = backends.name_for(torch.device("cpu"))
+    try:
+        name = backends.name_for(torch.device("cpu"))
+        backends.load(name)
+    except (ImportError, ValueError) as error:  # the environment names what is not there
+        print(f"tridrop warmup: {error}", file=sys.stderr)
+        return 2
     if name != "cpu":
         print(f"tridrop warmup: nothing to compile: the {name} backend runs CPU tensors here")
         return 0
