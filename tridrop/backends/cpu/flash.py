@@ -130,14 +130,16 @@ def backward(
     given = (operands.dout, inputs.query, inputs.key, inputs.value, operands.out)
     wide = [_adjacent(t.to(plan.wide)) for t in given]
     lse = lse.to(plan.wide)
-    # A row without keys has probabilities of 0, whatever its scores are: exp(score - inf).
-    if float(lse.amin()) == -torch.inf:
+    # A row without keys has probabilities of 0, whatever its scores are: exp(score - inf). Only a
+    # mask makes such rows.
+    if plan.mask is not None and float(lse.amin()) == -torch.inf:
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     found = _BACKWARD(*wide, lse, 0.0, plan.is_causal, attn_mask=plan.mask, scale=options.scale)
-    dquery, dkey, _ = found
-    if not math.isfinite(dquery.sum() + dkey.sum()):
-        # With an infinite gradient or operand the kernel gives NaN for an excluded key, whose
-        # probability and gradient are 0. Where that is in the gradient of the values, the gradient
-        # of the scores has it, and so has that of the queries.
+    # With an infinite gradient or operand the kernel gives NaN for an excluded key, whose
+    # probability and gradient are 0. Where that is in the gradient of the values, the gradient of
+    # the scores has it, and so has that of the queries; and where it is in that of the keys, unless
+    # the row of the query has no keys.
+    total = found[0].sum()
+    if not math.isfinite(total if plan.mask is None else total + found[1].sum()):
         return None
     return (*found, None, None)
