@@ -35,7 +35,7 @@ from .recognise import (
     resolve,
     self_of,
 )
-from .remade_plan import remake
+from .remade_plan import join, remake
 from .rewrite import Levels, Op, Place, Plan
 
 
@@ -235,6 +235,8 @@ def _plan_method(
     made = rewrite.plan(method.node, method.flow, classify, recipe.levels, bare)
     if recipe.levels.memory:
         remake(made)
+    else:
+        join(made)
     return made
 
 

@@ -42,8 +42,8 @@ class _Emitter(ast.NodeTransformer):
             return self.generic_visit(node)
         op = self.made.ops.get(old)
         if op is not None and op in self.made.emitted:
-            if op in self.made.memory_only:
-                return self.remade(op, node)
+            if op in self.made.alone:
+                return self.alone(op, node)
             new = self.exchange(op, node)
             waits = bool(self.made.out_of(op)) or (op.name == "norm" and not self.made.into(op))
             if op.name.startswith("call") or (op.name in COMPUTED and not waits):
@@ -65,12 +65,13 @@ class _Emitter(ast.NodeTransformer):
         is_copy = any(flow.definitions[i].value is old for i in self.made.waiting)
         return node if takes or is_copy else self.runtime(node, "value", node)
 
-    def remade(self, op: Op, node: Any) -> ast.expr:
-        """The call that replaces an op which is planned only for memory=True."""
+    def alone(self, op: Op, node: Any) -> ast.expr:
+        """The call that replaces an op without a dropout near."""
         new_of = {self.old_of[n]: n for n in ast.walk(node) if n in self.old_of}
         operands: list[Any] = [self.visit(new_of[x]) for x in op.operands]
         called = [] if op.name == "product" else [node.func]
-        return self.runtime(node, f"remade_{op.name}", *called, *operands)
+        kind = "remade" if self.made.memory else "one"
+        return self.runtime(node, f"{kind}_{op.name}", *called, *operands)
 
     def exchange(self, op: Op, node: Any) -> ast.expr:
         """The call of lazy.py that replaces an op."""

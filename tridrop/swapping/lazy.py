@@ -29,6 +29,7 @@ from .kinds import Kind, activation_name
 from .originals import is_attention, is_dropout, is_softmax
 from .pending import Pending, addable, autocasts, drop_samples, eps_of, fits, normalises_last
 from .pending import value as value
+from .remade_calls import one_activation as one_activation
 from .remade_calls import remade_activation as remade_activation
 from .remade_calls import remade_linear as remade_linear
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import functional as F
 from ..base.torch_private import FakeTensor, FunctionalTensor
@@ -68,7 +69,7 @@ def _compute(b: Pending) -> Tensor:
     if b.softmax is not None:
         return _softmax(b)
     if b.function is not None and b.bias is None and not b.drops():
-        return _finish(activated(b.function, b.x) if b.memory else b.function(b.x), b)
+        return _finish(activated(b.function, b.x, b.memory), b)
     plain = b.bias is None and b.activation is None and b.scale is None
     if plain and not b.drops():
         return _finish(b.x, b)
@@ -95,20 +96,19 @@ _KEEPS_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
     "silu": torch.nn.functional.silu,
 }
+# Activations that libraries write out in Python, as up to eight operators, several of which keep a
+# tensor for backward. One op computes them in training.
+_WRITTEN_OUT = ("gelu_tanh", "quick_gelu")
 
 
-def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """An activation without a dropout, whose result backward can recompute.
-
-    An activation that a library writes out in Python keeps several tensors: one op replaces it.
-    """
+def activated(function: Callable[[Tensor], Tensor], x: Tensor, memory: bool) -> Tensor:
+    """An activation without a dropout, whose result backward can recompute if ``memory``."""
     name = activation_name(function)
-    recompute = _KEEPS_INPUT.get(name or "")
     training = isinstance(function, nn.Module) and function.training
-    if name == "gelu_tanh" and training and recompute is not None:
-        function = recompute
-    elif name == "quick_gelu" and training:
-        return remade_activation(x, 0.0, True, activation=name)
+    if name in _WRITTEN_OUT and training and not is_compiling():
+        one_op = remade_activation if memory else F.activation_dropout
+        return one_op(x, 0.0, True, activation=name)
+    recompute = _KEEPS_INPUT.get(name or "") if memory else None
     return function(x) if recompute is None else remade_value(function, x, recompute=recompute)
 
 

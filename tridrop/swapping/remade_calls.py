@@ -72,11 +72,16 @@ def remade_norm(module: nn.Module, x: Any) -> Any:
 
 def remade_activation(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     """A call of an activation."""
+    return one_activation(function, x, memory=True)
+
+
+def one_activation(function: Callable[[Tensor], Tensor], x: Any, memory: bool = False) -> Any:
+    """A call of an activation: one op computes what is written out in Python as several."""
     x = value(x)
     hooked = isinstance(function, nn.Module) and heard(function)
     if activation_name(function) is None or hooked or is_compiling() or not fits(x):
         return function(x)
-    return activated(function, x)
+    return activated(function, x, memory)
 
 
 def remade_product(first: Any, second: Any) -> Any:

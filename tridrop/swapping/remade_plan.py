@@ -1,4 +1,4 @@
-"""Adds swap(memory=True) to the plan of a method.
+"""Adds calls without a dropout near to the plan of a method, most of them for swap(memory=True).
 
 Norms, activations and gated products give tensors that backward can recompute, and linear layers
 would keep these. Calls of all of them are exchanged for the functions of remade_calls.py, whether
@@ -23,5 +23,12 @@ def remake(made: Plan) -> None:
             factors = (n.left, n.right)
             if any(op.name == "activation" for x in factors for op, _ in sources(made, x)):
                 made.ops[n] = Op("product", n, factors)
-    made.memory_only = {op for op in made.ops.values() if op.name in REMADE} - made.emitted
-    made.emitted |= made.memory_only
+    made.alone = {op for op in made.ops.values() if op.name in REMADE} - made.emitted
+    made.emitted |= made.alone
+
+
+def join(made: Plan) -> None:
+    """Extend a plan that has a fused call by the activations of the method, without memory=True."""
+    if made.emitted:
+        made.alone = {op for op in made.ops.values() if op.name == "activation"} - made.emitted
+        made.emitted |= made.alone

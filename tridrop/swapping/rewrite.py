@@ -102,7 +102,7 @@ class Plan:
     ops: dict[ast.expr, Op]
     edges: list[Edge] = field(default_factory=list)
     emitted: set[Op] = field(default_factory=set)
-    memory_only: set[Op] = field(default_factory=set)  # those emitted only for memory=True
+    alone: set[Op] = field(default_factory=set)  # those emitted without a dropout near
     memory: bool = False
     waiting: set[int] = field(default_factory=set)  # definitions of sums with several users
     places: list[Place] = field(default_factory=list)
