@@ -103,7 +103,7 @@ def words():
 KEEPS = {
     "BERT": (bert, 10.1, 16.1),
     "ViT": (vit, 10.1, 16.1),
-    "GPT-2": (gpt2, 10.1, 28.1),
+    "GPT-2": (gpt2, 10.1, 16.1),
     "Llama": (llama, 12.1, 21.1),
     "torch, post-norm, gelu": (torchs(False, "gelu"), 10.1, 16.1),
     "torch, pre-norm, relu": (torchs(True, "relu"), 10.1, 16.1),

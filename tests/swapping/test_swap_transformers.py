@@ -17,6 +17,7 @@ from swap_helpers import (
     twin_outcome,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tridrop
 
@@ -174,3 +175,48 @@ def test_only_classes_change_and_unswap_restores_them(name):
     assert classes_of(model) == before
     assert model.config._attn_implementation == attention
     assert [set(vars(module)) for module in model.modules()] == attributes
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of all operators."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "quick_gelu"])
+def test_an_activation_that_is_written_out_is_one_op_in_training(name):
+    """With a dropout in the method, but not next to the activation; a hook is still called."""
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, n_positions=16, vocab_size=20, activation_function=name,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.GPT2Model(config).h[0].mlp
+    eager, x = copy.deepcopy(model), torch.randn(2, 7, 32, requires_grad=True)
+    for m in (model, eager):
+        m.dropout.p = 0.0
+    tridrop.swap(model)
+
+    def outcome(m):
+        called: list[str] = []
+        with Operators(called):
+            out = m(x)
+        return called, out, *torch.autograd.grad(out.sum(), [x, *m.parameters()])
+
+    ours, *found = outcome(model.train())
+    theirs, *expected = outcome(eager.train())
+    assert not any("pow" in op or "tanh" in op or "sigmoid" in op for op in ours)
+    assert any("tanh" in op or "sigmoid" in op for op in theirs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(model.eval()(x), eager.eval()(x))
+    seen = []
+    model.train().act.register_forward_hook(lambda *_: seen.append(1))
+    ours, *_ = outcome(model)
+    assert any("tanh" in op or "sigmoid" in op for op in ours)
+    assert seen == [1]
