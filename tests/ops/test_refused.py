@@ -120,6 +120,15 @@ def test_backward_of_a_block_looks_at_every_tensor(name):
             tridrop.scaled_dot_product_attention_backward(**(given | {name: wrong}), seed=1)
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+def test_backward_of_a_block_does_not_broadcast_the_query(batch):
+    """Over the batch of the keys: the results, and so out and lse, have that batch."""
+    one, others = Q[:1], Q[:1].repeat(batch, 1, 1, 1)
+    out, lse = tridrop.scaled_dot_product_attention(one, one, one, return_lse=True)
+    with pytest.raises(ValueError, match=f"the results have a batch of {batch}"):
+        tridrop.scaled_dot_product_attention_backward(one, out, lse, one, others, others, seed=1)
+
+
 # --------------------------------------------------------------------------------------- numbers
 
 EPS = {

@@ -350,6 +350,12 @@ def scaled_dot_product_attention_backward(
             None, softcap, (None,) * 4, shard,
         )  # fmt: skip
         inputs, options = _settled(call, dropout_p, seed)
+        if inputs.query.shape[0] != batch:
+            raise ValueError(
+                f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: "
+                f"with these the results have a batch of {inputs.query.shape[0]}, and grad, out "
+                f"and lse have one of {batch}. Give query in the batch of the results"
+            )
         packed = ops.pack_attention(options, backends.name_for(query.device))
         needs = [True, True, True, False, False]
         given = (grad, None, out, lse, *inputs, *packed, needs, True)
