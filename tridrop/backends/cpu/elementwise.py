@@ -39,7 +39,6 @@ class PreparedElementwise(NamedTuple):
     gated: bool
     columns: int
     width: int  # the columns of x: twice those of the result where f is gated
-    may_be_torchs: bool  # whether torch's operators may compute calls that drop nothing
 
     def forward(self, operands: Elementwise) -> Tensor:
         """The op."""
@@ -116,9 +115,7 @@ class PreparedElementwise(NamedTuple):
         return (self.full if full else self.short).address, self.gated
 
     def _is_torchs(self, x: Tensor, *others: Tensor | None) -> bool:
-        return self.may_be_torchs and elementwise.is_torchs(
-            self.function, self.options.gated, x, *others
-        )
+        return elementwise.is_torchs(self.function, self.options.gated, x, *others)
 
 
 @lru_cache(256)
@@ -131,7 +128,6 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
     return PreparedElementwise(
         drop, shape, options, elementwise.FUNCTIONS[options.function],
         full, short, options.gated, columns, width,
-        options.function not in drop.loops.faster_than_torch,
     )  # fmt: skip
 
 

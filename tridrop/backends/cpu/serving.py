@@ -73,9 +73,7 @@ def _load() -> Any:
             "norm_forward": norm.forward,
             "norm_backward": norm.backward,
         }
-        _loaded = SimpleNamespace(
-            functions=activations.FORMS, faster_than_torch=activations.FASTER_THAN_TORCH
-        )
+        _loaded = SimpleNamespace(functions=activations.FORMS)
         for name, loop in loops.items():
             setattr(_loaded, name, _first_call(name, loop))
     return _loaded

@@ -244,11 +244,6 @@ FUNCTIONS = {
 # exp's condition; quick_gelu's has that of its y, up to 20.
 BOUNDS = {"gelu": (3, 6), "gelu_tanh": (4, 256), "silu": (3, 4), "quick_gelu": (4, 32)}
 
-# Without dropout, these loops take less time than torch's operators: at [512, 3072], forward and
-# backward, 0.5 of it for gelu_tanh in fp32 and bf16 (0.65 in fp16), 0.8 to 1 for quick_gelu. All
-# others take 0.8 to 1.5 of it.
-FASTER_THAN_TORCH = ("gelu_tanh", "quick_gelu")
-
 # The loops over one form, by the number that a kernel calls them with.
 _ACTIVATE, _DERIVE, _DIFFERENTIATE = 0, 1, 2
 
