@@ -603,8 +603,10 @@ def test_every_architecture_is_trained_and_swapped(monkeypatch):
         assert r.peak_bytes is None
     kept = {(r.model, r.provider, r.p): r.saved_bytes for r in found}
     for model in chosen.names:
-        # Without dropout as much as eager; with it less, and only the seeds more than without.
-        assert kept[model, "tridrop", 0.0] == kept[model, "eager", 0.0]
+        # Without dropout as much as eager, and less where eager's GELU is written out in Python, as
+        # GPT-2's is; with dropout less, and only the seeds more than without.
+        ours, eagers = kept[model, "tridrop", 0.0], kept[model, "eager", 0.0]
+        assert ours < 0.8 * eagers if model == "gpt2" else ours == eagers
         assert kept[model, "tridrop", 0.1] < kept[model, "eager", 0.1]
         assert 0 < kept[model, "tridrop", 0.1] - kept[model, "tridrop", 0.0] < 1000
     assert step_report.failures(found) == []
