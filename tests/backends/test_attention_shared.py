@@ -20,16 +20,12 @@ OTHERS = "128,256" if ALL else "256"  # widths: the widest heads take most
 # What the rule for Hopper's tiles tells apart: all kinds and D = 64 take minutes to compile.
 KINDS = "plain,causal,own bool mask,float mask,float mask of the dtype"
 HOPPER = ("64,128",) if ALL else ("128", KINDS)
-# Of the widest heads the kinds that differ in their tiles, and for each dtype three widths; all
-# eleven kinds and five widths take three minutes more.
-WIDEST = ("256",) if ALL else ("256", "plain,causal,own bool mask,float mask")
-WIDTHS = "16,32,64,128,256" if ALL else "16,64,256"
 # name -> arguments of the program: archs, dtypes, widths, kinds of masks, precisions.
 CALLS = {
-    "widest": ("sm_86", "fp32,bf16", *WIDEST),
+    "widest": ("sm_86", "fp32,bf16", "256"),
     "sm_89": ("sm_86,sm_89", "fp32,bf16", "256", "plain,float mask"),
     # The mask that takes most: in fp32, with a row for each query.
-    "widths": ("sm_86", "fp32,fp16,bf16", WIDTHS, "float mask"),
+    "widths": ("sm_86", "fp32,fp16,bf16", "16,32,64,128,256", "float mask"),
     "tf32": ("sm_86", "fp32", "128,256", "float mask,causal", "high"),
     "others": ("sm_80,sm_90,sm_100,sm_120,gfx942", "fp32,bf16", OTHERS, "float mask"),
     "hopper": ("sm_90", "bf16", *HOPPER),
@@ -63,7 +59,7 @@ def too_much(found):
 def test_the_widest_heads_fit_every_mask(compiled, dtype):
     found = [r for r in records(compiled, "widest") if r["dtype"] == dtype]
     assert {r["limit"] for r in found} == {101376}
-    assert len({r["kind"] for r in found}) == (11 if ALL else 4)
+    assert len({r["kind"] for r in found}) == 11
     kernels = {"forward", "delta", "dquery", "dkey", "dmask"}
     assert {r["kernel"].split("_")[1] for r in found} == kernels
     assert too_much(found) == []
@@ -79,7 +75,7 @@ def test_sm_89_is_as_sm_86(compiled):
 
 def test_every_width_and_dtype_fits(compiled):
     found = records(compiled, "widths")
-    assert len({(r["width"], r["dtype"]) for r in found}) == (15 if ALL else 9)
+    assert len({(r["width"], r["dtype"]) for r in found}) == 15
     assert too_much(found) == []
 
 
