@@ -117,13 +117,16 @@ def test_long_rows_and_far_columns(columns, at):
     assert torch.equal(quick, mask.keep_mask(pair(3, 4), (5, columns), t, shard=shard))
 
 
-@pytest.fixture(params=["torch's threads", "own threads"])
+needs_torchs_threads = pytest.mark.skipif(
+    not threads._parallel, reason="torch's library has no GOMP_parallel here"
+)
+
+
+@pytest.fixture(params=[pytest.param("torch's threads", marks=needs_torchs_threads), "own threads"])
 def parallel(request, monkeypatch):
     """The loops run in threads of torch, or of tridrop."""
     if request.param == "own threads":
         monkeypatch.setattr(threads, "_parallel", 0)
-    elif not threads._parallel:
-        pytest.skip("torch's library has no GOMP_parallel here")
 
 
 def test_torchs_threads_are_found():
@@ -152,10 +155,9 @@ def test_threads_share_rows_without_a_trace(parallel):
 
 
 @needs_numba
+@needs_torchs_threads
 def test_the_threads_of_torch_take_the_parts(monkeypatch):
     """Each part is done once, by as many threads as torch has."""
-    if not threads._parallel:
-        pytest.skip("torch's library has no GOMP_parallel here")
     before, seen = own_threads._workers, set()
     torch.set_num_threads(4)
     monkeypatch.setattr(own_threads, "share", lambda *_: seen.add("own"))
