@@ -1,6 +1,6 @@
 """Triton's interpreter without what it does again and again to the same effect.
 
-Importing this module in a process whose kernels are interpreted changes three things, and no
+Importing this module in a process whose kernels are interpreted changes what follows, and no
 result. Most of the time of a small kernel goes into these, and little into its arithmetic:
 
 - A call of a device function replaces the functions of ``triton.language``, which the launch has
@@ -24,10 +24,24 @@ from triton.runtime import interpreter
 PLAIN_PATCH: Callable[..., Any] = interpreter._patch_lang
 PLAIN_TYPE: Callable[..., Any] = interpreter._get_np_dtype
 PLAIN_OPTIONS: Any = interpreter.interpreter_builder.options
+PLAIN_ATTRIBUTE: Callable[..., Any] = interpreter._patch_attr
+PLAIN_BUILTINS: Callable[..., Any] = interpreter._patch_builtin
+PLAIN_BLOCK: Callable[..., Any] = tl.core.block_type.__init__
+PLAIN_TENSOR: Callable[..., Any] = tl.core.tensor.__init__
+PLAIN_COMPUTATION: Callable[..., Any] = interpreter.interpreter_semantic.computation_type_impl
+PLAIN_CONSTANT: Callable[..., Any] = interpreter.interpreter_semantic.scalar_constant
+
+# The code of every wrapper that tl.core.builtin makes.
+BUILTIN_CODE = tl.core.builtin(lambda: None).__code__
 
 _types: dict[str, Any] = {}
 _languages: dict[Any, frozenset[str]] = {}  # of a function: the modules that it sees
 _replaced: set[str] = set()  # by the launch that is running
+_builtins: dict[Any, list[tuple[str, Any]]] = {}  # of a module or class: name and function
+_blocks: dict[tuple[Any, ...], dict[str, Any]] = {}  # what a block type of these has
+_tensors: dict[str, dict[str, Any]] = {}  # what a tensor of this type has
+_computations: dict[tuple[Any, ...], Any] = {}
+_constants: dict[tuple[Any, ...], Any] = {}
 
 
 def numpy_type(given: Any) -> Any:
@@ -67,6 +81,85 @@ def unchecked(options: Any) -> Any:
     return options if options.debug else dataclasses.replace(options, sanitize_overflow=False)
 
 
+def patch_attribute(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """As Triton's ``_patch_attr``."""
+    # What the wrapper of a builtin asks for is always given here.
+    function = member.__wrapped__ if member.__code__ is BUILTIN_CODE else member
+    semantic = interpreter.interpreter_semantic
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = semantic
+        return function(*args, **kwargs)
+
+    scope.set_attr(obj, name, call)
+
+
+def patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+    """As Triton's ``_patch_builtin``, which looks through all members of the module or class."""
+    if package not in _builtins:
+        PLAIN_BUILTINS(package, builder, scope)
+        # Each change is an object, a name, and what the object had by that name.
+        _builtins[package] = [(n, old) for o, n, old in scope._changes if o is package]
+        return
+    for name, member in _builtins[package]:
+        interpreter._patch_attr(package, name, member, builder, scope)
+
+
+def block(self: Any, element_ty: Any, shape: Any) -> None:
+    """As ``block_type.__init__``."""
+    sizes = shape.values if isinstance(shape, tl.core.tuple) else shape
+    if isinstance(sizes, (list, tuple)) and set(map(type, sizes)) != {int}:
+        sizes = [s.value if isinstance(s, tl.constexpr) else s for s in sizes]
+    key = None
+    if isinstance(sizes, (list, tuple)) and set(map(type, sizes)) == {int}:
+        key = (element_ty.name, *sizes)
+    if key not in _blocks:
+        PLAIN_BLOCK(self, element_ty, shape)  # which raises for a wrong shape
+        if key is not None:
+            _blocks[key] = dict(vars(self))
+        return
+    vars(self).update(_blocks[key])
+    self.element_ty = element_ty
+
+
+def tensor(self: Any, handle: Any, type: Any) -> None:
+    """As ``tensor.__init__``."""
+    if type.name not in _tensors:
+        PLAIN_TENSOR(self, handle, type)
+        _tensors[type.name] = dict(vars(self)) | {"handle": None}
+        return
+    vars(self).update(_tensors[type.name])
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+
+
+def computation_type(a: Any, a_is_scalar: bool, b: Any, b_is_scalar: bool, divides: bool) -> Any:
+    """As the semantic's ``computation_type_impl``."""
+    key = (a.name, a_is_scalar, b.name, b_is_scalar, divides)
+    if key not in _computations:
+        _computations[key] = PLAIN_COMPUTATION(a, a_is_scalar, b, b_is_scalar, divides)
+    return _computations[key]
+
+
+def constant(value: Any, dtype: Any) -> Any:
+    """As the semantic's ``scalar_constant``."""
+    if dtype is None or type(value) not in (int, float, bool):
+        return PLAIN_CONSTANT(value, dtype)
+    key = (type(value), value, dtype.name)
+    if key not in _constants:
+        made = PLAIN_CONSTANT(value, dtype)
+        made.handle.data.flags.writeable = False  # what would change it for all raises
+        _constants[key] = made
+    kept = _constants[key]
+    handle = interpreter.TensorHandle(kept.handle.data, kept.handle.dtype)
+    return tl.core.tensor(handle, kept.type)
+
+
 interpreter._patch_lang = patch_once
 interpreter._get_np_dtype = numpy_type
 interpreter.interpreter_builder.options = unchecked(PLAIN_OPTIONS)
+interpreter._patch_attr = patch_attribute
+interpreter._patch_builtin = patch_builtins
+tl.core.block_type.__init__ = block
+tl.core.tensor.__init__ = tensor
+interpreter.interpreter_semantic.computation_type_impl = computation_type
+interpreter.interpreter_semantic.scalar_constant = constant

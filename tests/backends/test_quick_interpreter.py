@@ -14,6 +14,7 @@ if not launch.interpreting():
 import quick_interpreter
 from triton.runtime import interpreter
 
+SEMANTIC = interpreter.interpreter_semantic
 NAMES = [n for kind in ("SINT", "UINT", "FP") for n in getattr(tl.dtype, f"{kind}_TYPES")]
 
 
@@ -29,6 +30,76 @@ def test_the_types_are_those_of_the_interpreter(name):
 def test_an_unknown_type_raises_as_before():
     with pytest.raises(KeyError):
         interpreter._get_np_dtype(tl.void)
+
+
+def made(cls, init, *given):
+    """An instance that ``init`` made: what it has, or what it raised."""
+    instance = cls.__new__(cls)
+    try:
+        init(instance, *given)
+    except (TypeError, ValueError, AssertionError) as e:
+        return type(e), str(e)
+    return cls, {name: repr(value) for name, value in vars(instance).items()}
+
+
+SHAPES = [[4], [1, 4], tl.core.tuple([2, 4]), tl.core.tuple([tl.constexpr(8), tl.constexpr(2)]),
+          tl.constexpr([4]), [], [3], [1.0], [True], [tl.constexpr(1.0)], [1 << 21], 4]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_block_types_and_their_tensors_are_those_of_the_interpreter(shape):
+    own, other = tl.dtype("fp32"), tl.pointer_type(tl.dtype("int8"))
+    for element in (own, other, own, other):
+        plain = made(tl.block_type, quick_interpreter.PLAIN_BLOCK, element, shape)
+        assert made(tl.block_type, tl.block_type.__init__, element, shape) == plain
+        if plain[0] is tl.block_type:
+            block = tl.block_type(element, shape)
+            assert block.element_ty is element
+            for handle in ("one", "another"):
+                given = (tl.tensor, quick_interpreter.PLAIN_TENSOR, handle, block)
+                assert made(tl.tensor, tl.tensor.__init__, handle, block) == made(*given)
+    for handle in ("one", "another"):
+        plain = made(tl.tensor, quick_interpreter.PLAIN_TENSOR, handle, own)
+        assert made(tl.tensor, tl.tensor.__init__, handle, own) == plain
+
+
+def answer(function, *given):
+    try:
+        return function(*given)
+    except (TypeError, ValueError, OverflowError) as e:
+        return type(e), str(e)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_types_of_operands_are_those_of_the_interpreter(name):
+    for other in NAMES:
+        for rest in ((False, False), (True, False), (False, True), (True, True)):
+            for divides in (False, True):
+                given = (tl.dtype(name), rest[0], tl.dtype(other), rest[1], divides)
+                plain = answer(quick_interpreter.PLAIN_COMPUTATION, *given)
+                for _ in range(2):
+                    assert answer(SEMANTIC.computation_type_impl, *given) == plain
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, of 1 << 31 in fp16
+@pytest.mark.parametrize("name", ["int1", "int32", "uint32", "int64", "fp16", "fp32", "fp64"])
+def test_constants_are_those_of_the_interpreter(name):
+    for value in (0, 1, True, False, 1.0, 0.0, -0.0, 2.5, float("nan"), 1 << 31, float("inf")):
+        plain = answer(quick_interpreter.PLAIN_CONSTANT, value, tl.dtype(name))
+        for _ in range(2):
+            found = answer(SEMANTIC.scalar_constant, value, tl.dtype(name))
+            if isinstance(plain, tuple):
+                assert found == plain
+                continue
+            assert (found.type, found.dtype) == (plain.type, plain.dtype)
+            assert found.handle.data.dtype == plain.handle.data.dtype
+            assert found.handle.data.tobytes() == plain.handle.data.tobytes()
+            assert not found.handle.attr
+            with pytest.raises(ValueError, match="read-only"):
+                found.handle.data[0] = 0
+            found.handle.set_attr("one caller's", 1)
+    with pytest.raises(ValueError, match="dtype must be specified"):
+        SEMANTIC.scalar_constant(1, None)
 
 
 def results(op):
@@ -47,9 +118,18 @@ def results(op):
 @pytest.mark.parametrize("op", ["norm", "attention"])
 def test_the_results_are_those_of_the_plain_interpreter(monkeypatch, op):
     found = results(op)
-    monkeypatch.setattr(interpreter, "_patch_lang", quick_interpreter.PLAIN_PATCH)
-    monkeypatch.setattr(interpreter, "_get_np_dtype", quick_interpreter.PLAIN_TYPE)
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", quick_interpreter.PLAIN_OPTIONS)
+    for where, name, plain in (
+        (interpreter, "_patch_lang", quick_interpreter.PLAIN_PATCH),
+        (interpreter, "_get_np_dtype", quick_interpreter.PLAIN_TYPE),
+        (interpreter, "_patch_attr", quick_interpreter.PLAIN_ATTRIBUTE),
+        (interpreter, "_patch_builtin", quick_interpreter.PLAIN_BUILTINS),
+        (interpreter.interpreter_builder, "options", quick_interpreter.PLAIN_OPTIONS),
+        (tl.core.block_type, "__init__", quick_interpreter.PLAIN_BLOCK),
+        (tl.core.tensor, "__init__", quick_interpreter.PLAIN_TENSOR),
+        (SEMANTIC, "computation_type_impl", quick_interpreter.PLAIN_COMPUTATION),
+        (SEMANTIC, "scalar_constant", quick_interpreter.PLAIN_CONSTANT),
+    ):
+        monkeypatch.setattr(where, name, plain)
     for quick, plain in zip(found, results(op), strict=True):
         assert torch.equal(quick, plain)
         assert plain.abs().max() > 0
