@@ -31,6 +31,8 @@ PLAIN_TENSOR: Callable[..., Any] = tl.core.tensor.__init__
 PLAIN_COMPUTATION: Callable[..., Any] = interpreter.interpreter_semantic.computation_type_impl
 PLAIN_CONSTANT: Callable[..., Any] = interpreter.interpreter_semantic.scalar_constant
 
+PLAIN_OPERANDS: Callable[..., Any] = interpreter.interpreter_semantic.binary_op_type_checking_impl
+
 # The code of every wrapper that tl.core.builtin makes.
 BUILTIN_CODE = tl.core.builtin(lambda: None).__code__
 
@@ -154,6 +156,15 @@ def constant(value: Any, dtype: Any) -> Any:
     return tl.core.tensor(handle, kept.type)
 
 
+def operands(lhs: Any, rhs: Any, *rules: bool, **named: bool) -> tuple[Any, Any]:
+    """As the semantic's ``binary_op_type_checking_impl``."""
+    both = isinstance(lhs, tl.core.tensor) and isinstance(rhs, tl.core.tensor)
+    divides = named.get("div_or_mod", False) or rules[3:] == (True,)
+    if both and not divides and lhs.type.name == rhs.type.name and not lhs.dtype.is_ptr():
+        return lhs, rhs
+    return PLAIN_OPERANDS(lhs, rhs, *rules, **named)
+
+
 interpreter._patch_lang = patch_once
 interpreter._get_np_dtype = numpy_type
 interpreter.interpreter_builder.options = unchecked(PLAIN_OPTIONS)
@@ -163,3 +174,4 @@ tl.core.block_type.__init__ = block
 tl.core.tensor.__init__ = tensor
 interpreter.interpreter_semantic.computation_type_impl = computation_type
 interpreter.interpreter_semantic.scalar_constant = constant
+interpreter.interpreter_semantic.binary_op_type_checking_impl = operands
