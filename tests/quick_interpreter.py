@@ -144,7 +144,8 @@ def computation_type(a: Any, a_is_scalar: bool, b: Any, b_is_scalar: bool, divid
 
 def constant(value: Any, dtype: Any) -> Any:
     """As the semantic's ``scalar_constant``."""
-    if dtype is None or type(value) not in (int, float, bool):
+    # Outside of a launch the language is not the interpreter's, and zeros of uint32 are of int32.
+    if not _replaced or dtype is None or type(value) not in (int, float, bool):
         return PLAIN_CONSTANT(value, dtype)
     key = (type(value), value, dtype.name)
     if key not in _constants:

@@ -82,6 +82,24 @@ def test_types_of_operands_are_those_of_the_interpreter(name):
                     assert answer(SEMANTIC.computation_type_impl, *given) == plain
 
 
+@pytest.fixture
+def launched():
+    """The language is replaced as in a launch of a kernel, which sees ``tl`` as this file does."""
+    scope = interpreter._patch_lang(answer)
+    yield
+    scope.restore()
+
+
+def test_constants_from_outside_of_a_launch_are_not_kept():
+    SEMANTIC.scalar_constant(0, tl.uint64)  # there it would be of int64
+    scope = interpreter._patch_lang(answer)
+    try:
+        assert SEMANTIC.scalar_constant(0, tl.uint64).handle.data.dtype == np.uint64
+    finally:
+        scope.restore()
+
+
+@pytest.mark.usefixtures("launched")
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, of 1 << 31 in fp16
 @pytest.mark.parametrize("name", ["int1", "int32", "uint32", "int64", "fp16", "fp32", "fp64"])
 def test_constants_are_those_of_the_interpreter(name):
@@ -106,6 +124,7 @@ def test_constants_are_those_of_the_interpreter(name):
 RULES = [(), (True, True), (False, False, False), (False, False, True, True)]
 
 
+@pytest.mark.usefixtures("launched")
 @pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("name", [*NAMES, "pointer"])
 def test_operands_are_those_of_the_interpreter(name, rules):
