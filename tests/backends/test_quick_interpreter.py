@@ -103,7 +103,8 @@ def test_constants_from_outside_of_a_launch_are_not_kept():
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, of 1 << 31 in fp16
 @pytest.mark.parametrize("name", ["int1", "int32", "uint32", "int64", "fp16", "fp32", "fp64"])
 def test_constants_are_those_of_the_interpreter(name):
-    for value in (0, 1, True, False, 1.0, 0.0, -0.0, 2.5, float("nan"), 1 << 31, float("inf")):
+    numbers = (0, 1, True, False, 1.0, -0.0, 0.0, -0.0, 2.5, float("nan"), float("inf"), 1 << 31)
+    for value in numbers:
         plain = answer(quick_interpreter.PLAIN_CONSTANT, value, tl.dtype(name))
         for _ in range(2):
             found = answer(SEMANTIC.scalar_constant, value, tl.dtype(name))
@@ -121,16 +122,16 @@ def test_constants_are_those_of_the_interpreter(name):
         SEMANTIC.scalar_constant(1, None)
 
 
+# numpy has no arithmetic of the types of 8 bits.
+COMPUTED = [n for n in NAMES if not n.startswith("fp8")]
 RULES = [(), (True, True), (False, False, False), (False, False, True, True)]
 
 
 @pytest.mark.usefixtures("launched")
 @pytest.mark.parametrize("rules", RULES, ids=str)
-@pytest.mark.parametrize("name", [*NAMES, "pointer"])
+@pytest.mark.parametrize("name", [*COMPUTED, "pointer"])
 def test_operands_are_those_of_the_interpreter(name, rules):
     own = tl.pointer_type(tl.float32) if name == "pointer" else tl.dtype(name)
-    if own.is_floating() and own.is_fp8():
-        return  # numpy has no arithmetic of these
     at = [np.zeros(shape, interpreter._get_np_dtype(own)) for shape in ((1,), (4,), (2, 4), (2, 1))]
     types = [own] + [tl.block_type(own, list(data.shape)) for data in at[1:]]
     made = [tl.tensor(interpreter.TensorHandle(*pair), kind)
