@@ -332,19 +332,20 @@ def test_dropped_elements_are_exactly_zero(value):
         assert (grad[~keep] == 0).all()
 
 
-def unscaled(name, shape, held, *arguments):
-    """Call a kernel that keeps everything, as far as a mask can, with a scale of 1."""
-    return selection.selection(tuple(shape), 1, 1.0).call(name, pair(1), held, *arguments)
+def unscaled(name, tensors, *arguments):
+    """Call a kernel that keeps everything, as far as a mask can, with a scale of 1.
 
-
-def at(t):
-    return cpu_memory.matrix(t, t.numel(), "t")[1]
+    It reads the seed and the tensors, of which all but None have one shape.
+    """
+    shape = tensors[0].shape
+    read = cpu_memory.reads(cpu_memory.SEED, *[cpu_memory.of("t", shape.numel())] * len(tensors))
+    drop = selection.selection(tuple(shape), 1, 1.0)
+    drop.call(name, (pair(1), *tensors), read, None, *arguments)
 
 
 def convert(value, dtype):
     out = torch.empty_like(value, dtype=dtype)
-    given = (at(out), at(value), 0, 0, (0, 0), (0, False))
-    unscaled("forward", value.shape, (out, value), *given)
+    unscaled("forward", (value, None, None, None), cpu_memory.matrix(out), (0, False))
     return out
 
 
@@ -385,10 +386,9 @@ def on_a_grid(name, x, short=False):
     address = serving.kernels().functions[name][short].address
     u = x.reshape(1, -1)
     value, slope, ones = torch.empty_like(u), torch.empty_like(u), torch.ones_like(u)
-    tensors = (value, u, ones, slope)
-    v, x_, g, s = map(at, tensors)
-    unscaled("forward", u.shape, tensors, v, x_, 0, 0, (0, 0), (address, False))
-    unscaled("backward", u.shape, tensors, g, x_, 0, 0, s, (1, 0, 0), (address, False))
+    v, s = map(cpu_memory.matrix, (value, slope))
+    unscaled("forward", (u, None, None, None), v, (address, False))
+    unscaled("backward", (ones, u, None, None), s, (1, 0, 0), (address, False))
     return value.view_as(x), slope.view_as(x)
 
 
@@ -570,10 +570,10 @@ def test_norms_of_rows_with_a_large_mean(monkeypatch):
 @needs_numba
 def test_large_results_are_whole():
     rows = cpu_memory._MAPPED_ANEW // 4096 + 1
-    for like, shape in (torch.empty(rows, 1024), None), (torch.empty(0), (rows, 1024)):
-        value, (address, kind) = cpu_memory.result(like, torch.float32, shape)
-        assert (address, kind) == (value.data_ptr(), 0)
-        assert value.fill_(1).sum(dtype=torch.float64) == rows * 1024
+    value, (address, kind) = cpu_memory.result(cpu_memory.like((rows, 1024), torch.float32))
+    assert (address, kind) == (value.data_ptr(), 0)
+    assert value.is_contiguous()
+    assert value.fill_(1).sum(dtype=torch.float64) == rows * 1024
 
 
 @needs_numba

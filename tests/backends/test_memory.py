@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import tridrop
-from tridrop.backends.cpu import serving
+from tridrop.backends.cpu import masks, serving, threads, torch_library
+from tridrop.backends.cpu import memory as cpu_memory
 from tridrop.backends.cpu.own_threads import share
 from tridrop.base import memory
 
@@ -68,6 +69,116 @@ def test_interrupts_free_no_memory_that_threads_write_to(of):
     assert ran.returncode == 0, f"{ran.returncode}: {ran.stderr[-2000:]}"
     interrupted = int(ran.stdout.split()[1])
     assert interrupted > 200
+
+
+# ------------------------------------------------------------------------- how kernels ask for it
+
+
+needs_table = pytest.mark.skipif(
+    not torch_library.table, reason="torch's library has no C interface here"
+)
+
+
+def every_kernel():
+    """The kernels by one call each, with all operands that they read; returns the results."""
+    torch.manual_seed(0)
+    x, r = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    b, s, w, n = (torch.rand(8, requires_grad=True) for _ in range(4))
+    found = [tridrop.dropout_add(x, r, 0.3, bias=b, layer_scale=s, activation="gelu", seed=1)]
+    vectors = {"bias": b, "layer_scale": s, "p": 0.3, "seed": 2}
+    found.extend(tridrop.dropout_add_layer_norm(x, r, w, n, prenorm=True, **vectors))
+    found.append(tridrop.softmax_dropout(x[None, None], 0.3, seed=3))
+    incoming = list(map(torch.ones_like, found))
+    found.extend(torch.autograd.grad(found, (x, r, b, s, w, n), incoming))
+    found.append(tridrop.keep_mask(4, (6, 8), 0.3))
+    found.append(tridrop.attention_keep_mask(5, (1, 2, 6, 8), 0.3))
+    return found
+
+
+def test_torchs_table_is_found():
+    """It is wherever torch's library lies on Linux, and says of dtypes what tridrop counts on."""
+    if sys.platform.startswith("linux"):
+        assert torch_library.table
+        answers = torch_library._table[torch_library.CPU :]
+        assert len(set(answers[1:])) == 4  # one number for each dtype
+        assert min(answers) >= 0
+
+
+@needs_numba
+@needs_table
+def test_kernels_ask_torch_themselves(monkeypatch):
+    """No plain tensor takes the slow way, and both ways give the same."""
+    every_kernel()
+    with monkeypatch.context() as patched:
+        patched.setattr(threads, "places", lambda *_: pytest.fail("a kernel refused a tensor"))
+        quick = every_kernel()
+    monkeypatch.setattr(threads, "table", 0)
+    for q, slow in zip(quick, every_kernel(), strict=True):
+        assert torch.equal(q, slow)
+
+
+ROWS = torch.arange(64.0).view(8, 8)
+
+
+@needs_numba
+@needs_table
+@pytest.mark.parametrize(
+    ("make", "asked"),
+    [
+        (lambda: ROWS[2:], True),  # some way into its storage
+        (lambda: ROWS.bfloat16(), True),
+        (lambda: ROWS.half(), True),
+        (lambda: torch.nn.Parameter(ROWS.clone()), True),
+        (lambda: ROWS.double(), False),
+        (lambda: ROWS.long(), False),
+        (lambda: ROWS.mT, False),
+        (lambda: ROWS[:, 1:], False),
+        (lambda: ROWS[:1].expand(8, 8), False),
+        (lambda: ROWS.to_sparse(), False),
+        (lambda: ROWS.to("meta"), False),
+        (lambda: torch._efficientzerotensor((8, 8)), False),
+    ],
+    ids=["offset", "bf16", "fp16", "parameter", "fp64", "int64", "transposed", "columns",
+         "expanded", "sparse", "meta", "zeros"],
+)  # fmt: skip
+def test_a_kernel_takes_what_python_would_take(make, asked, capfd):
+    """Where it refuses a tensor, ``base.memory.place`` copies it, or says what is wrong."""
+    t = make()
+    read = cpu_memory.reads(cpu_memory.of("t", t.numel()))
+    seen = []
+
+    def kernel(team, work, given, wanted, arguments):
+        seen.append((wanted, probe(team, work, given, wanted, arguments)))
+        return seen[-1][1]
+
+    # The kernel of masks does nothing for no parts, whatever it is given but the places.
+    masks.keep_mask(torch.tensor([1, 0]), (1, 8), 1 << 30)
+    probe = serving.kernels().keep_rows
+    none = threads.Parts((0, 0, 0, 1), False)
+    arguments = (8, (0, 0, 0, 0, -1, 0), 0)
+    try:
+        threads.share(kernel, none, (t,), read, arguments, None)
+        placed = True
+    except (TypeError, ValueError):
+        placed = False
+    assert seen[0] == (read.wanted, 0 if asked else -1)
+    try:
+        assert memory.place(t, t.numel(), "t")[1][0] > 0
+        assert placed
+    except (TypeError, ValueError):
+        assert not placed
+    assert capfd.readouterr() == ("", "")  # torch's C interface reports errors, some versions aloud
+
+
+@needs_numba
+@needs_table
+@pytest.mark.parametrize("kind", ["freed", "shorter"])
+def test_a_kernel_refuses_a_tensor_without_its_memory(kind):
+    x = torch.ones(8, 8)
+    tridrop.dropout(x, 0.5, seed=1)
+    x.untyped_storage().resize_(0 if kind == "freed" else 255)
+    with pytest.raises(ValueError, match="which needs a storage of 256 bytes"):
+        tridrop.dropout(x, 0.5, seed=1)
 
 
 # ------------------------------------------------------------------------------------- messages

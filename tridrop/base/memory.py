@@ -3,7 +3,8 @@
 A tensor can lose its memory while its shape stays: FSDP resizes a storage to free what it will
 gather again; a hook on saved tensors returns another tensor; ``x.data`` is replaced. A loop that
 trusts the shape would then read memory that is not the tensor's, as many of torch's own operators
-do. So :func:`place` alone gives out addresses, and only of memory that the tensor has.
+do. So addresses are given out by :func:`place` alone, or found by a kernel that looks in the same
+way (backends/cpu/loops/operands.py), and only of memory that the tensor has.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .torch_private import transformation
 Matrix = tuple[int, int]  # what loops take: (address, dtype code); the address 0 means absent
 
 PLAIN = (Tensor, torch.nn.Parameter)  # the types of tensors that are nothing but their data
+_STRIDED = torch.strided
 _DEVICES = ("cpu", "cuda")  # devices on which a tensor's data is in its storage
 
 
@@ -165,13 +167,14 @@ def facts_of(names: Iterable[str], tensors: Iterable[Tensor | None]) -> tuple[Fa
 
 def as_saved(t: Tensor | None, saved: Facts) -> Tensor:
     """``t`` if its shape, dtype and device are those that were saved; else ValueError."""
+    _, shape, dtype, device, _ = saved  # at once: it is done for each tensor of a backward
     if t is None:
         _refuse(saved, "nothing")
-    if t.shape != saved.shape or t.dtype != saved.dtype:
+    if t.shape != shape or t.dtype is not dtype:
         _refuse(saved, _words(t))
-    if t.layout is not torch.strided:
+    if t.layout is not _STRIDED:
         _refuse(saved, f"{_words(t)} in layout {t.layout}")
-    if (t.is_cpu or t.device) != saved.device:
+    if (t.is_cpu or t.device) != device:
         _refuse(saved, f"{_words(t)} on {t.device}")
     return t.resolve_neg() if t.is_neg() else t
 

@@ -45,6 +45,7 @@ INTERFACES = tuple(
         ("torch._C._current_graph_task_id", "tell whether backward is running"),
         ("torch._C._autograd._top_saved_tensors_default_hooks", "ask the hooks around its own"),
         ("torch.utils.checkpoint._CheckpointFrame", "carry rng blocks to a recomputation"),
+        ("torch.Tensor._cdata", "let kernels ask torch's C interface where a tensor is"),
         # Operators.
         ("torch._softmax_backward_data", "compute softmax's gradient from its result"),
         ("torch._ops.OpOverload", "name what a dispatch mode is given"),

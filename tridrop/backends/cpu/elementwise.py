@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...base.memory import place
 from ...spec.elementwise import Options, check_functions
 from ...spec.operands import Elementwise, ElementwiseBackward, Operands, checked
 from ..reference import elementwise
-from .memory import NONE, result, vector
+from .memory import NONE, SEED, Read, blanks, in_fp32, of, reads, result
 from .selection import Selection, Sum, selection_of, serves
+from .torch_library import NUMBERS
 
 _NO_SUMS = (1, 0, 0)  # rows of a part, and the addresses of two absent sums
 _NOTHING = elementwise.Multiplier(None, 1.0)  # drops nothing
@@ -29,7 +29,6 @@ class PreparedElementwise(NamedTuple):
     """The elementwise family, for calls whose results have one shape."""
 
     drop: Selection
-    shape: tuple[int, ...]
     options: Options
     function: elementwise.Function
     # The loops' forms of f (activations.Form). ``full`` has full precision; ``short`` serves
@@ -37,8 +36,13 @@ class PreparedElementwise(NamedTuple):
     full: Any
     short: Any
     gated: bool
-    columns: int
-    width: int  # the columns of x: twice those of the result where f is gated
+    # How results are made: of the shape of out, and of the shape of x, which is twice as wide where
+    # f is gated; and what the loops read, the seed first.
+    like_out: dict[torch.dtype, Tensor]
+    like_x: dict[torch.dtype, Tensor]
+    forward_read: Read
+    backward_read: Read
+    sizes: tuple[int, int]  # the columns of x and of the result
 
     def forward(self, operands: Elementwise) -> Tensor:
         """The op."""
@@ -47,21 +51,11 @@ class PreparedElementwise(NamedTuple):
             whole = checked(operands)
             found = elementwise.compose(whole, _NOTHING, self.options, False)
             return found.clone() if found is whole.x else found
-        columns, width, count = self.columns, self.width, self.drop.count
-        x, u = place(x, count if width == columns else 2 * count, "x")
-        b = g = 0
-        r = NONE
-        if bias is not None:
-            bias, b = vector(bias, width, "bias")
-        if layer_scale is not None:
-            layer_scale, g = vector(layer_scale, columns, "layer_scale")
-        dtype = x.dtype
-        if residual is not None:
-            residual, r = place(residual, count, "residual")
-            dtype = residual.dtype
-        out, o = result(x, dtype, None if width == columns else self.shape)
-        keep_alive = (x, residual, bias, layer_scale, out)
-        self.drop.call("forward", seed, keep_alive, o, u, b, g, r, self._form(dtype))
+        bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
+        dtype = x.dtype if residual is None else residual.dtype
+        out, o = result(self.like_out[dtype])
+        tensors = (seed, x, bias, layer_scale, residual)
+        self.drop.call("forward", tensors, self.forward_read, out, o, self._form(dtype))
         return out
 
     def backward(
@@ -82,28 +76,17 @@ class PreparedElementwise(NamedTuple):
                 found = backward(whole.grad, biased)
                 dbias = None if dtypes[1] is None else elementwise.sum_rows(found)
                 return (None if dtypes[0] is None else found), dbias, None
-        columns, width, count = self.columns, self.width, self.drop.count
-        _grad, d = place(grad, count, "grad")
-        _x = _bias = _scale = dx = None
-        u = at = NONE
-        b = g = 0
-        if x is not None:
-            _x, u = place(x, 2 * count if gated else count, "x")
-        if bias is not None:
-            _bias, b = vector(bias, width, "bias")
-        if layer_scale is not None:
-            _scale, g = vector(layer_scale, columns, "layer_scale")
+        dx, at = None, NONE
         if dtypes[0] is not None:
-            shape = (*self.shape[:-1], width) if gated else None
-            dx, at = result(_grad, dtypes[0], shape)
-        arguments, form = (d, u, b, g, at), self._form(*dtypes)
-        keep_alive = (_grad, _x, _bias, _scale, dx)
+            dx, at = result(self.like_x[dtypes[0]])
+        bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
+        tensors, read = (seed, grad, x, bias, layer_scale), self.backward_read
+        form = self._form(*dtypes)
         if dtypes[1] is None and dtypes[2] is None:
-            self.drop.call("backward", seed, keep_alive, *arguments, _NO_SUMS, form)
+            self.drop.call("backward", tensors, read, dx, at, _NO_SUMS, form)
             return dx, None, None
-        sums = (Sum(width, dtypes[1]), Sum(columns, dtypes[2]))
-        vectors = self.drop.sum("backward", seed, grad, sums, keep_alive, *arguments, form)
-        dbias, dlayer_scale = vectors
+        sums = tuple(map(Sum, self.sizes, dtypes[1:]))
+        dbias, dlayer_scale = self.drop.sum("backward", tensors, read, sums, dx, at, form)
         return dx, dbias, dlayer_scale
 
     def _form(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
@@ -123,11 +106,18 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
     drop = selection_of(shape, options)
     check_functions(drop.loops.functions, "backends/cpu/loops/activations.FUNCTIONS")
     full, short = drop.loops.functions[options.function]
-    columns = drop.where.cols
-    width = 2 * columns if options.gated else columns
+    columns, count = drop.where.cols, drop.count
+    halves = 2 if options.gated else 1
+    x, grad = of("x", halves * count), of("grad", count)
+    bias = of("bias", halves * columns, NUMBERS)
+    layer_scale = of("layer_scale", columns, NUMBERS)
+    like_out = blanks(shape)
     return PreparedElementwise(
-        drop, shape, options, elementwise.FUNCTIONS[options.function],
-        full, short, options.gated, columns, width,
+        drop, options, elementwise.FUNCTIONS[options.function], full, short, options.gated,
+        like_out, blanks((*shape[:-1], 2 * shape[-1])) if options.gated else like_out,
+        reads(SEED, x, bias, layer_scale, of("residual", count)),
+        reads(SEED, grad, x, bias, layer_scale),
+        (halves * columns, columns),
     )  # fmt: skip
 
 

@@ -8,50 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.memory import SEEDS, place, readable
+from ...base.memory import readable
 from ...contract import mask
 from ...contract.mask import LANES, Shard
+from .memory import SEED, reads
 from .serving import kernels
 from .threads import parts_of, share
 
-
-def pair_of(seed: Tensor | None) -> tuple[Tensor | None, int]:
-    """A seed in contiguous memory, and its address; the address is 0 without a seed."""
-    if seed is None:
-        return None, 0
-    pair, (address, _) = place(seed, 2, "seed", SEEDS)
-    return pair, address
-
-
-def constants_of(
-    where: mask.Coordinates, domain: str, t: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What :func:`decisions_of` says without looking at data: (lane, group) and (domain, last)."""
-    group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
-    return (lane, group), (mask.DOMAINS[domain] << 28, t - 1)
+_READ = reads(SEED)
 
 
 def decisions_of(
-    where: mask.Coordinates, seed: Tensor | None, domain: str, t: int, factors: Tensor | None = None
+    where: mask.Coordinates, domain: str, t: int, factors: Tensor | None = None
 ) -> tuple[tuple[int, ...], Any]:
     """The tuple ``decisions`` of the kernels, and the tensors to whose memory it points.
 
     ``next_piece`` in loops/mask.py describes the tuple.
     """
     rows = mask.row_coordinates(where, "cpu") if where.leading and t else None
-    first, criterion = constants_of(where, domain, t)
-    pair, address = pair_of(seed)
+    group, lane = divmod(0 if where.col_shared else where.col_origin, LANES)
     places = 0 if rows is None else rows.data_ptr()
     by_row = 0 if factors is None else factors.data_ptr()
-    return (places, *first, address, *criterion, by_row), (rows, pair, factors)
+    found = (places, lane, group, mask.DOMAINS[domain] << 28, t - 1, by_row)
+    return found, (rows, factors)
 
 
 def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: int) -> Tensor:
     """The decisions on the first ``columns`` columns of all rows: bool."""
     keep = torch.empty((where.rows, columns), dtype=torch.bool, device="cpu")
-    decisions, keep_alive = decisions_of(where, seed, domain, t)
+    decisions, keep_alive = decisions_of(where, domain, t)
     given = (columns, decisions, keep.data_ptr())
-    share(kernels().keep_rows, parts_of(where.rows, columns), given, (keep, keep_alive))
+    parts, held = parts_of(where.rows, columns), (keep, keep_alive)
+    share(kernels().keep_rows, parts, (seed,), _READ, given, held)
     return keep
 
 
@@ -94,8 +82,7 @@ def attention_keep_mask(
     batch, heads, queries, keys = shape
     rows = batch * heads * queries
     keep = torch.empty((rows, keys), dtype=torch.bool, device="cpu")
-    pair, address = pair_of(seed)
     domain, sizes = mask.DOMAINS["attention"] << 28, (heads, queries)
-    given = (keys, sizes, address, domain, t - 1, tuple(origin), keep.data_ptr())
-    share(loops.keep_scores, parts_of(rows, keys), given, (keep, pair))
+    given = (keys, sizes, domain, t - 1, tuple(origin), keep.data_ptr())
+    share(loops.keep_scores, parts_of(rows, keys), (seed,), _READ, given, keep)
     return keep.view(tuple(shape))

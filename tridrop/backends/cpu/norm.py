@@ -9,34 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...base.memory import Matrix, place
 from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward, Operands
-from .memory import CODES, NONE, result, vector
+from .memory import CODES, NONE, SEED, Read, blanks, in_fp32, of, reads, result
 from .selection import Selection, Sum, selection_of, serves
-
-_NUMBER = torch.empty(1, dtype=torch.float32, device="cpu")
+from .torch_library import NUMBERS
 
 
 @lru_cache(256)
 def _sums_of_norm(columns: int, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Sum, ...]:
     """The sums over rows that are the gradients of bias, layer_scale, weight and norm_bias."""
     return tuple(Sum(columns, dtypes[i], rounded=i > 3) for i in (1, 2, 4, 5))
-
-
-def _places_of(
-    columns: int, bias: Tensor | None, layer_scale: Tensor | None, weight: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], tuple[int, int, Matrix]]:
-    """The vectors that forward and backward take, or copies, and where they are."""
-    b = g = 0
-    w = NONE
-    if bias is not None:
-        bias, b = vector(bias, columns, "bias")
-    if layer_scale is not None:
-        layer_scale, g = vector(layer_scale, columns, "layer_scale")
-    if weight is not None:
-        weight, w = place(weight, columns, "weight")
-    return (bias, layer_scale, weight), (b, g, w)
 
 
 class PreparedNorm(NamedTuple):
@@ -46,30 +29,27 @@ class PreparedNorm(NamedTuple):
     options: NormOptions
     flags: tuple[bool, bool, bool]  # it is RMSNorm; dropout follows the norm; 1 + weight
     keeps_stream: bool
-    statistics: Tensor  # one number with the statistics' shape: empty_like is the quickest way
+    like: dict[torch.dtype, Tensor]  # how results are made, and the statistics
+    statistics: Tensor
+    forward_read: Read  # what the loops read, the seed first
+    backward_read: Read
 
     def forward(self, operands: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
         """(out, stream, statistics)."""
         x, bias, layer_scale, residual, weight, norm_bias, seed, _ = operands
-        options, columns, count = self.options, self.drop.where.cols, self.drop.count
-        _x, u = place(x, count, "x")
-        out, o = result(_x, options.out_dtype)
+        options = self.options
+        out, o = result(self.like[options.out_dtype])
         stream = None
         if self.keeps_stream:
-            stream, stored = result(_x, options.stream_dtype)
+            stream, stored = result(self.like[options.stream_dtype])
         else:  # the dtype code says how the stream is rounded all the same
             stored = 0, CODES[options.stream_dtype]
         statistics = torch.empty_like(self.statistics)
-        _vectors, places = _places_of(columns, bias, layer_scale, weight)
-        _residual = _norm_bias = None
-        r = n = NONE
-        if residual is not None:
-            _residual, r = place(residual, count, "residual")
-        if norm_bias is not None:
-            _norm_bias, n = place(norm_bias, columns, "norm_bias")
-        keep_alive = (_x, _residual, _vectors, _norm_bias, out, stream, statistics)
-        arguments = (o, u, stored, r, statistics.data_ptr(), (*places, n))
-        self.drop.call("norm_forward", seed, keep_alive, *arguments, (*self.flags, options.eps))
+        bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
+        tensors = (seed, x, bias, layer_scale, residual, weight, norm_bias)
+        arguments = (o, stored, statistics.data_ptr(), (*self.flags, options.eps))
+        held = (out, stream, statistics)
+        self.drop.call("norm_forward", tensors, self.forward_read, held, *arguments)
         return out, stream, statistics
 
     def backward(
@@ -77,29 +57,19 @@ class PreparedNorm(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """The gradients of x, bias, layer_scale, residual, weight and norm_bias."""
         dout, dstream, stream, statistics, x, bias, layer_scale, weight, seed, _ = operands
-        columns, count = self.drop.where.cols, self.drop.count
-        _dout, d = place(dout, count, "dout")
         dx, at = None, NONE
         if dtypes[0] is not None:
-            dx, at = result(_dout, dtypes[0])
+            dx, at = result(self.like[dtypes[0]])
         dresidual, further = None, NONE
         if dtypes[3] is not None and not self.options.after:
-            dresidual, further = result(_dout, dtypes[3])
-        _stream, s = place(stream, count, "stream")
-        _statistics, m = vector(statistics, 2 * self.drop.where.rows, "statistics")
-        _vectors, places = _places_of(columns, bias, layer_scale, weight)
-        _dstream = _x = None
-        ds = u = NONE
-        if dstream is not None:
-            _dstream, ds = place(dstream, count, "dstream")
-        if x is not None:
-            _x, u = place(x, count, "x")
-        sums = _sums_of_norm(columns, dtypes)
-        arguments = ((d, ds, s, u), m, places, (at, further), self.flags)
-        read = (_dout, _dstream, _stream, _x, _vectors, _statistics)
-        keep_alive = (read, dx, dresidual)
-        found = self.drop.sum("norm_backward", seed, dout, sums, keep_alive, *arguments)
-        dbias, dscale, dweight, dnorm_bias = found
+            dresidual, further = result(self.like[dtypes[3]])
+        bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
+        tensors = (seed, dout, dstream, stream, x, statistics, bias, layer_scale, weight)
+        sums = _sums_of_norm(self.drop.where.cols, dtypes)
+        dbias, dscale, dweight, dnorm_bias = self.drop.sum(
+            "norm_backward", tensors, self.backward_read, sums, (dx, dresidual),
+            (at, further), self.flags,
+        )  # fmt: skip
         return dx, dbias, dscale, dresidual, dweight, dnorm_bias
 
 
@@ -107,9 +77,17 @@ class PreparedNorm(NamedTuple):
 def _prepare(shape: tuple[int, ...], options: NormOptions) -> PreparedNorm:
     flags = (options.norm == "rms_norm", options.after, options.zero_centered)
     keeps_stream = options.keep_stream and not options.after
-    statistics = _NUMBER.expand(*shape[:-1], 2)
     drop = selection_of(shape, options)
-    return PreparedNorm(drop, options, flags, keeps_stream, statistics)
+    columns, count, rows = drop.where.cols, drop.count, drop.where.rows
+    x, weight = of("x", count), of("weight", columns)
+    vectors = of("bias", columns, NUMBERS), of("layer_scale", columns, NUMBERS)
+    forward = reads(SEED, x, *vectors, of("residual", count), weight, of("norm_bias", columns))
+    matrices = of("dout", count), of("dstream", count), of("stream", count), x
+    backward = reads(SEED, *matrices, of("statistics", 2 * rows, NUMBERS), *vectors, weight)
+    statistics = blanks((*shape[:-1], 2))[torch.float32]
+    return PreparedNorm(
+        drop, options, flags, keeps_stream, blanks(shape), statistics, forward, backward
+    )
 
 
 def prepare(

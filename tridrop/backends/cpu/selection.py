@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...base.memory import SEEDS, place, readable
+from ...base.memory import readable
 from ...contract import mask
 from ...contract.mask import Shard
 from ...spec.elementwise import Options
 from ...spec.operands import Operands
 from . import masks, serving, threads
-from .memory import CODES
+from .memory import CODES, Read, Tensors
 
 
 class _Rows(NamedTuple):
@@ -50,37 +50,46 @@ class Selection:
     scale: float
     rows: tuple[_Rows, ...]
     parts: threads.Parts
-    # masks.constants_of(), where a row's coordinate is its number and rows have no factors
-    fixed: tuple[tuple[int, int], tuple[int, int]] | None
+    # masks.decisions_of(), where a row's coordinate is its number and rows have no factors
+    fixed: tuple[int, ...] | None
     count: int  # elements of the result
     drops: bool  # whether anything is dropped
 
-    def call(self, name: str, seed: Tensor | None, keep_alive: Any, *arguments: Any) -> None:
+    def call(
+        self,
+        name: str,
+        tensors: Tensors,
+        read: Read,
+        keep_alive: Any,
+        *arguments: Any,
+    ) -> None:
         """Call a kernel for all rows, by several threads, with its arguments after ``scale``.
 
-        ``keep_alive`` holds the tensors to whose memory the arguments point.
+        The kernel reads the ``tensors``, of which the first is the seed; ``keep_alive`` holds those
+        to whose memory the arguments point.
         """
-        decisions, drawn = self._decisions(seed)
-        given = (self.where.cols, decisions, self.scale, *arguments)
-        threads.share(getattr(self.loops, name), self.parts, given, (keep_alive, drawn))
+        decisions, drawn = self._decisions(tensors[0])
+        others = (self.where.cols, decisions, self.scale, *arguments)
+        kernel, held = getattr(self.loops, name), (keep_alive, drawn)
+        threads.share(kernel, self.parts, tensors, read, others, held)
 
     def sum(
         self,
         name: str,
-        seed: Tensor | None,
-        like: Tensor,
+        tensors: Tensors,
+        read: Read,
         sums: Sequence[Sum],
         keep_alive: Any,
         *arguments: Any,
     ) -> list[Tensor | None]:
         """Call a kernel that sums over the rows as well, and return the sums.
 
-        ``arguments`` are those before the addresses of the sums, and the last one; ``keep_alive``
-        holds the tensors to whose memory they point. A part of the rows is summed in fp32, and the
-        parts are then summed in fp64, in their order.
+        ``tensors``, ``read`` and ``keep_alive`` are those of :meth:`call`; ``arguments`` are those
+        before the addresses of the sums, and the last one. A part of the rows is summed in fp32,
+        and the parts are then summed in fp64, in their order.
         """
-        decisions, drawn = self._decisions(seed)
-        count = self.parts.number
+        like, count = tensors[1], self.parts.number
+        assert like is not None
         found: list[Tensor | None] = []
         places: list[Any] = [self.parts.step]
         unfinished: list[tuple[int, Tensor, torch.dtype]] = []
@@ -90,14 +99,14 @@ class Selection:
                 places.append((0, 0) if rounded else 0)
                 continue
             stored = dtype if rounded and count == 1 else torch.float32
-            t = like.new_empty(count * width, dtype=stored)
+            t = like.new_empty(count * width, dtype=stored)  # torch.empty takes twice as long
             places.append((t.data_ptr(), CODES[stored]) if rounded else t.data_ptr())
             if count > 1 or stored is not dtype:
                 unfinished.append((len(found), t, dtype))
             found.append(t)
         *before, options = arguments
-        given = self.where.cols, decisions, self.scale, *before, tuple(places), options
-        threads.share(getattr(self.loops, name), self.parts, given, (keep_alive, drawn, found))
+        held = (keep_alive, found)
+        self.call(name, tensors, read, held, *before, tuple(places), options)
         for i, t, dtype in unfinished:
             if count > 1:
                 t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))
@@ -107,11 +116,7 @@ class Selection:
     def _decisions(self, seed: Tensor | None) -> tuple[tuple[int, ...], Any]:
         """The result of masks.decisions_of() for a seed."""
         if self.fixed is not None:
-            first, criterion = self.fixed
-            if seed is None:
-                return (0, *first, 0, *criterion, 0), None
-            pair, (address, _) = place(seed, 2, "seed", SEEDS)
-            return (0, *first, address, *criterion, 0), pair
+            return self.fixed, None
         factors = None
         if self.rows:
             assert seed is not None
@@ -119,7 +124,7 @@ class Selection:
             factors = torch.full(shape, self.scale, dtype=torch.float32, device="cpu")
             for where, domain, t in self.rows:
                 factors *= masks.decide(where, 1, seed, domain, t)
-        return masks.decisions_of(self.where, seed, "elements", self.threshold, factors)
+        return masks.decisions_of(self.where, "elements", self.threshold, factors)
 
 
 def selection(
@@ -145,7 +150,7 @@ def selection(
     parts = threads.parts_of(where.rows, where.cols)
     fixed = None
     if not rows and (not where.leading or drop_threshold == 0):
-        fixed = masks.constants_of(where, "elements", drop_threshold)
+        fixed = masks.decisions_of(where, "elements", drop_threshold)[0]
     return Selection(
         serving.kernels(), where, drop_threshold, scale, tuple(rows), parts, fixed,
         where.rows * where.cols, drop_threshold > 0 or bool(rows),

@@ -87,10 +87,11 @@ def _first_call(name: str, loop: Any) -> Any:
     as it is.
     """
 
-    def first(*arguments: Any) -> None:
-        loop(*arguments)
+    def first(*arguments: Any) -> Any:
+        found = loop(*arguments)
         (compiled,) = loop.overloads.values()
         if getattr(_loaded, name) is first:
             setattr(_loaded, name, compiled.entry_point)
+        return found
 
     return first

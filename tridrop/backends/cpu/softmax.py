@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from ..reference import softmax as reference
 from ..reference.elementwise import Dtypes, Multiplier, unaliased
 from ..reference.softmax import masked_scores, widened
 from . import masks, serving
-from .memory import matrix, result, vector
+from .memory import SEED, Read, Tensors, in_fp32, like, matrix, of, reads, result
 from .threads import parts_of, share
+from .torch_library import NUMBERS
 
 _FAR = 1 << 62  # a bound beyond all indices
 
@@ -40,30 +42,43 @@ def without_band(options: AttentionOptions) -> AttentionOptions:
     return replace(options, lower=None, upper=None)
 
 
+@lru_cache(256)
+def _reads(rows: int, count: int, backward: bool) -> Read:
+    """What the loops read."""
+    scores = of("scores", count)
+    if not backward:
+        return reads(SEED, scores)
+    grads = of("dout", count), of("dsoftmax", count), of("dlse", rows, NUMBERS)
+    return reads(SEED, scores, *grads)
+
+
 def _call(
     name: str,
-    x: Tensor,
-    seed: Tensor | None,
+    tensors: Tensors,
     options: AttentionOptions,
+    scale: float,
     keep_alive: Any,
-    *arguments: Any,
+    *results: Any,
 ) -> None:
-    """Call a kernel for all rows of the scores ``x``, by several threads.
+    """Call a kernel for all rows of the scores, by several threads.
 
-    ``keep_alive`` holds the tensors to whose memory the arguments point.
+    The kernel reads the ``tensors``: the seed, the scores, and others. ``keep_alive`` holds those
+    to whose memory ``results`` point.
     """
+    x = tensors[1]
+    assert x is not None
     batch, heads, queries, keys = four(x.shape)
     rows = batch * heads * queries
     threshold = options.threshold()
-    pair, address = masks.pair_of(seed)
-    decisions = (address, contract.DOMAINS["attention"] << 28, threshold - 1, *options.origin)
+    decisions = (contract.DOMAINS["attention"] << 28, threshold - 1, *options.origin)
     band = (
         -_FAR if options.lower is None else options.lower,
         _FAR if options.upper is None else options.upper,
     )
-    kernel = getattr(serving.kernels(), name)
-    given = (keys, (heads, queries), decisions, options.keep_scale(), band, *arguments)
-    share(kernel, parts_of(rows, keys), given, (keep_alive, pair))
+    sizes, factor = (heads, queries), options.keep_scale()
+    given = (keys, sizes, decisions, factor, band, float(scale), *results)
+    kernel, read = getattr(serving.kernels(), name), _reads(rows, rows * keys, len(tensors) > 2)
+    share(kernel, parts_of(rows, keys), tensors, read, given, keep_alive)
 
 
 def forward(
@@ -80,13 +95,9 @@ def forward(
     ``probabilities`` get the softmax before dropout and ``lse`` the log-sum-exp, in fp32. All are
     contiguous, and ``out`` may be ``x``.
     """
-    rows, count = x.numel() // x.shape[-1], x.numel()
-    (_x, u), (_out, o) = matrix(x, count, "scores"), matrix(out, count, "out")
-    (_both, b), (_lse, m) = matrix(probabilities, count, "softmax"), vector(lse, rows, "lse")
-    _call(
-        "softmax_forward", x, seed, options, (_x, _out, _both, _lse),
-        float(scale), u, o, b, m,
-    )  # fmt: skip
+    results = (matrix(out), matrix(probabilities), matrix(lse)[0])
+    held = (out, probabilities, lse)
+    _call("softmax_forward", (seed, x), options, scale, held, results)
 
 
 def backward(
@@ -104,14 +115,9 @@ def backward(
 
     Both are contiguous, and ``dlse`` is fp32. ``kept`` may be ``x``, and ``dx`` may be ``dout``.
     """
-    rows, count = x.numel() // x.shape[-1], x.numel()
-    (_x, u), (_dx, o) = matrix(x, count, "scores"), matrix(dx, count, "dx")
-    (_dout, d), (_both, s) = matrix(dout, count, "dout"), matrix(dsoftmax, count, "dsoftmax")
-    (_dlse, m), (_kept, k) = vector(dlse, rows, "dlse"), matrix(kept, count, "kept")
-    _call(
-        "softmax_backward", x, seed, options, (_x, _dx, _dout, _both, _dlse, _kept),
-        float(scale), (u, d, s, m), k, o,
-    )  # fmt: skip
+    tensors = (seed, x, dout, dsoftmax, in_fp32(dlse, "dlse"))
+    held = (dx, kept)
+    _call("softmax_backward", tensors, options, scale, held, matrix(kept), matrix(dx))
 
 
 class ScoreMultiplier(Multiplier):
@@ -143,7 +149,7 @@ def softmax_forward(
     """(out, softmax or None, lse) by the loops."""
     scores, mask, seed, _ = operands
     x, scale = _scaled(scores, mask, options)
-    out, _ = result(x, scores.dtype)
+    out, _ = result(x if x.dtype is scores.dtype else like(x.shape, scores.dtype))
     both = torch.empty_like(out) if options.return_softmax else None
     forward(x, seed, options, scale, out, both)
     return out, both, scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
@@ -155,7 +161,7 @@ def softmax_backward(
     """The gradients of scores and mask by the loops."""
     dout, dsoftmax, scores, mask, _, seed, _ = operands
     x, scale = _scaled(scores, mask, options)
-    dx, _ = result(x, x.dtype)
+    dx, _ = result(x)
     backward(x, seed, options, scale, dout, dx, dsoftmax)
     dscores = dmask = None
     if dtypes[0] is not None:

@@ -10,15 +10,14 @@ threads do not come along, own_threads.py serves.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import own_threads
+from .memory import Read, Tensors, handles, places
+from .torch_library import gomp_parallel, table
 
 # Several threads save time from so many elements on: they are some 0.1 ms of work, and handing it
 # over takes a few microseconds, or 0.05 ms if the other threads sleep.
@@ -48,20 +47,8 @@ class Parts(NamedTuple):
         return self.work[3]
 
 
-def _gomp_parallel() -> int:
-    """The address of GOMP_parallel in the OpenMP of torch's library; 0 if it has none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not sys.platform.startswith("linux") or not library.exists():
-        return 0
-    try:
-        found = ctypes.CDLL(str(library)).GOMP_parallel
-    except (AttributeError, OSError):
-        return 0
-    return ctypes.cast(found, ctypes.c_void_p).value or 0
-
-
-_parallel = _gomp_parallel()
-_ALONE = 0, 1  # the team of a call by one thread
+_parallel = gomp_parallel
+_ALONE = 0, 1, table  # the team of a call by one thread
 
 
 def _forget() -> None:
@@ -89,23 +76,38 @@ def parts_of(rows: int, columns: int) -> Parts:
     return Parts((0, count, rows, step), count > 1 and rows * columns >= _SHARED)
 
 
-def share(kernel: Any, parts: Parts, arguments: tuple[Any, ...], keep_alive: Any) -> None:
-    """Call a kernel with its arguments for all parts, in torch's number of threads.
+def share(
+    kernel: Any,
+    parts: Parts,
+    tensors: Tensors,
+    read: Read,
+    arguments: tuple[Any, ...],
+    keep_alive: Any,
+) -> None:
+    """Call a kernel for all parts, in torch's number of threads.
 
-    ``keep_alive`` holds all tensors whose addresses the arguments have. No thread reads or writes
-    their memory after this function has ended, also where an interrupt ends it.
+    ``read`` says what the kernel reads of ``tensors``; ``keep_alive`` holds those to whose memory
+    its other ``arguments`` point. No thread reads or writes their memory after this function has
+    ended, also where an interrupt ends it.
+
+    Raises:
+        TypeError, ValueError: one of the tensors is not what is read, or has no memory.
     """
     work, shared = parts
     threads = torch.get_num_threads() if shared else 1
-    if threads < 2:
-        kernel(_ALONE, work, arguments)
-    elif _parallel:
-        # Another number of threads than torch's would make OpenMP end some, and start them again.
-        kernel((_parallel, threads), work, arguments)
-    else:
-        cut = work[2:]
+    own = threads > 1 and not _parallel
+    # Another number of threads than torch's would make OpenMP end some, and start them again.
+    team = _ALONE if threads < 2 or own else (_parallel, threads, table)
+    if table and not own and kernel(team, work, handles(tensors), read.wanted, arguments) == 0:
+        return
+    # What the kernel refuses is copied here, or named in an error.
+    held, addresses, codes = places(tensors, read)
+    if not own:
+        kernel(team, work, addresses, codes, arguments)
+        return
+    cut = work[2:]
 
-        def call(number: int) -> None:
-            kernel(_ALONE, (number, number + 1, *cut), arguments)
+    def call(number: int) -> None:
+        kernel(team, (number, number + 1, *cut), addresses, codes, arguments)
 
-        own_threads.share(parts.number, threads, call, (keep_alive, arguments))
+    own_threads.share(parts.number, threads, call, (held, keep_alive))

@@ -38,12 +38,15 @@ SOURCES = (
     "backends/cpu/loops/activations.py",
     "backends/cpu/loops/decorators.py",
     "backends/cpu/loops/elementwise.py",
+    "backends/cpu/loops/kernels.py",
     "backends/cpu/loops/mask.py",
     "backends/cpu/loops/memory.py",
     "backends/cpu/loops/norm.py",
+    "backends/cpu/loops/operands.py",
     "backends/cpu/loops/softmax.py",
     "backends/cpu/loops/steps.py",
     "backends/cpu/loops/storage.py",
+    "backends/cpu/torch_library.py",
     "contract/mask.py",
 )
 

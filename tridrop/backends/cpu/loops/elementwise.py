@@ -1,9 +1,9 @@
 """The elementwise family for CPUs, forward and backward in one pass each.
 
 The formulas and the rounding are those of ``backends/reference/elementwise.py``: fp32 within, and
-one rounding of what is stored. A matrix is a pair (address, dtype code), a vector an address of
-fp32 numbers; the address 0 stands for an absent one. ``mask.next_piece`` describes ``decisions``
-and the pieces of rows.
+one rounding of what is stored. A matrix is a pair (address, dtype code); the address 0 stands for
+an absent one. ``given`` are the matrices that are read, the seed first; vectors among them are of
+fp32. ``mask.next_piece`` describes ``decisions`` and the pieces of rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from .activations import activate, derive, differentiate
-from .decorators import NOTHING, inline, kernel, written_out
+from .decorators import NOTHING, inline, written_out
+from .kernels import kernel
 from .mask import (
     LANES,
     STRIP,
@@ -60,21 +61,23 @@ def store_gradient(dx, dbias, row, rows, width, column, size, u, bits, last, sca
 
 
 @kernel
-def forward(start, stop, columns, decisions, scale, out, x, bias, layer_scale, residual, options):
+def forward(start, stop, given, columns, decisions, scale, out, options):
     """out = residual + layer_scale * f(x + bias) * multiplier, for the rows from start to stop.
 
-    ``options`` are the address of f's loops (activations.Form), and whether f is gated: then x has
-    twice as many columns, two halves, and f(first) * second takes the place of f.
+    ``given`` are the seed, x, bias, layer_scale and residual. ``options`` are the address of f's
+    loops (activations.Form), and whether f is gated: then x has twice as many columns, two halves,
+    and f(first) * second takes the place of f.
     """
+    seed, x, (bias, _), (layer_scale, _), residual = given
     function, gated = options
     halves = 2 if gated else 1  # in a loop, so that what is done to both is compiled once
     width = halves * columns
     memory = strips(3)
-    bits, words = randoms(memory, STRIP * LANES, decisions[5])
+    bits, words = randoms(memory, STRIP * LANES, decisions[4])
     u, v = strip(memory, 1), strip(memory, 2)
     r, done = start, NOTHING
     while r < stop:
-        rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
+        rows, lane, size = next_piece(bits, words, seed, decisions, r, done, stop, columns)
         last, factor = last_and_factor(decisions, scale, r)
         at, count = r * columns + done, rows * size
         kept = part_of(bits, lane, count)
@@ -95,26 +98,28 @@ def forward(start, stop, columns, decisions, scale, out, x, bias, layer_scale, r
 
 
 @kernel
-def backward(start, stop, columns, decisions, scale, grad, x, bias, layer_scale, dx, sums, options):
+def backward(start, stop, given, columns, decisions, scale, dx, sums, options):
     """Gradients of x, bias and layer_scale, from a part of the rows.
 
-    ``x`` is absent where f is the identity. ``sums`` say where the last two gradients go, of x's
+    ``given`` are the seed, grad, x, which is absent where f is the identity, bias and layer_scale.
+    ``sums`` say where the last two gradients go, of x's
     width and of ``columns``: how many rows a part has, and the addresses of the first part's
     sums, behind which those of the other parts are.
     """
+    seed, grad, x, (bias, _), (layer_scale, _) = given
     function, gated = options
     halves = 2 if gated else 1  # in a loop, so that what is done to both is compiled once
     width, number = halves * columns, start // sums[0]
     dbias, dscale = behind(sums[1], number * width), behind(sums[2], number * columns)
     memory = strips(6)
-    bits, words = randoms(memory, STRIP * LANES, decisions[5])
+    bits, words = randoms(memory, STRIP * LANES, decisions[4])
     g, u, v = strip(memory, 1), strip(memory, 2), strip(memory, 3)
     w, product = strip(memory, 4), strip(memory, 5)
     clear(dbias, NOTHING, width)
     clear(dscale, NOTHING, columns)
     r, done = start, NOTHING
     while r < stop:
-        rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
+        rows, lane, size = next_piece(bits, words, seed, decisions, r, done, stop, columns)
         last, factor = last_and_factor(decisions, scale, r)
         count = rows * size
         kept = part_of(bits, lane, count)

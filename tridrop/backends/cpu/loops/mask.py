@@ -24,7 +24,8 @@ from ....contract.mask import (
     STREAM_MULTIPLIER,
     TILE,
 )
-from .decorators import NOTHING, inline, kernel, part, written_out
+from .decorators import NOTHING, inline, part, written_out
+from .kernels import kernel
 from .memory import release, scratch, store_columns, store_groups, vector
 
 M0, M1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1)
@@ -114,24 +115,24 @@ def equal_factors(factors, row, most):
 
 
 @part(set())
-def next_piece(bits, words, decisions, row, done, stop, columns):
+def next_piece(bits, words, seed, decisions, row, done, stop, columns):
     """Fill ``bits`` for the next piece, from column ``done`` of a row on: (rows, lane, size).
 
     A piece is ``size`` columns of one row, or ``rows`` whole rows before ``stop``: as many as fit a
     strip and have the same factor. Its bits begin at ``lane``, row after row without a gap.
 
-    ``row`` is a local index. ``decisions`` says how elements are decided: the address of the row
-    coordinates, or 0 where these are the local indices; the lane and the group of column 0; the
-    address of the seed; the domain; ``last``, since an element is dropped iff its bits are at most
-    ``last``, and none is dropped where it is negative; and the address of the factors of rows, or 0
-    where there are none, see :func:`last_and_factor`.
+    ``row`` is a local index, ``seed`` the matrix of the seed. ``decisions`` says how elements are
+    decided: the address of the row coordinates, or 0 where these are the local indices; the lane
+    and the group of column 0; the domain; ``last``, since an element is dropped iff its bits are at
+    most ``last``, and none is dropped where it is negative; and the address of the factors of rows,
+    or 0 where there are none, see :func:`last_and_factor`.
     """
-    places, skip, first, seed, high, last, factors = decisions
+    places, skip, first, high, last, factors = decisions
     if last < 0:
         if done > 0 or 2 * columns > STRIP * LANES:
             return 1, 0, min(columns - done, STRIP * LANES)
         return equal_factors(factors, row, min(stop - row, STRIP * LANES // columns)), 0, columns
-    k0, k1 = key_words(seed)
+    k0, k1 = key_words(seed[0])
     high = uint32(high)
     position = skip + done
     group, lane = position // LANES, position % LANES
@@ -157,7 +158,7 @@ def last_and_factor(decisions, scale, row):
     The factor is ``scale`` unless rows have factors of their own, as with drop_path. A factor of 0
     drops the row.
     """
-    last, factors = decisions[5], decisions[6]
+    last, factors = decisions[4], decisions[5]
     last = uint32(last) if last >= 0 else uint32(0)
     factor = np.float32(scale) if factors == 0 else vector(factors, row + 1, np.float32)[row]
     return (ALL if factor == 0 else last), factor
@@ -180,17 +181,17 @@ def following(row, rows, done, columns):
 
 
 @kernel
-def keep_rows(start, stop, columns, decisions, out):
+def keep_rows(start, stop, given, columns, decisions, out):
     """The decisions on the rows from ``start`` to ``stop``: bool, at the address ``out``.
 
-    ``decisions`` are as in :func:`next_piece`.
+    ``given`` is the seed; ``decisions`` are as in :func:`next_piece`.
     """
     memory = scratch(12 * STRIP)
-    bits, words = randoms(memory, STRIP * LANES, decisions[5])
+    bits, words = randoms(memory, STRIP * LANES, decisions[4])
     last = last_and_factor(decisions, 1.0, start)[0]
     r, done = start, NOTHING
     while r < stop:
-        rows, lane, size = next_piece(bits, words, decisions, r, done, stop, columns)
+        rows, lane, size = next_piece(bits, words, given[0], decisions, r, done, stop, columns)
         total = rows * size
         b, o = bits[lane : lane + total], vector(out + r * columns + done, total, np.bool_)
         for j in range(total):
@@ -243,14 +244,14 @@ def place_of_row(row, sizes, origin):
 
 
 @kernel
-def keep_scores(start, stop, keys, sizes, seed, domain, last, origin, out):
+def keep_scores(start, stop, given, keys, sizes, domain, last, origin, out):
     """The decisions of attention for the rows from start to stop: bool, at the address ``out``.
 
-    ``origin`` is the coordinate of the index (0, 0, 0, 0).
+    ``given`` is the seed; ``origin`` is the coordinate of the index (0, 0, 0, 0).
     """
     memory = scratch(12 * STRIP)
     bits, words = randoms(memory, STRIP * LANES, last)
-    key = key_words(seed)
+    key = key_words(given[0][0])
     for r in range(start, stop):
         place, done = place_of_row(r, sizes, origin), 0
         while done < keys:

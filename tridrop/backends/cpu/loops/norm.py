@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .decorators import NOTHING, inline, kernel, written_out
+from .decorators import NOTHING, inline, written_out
+from .kernels import kernel
 from .mask import (
     LANES,
     STRIP,
@@ -153,30 +154,29 @@ def rows_of_scratch(memory, k, columns):
 
 
 @inline(set())
-def row_bits(bits, words, decisions, row, stop, columns):
+def row_bits(bits, words, seed, decisions, row, stop, columns):
     """Fill ``bits`` for one whole row, or for several short ones: (rows, lane)."""
-    rows, lane, done = next_piece(bits, words, decisions, row, NOTHING, stop, columns)
+    rows, lane, done = next_piece(bits, words, seed, decisions, row, NOTHING, stop, columns)
     while done < columns:
-        done += next_piece(bits[lane + done :], words, decisions, row, done, stop, columns)[2]
+        rest = bits[lane + done :]
+        done += next_piece(rest, words, seed, decisions, row, done, stop, columns)[2]
     return rows, lane
 
 
 @kernel
-def forward(
-    start, stop, columns, decisions, scale, out, x, stream, residual, found, vectors, options
-):
+def forward(start, stop, given, columns, decisions, scale, out, stream, found, options):
     """out, stream, and (mean, rstd) of the rows from start to stop.
 
-    ``found`` is the address of the pairs (mean, rstd). ``vectors`` are bias, layer_scale, weight
-    and norm_bias, the last two as matrices with one row. ``options`` say whether it is RMSNorm,
-    whether the dropout comes after the norm, whether 1 is added to the weight, and eps. Where the
-    stream is not kept, only its dtype code counts.
+    ``given`` are the seed, x, bias, layer_scale, residual, weight and norm_bias, the last two as
+    matrices with one row. ``found`` is the address of the pairs (mean, rstd). ``options`` say
+    whether it is RMSNorm, whether the dropout comes after the norm, whether 1 is added to the
+    weight, and eps. Where the stream is not kept, only its dtype code counts.
     """
-    bias, layer_scale, weight, norm_bias = vectors
+    seed, x, (bias, _), (layer_scale, _), residual, weight, norm_bias = given
     rms, after, centred, eps = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 5 * width)
-    bits, words = randoms(memory, width, decisions[5])
+    bits, words = randoms(memory, width, decisions[4])
     u, spare = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
     gain, shift = rows_of_scratch(memory, 3, columns), rows_of_scratch(memory, 4, columns)
     statistics = vector(found, 2 * stop, np.float32)
@@ -188,7 +188,7 @@ def forward(
     unkept = (np.int64(spare.ctypes.data), stream[1])
     r = start
     while r < stop:
-        rows, lane = row_bits(bits, words, decisions, r, stop, columns)
+        rows, lane = row_bits(bits, words, seed, decisions, r, stop, columns)
         last, factor = last_and_factor(decisions, scale, r)
         at, count, whole = r * columns, rows * columns, _ZERO
         kept = part_of(bits, lane, count)
@@ -220,17 +220,16 @@ def forward(
 
 
 @kernel
-def backward(start, stop, columns, decisions, scale, given, found, vectors, results, sums, options):
+def backward(start, stop, given, columns, decisions, scale, results, sums, options):
     """Gradients from the rows from start to stop.
 
-    ``given`` are dout, dstream, stream and x. ``found`` and ``vectors`` are as in :func:`forward`,
-    without norm_bias. ``results`` are dx and dresidual. ``sums`` say where the gradients of bias,
+    ``given`` are the seed, dout, dstream, stream, x, the pairs (mean, rstd), bias, layer_scale and
+    weight. ``results`` are dx and dresidual. ``sums`` say where the gradients of bias,
     layer_scale, weight and norm_bias go: how many rows a part has, and the first part's sums, the
     last two as matrices with one row; those of the other parts are behind them, in fp32.
     ``options`` are as in :func:`forward`, without eps.
     """
-    dout, dstream, stream, x = given
-    bias, layer_scale, weight = vectors
+    seed, dout, dstream, stream, x, (found, _), (bias, _), (layer_scale, _), weight = given
     dx, dresidual = results
     behind_first = start // sums[0] * columns
     dbias, dscale = behind(sums[1], behind_first), behind(sums[2], behind_first)
@@ -239,7 +238,7 @@ def backward(start, stop, columns, decisions, scale, given, found, vectors, resu
     rms, after, centred = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 6 * width)
-    bits, words = randoms(memory, width, decisions[5])
+    bits, words = randoms(memory, width, decisions[4])
     d, u = rows_of_scratch(memory, 1, columns), rows_of_scratch(memory, 2, columns)
     gain = rows_of_scratch(memory, 3, columns)
     of_weight, of_bias = rows_of_scratch(memory, 4, columns), rows_of_scratch(memory, 5, columns)
@@ -251,7 +250,7 @@ def backward(start, stop, columns, decisions, scale, given, found, vectors, resu
     clear(dscale, NOTHING, columns)
     r = start
     while r < stop:
-        rows, lane = row_bits(bits, words, decisions, r, stop, columns)
+        rows, lane = row_bits(bits, words, seed, decisions, r, stop, columns)
         last, factor = last_and_factor(decisions, scale, r)
         at, count = r * columns, rows * columns
         kept = part_of(bits, lane, count)

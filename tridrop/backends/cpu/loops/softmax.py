@@ -4,9 +4,10 @@ The formulas and the rounding are those of ``backends/reference/softmax.py``: fp
 rounding of what is stored. A row of scores stays in the cache. A matrix is a pair (address, dtype
 code) as in ``loops/storage.py``; absent matrices and vectors have the address 0.
 
-``sizes`` are the numbers of heads and of queries. ``decisions`` says how elements are decided: the
-address of the seed, the domain, ``last`` (an element is dropped iff its bits are at most that, and
-none is dropped where it is negative) and the origin of the coordinates (batch, head, query, key).
+``given`` are the matrices that are read, the seed first. ``sizes`` are the numbers of heads and of
+queries. ``decisions`` says how elements are decided: the domain, ``last`` (an element is dropped
+iff its bits are at most that, and none is dropped where it is negative) and the origin of the
+coordinates (batch, head, query, key).
 ``band`` holds the bounds of key - query, both local indices; outside of them probabilities are 0. A
 key outside of the band, and one whose score is minus infinity, has the probability 0 and the
 gradient 0, also in a row with NaN.
@@ -19,7 +20,8 @@ from numba import int32
 
 from ....contract.mask import TILE
 from .activations import exp
-from .decorators import inline, kernel, part, written_out
+from .decorators import inline, part, written_out
+from .kernels import kernel
 from .mask import (
     STRIP,
     key_words,
@@ -197,13 +199,15 @@ def seen(row, queries, keys, band):
 
 
 @inline(set())
-def bits_of_row(bits, words, decisions, row, sizes, first, end):
+def bits_of_row(bits, words, seed, decisions, row, sizes, first, end):
     """Fill ``bits`` for the keys from ``first`` to ``end``; returns the lane where they begin."""
-    seed, domain, last, origin = decisions[0], decisions[1], decisions[2], decisions[3:]
+    domain, last, origin = decisions[0], decisions[1], decisions[2:]
     if last < 0 or end == first:
         return 0
     place = place_of_row(row, sizes, origin)
-    return score_bits(bits, words, key_words(seed), domain, place, origin[3] + first, end - first)
+    return score_bits(
+        bits, words, key_words(seed[0]), domain, place, origin[3] + first, end - first
+    )
 
 
 @inline(set())
@@ -229,15 +233,18 @@ def clear_excluded(x, at, size, scale, spare, u):
 
 
 @kernel
-def forward(start, stop, keys, sizes, decisions, factor, band, scale, x, out, probabilities, lse):
-    """out and probabilities of the rows from start to stop, and lse, the address of fp32 numbers.
+def forward(start, stop, given, keys, sizes, decisions, factor, band, scale, results):
+    """The results of the rows from start to stop: out, probabilities, and lse in fp32.
 
-    Kept probabilities are multiplied by ``factor``, scores by ``scale``.
+    ``given`` are the seed and x. Kept probabilities are multiplied by ``factor``, scores by
+    ``scale``.
     """
+    seed, x = given
+    out, probabilities, lse = results
     memory = scratch(4 * STRIP + 3 * width_of(keys))
-    bits, words = randoms(memory, width_of(keys), decisions[2])
+    bits, words = randoms(memory, width_of(keys), decisions[1])
     u, spare = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
-    last, factor = np.uint32(max(0, decisions[2])), np.float32(factor)
+    last, factor = np.uint32(max(0, decisions[1])), np.float32(factor)
     for r in range(start, stop):
         first, end = seen(r, sizes[1], keys, band)
         at, size = r * keys + first, end - first
@@ -252,7 +259,7 @@ def forward(start, stop, keys, sizes, decisions, factor, band, scale, x, out, pr
             vector(lse, stop, np.float32)[r] = found
         if probabilities[0] != 0:
             store(probabilities, at, size, v)
-        lane = bits_of_row(bits, words, decisions, r, sizes, first, end)
+        lane = bits_of_row(bits, words, seed, decisions, r, sizes, first, end)
         store_kept(out, at, size, v, inverse, bits[lane : lane + size], last, factor)
         if size < keys:
             clear_outside(out, r * keys, keys, first, end)
@@ -262,18 +269,18 @@ def forward(start, stop, keys, sizes, decisions, factor, band, scale, x, out, pr
 
 
 @kernel
-def backward(start, stop, keys, sizes, decisions, factor, band, scale, given, kept, dx):
+def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, kept, dx):
     """Gradients of the scores in the rows from start to stop.
 
-    ``given`` are the matrices x, dout and dsoftmax, and the address of lse's gradient in fp32.
+    ``given`` are the seed, x, dout, dsoftmax, and the gradient of lse in fp32.
     ``kept`` receives the probabilities times the multiplier; it may be x, and dx may be dout.
     """
-    x, dout, dsoftmax, dlse = given
+    seed, x, dout, dsoftmax, (dlse, _) = given
     memory = scratch(4 * STRIP + 4 * width_of(keys))
-    bits, words = randoms(memory, width_of(keys), decisions[2])
+    bits, words = randoms(memory, width_of(keys), decisions[1])
     u, g = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
     spare = row_of_scratch(memory, 3, keys)
-    last, factor = np.uint32(max(0, decisions[2])), np.float32(factor)
+    last, factor = np.uint32(max(0, decisions[1])), np.float32(factor)
     for r in range(start, stop):
         first, end = seen(r, sizes[1], keys, band)
         at, size = r * keys + first, end - first
@@ -284,7 +291,7 @@ def backward(start, stop, keys, sizes, decisions, factor, band, scale, given, ke
             inverse = _ONE
         if found != found:
             clear_excluded(x, at, size, np.float32(scale), spare, v)
-        lane = bits_of_row(bits, words, decisions, r, sizes, first, end)
+        lane = bits_of_row(bits, words, seed, decisions, r, sizes, first, end)
         b = bits[lane : lane + size]
         if kept[0] != 0:
             store_kept(kept, at, size, v, inverse, b, last, factor)

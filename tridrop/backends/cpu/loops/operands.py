@@ -1,0 +1,105 @@
+"""How a kernel finds the elements of the tensors that it reads, and makes sure that they are there.
+
+Python gives two numbers for each tensor, of which a first one of 0 stands for an absent tensor:
+(address, dtype code), which says where its elements are; or (handle, wanted), with a negative
+second number. The handle is torch's own object, ``t._cdata``: the kernel asks torch about it by the
+functions of torch_library.py, which takes a tenth of the time that it takes to ask from Python.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir as llvm
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .. import torch_library as library
+from .decorators import part
+from .memory import vector
+from .storage import BF16, FP16, FP32
+
+_MATRIX = types.UniTuple(types.int64, 2)
+
+
+@intrinsic
+def ask(context, function, handle):
+    """What a function of torch's C interface says of a tensor; -1 where it raises."""
+
+    def build(context, builder, signature, arguments):
+        word = llvm.IntType(64)
+        # torch takes the address of a Tensor, which is nothing but the handle.
+        tensor = cgutils.alloca_once(builder, word)
+        answer = cgutils.alloca_once(builder, word)
+        builder.store(arguments[1], tensor)
+        builder.store(word(0), answer)  # some answers are shorter than a word
+        kind = llvm.FunctionType(llvm.IntType(32), [word.as_pointer()] * 2).as_pointer()
+        error = builder.call(builder.inttoptr(arguments[0], kind), [tensor, answer])
+        good = builder.icmp_signed("==", error, llvm.IntType(32)(0))
+        return builder.select(good, builder.load(answer), word(-1))
+
+    return types.int64(types.int64, types.int64), build
+
+
+@part(set())
+def place(table, given, wanted):
+    """The (address, dtype code) of a tensor; the code is -1 if it is not what is wanted.
+
+    Wanted is a contiguous tensor on the CPU, of certain dtypes, whose storage has so many elements.
+    The checks, and their order, are those of ``place`` in base/memory.py, which says by name what
+    is wrong, or makes a copy.
+    """
+    if wanted >= 0 or given == 0:
+        return given, max(wanted, 0)
+    torch = vector(table, library.COLUMNS, np.int64)
+    kind, count = -wanted & ((1 << library.KIND_BITS) - 1), -wanted >> library.KIND_BITS
+    dtype, code, size = ask(torch[library.DTYPE], given), -1, 4
+    if kind == library.SEED:
+        if dtype == torch[library.INT64]:
+            code, size = 0, 8
+    elif dtype == torch[library.FP32]:
+        code = FP32
+    elif kind != library.NUMBERS:
+        size = 2
+        if dtype == torch[library.BF16]:
+            code = BF16
+        elif dtype == torch[library.FP16]:
+            code = FP16
+    if code < 0 or ask(torch[library.DEVICE], given) != torch[library.CPU]:
+        return 0, -1
+    if ask(torch[library.CONTIGUOUS], given) != 1:
+        return 0, -1
+    if (ask(torch[library.OFFSET], given) + count) * size > ask(torch[library.BYTES], given):
+        return 0, -1
+    address = ask(torch[library.ADDRESS], given)
+    return address, (code if address > 0 else -1)
+
+
+@intrinsic
+def places(context, function, table, given, wanted):
+    """:func:`place`, the ``function``, of all tensors: (the lowest code, the matrices)."""
+    taken = (types.int64,) * 3
+    function.get_call_type(context, taken, {})
+    found = function.dispatcher.overloads[taken]
+    result = types.Tuple((types.int64, types.UniTuple(_MATRIX, given.count)))
+
+    def build(context, builder, signature, arguments):
+        context.add_linking_libs([found.library])
+        called = context.declare_function(builder.module, found.fndesc)
+        lowest, matrices = llvm.IntType(64)(0), []
+        for i in range(signature.args[2].count):
+            numbers = [builder.extract_value(pair, i) for pair in arguments[2:]]
+            _, matrix = context.call_conv.call_function(
+                builder,
+                called,
+                found.signature.return_type,
+                found.signature.args,
+                [arguments[1], *numbers],
+            )
+            code = builder.extract_value(matrix, 1)
+            lowest = builder.select(builder.icmp_signed("<", code, lowest), code, lowest)
+            matrices.append(matrix)
+        matrices = context.make_tuple(builder, signature.return_type[1], matrices)
+        return context.make_tuple(builder, signature.return_type, [lowest, matrices])
+
+    return result(function, types.int64, given, wanted), build
