@@ -338,9 +338,11 @@ def unscaled(name, tensors, *arguments):
     It reads the seed and the tensors, of which all but None have one shape.
     """
     shape = tensors[0].shape
-    read = cpu_memory.reads(cpu_memory.SEED, *[cpu_memory.of("t", shape.numel())] * len(tensors))
+    reads = cpu_memory.Reads.of(
+        cpu_memory.SEED, *[cpu_memory.operand("t", shape.numel())] * len(tensors)
+    )
     drop = selection.selection(tuple(shape), 1, 1.0)
-    drop.call(name, (pair(1), *tensors), read, None, *arguments)
+    drop.call(name, (pair(1), *tensors), reads, None, *arguments)
 
 
 def convert(value, dtype):

@@ -144,7 +144,7 @@ ROWS = torch.arange(64.0).view(8, 8)
 def test_a_kernel_takes_what_python_would_take(make, asked, capfd):
     """Where it refuses a tensor, ``base.memory.place`` copies it, or says what is wrong."""
     t = make()
-    read = cpu_memory.reads(cpu_memory.of("t", t.numel()))
+    reads = cpu_memory.Reads.of(cpu_memory.operand("t", t.numel()))
     seen = []
 
     def kernel(team, work, given, wanted, arguments):
@@ -157,11 +157,11 @@ def test_a_kernel_takes_what_python_would_take(make, asked, capfd):
     none = threads.Parts((0, 0, 0, 1), False)
     arguments = (8, (0, 0, 0, 0, -1, 0), 0)
     try:
-        threads.share(kernel, none, (t,), read, arguments, None)
+        threads.share(kernel, none, (t,), reads, arguments, None)
         placed = True
     except (TypeError, ValueError):
         placed = False
-    assert seen[0] == (read.wanted, 0 if asked else -1)
+    assert seen[0] == (reads.wanted, 0 if asked else -1)
     try:
         assert memory.place(t, t.numel(), "t")[1][0] > 0
         assert placed

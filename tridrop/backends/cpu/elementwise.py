@@ -17,7 +17,7 @@ from torch import Tensor
 from ...spec.elementwise import Options, check_functions
 from ...spec.operands import Elementwise, ElementwiseBackward, Operands, checked
 from ..reference import elementwise
-from .memory import NONE, SEED, Read, blanks, in_fp32, of, reads, result
+from .memory import NONE, SEED, Reads, blanks, in_fp32, operand, result
 from .selection import Selection, Sum, selection_of, serves
 from .torch_library import NUMBERS
 
@@ -40,8 +40,8 @@ class PreparedElementwise(NamedTuple):
     # f is gated; and what the loops read, the seed first.
     like_out: dict[torch.dtype, Tensor]
     like_x: dict[torch.dtype, Tensor]
-    forward_read: Read
-    backward_read: Read
+    forward_reads: Reads
+    backward_reads: Reads
     sizes: tuple[int, int]  # the columns of x and of the result
 
     def forward(self, operands: Elementwise) -> Tensor:
@@ -55,7 +55,7 @@ class PreparedElementwise(NamedTuple):
         dtype = x.dtype if residual is None else residual.dtype
         out, o = result(self.like_out[dtype])
         tensors = (seed, x, bias, layer_scale, residual)
-        self.drop.call("forward", tensors, self.forward_read, out, o, self._form(dtype))
+        self.drop.call("forward", tensors, self.forward_reads, out, o, self._form(dtype))
         return out
 
     def backward(
@@ -80,13 +80,13 @@ class PreparedElementwise(NamedTuple):
         if dtypes[0] is not None:
             dx, at = result(self.like_x[dtypes[0]])
         bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
-        tensors, read = (seed, grad, x, bias, layer_scale), self.backward_read
+        tensors, reads = (seed, grad, x, bias, layer_scale), self.backward_reads
         form = self._form(*dtypes)
         if dtypes[1] is None and dtypes[2] is None:
-            self.drop.call("backward", tensors, read, dx, at, _NO_SUMS, form)
+            self.drop.call("backward", tensors, reads, dx, at, _NO_SUMS, form)
             return dx, None, None
         sums = tuple(map(Sum, self.sizes, dtypes[1:]))
-        dbias, dlayer_scale = self.drop.sum("backward", tensors, read, sums, dx, at, form)
+        dbias, dlayer_scale = self.drop.sum("backward", tensors, reads, sums, dx, at, form)
         return dx, dbias, dlayer_scale
 
     def _form(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
@@ -108,15 +108,15 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
     full, short = drop.loops.functions[options.function]
     columns, count = drop.where.cols, drop.count
     halves = 2 if options.gated else 1
-    x, grad = of("x", halves * count), of("grad", count)
-    bias = of("bias", halves * columns, NUMBERS)
-    layer_scale = of("layer_scale", columns, NUMBERS)
+    x, grad = operand("x", halves * count), operand("grad", count)
+    bias = operand("bias", halves * columns, NUMBERS)
+    layer_scale = operand("layer_scale", columns, NUMBERS)
     like_out = blanks(shape)
     return PreparedElementwise(
         drop, options, elementwise.FUNCTIONS[options.function], full, short, options.gated,
         like_out, blanks((*shape[:-1], 2 * shape[-1])) if options.gated else like_out,
-        reads(SEED, x, bias, layer_scale, of("residual", count)),
-        reads(SEED, grad, x, bias, layer_scale),
+        Reads.of(SEED, x, bias, layer_scale, operand("residual", count)),
+        Reads.of(SEED, grad, x, bias, layer_scale),
         (halves * columns, columns),
     )  # fmt: skip
 

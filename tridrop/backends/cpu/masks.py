@@ -11,11 +11,11 @@ from torch import Tensor
 from ...base.memory import readable
 from ...contract import mask
 from ...contract.mask import LANES, Shard
-from .memory import SEED, reads
+from .memory import SEED, Reads
 from .serving import kernels
 from .threads import parts_of, share
 
-_READ = reads(SEED)
+_READS = Reads.of(SEED)
 
 
 def decisions_of(
@@ -39,7 +39,7 @@ def decide(where: mask.Coordinates, columns: int, seed: Tensor, domain: str, t: 
     decisions, keep_alive = decisions_of(where, domain, t)
     given = (columns, decisions, keep.data_ptr())
     parts, held = parts_of(where.rows, columns), (keep, keep_alive)
-    share(kernels().keep_rows, parts, (seed,), _READ, given, held)
+    share(kernels().keep_rows, parts, (seed,), _READS, given, held)
     return keep
 
 
@@ -84,5 +84,5 @@ def attention_keep_mask(
     keep = torch.empty((rows, keys), dtype=torch.bool, device="cpu")
     domain, sizes = mask.DOMAINS["attention"] << 28, (heads, queries)
     given = (keys, sizes, domain, t - 1, tuple(origin), keep.data_ptr())
-    share(loops.keep_scores, parts_of(rows, keys), (seed,), _READ, given, keep)
+    share(loops.keep_scores, parts_of(rows, keys), (seed,), _READS, given, keep)
     return keep.view(tuple(shape))

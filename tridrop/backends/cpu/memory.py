@@ -32,26 +32,26 @@ _BLANK = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in STORED}
 _KINDS: tuple[Stored, ...] = (STORED, {torch.float32: STORED[torch.float32]}, SEEDS)
 
 
-class Read(NamedTuple):
+class Reads(NamedTuple):
     """What a kernel reads of tensors: their names for messages, and torch_library.wanted()."""
 
     names: tuple[str, ...]
     wanted: tuple[int, ...]
 
+    @classmethod
+    def of(cls, *operands: tuple[str, int]) -> Reads:
+        """Of some :func:`operand` each."""
+        names, wanted = zip(*operands, strict=True)
+        return cls(names, wanted)
 
-SEED = "seed", torch_library.wanted(2, torch_library.SEED)
-Tensors = Sequence[Tensor | None]
 
-
-def of(name: str, count: int, kind: int = torch_library.STORED) -> tuple[str, int]:
-    """One entry of :func:`reads`: at least ``count`` adjacent elements, of the dtypes of a kind."""
+def operand(name: str, count: int, kind: int = torch_library.STORED) -> tuple[str, int]:
+    """What is read of one tensor: at least ``count`` adjacent elements, of the dtypes of a kind."""
     return name, torch_library.wanted(count, kind)
 
 
-def reads(*given: tuple[str, int]) -> Read:
-    """What a kernel reads, tensor by tensor."""
-    names, wanted = zip(*given, strict=True)
-    return Read(names, wanted)
+SEED = operand("seed", 2, torch_library.SEED)
+Tensors = Sequence[Tensor | None]
 
 
 def handles(tensors: Tensors) -> tuple[int, ...]:
@@ -59,13 +59,13 @@ def handles(tensors: Tensors) -> tuple[int, ...]:
     return tuple([0 if t is None else t._cdata for t in tensors])
 
 
-def places(tensors: Tensors, read: Read) -> tuple[list[Tensor], tuple[int, ...], tuple[int, ...]]:
+def places(tensors: Tensors, reads: Reads) -> tuple[list[Tensor], tuple[int, ...], tuple[int, ...]]:
     """The tensors or contiguous copies, their addresses, and their dtype codes.
 
     Raises as :func:`place` does where a tensor is not what a kernel reads.
     """
     held, addresses, codes = [], [], []
-    for t, name, wanted in zip(tensors, *read, strict=True):
+    for t, name, wanted in zip(tensors, *reads, strict=True):
         address = code = 0
         if t is not None:
             count, kind = divmod(-wanted, 1 << torch_library.KIND_BITS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward, Operands
-from .memory import CODES, NONE, SEED, Read, blanks, in_fp32, of, reads, result
+from .memory import CODES, NONE, SEED, Reads, blanks, in_fp32, operand, result
 from .selection import Selection, Sum, selection_of, serves
 from .torch_library import NUMBERS
 
@@ -31,8 +31,8 @@ class PreparedNorm(NamedTuple):
     keeps_stream: bool
     like: dict[torch.dtype, Tensor]  # how results are made, and the statistics
     statistics: Tensor
-    forward_read: Read  # what the loops read, the seed first
-    backward_read: Read
+    forward_reads: Reads  # what the loops read, the seed first
+    backward_reads: Reads
 
     def forward(self, operands: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
         """(out, stream, statistics)."""
@@ -49,7 +49,7 @@ class PreparedNorm(NamedTuple):
         tensors = (seed, x, bias, layer_scale, residual, weight, norm_bias)
         arguments = (o, stored, statistics.data_ptr(), (*self.flags, options.eps))
         held = (out, stream, statistics)
-        self.drop.call("norm_forward", tensors, self.forward_read, held, *arguments)
+        self.drop.call("norm_forward", tensors, self.forward_reads, held, *arguments)
         return out, stream, statistics
 
     def backward(
@@ -67,7 +67,7 @@ class PreparedNorm(NamedTuple):
         tensors = (seed, dout, dstream, stream, x, statistics, bias, layer_scale, weight)
         sums = _sums_of_norm(self.drop.where.cols, dtypes)
         dbias, dscale, dweight, dnorm_bias = self.drop.sum(
-            "norm_backward", tensors, self.backward_read, sums, (dx, dresidual),
+            "norm_backward", tensors, self.backward_reads, sums, (dx, dresidual),
             (at, further), self.flags,
         )  # fmt: skip
         return dx, dbias, dscale, dresidual, dweight, dnorm_bias
@@ -79,11 +79,13 @@ def _prepare(shape: tuple[int, ...], options: NormOptions) -> PreparedNorm:
     keeps_stream = options.keep_stream and not options.after
     drop = selection_of(shape, options)
     columns, count, rows = drop.where.cols, drop.count, drop.where.rows
-    x, weight = of("x", count), of("weight", columns)
-    vectors = of("bias", columns, NUMBERS), of("layer_scale", columns, NUMBERS)
-    forward = reads(SEED, x, *vectors, of("residual", count), weight, of("norm_bias", columns))
-    matrices = of("dout", count), of("dstream", count), of("stream", count), x
-    backward = reads(SEED, *matrices, of("statistics", 2 * rows, NUMBERS), *vectors, weight)
+    x, weight = operand("x", count), operand("weight", columns)
+    vectors = operand("bias", columns, NUMBERS), operand("layer_scale", columns, NUMBERS)
+    forward = Reads.of(
+        SEED, x, *vectors, operand("residual", count), weight, operand("norm_bias", columns)
+    )
+    matrices = operand("dout", count), operand("dstream", count), operand("stream", count), x
+    backward = Reads.of(SEED, *matrices, operand("statistics", 2 * rows, NUMBERS), *vectors, weight)
     statistics = blanks((*shape[:-1], 2))[torch.float32]
     return PreparedNorm(
         drop, options, flags, keeps_stream, blanks(shape), statistics, forward, backward

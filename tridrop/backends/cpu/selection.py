@@ -21,7 +21,7 @@ from ...contract.mask import Shard
 from ...spec.elementwise import Options
 from ...spec.operands import Operands
 from . import masks, serving, threads
-from .memory import CODES, Read, Tensors
+from .memory import CODES, Reads, Tensors
 
 
 class _Rows(NamedTuple):
@@ -59,7 +59,7 @@ class Selection:
         self,
         name: str,
         tensors: Tensors,
-        read: Read,
+        reads: Reads,
         keep_alive: Any,
         *arguments: Any,
     ) -> None:
@@ -71,20 +71,20 @@ class Selection:
         decisions, drawn = self._decisions(tensors[0])
         others = (self.where.cols, decisions, self.scale, *arguments)
         kernel, held = getattr(self.loops, name), (keep_alive, drawn)
-        threads.share(kernel, self.parts, tensors, read, others, held)
+        threads.share(kernel, self.parts, tensors, reads, others, held)
 
     def sum(
         self,
         name: str,
         tensors: Tensors,
-        read: Read,
+        reads: Reads,
         sums: Sequence[Sum],
         keep_alive: Any,
         *arguments: Any,
     ) -> list[Tensor | None]:
         """Call a kernel that sums over the rows as well, and return the sums.
 
-        ``tensors``, ``read`` and ``keep_alive`` are those of :meth:`call`; ``arguments`` are those
+        ``tensors``, ``reads`` and ``keep_alive`` are those of :meth:`call`; ``arguments`` are those
         before the addresses of the sums, and the last one. A part of the rows is summed in fp32,
         and the parts are then summed in fp64, in their order.
         """
@@ -106,7 +106,7 @@ class Selection:
             found.append(t)
         *before, options = arguments
         held = (keep_alive, found)
-        self.call(name, tensors, read, held, *before, tuple(places), options)
+        self.call(name, tensors, reads, held, *before, tuple(places), options)
         for i, t, dtype in unfinished:
             if count > 1:
                 t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))

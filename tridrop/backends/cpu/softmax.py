@@ -22,7 +22,7 @@ from ..reference import softmax as reference
 from ..reference.elementwise import Dtypes, Multiplier, unaliased
 from ..reference.softmax import masked_scores, widened
 from . import masks, serving
-from .memory import SEED, Read, Tensors, in_fp32, like, matrix, of, reads, result
+from .memory import SEED, Reads, Tensors, in_fp32, like, matrix, operand, result
 from .threads import parts_of, share
 from .torch_library import NUMBERS
 
@@ -43,13 +43,13 @@ def without_band(options: AttentionOptions) -> AttentionOptions:
 
 
 @lru_cache(256)
-def _reads(rows: int, count: int, backward: bool) -> Read:
+def _reads(rows: int, count: int, backward: bool) -> Reads:
     """What the loops read."""
-    scores = of("scores", count)
+    scores = operand("scores", count)
     if not backward:
-        return reads(SEED, scores)
-    grads = of("dout", count), of("dsoftmax", count), of("dlse", rows, NUMBERS)
-    return reads(SEED, scores, *grads)
+        return Reads.of(SEED, scores)
+    grads = operand("dout", count), operand("dsoftmax", count), operand("dlse", rows, NUMBERS)
+    return Reads.of(SEED, scores, *grads)
 
 
 def _call(
@@ -77,8 +77,8 @@ def _call(
     )
     sizes, factor = (heads, queries), options.keep_scale()
     given = (keys, sizes, decisions, factor, band, float(scale), *results)
-    kernel, read = getattr(serving.kernels(), name), _reads(rows, rows * keys, len(tensors) > 2)
-    share(kernel, parts_of(rows, keys), tensors, read, given, keep_alive)
+    kernel, reads = getattr(serving.kernels(), name), _reads(rows, rows * keys, len(tensors) > 2)
+    share(kernel, parts_of(rows, keys), tensors, reads, given, keep_alive)
 
 
 def forward(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import own_threads
-from .memory import Read, Tensors, handles, places
+from .memory import Reads, Tensors, handles, places
 from .torch_library import gomp_parallel, table
 
 # Several threads save time from so many elements on: they are some 0.1 ms of work, and handing it
@@ -80,13 +80,13 @@ def share(
     kernel: Any,
     parts: Parts,
     tensors: Tensors,
-    read: Read,
+    reads: Reads,
     arguments: tuple[Any, ...],
     keep_alive: Any,
 ) -> None:
     """Call a kernel for all parts, in torch's number of threads.
 
-    ``read`` says what the kernel reads of ``tensors``; ``keep_alive`` holds those to whose memory
+    ``reads`` says what the kernel reads of ``tensors``; ``keep_alive`` holds those to whose memory
     its other ``arguments`` point. No thread reads or writes their memory after this function has
     ended, also where an interrupt ends it.
 
@@ -98,10 +98,10 @@ def share(
     own = threads > 1 and not _parallel
     # Another number of threads than torch's would make OpenMP end some, and start them again.
     team = _ALONE if threads < 2 or own else (_parallel, threads, table)
-    if table and not own and kernel(team, work, handles(tensors), read.wanted, arguments) == 0:
+    if table and not own and kernel(team, work, handles(tensors), reads.wanted, arguments) == 0:
         return
     # What the kernel refuses is copied here, or named in an error.
-    held, addresses, codes = places(tensors, read)
+    held, addresses, codes = places(tensors, reads)
     if not own:
         kernel(team, work, addresses, codes, arguments)
         return

@@ -102,9 +102,8 @@ def backward(start, stop, given, columns, decisions, scale, dx, sums, options):
     """Gradients of x, bias and layer_scale, from a part of the rows.
 
     ``given`` are the seed, grad, x, which is absent where f is the identity, bias and layer_scale.
-    ``sums`` say where the last two gradients go, of x's
-    width and of ``columns``: how many rows a part has, and the addresses of the first part's
-    sums, behind which those of the other parts are.
+    ``sums`` say where the last two gradients go, of x's width and of ``columns``: how many rows a
+    part has, and the addresses of the first part's sums, behind which those of the other parts are.
     """
     seed, grad, x, (bias, _), (layer_scale, _) = given
     function, gated = options

@@ -224,10 +224,10 @@ def backward(start, stop, given, columns, decisions, scale, results, sums, optio
     """Gradients from the rows from start to stop.
 
     ``given`` are the seed, dout, dstream, stream, x, the pairs (mean, rstd), bias, layer_scale and
-    weight. ``results`` are dx and dresidual. ``sums`` say where the gradients of bias,
-    layer_scale, weight and norm_bias go: how many rows a part has, and the first part's sums, the
-    last two as matrices with one row; those of the other parts are behind them, in fp32.
-    ``options`` are as in :func:`forward`, without eps.
+    weight. ``results`` are dx and dresidual. ``sums`` say where the gradients of bias, layer_scale,
+    weight and norm_bias go: how many rows a part has, and the first part's sums, the last two as
+    matrices with one row; those of the other parts are behind them, in fp32. ``options`` are as in
+    :func:`forward`, without eps.
     """
     seed, dout, dstream, stream, x, (found, _), (bias, _), (layer_scale, _), weight = given
     dx, dresidual = results
