@@ -117,11 +117,11 @@ def patch_builtins(package: Any, builder: Any, scope: Any) -> None:
 def block(self: Any, element_ty: Any, shape: Any) -> None:
     """As ``block_type.__init__``."""
     sizes = shape.values if isinstance(shape, tl.core.tuple) else shape
-    if isinstance(sizes, (list, tuple)) and set(map(type, sizes)) != {int}:
-        sizes = [s.value if isinstance(s, tl.constexpr) else s for s in sizes]
     key = None
-    if isinstance(sizes, (list, tuple)) and set(map(type, sizes)) == {int}:
-        key = (element_ty.name, *sizes)
+    if isinstance(sizes, (list, tuple)):
+        sizes = [s.value if isinstance(s, tl.constexpr) else s for s in sizes]
+        if set(map(type, sizes)) == {int}:
+            key = (element_ty.name, *sizes)
     if key not in _blocks:
         PLAIN_BLOCK(self, element_ty, shape)  # which raises for a wrong shape
         if key is not None:
@@ -173,13 +173,20 @@ def operands(lhs: Any, rhs: Any, *rules: bool, **named: bool) -> tuple[Any, Any]
     return PLAIN_OPERANDS(lhs, rhs, *rules, **named)
 
 
-interpreter._patch_lang = patch_once
-interpreter._get_np_dtype = numpy_type
-interpreter.interpreter_builder.options = unchecked(PLAIN_OPTIONS)
-interpreter._patch_attr = patch_attribute
-interpreter._patch_builtin = patch_builtins
-tl.core.block_type.__init__ = block
-tl.core.tensor.__init__ = tensor
-interpreter.interpreter_semantic.computation_type_impl = computation_type
-interpreter.interpreter_semantic.scalar_constant = constant
-interpreter.interpreter_semantic.binary_op_type_checking_impl = operands
+_SEMANTIC = interpreter.interpreter_semantic
+# Where a function is, its name there, Triton's own, and the one here.
+REPLACED: tuple[tuple[Any, str, Any, Any], ...] = (
+    (interpreter, "_patch_lang", PLAIN_PATCH, patch_once),
+    (interpreter, "_get_np_dtype", PLAIN_TYPE, numpy_type),
+    (interpreter.interpreter_builder, "options", PLAIN_OPTIONS, unchecked(PLAIN_OPTIONS)),
+    (interpreter, "_patch_attr", PLAIN_ATTRIBUTE, patch_attribute),
+    (interpreter, "_patch_builtin", PLAIN_BUILTINS, patch_builtins),
+    (tl.core.block_type, "__init__", PLAIN_BLOCK, block),
+    (tl.core.tensor, "__init__", PLAIN_TENSOR, tensor),
+    (_SEMANTIC, "computation_type_impl", PLAIN_COMPUTATION, computation_type),
+    (_SEMANTIC, "scalar_constant", PLAIN_CONSTANT, constant),
+    (_SEMANTIC, "binary_op_type_checking_impl", PLAIN_OPERANDS, operands),
+)
+
+for _where, _name, _, _quick in REPLACED:
+    setattr(_where, _name, _quick)

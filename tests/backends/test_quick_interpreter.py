@@ -166,18 +166,7 @@ def results(op):
 @pytest.mark.parametrize("op", ["norm", "attention"])
 def test_the_results_are_those_of_the_plain_interpreter(monkeypatch, op):
     found = results(op)
-    for where, name, plain in (
-        (interpreter, "_patch_lang", quick_interpreter.PLAIN_PATCH),
-        (interpreter, "_get_np_dtype", quick_interpreter.PLAIN_TYPE),
-        (interpreter, "_patch_attr", quick_interpreter.PLAIN_ATTRIBUTE),
-        (interpreter, "_patch_builtin", quick_interpreter.PLAIN_BUILTINS),
-        (interpreter.interpreter_builder, "options", quick_interpreter.PLAIN_OPTIONS),
-        (tl.core.block_type, "__init__", quick_interpreter.PLAIN_BLOCK),
-        (tl.core.tensor, "__init__", quick_interpreter.PLAIN_TENSOR),
-        (SEMANTIC, "computation_type_impl", quick_interpreter.PLAIN_COMPUTATION),
-        (SEMANTIC, "binary_op_type_checking_impl", quick_interpreter.PLAIN_OPERANDS),
-        (SEMANTIC, "scalar_constant", quick_interpreter.PLAIN_CONSTANT),
-    ):
+    for where, name, plain, _ in quick_interpreter.REPLACED:
         monkeypatch.setattr(where, name, plain)
     for quick, plain in zip(found, results(op), strict=True):
         assert torch.equal(quick, plain)
