@@ -21,7 +21,6 @@ from .torch_private import transformation
 Matrix = tuple[int, int]  # what loops take: (address, dtype code); the address 0 means absent
 
 PLAIN = (Tensor, torch.nn.Parameter)  # the types of tensors that are nothing but their data
-_STRIDED = torch.strided
 _DEVICES = ("cpu", "cuda")  # devices on which a tensor's data is in its storage
 
 
@@ -42,6 +41,7 @@ def place(t: Tensor, count: int, name: str, stored: Stored = STORED) -> tuple[Te
         at = t.data_ptr()
         if (
             at
+            and t.is_cpu
             and t.is_contiguous()
             and (t.storage_offset() + count) * size <= t.untyped_storage().nbytes()
         ):
@@ -167,14 +167,13 @@ def facts_of(names: Iterable[str], tensors: Iterable[Tensor | None]) -> tuple[Fa
 
 def as_saved(t: Tensor | None, saved: Facts) -> Tensor:
     """``t`` if its shape, dtype and device are those that were saved; else ValueError."""
-    _, shape, dtype, device, _ = saved  # at once: it is done for each tensor of a backward
     if t is None:
         _refuse(saved, "nothing")
-    if t.shape != shape or t.dtype is not dtype:
+    if t.shape != saved.shape or t.dtype != saved.dtype:
         _refuse(saved, _words(t))
-    if t.layout is not _STRIDED:
+    if t.layout is not torch.strided:
         _refuse(saved, f"{_words(t)} in layout {t.layout}")
-    if (t.is_cpu or t.device) != device:
+    if (t.is_cpu or t.device) != saved.device:
         _refuse(saved, f"{_words(t)} on {t.device}")
     return t.resolve_neg() if t.is_neg() else t
 

@@ -19,8 +19,6 @@ from .decorators import part
 from .memory import vector
 from .storage import BF16, FP16, FP32
 
-_MATRIX = types.UniTuple(types.int64, 2)
-
 
 @intrinsic
 def ask(context, function, handle):
@@ -46,8 +44,8 @@ def place(table, given, wanted):
     """The (address, dtype code) of a tensor; the code is -1 if it is not what is wanted.
 
     Wanted is a contiguous tensor on the CPU, of certain dtypes, whose storage has so many elements.
-    The checks, and their order, are those of ``place`` in base/memory.py, which says by name what
-    is wrong, or makes a copy.
+    ``place`` in base/memory.py, which makes the same checks, says by name what is wrong, or makes a
+    copy.
     """
     if wanted >= 0 or given == 0:
         return given, max(wanted, 0)
@@ -81,24 +79,21 @@ def places(context, function, table, given, wanted):
     taken = (types.int64,) * 3
     function.get_call_type(context, taken, {})
     found = function.dispatcher.overloads[taken]
-    result = types.Tuple((types.int64, types.UniTuple(_MATRIX, given.count)))
+    matrix, count = found.signature.return_type, given.count
+    result = types.Tuple((types.int64, types.UniTuple(matrix, count)))
 
     def build(context, builder, signature, arguments):
         context.add_linking_libs([found.library])
         called = context.declare_function(builder.module, found.fndesc)
         lowest, matrices = llvm.IntType(64)(0), []
-        for i in range(signature.args[2].count):
-            numbers = [builder.extract_value(pair, i) for pair in arguments[2:]]
-            _, matrix = context.call_conv.call_function(
-                builder,
-                called,
-                found.signature.return_type,
-                found.signature.args,
-                [arguments[1], *numbers],
+        for i in range(count):
+            numbers = [builder.extract_value(each, i) for each in arguments[2:]]
+            _, made = context.call_conv.call_function(
+                builder, called, matrix, found.signature.args, [arguments[1], *numbers]
             )
-            code = builder.extract_value(matrix, 1)
+            code = builder.extract_value(made, 1)
             lowest = builder.select(builder.icmp_signed("<", code, lowest), code, lowest)
-            matrices.append(matrix)
+            matrices.append(made)
         matrices = context.make_tuple(builder, signature.return_type[1], matrices)
         return context.make_tuple(builder, signature.return_type, [lowest, matrices])
 
