@@ -339,7 +339,7 @@ def unscaled(name, tensors, *arguments):
     """
     shape = tensors[0].shape
     reads = cpu_memory.Reads.of(
-        cpu_memory.SEED, *[cpu_memory.operand("t", shape.numel())] * len(tensors)
+        cpu_memory.SEED, *[cpu_memory.Operand("t", shape.numel())] * len(tensors)
     )
     drop = selection.selection(tuple(shape), 1, 1.0)
     drop.call(name, (pair(1), *tensors), reads, None, *arguments)

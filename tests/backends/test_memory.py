@@ -144,7 +144,7 @@ ROWS = torch.arange(64.0).view(8, 8)
 def test_a_kernel_takes_what_python_would_take(make, asked, capfd):
     """Where it refuses a tensor, ``base.memory.place`` copies it, or says what is wrong."""
     t = make()
-    reads = cpu_memory.Reads.of(cpu_memory.operand("t", t.numel()))
+    reads = cpu_memory.Reads.of(cpu_memory.Operand("t", t.numel()))
     seen = []
 
     def kernel(team, work, given, wanted, arguments):

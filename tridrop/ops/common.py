@@ -134,6 +134,7 @@ def save(
     # Under torch.compile, the compiler decides what a graph saves.
     ctx.facts = () if torch.compiler.is_compiling() else memory.facts_of(names, tensors)
     if known:
+        ctx.prepared, ctx.compared = packed.prepared.held_to(ctx.facts)  # type: ignore[union-attr]
         packed.noted[ctx.needs_input_grad] = dict(ctx.__dict__)  # type: ignore[union-attr]
 
 
@@ -167,14 +168,16 @@ def prepared_backward(
         if grad is not None and not plain(grad):
             return None
     t: Any
-    for place, shape, dtype, device, _ in ctx.facts:
+    for t in saved:
+        if t is not None and (type(t) not in PLAIN or t.is_neg()):
+            return None
+    for place, shape, dtype, device, _ in ctx.compared:
         t = saved[place]
         if (  # a changed tensor takes the other path, where unchanged() raises
-            type(t) not in PLAIN
+            t is None
             or t.shape != shape
             or t.dtype is not dtype
             or (t.is_cpu or t.device) != device
-            or t.is_neg()
         ):
             return None
     return ctx.prepared.backward(as_operands(operands, (*incoming, *saved)), needed)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from ..base.memory import all_have_memory, all_whole
+from ..base.memory import Facts, all_have_memory, all_whole
 from .attention import AttentionInputs
 
 Operands = Any  # one of the tuples below, or AttentionInputs
@@ -168,6 +168,13 @@ class Prepared(Protocol):
     def backward(self, operands: Any, wanted: Any) -> Any:
         """The gradients; ``wanted`` has a dtype or None, or a bool, for each of them."""
 
+    def held_to(self, saved: tuple[Facts, ...]) -> tuple[Prepared, tuple[Facts, ...]]:
+        """The same op for calls whose tensors were saved with these facts.
+
+        Its ``backward`` raises ValueError where a tensor is no longer as it was saved. Also returns
+        the facts with which it does not compare, so that the caller must.
+        """
+
 
 class WithOptions(NamedTuple):
     """An op of a backend that prepares nothing: two functions, and the options of a call."""
@@ -183,6 +190,10 @@ class WithOptions(NamedTuple):
     def backward(self, operands: Any, wanted: Any) -> Any:
         """See :class:`Prepared`."""
         return self.differentiate(checked(operands), self.options, wanted)
+
+    def held_to(self, saved: tuple[Facts, ...]) -> tuple[Prepared, tuple[Facts, ...]]:
+        """See :class:`Prepared`."""
+        return self, saved
 
 
 class Functions(NamedTuple):

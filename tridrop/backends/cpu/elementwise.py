@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...base.memory import Facts
 from ...spec.elementwise import Options, check_functions
 from ...spec.operands import Elementwise, ElementwiseBackward, Operands, checked
 from ..reference import elementwise
-from .memory import NONE, SEED, Reads, blanks, in_fp32, operand, result
+from .memory import NONE, SEED, Operand, Reads, blanks, result, vectors
 from .selection import Selection, Sum, selection_of, serves
 from .torch_library import NUMBERS
 
@@ -51,11 +52,12 @@ class PreparedElementwise(NamedTuple):
             whole = checked(operands)
             found = elementwise.compose(whole, _NOTHING, self.options, False)
             return found.clone() if found is whole.x else found
-        bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
+        reads = self.forward_reads
+        bias, layer_scale = vectors(bias, layer_scale, reads)
         dtype = x.dtype if residual is None else residual.dtype
         out, o = result(self.like_out[dtype])
         tensors = (seed, x, bias, layer_scale, residual)
-        self.drop.call("forward", tensors, self.forward_reads, out, o, self._form(dtype))
+        self.drop.call("forward", tensors, reads, out, o, self._form(dtype))
         return out
 
     def backward(
@@ -63,14 +65,14 @@ class PreparedElementwise(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """The gradients of x, bias and layer_scale."""
         grad, x, bias, layer_scale, seed, _ = operands
-        gated = self.options.gated
-        if not self.drop.drops and not gated and layer_scale is None:
+        if not self.drop.drops and not self.gated and layer_scale is None:
             if self.function.steps == 0 and dtypes == (grad.dtype, None, None):
                 return grad, None, None
             backward = self.function.backward
             by_torch = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
             if x is not None and by_torch and backward is not None:
-                whole = checked(operands)
+                held = self.backward_reads.as_saved((seed, grad, x, bias, layer_scale))
+                whole = checked(operands._replace(x=held[2], bias=held[3]))
                 assert whole.x is not None
                 biased = whole.x if whole.bias is None else whole.x + whole.bias
                 found = backward(whole.grad, biased)
@@ -79,8 +81,9 @@ class PreparedElementwise(NamedTuple):
         dx, at = None, NONE
         if dtypes[0] is not None:
             dx, at = result(self.like_x[dtypes[0]])
-        bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
-        tensors, reads = (seed, grad, x, bias, layer_scale), self.backward_reads
+        reads = self.backward_reads
+        bias, layer_scale = vectors(bias, layer_scale, reads)
+        tensors = (seed, grad, x, bias, layer_scale)
         form = self._form(*dtypes)
         if dtypes[1] is None and dtypes[2] is None:
             self.drop.call("backward", tensors, reads, dx, at, _NO_SUMS, form)
@@ -88,6 +91,11 @@ class PreparedElementwise(NamedTuple):
         sums = tuple(map(Sum, self.sizes, dtypes[1:]))
         dbias, dlayer_scale = self.drop.sum("backward", tensors, reads, sums, dx, at, form)
         return dx, dbias, dlayer_scale
+
+    def held_to(self, saved: tuple[Facts, ...]) -> tuple[PreparedElementwise, tuple[Facts, ...]]:
+        """See :class:`tridrop.spec.operands.Prepared`."""
+        reads, others = self.backward_reads.held_to(saved)
+        return self._replace(backward_reads=reads), others
 
     def _form(self, *dtypes: torch.dtype | None) -> tuple[int, bool]:
         """The address of f's loops for results of these dtypes, and whether f is gated.
@@ -108,14 +116,14 @@ def _prepare(shape: tuple[int, ...], options: Options) -> PreparedElementwise:
     full, short = drop.loops.functions[options.function]
     columns, count = drop.where.cols, drop.count
     halves = 2 if options.gated else 1
-    x, grad = operand("x", halves * count), operand("grad", count)
-    bias = operand("bias", halves * columns, NUMBERS)
-    layer_scale = operand("layer_scale", columns, NUMBERS)
+    x, grad = Operand("x", halves * count), Operand("grad", count)
+    bias = Operand("bias", halves * columns, NUMBERS)
+    layer_scale = Operand("layer_scale", columns, NUMBERS)
     like_out = blanks(shape)
     return PreparedElementwise(
         drop, options, elementwise.FUNCTIONS[options.function], full, short, options.gated,
         like_out, blanks((*shape[:-1], 2 * shape[-1])) if options.gated else like_out,
-        Reads.of(SEED, x, bias, layer_scale, operand("residual", count)),
+        Reads.of(SEED, x, bias, layer_scale, Operand("residual", count)),
         Reads.of(SEED, grad, x, bias, layer_scale),
         (halves * columns, columns),
     )  # fmt: skip

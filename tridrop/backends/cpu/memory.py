@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...base.memory import SEEDS, STORED, Matrix, Stored, place, whole
+from ...base.memory import SEEDS, STORED, Facts, Matrix, Stored, as_saved, place, whole
 from . import torch_library
 
 NONE: Matrix = (0, 0)  # stands for an absent matrix
@@ -32,25 +33,66 @@ _BLANK = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in STORED}
 _KINDS: tuple[Stored, ...] = (STORED, {torch.float32: STORED[torch.float32]}, SEEDS)
 
 
-class Reads(NamedTuple):
-    """What a kernel reads of tensors: their names for messages, and torch_library.wanted()."""
+class Operand(NamedTuple):
+    """What a kernel reads of a tensor: at least ``numel`` adjacent elements, of a kind's dtypes.
 
-    names: tuple[str, ...]
-    wanted: tuple[int, ...]
+    A tensor that was saved for backward must also be as it was ``saved``.
+    """
+
+    name: str  # for messages
+    numel: int
+    kind: int = torch_library.STORED
+    saved: Facts | None = None
+
+    def description(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The same for the kernel: the columns are in torch_library.py."""
+        saved: tuple[int, ...] = (-1, -1)  # must not be as anything
+        if self.saved is not None:
+            number, shape = torch_library.dtype_number(self.saved.dtype), self.saved.shape
+            saved = (number, len(shape), *shape)
+        return np.array([self.kind, self.numel, *saved], np.int64)
+
+
+class Reads(NamedTuple):
+    """What a kernel reads of tensors."""
+
+    operands: tuple[Operand, ...]
+    descriptions: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]  # kept for their addresses
+    wanted: tuple[int, ...]  # the addresses
+    held: frozenset[str]  # the names of those that must be as they were saved
 
     @classmethod
-    def of(cls, *operands: tuple[str, int]) -> Reads:
-        """Of some :func:`operand` each."""
-        names, wanted = zip(*operands, strict=True)
-        return cls(names, wanted)
+    def of(cls, *operands: Operand) -> Reads:
+        """Of tensors in this order."""
+        descriptions = tuple(operand.description() for operand in operands)
+        addresses = tuple(each.ctypes.data for each in descriptions)
+        held = frozenset(operand.name for operand in operands if operand.saved is not None)
+        return cls(operands, descriptions, addresses, held)
+
+    def held_to(self, saved: Sequence[Facts]) -> tuple[Reads, tuple[Facts, ...]]:
+        """The same of tensors that must be as they were saved, and the facts of the others.
+
+        The others are those that the kernel does not read, or of which it reads a copy in fp32.
+        """
+        by_name = {facts.name: facts for facts in saved}
+        held = []
+        for operand in self.operands:
+            facts = by_name.get(operand.name)
+            if facts is not None and facts.device is True and facts.dtype in _KINDS[operand.kind]:
+                held.append(operand._replace(saved=by_name.pop(operand.name)))
+            else:
+                held.append(operand)
+        return Reads.of(*held), tuple(by_name.values())
+
+    def as_saved(self, tensors: Tensors) -> list[Tensor | None]:
+        """``tensors``, of which those that were saved are as they were; else ValueError."""
+        return [
+            t if operand.saved is None else as_saved(t, operand.saved)
+            for t, operand in zip(tensors, self.operands, strict=True)
+        ]
 
 
-def operand(name: str, count: int, kind: int = torch_library.STORED) -> tuple[str, int]:
-    """What is read of one tensor: at least ``count`` adjacent elements, of the dtypes of a kind."""
-    return name, torch_library.wanted(count, kind)
-
-
-SEED = operand("seed", 2, torch_library.SEED)
+SEED = Operand("seed", 2, torch_library.SEED)
 Tensors = Sequence[Tensor | None]
 
 
@@ -62,28 +104,22 @@ def handles(tensors: Tensors) -> tuple[int, ...]:
 def places(tensors: Tensors, reads: Reads) -> tuple[list[Tensor], tuple[int, ...], tuple[int, ...]]:
     """The tensors or contiguous copies, their addresses, and their dtype codes.
 
-    Raises as :func:`place` does where a tensor is not what a kernel reads.
+    Raises as :func:`place` and :func:`as_saved` do where a tensor is not what a kernel reads.
     """
     held, addresses, codes = [], [], []
-    for t, name, wanted in zip(tensors, *reads, strict=True):
+    for t, operand in zip(reads.as_saved(tensors), reads.operands, strict=True):
         address = code = 0
         if t is not None:
-            count, kind = divmod(-wanted, 1 << torch_library.KIND_BITS)
-            t, (address, code) = place(t, count, name, _KINDS[kind])
+            t, (address, code) = place(t, operand.numel, operand.name, _KINDS[operand.kind])
             held.append(t)
         addresses.append(address)
         codes.append(code)
     return held, tuple(addresses), tuple(codes)
 
 
-def like(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What :func:`result` makes a tensor from: one number, expanded to a shape."""
-    return _BLANK[dtype].expand(shape)
-
-
 def blanks(shape: Sequence[int]) -> dict[torch.dtype, Tensor]:
-    """:func:`like` for all dtypes."""
-    return {dtype: like(shape, dtype) for dtype in _BLANK}
+    """What :func:`result` makes a tensor of each dtype from: one number, expanded to a shape."""
+    return {dtype: blank.expand(shape) for dtype, blank in _BLANK.items()}
 
 
 def matrix(t: Tensor | None) -> Matrix:
@@ -108,8 +144,20 @@ def result(blank: Tensor) -> tuple[Tensor, Matrix]:
     return made, (address, CODES[blank.dtype])
 
 
-def in_fp32(t: Tensor | None, name: str) -> Tensor | None:
-    """``t`` in fp32, or a copy of it."""
-    if t is None or t.dtype is torch.float32:
-        return t
-    return whole(t, name).detach().to(torch.float32)
+def in_fp32(t: Tensor, name: str) -> Tensor:
+    """``t`` if it is fp32, or a copy in fp32."""
+    return t if t.dtype is torch.float32 else whole(t, name).detach().to(torch.float32)
+
+
+def vectors(
+    bias: Tensor | None, layer_scale: Tensor | None, reads: Reads
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both as the kernel reads them, in fp32, or copies.
+
+    One that was fp32 when it was saved is left as it is now: the kernel sees if that has changed.
+    """
+    if bias is not None and "bias" not in reads.held:
+        bias = in_fp32(bias, "bias")
+    if layer_scale is not None and "layer_scale" not in reads.held:
+        layer_scale = in_fp32(layer_scale, "layer_scale")
+    return bias, layer_scale

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...base.memory import Facts
 from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward, Operands
-from .memory import CODES, NONE, SEED, Reads, blanks, in_fp32, operand, result
+from .memory import CODES, NONE, SEED, Operand, Reads, blanks, result, vectors
 from .selection import Selection, Sum, selection_of, serves
 from .torch_library import NUMBERS
 
@@ -45,11 +46,12 @@ class PreparedNorm(NamedTuple):
         else:  # the dtype code says how the stream is rounded all the same
             stored = 0, CODES[options.stream_dtype]
         statistics = torch.empty_like(self.statistics)
-        bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
+        reads = self.forward_reads
+        bias, layer_scale = vectors(bias, layer_scale, reads)
         tensors = (seed, x, bias, layer_scale, residual, weight, norm_bias)
         arguments = (o, stored, statistics.data_ptr(), (*self.flags, options.eps))
         held = (out, stream, statistics)
-        self.drop.call("norm_forward", tensors, self.forward_reads, held, *arguments)
+        self.drop.call("norm_forward", tensors, reads, held, *arguments)
         return out, stream, statistics
 
     def backward(
@@ -63,14 +65,20 @@ class PreparedNorm(NamedTuple):
         dresidual, further = None, NONE
         if dtypes[3] is not None and not self.options.after:
             dresidual, further = result(self.like[dtypes[3]])
-        bias, layer_scale = in_fp32(bias, "bias"), in_fp32(layer_scale, "layer_scale")
+        reads = self.backward_reads
+        bias, layer_scale = vectors(bias, layer_scale, reads)
         tensors = (seed, dout, dstream, stream, x, statistics, bias, layer_scale, weight)
         sums = _sums_of_norm(self.drop.where.cols, dtypes)
         dbias, dscale, dweight, dnorm_bias = self.drop.sum(
-            "norm_backward", tensors, self.backward_reads, sums, (dx, dresidual),
+            "norm_backward", tensors, reads, sums, (dx, dresidual),
             (at, further), self.flags,
         )  # fmt: skip
         return dx, dbias, dscale, dresidual, dweight, dnorm_bias
+
+    def held_to(self, saved: tuple[Facts, ...]) -> tuple[PreparedNorm, tuple[Facts, ...]]:
+        """See :class:`tridrop.spec.operands.Prepared`."""
+        reads, others = self.backward_reads.held_to(saved)
+        return self._replace(backward_reads=reads), others
 
 
 @lru_cache(256)
@@ -79,13 +87,13 @@ def _prepare(shape: tuple[int, ...], options: NormOptions) -> PreparedNorm:
     keeps_stream = options.keep_stream and not options.after
     drop = selection_of(shape, options)
     columns, count, rows = drop.where.cols, drop.count, drop.where.rows
-    x, weight = operand("x", count), operand("weight", columns)
-    vectors = operand("bias", columns, NUMBERS), operand("layer_scale", columns, NUMBERS)
+    x, weight = Operand("x", count), Operand("weight", columns)
+    vectors = Operand("bias", columns, NUMBERS), Operand("layer_scale", columns, NUMBERS)
     forward = Reads.of(
-        SEED, x, *vectors, operand("residual", count), weight, operand("norm_bias", columns)
+        SEED, x, *vectors, Operand("residual", count), weight, Operand("norm_bias", columns)
     )
-    matrices = operand("dout", count), operand("dstream", count), operand("stream", count), x
-    backward = Reads.of(SEED, *matrices, operand("statistics", 2 * rows, NUMBERS), *vectors, weight)
+    matrices = Operand("dout", count), Operand("dstream", count), Operand("stream", count), x
+    backward = Reads.of(SEED, *matrices, Operand("statistics", 2 * rows, NUMBERS), *vectors, weight)
     statistics = blanks((*shape[:-1], 2))[torch.float32]
     return PreparedNorm(
         drop, options, flags, keeps_stream, blanks(shape), statistics, forward, backward

@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...base.memory import readable
+from ...base.memory import Facts, readable, whole
 from ...contract import mask as contract
 from ...spec.attention import AttentionOptions, SoftmaxOptions, four
-from ...spec.operands import Functions, Prepared, Softmax, SoftmaxBackward
+from ...spec.operands import Softmax, SoftmaxBackward
 from ..reference import softmax as reference
 from ..reference.elementwise import Dtypes, Multiplier, unaliased
 from ..reference.softmax import masked_scores, widened
 from . import masks, serving
-from .memory import SEED, Reads, Tensors, in_fp32, like, matrix, operand, result
+from .memory import NONE, SEED, Operand, Reads, Tensors, blanks, in_fp32, matrix, result
 from .threads import parts_of, share
 from .torch_library import NUMBERS
 
@@ -45,16 +45,17 @@ def without_band(options: AttentionOptions) -> AttentionOptions:
 @lru_cache(256)
 def _reads(rows: int, count: int, backward: bool) -> Reads:
     """What the loops read."""
-    scores = operand("scores", count)
+    scores = Operand("scores", count)
     if not backward:
         return Reads.of(SEED, scores)
-    grads = operand("dout", count), operand("dsoftmax", count), operand("dlse", rows, NUMBERS)
+    grads = Operand("dout", count), Operand("dsoftmax", count), Operand("dlse", rows, NUMBERS)
     return Reads.of(SEED, scores, *grads)
 
 
 def _call(
     name: str,
     tensors: Tensors,
+    reads: Reads | None,
     options: AttentionOptions,
     scale: float,
     keep_alive: Any,
@@ -62,8 +63,8 @@ def _call(
 ) -> None:
     """Call a kernel for all rows of the scores, by several threads.
 
-    The kernel reads the ``tensors``: the seed, the scores, and others. ``keep_alive`` holds those
-    to whose memory ``results`` point.
+    The kernel reads the ``tensors``: the seed, the scores, and others, as ``reads`` says where it
+    is given. ``keep_alive`` holds those to whose memory ``results`` point.
     """
     x = tensors[1]
     assert x is not None
@@ -77,7 +78,9 @@ def _call(
     )
     sizes, factor = (heads, queries), options.keep_scale()
     given = (keys, sizes, decisions, factor, band, float(scale), *results)
-    kernel, reads = getattr(serving.kernels(), name), _reads(rows, rows * keys, len(tensors) > 2)
+    if reads is None:
+        reads = _reads(rows, rows * keys, len(tensors) > 2)
+    kernel = getattr(serving.kernels(), name)
     share(kernel, parts_of(rows, keys), tensors, reads, given, keep_alive)
 
 
@@ -97,7 +100,7 @@ def forward(
     """
     results = (matrix(out), matrix(probabilities), matrix(lse)[0])
     held = (out, probabilities, lse)
-    _call("softmax_forward", (seed, x), options, scale, held, results)
+    _call("softmax_forward", (seed, x), None, options, scale, held, results)
 
 
 def backward(
@@ -115,9 +118,10 @@ def backward(
 
     Both are contiguous, and ``dlse`` is fp32. ``kept`` may be ``x``, and ``dx`` may be ``dout``.
     """
-    tensors = (seed, x, dout, dsoftmax, in_fp32(dlse, "dlse"))
+    dlse = None if dlse is None else in_fp32(dlse, "dlse")
+    tensors = (seed, x, dout, dsoftmax, dlse)
     held = (dx, kept)
-    _call("softmax_backward", tensors, options, scale, held, matrix(kept), matrix(dx))
+    _call("softmax_backward", tensors, None, options, scale, held, matrix(kept), matrix(dx))
 
 
 class ScoreMultiplier(Multiplier):
@@ -143,35 +147,49 @@ def attention_multiplier(
     return ScoreMultiplier(*reference.attention_multiplier(shape, seed, p, options, masks))
 
 
-def softmax_forward(
-    operands: Softmax, options: SoftmaxOptions
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out, softmax or None, lse) by the loops."""
-    scores, mask, seed, _ = operands
-    x, scale = _scaled(scores, mask, options)
-    out, _ = result(x if x.dtype is scores.dtype else like(x.shape, scores.dtype))
-    both = torch.empty_like(out) if options.return_softmax else None
-    forward(x, seed, options, scale, out, both)
-    return out, both, scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
+class PreparedSoftmax(NamedTuple):
+    """The softmax family, for calls whose scores have one shape."""
 
+    options: SoftmaxOptions
+    like: dict[torch.dtype, Tensor]  # how results are made
+    forward_reads: Reads
+    backward_reads: Reads
 
-def softmax_backward(
-    operands: SoftmaxBackward, options: SoftmaxOptions, dtypes: Dtypes
-) -> tuple[Tensor | None, ...]:
-    """The gradients of scores and mask by the loops."""
-    dout, dsoftmax, scores, mask, _, seed, _ = operands
-    x, scale = _scaled(scores, mask, options)
-    dx, _ = result(x)
-    backward(x, seed, options, scale, dout, dx, dsoftmax)
-    dscores = dmask = None
-    if dtypes[0] is not None:
-        dscores = (dx if scale == options.scale else dx * options.scale).to(dtypes[0])
-    if dtypes[1] is not None and mask is not None:
-        dmask = unaliased(dx.sum_to_size(mask.shape).to(dtypes[1]), dx)
-    return dscores, dmask
+    def forward(self, operands: Softmax) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(out, softmax or None, lse); the log-sum-exp is 0, since backward does not need it."""
+        x, scale = _scaled(operands.scores, operands.mask, self.options)
+        scores, _, seed, _ = operands
+        out, at = result(self.like[scores.dtype])
+        both = torch.empty_like(out) if self.options.return_softmax else None
+        results = at, matrix(both), 0
+        tensors, reads, held = (seed, x), self.forward_reads, (out, both)
+        _call("softmax_forward", tensors, reads, self.options, scale, held, results)
+        return out, both, scores.new_zeros(scores.shape[:-1], dtype=torch.float32)
 
+    def backward(self, operands: SoftmaxBackward, dtypes: Dtypes) -> tuple[Tensor | None, ...]:
+        """The gradients of scores and mask."""
+        dout, dsoftmax, scores, mask, _, seed, _ = operands
+        x, scale = _scaled(scores, mask, self.options)
+        # Without a mask, the scores themselves are what needs a gradient.
+        dtype = dtypes[0] if mask is None else torch.float32
+        assert dtype is not None
+        dx, at = result(self.like[dtype])
+        tensors, reads = (seed, x, dout, dsoftmax, None), self.backward_reads
+        _call("softmax_backward", tensors, reads, self.options, scale, dx, NONE, at)
+        dscores = dmask = None
+        if dtypes[0] is not None:
+            factor = self.options.scale
+            dscores = (dx if scale == factor else dx * factor).to(dtypes[0])
+        if dtypes[1] is not None and mask is not None:
+            dmask = unaliased(dx.sum_to_size(mask.shape).to(dtypes[1]), dx)
+        return dscores, dmask
 
-_LOOPS = Functions(softmax_forward, softmax_backward)
+    def held_to(self, saved: tuple[Facts, ...]) -> tuple[PreparedSoftmax, tuple[Facts, ...]]:
+        """See :class:`tridrop.spec.operands.Prepared`."""
+        if any(facts.name == "mask" for facts in saved):
+            return self, saved  # the kernel gets scores to which torch has added the mask
+        reads, others = self.backward_reads.held_to(saved)
+        return self._replace(backward_reads=reads), others
 
 
 def prepare(
@@ -179,12 +197,15 @@ def prepare(
     options: SoftmaxOptions,
     operands: Softmax | SoftmaxBackward,
     wanted: Sequence[Any],
-) -> Prepared | None:
+) -> PreparedSoftmax | None:
     """Both directions; None where the loops do not serve such calls, or torch's softmax does."""
     scores, mask, seed, p = operands.scores, operands.mask, operands.seed, operands.p
     if _is_torchs(mask, options) or not serves(seed, p, scores, mask):
         return None
-    return _LOOPS.prepare(options)
+    batch, heads, queries, keys = four(shape)
+    rows = batch * heads * queries
+    reads = (_reads(rows, rows * keys, backward) for backward in (False, True))
+    return PreparedSoftmax(options, blanks(shape), *reads)
 
 
 def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
@@ -196,10 +217,13 @@ def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
 def _scaled(scores: Tensor, mask: Tensor | None, options: AttentionOptions) -> tuple[Tensor, float]:
     """Contiguous scores with the attention mask added, and the factor that they still need.
 
-    The band is not applied, since the loops apply it.
+    The band is not applied, since the loops apply it. ValueError where torch's operators would read
+    a tensor that has lost its memory.
     """
     if mask is None:
-        return scores.contiguous(), options.scale
-    wide, added = widened(scores, mask)
+        if scores.is_contiguous():
+            return scores, options.scale
+        return whole(scores, "scores").contiguous(), options.scale
+    wide, added = widened(whole(scores, "scores"), whole(mask, "mask"))
     masked = masked_scores(options.scale * wide, added, without_band(options))
     return masked.contiguous(), 1.0

@@ -15,15 +15,18 @@ from pathlib import Path
 import torch
 
 _QUESTIONS = ("get_device_type", "is_contiguous", "get_dtype", "get_storage_offset",
-              "get_storage_size", "get_data_ptr")  # fmt: skip
+              "get_storage_size", "get_data_ptr", "get_dim", "get_sizes")  # fmt: skip
 _ANSWERS = ("device_type_cpu", "dtype_float32", "dtype_bfloat16", "dtype_float16", "dtype_int64")
 # The columns of the table: the addresses of the questions, then the answers as numbers.
-DEVICE, CONTIGUOUS, DTYPE, OFFSET, BYTES, ADDRESS, CPU, FP32, BF16, FP16, INT64, COLUMNS = range(12)
+(DEVICE, CONTIGUOUS, DTYPE, OFFSET, BYTES, ADDRESS, DIM, SIZES,
+ CPU, FP32, BF16, FP16, INT64, COLUMNS) = range(14)  # fmt: skip
 
-# What a kernel wants of a tensor, in the lowest bits of ``-wanted``; the others are the number of
-# its elements.
+# What a kernel reads of a tensor: numbers of these kinds.
 STORED, NUMBERS, SEED = range(3)  # fp32, bf16 or fp16; fp32; int64
-KIND_BITS = 2
+# The columns of an operand's description, behind which its sizes follow: the kind, the number of
+# elements, and, of a tensor that must be as it was saved, its dtype's answer and its dimensions. Of
+# other tensors the dimensions are -1.
+KIND, COUNT, OF_DTYPE, OF_DIM, DESCRIBED = range(5)
 
 
 def _library() -> ctypes.CDLL | None:
@@ -57,6 +60,7 @@ gomp_parallel = _address(_opened, "GOMP_parallel")
 table = 0 if _table is None else ctypes.addressof(_table)  # 0 where kernels cannot ask
 
 
-def wanted(count: int, kind: int) -> int:
-    """The number by which a kernel knows what it must find: a negative one."""
-    return -(count << KIND_BITS | kind)
+def dtype_number(dtype: torch.dtype) -> int:
+    """torch's number for a dtype that kernels read; -1 for other dtypes, and without a table."""
+    column = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16, torch.int64: INT64}
+    return _table[column[dtype]] if _table is not None and dtype in column else -1

@@ -1,9 +1,10 @@
 """How a kernel finds the elements of the tensors that it reads, and makes sure that they are there.
 
 Python gives two numbers for each tensor, of which a first one of 0 stands for an absent tensor:
-(address, dtype code), which says where its elements are; or (handle, wanted), with a negative
-second number. The handle is torch's own object, ``t._cdata``: the kernel asks torch about it by the
-functions of torch_library.py, which takes a tenth of the time that it takes to ask from Python.
+(address, dtype code), which says where its elements are; or (handle, wanted). The handle is torch's
+own object, ``t._cdata``: the kernel asks torch about it by the functions of torch_library.py, which
+takes a tenth of the time that it takes to ask from Python. ``wanted`` is the address of the
+operand's description: ``Operand.description`` in cpu/memory.py.
 """
 
 from __future__ import annotations
@@ -43,21 +44,24 @@ def ask(context, function, handle):
 def place(table, given, wanted):
     """The (address, dtype code) of a tensor; the code is -1 if it is not what is wanted.
 
-    Wanted is a contiguous tensor on the CPU, of certain dtypes, whose storage has so many elements.
-    ``place`` in base/memory.py, which makes the same checks, says by name what is wrong, or makes a
-    copy.
+    Wanted is a contiguous tensor on the CPU, of certain dtypes, whose storage has so many elements;
+    if it was saved, with the dtype and sizes that it had then. ``place`` and ``as_saved`` in
+    base/memory.py, which make the same checks, say by name what is wrong, or make a copy.
     """
-    if wanted >= 0 or given == 0:
-        return given, max(wanted, 0)
+    if wanted <= FP16:  # the highest code, and no address
+        return given, wanted
+    want = vector(wanted, library.DESCRIBED, np.int64)
+    dimensions = want[library.OF_DIM]
+    if given == 0:
+        return given, (-1 if dimensions >= 0 else 0)
     torch = vector(table, library.COLUMNS, np.int64)
-    kind, count = -wanted & ((1 << library.KIND_BITS) - 1), -wanted >> library.KIND_BITS
     dtype, code, size = ask(torch[library.DTYPE], given), -1, 4
-    if kind == library.SEED:
+    if want[library.KIND] == library.SEED:
         if dtype == torch[library.INT64]:
             code, size = 0, 8
     elif dtype == torch[library.FP32]:
         code = FP32
-    elif kind != library.NUMBERS:
+    elif want[library.KIND] != library.NUMBERS:
         size = 2
         if dtype == torch[library.BF16]:
             code = BF16
@@ -67,8 +71,17 @@ def place(table, given, wanted):
         return 0, -1
     if ask(torch[library.CONTIGUOUS], given) != 1:
         return 0, -1
-    if (ask(torch[library.OFFSET], given) + count) * size > ask(torch[library.BYTES], given):
+    end = (ask(torch[library.OFFSET], given) + want[library.COUNT]) * size
+    if end > ask(torch[library.BYTES], given):
         return 0, -1
+    if dimensions >= 0:
+        if dtype != want[library.OF_DTYPE] or ask(torch[library.DIM], given) != dimensions:
+            return 0, -1
+        sizes = vector(ask(torch[library.SIZES], given), dimensions, np.int64)
+        saved = vector(wanted + 8 * library.DESCRIBED, dimensions, np.int64)
+        for i in range(dimensions):
+            if sizes[i] != saved[i]:
+                return 0, -1
     address = ask(torch[library.ADDRESS], given)
     return address, (code if address > 0 else -1)
 
