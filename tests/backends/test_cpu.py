@@ -572,7 +572,7 @@ def test_norms_of_rows_with_a_large_mean(monkeypatch):
 @needs_numba
 def test_large_results_are_whole():
     rows = cpu_memory._MAPPED_ANEW // 4096 + 1
-    value, (address, kind) = cpu_memory.result(cpu_memory.like((rows, 1024), torch.float32))
+    value, (address, kind) = cpu_memory.result(cpu_memory.blanks((rows, 1024))[torch.float32])
     assert (address, kind) == (value.data_ptr(), 0)
     assert value.is_contiguous()
     assert value.fill_(1).sum(dtype=torch.float64) == rows * 1024

@@ -137,9 +137,10 @@ ROWS = torch.arange(64.0).view(8, 8)
         (lambda: ROWS.to_sparse(), False),
         (lambda: ROWS.to("meta"), False),
         (lambda: torch._efficientzerotensor((8, 8)), False),
+        (lambda: torch._neg_view(ROWS), False),
     ],
     ids=["offset", "bf16", "fp16", "parameter", "fp64", "int64", "transposed", "columns",
-         "expanded", "sparse", "meta", "zeros"],
+         "expanded", "sparse", "meta", "zeros", "negated"],
 )  # fmt: skip
 def test_a_kernel_takes_what_python_would_take(make, asked, capfd):
     """Where it refuses a tensor, ``base.memory.place`` copies it, or says what is wrong."""
@@ -201,6 +202,58 @@ def test_what_was_saved_is_named(seed):
         with pytest.raises(ValueError, match=r"given x as a float32 tensor of shape \[4, 8\]"):
             out.sum().backward()
         x.data = torch.ones(8, 8)
+
+
+OPS = {
+    "dropout": lambda x, b: tridrop.dropout(x, 0.5, seed=1),
+    "activation": lambda x, b: tridrop.activation_dropout(
+        x, 0.5, activation="gelu", bias=b, seed=1
+    ),
+    "activation alone": lambda x, b: tridrop.activation_dropout(x, 0.0, activation="gelu"),
+    "norm": lambda x, b: tridrop.dropout_add_layer_norm(
+        x, x, b, b, bias=b, layer_scale=b, p=0.5, seed=1
+    ),
+    "softmax": lambda x, b: tridrop.softmax_dropout(x, 0.5, seed=1),
+    "masked softmax": lambda x, b: tridrop.softmax_dropout(x, 0.5, mask=b, seed=1),
+}
+OTHERS = {
+    "shorter": lambda t: t[:1].clone(),
+    "flat": lambda t: t.reshape(1, 1, -1).clone(),
+    "another dtype": lambda t: t.to(torch.float16 if t.dtype == torch.bfloat16 else torch.bfloat16),
+    "fp64": lambda t: t.double(),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@needs_numba
+@pytest.mark.parametrize("asked", [pytest.param(True, marks=needs_table), False])
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("name", OPS)
+def test_what_was_saved_is_compared(name, other, asked, monkeypatch):
+    """By kernels or, where these cannot ask torch, in Python: with the same error."""
+    if not asked:
+        monkeypatch.setattr(threads, "table", 0)
+    x = torch.randn(4, 8, requires_grad=True)
+    for vector in (torch.ones(8), torch.ones(8, dtype=torch.bfloat16)):
+        count = len(OPS[name](x, vector.requires_grad_()).grad_fn.saved_tensors)
+        for changed in range(count):
+            for _ in range(2):  # the second call is known
+                packed = []
+
+                def pack(t, packed=packed):
+                    packed.append(t)
+                    return len(packed) - 1
+
+                def unpack(i, packed=packed, changed=changed):
+                    return other(packed[i]) if i == changed else packed[i]
+
+                with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                    out = OPS[name](x, vector)
+                if changed >= len(packed):
+                    break  # it is None
+                with pytest.raises(ValueError, match="backward is given"):
+                    out.sum().backward()
+        assert packed
 
 
 def test_a_tensor_that_is_not_strided_is_named():

@@ -43,6 +43,7 @@ def place(t: Tensor, count: int, name: str, stored: Stored = STORED) -> tuple[Te
             at
             and t.is_cpu
             and t.is_contiguous()
+            and not t.is_neg()
             and (t.storage_offset() + count) * size <= t.untyped_storage().nbytes()
         ):
             return t, (at, code)
@@ -51,7 +52,7 @@ def place(t: Tensor, count: int, name: str, stored: Stored = STORED) -> tuple[Te
         raise TypeError(f"{name} is {_words(t)}; give {dtypes}") from None
     except RuntimeError:  # some tensors have no address: whole() says what they are
         pass
-    t = whole(t, name).detach().contiguous()
+    t = whole(t, name).detach().resolve_neg().contiguous()
     if t.device.type != "cpu":
         raise ValueError(f"{name} is on {t.device}; loops for CPUs take tensors on the CPU")
     if t.numel() < count:

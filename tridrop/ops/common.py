@@ -169,7 +169,7 @@ def prepared_backward(
             return None
     t: Any
     for t in saved:
-        if t is not None and (type(t) not in PLAIN or t.is_neg()):
+        if t is not None and type(t) not in PLAIN:
             return None
     for place, shape, dtype, device, _ in ctx.compared:
         t = saved[place]
@@ -178,6 +178,7 @@ def prepared_backward(
             or t.shape != shape
             or t.dtype is not dtype
             or (t.is_cpu or t.device) != device
+            or t.is_neg()
         ):
             return None
     return ctx.prepared.backward(as_operands(operands, (*incoming, *saved)), needed)

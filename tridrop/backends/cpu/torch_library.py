@@ -1,9 +1,10 @@
 """The functions of torch's own library that kernels call, by their addresses.
 
-``GOMP_parallel`` is OpenMP's: see threads.py. The others are torch's C interface, in
-torch/csrc/inductor/aoti_torch/c/shim.h, whose binary interface torch keeps stable: kernels ask it
-where a tensor's elements are, see loops/operands.py. Both are looked for on Linux alone, where they
-were tried.
+``GOMP_parallel`` is OpenMP's: see threads.py. By the others kernels ask where a tensor's elements
+are, see loops/operands.py. They are torch's C interface, in
+torch/csrc/inductor/aoti_torch/c/shim.h, whose binary interface torch keeps stable, and one function
+of C++, ``bool at::native::is_neg(const Tensor&)``, which that interface lacks. All are looked for
+on Linux alone, where they were tried.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 
 _QUESTIONS = ("get_device_type", "is_contiguous", "get_dtype", "get_storage_offset",
               "get_storage_size", "get_data_ptr", "get_dim", "get_sizes")  # fmt: skip
+_IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"
 _ANSWERS = ("device_type_cpu", "dtype_float32", "dtype_bfloat16", "dtype_float16", "dtype_int64")
 # The columns of the table: the addresses of the questions, then the answers as numbers.
-(DEVICE, CONTIGUOUS, DTYPE, OFFSET, BYTES, ADDRESS, DIM, SIZES,
- CPU, FP32, BF16, FP16, INT64, COLUMNS) = range(14)  # fmt: skip
+(DEVICE, CONTIGUOUS, DTYPE, OFFSET, BYTES, ADDRESS, DIM, SIZES, NEG,
+ CPU, FP32, BF16, FP16, INT64, COLUMNS) = range(15)  # fmt: skip
 
 # What a kernel reads of a tensor: numbers of these kinds.
 STORED, NUMBERS, SEED = range(3)  # fp32, bf16 or fp16; fp32; int64
@@ -46,7 +48,8 @@ def _address(library: ctypes.CDLL | None, name: str) -> int:
 
 
 def _make_table(library: ctypes.CDLL | None) -> ctypes.Array[ctypes.c_int64] | None:
-    questions = [_address(library, f"aoti_torch_{name}") for name in _QUESTIONS]
+    names = (*(f"aoti_torch_{name}" for name in _QUESTIONS), _IS_NEG)
+    questions = [_address(library, name) for name in names]
     answers = [getattr(library, f"aoti_torch_{name}", None) for name in _ANSWERS]
     found = [answer() for answer in answers if answer is not None]
     if 0 in questions or len(found) < len(answers):

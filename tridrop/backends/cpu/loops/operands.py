@@ -40,13 +40,28 @@ def ask(context, function, handle):
     return types.int64(types.int64, types.int64), build
 
 
+@intrinsic
+def is_negated(context, function, handle):
+    """Whether a tensor is lazily negated: then its elements are not the numbers in its memory."""
+
+    def build(context, builder, signature, arguments):
+        word, byte = llvm.IntType(64), llvm.IntType(8)
+        tensor = cgutils.alloca_once(builder, word)
+        builder.store(arguments[1], tensor)
+        kind = llvm.FunctionType(byte, [word.as_pointer()]).as_pointer()
+        answer = builder.call(builder.inttoptr(arguments[0], kind), [tensor])
+        return builder.trunc(answer, llvm.IntType(1))
+
+    return types.boolean(types.int64, types.int64), build
+
+
 @part(set())
 def place(table, given, wanted):
     """The (address, dtype code) of a tensor; the code is -1 if it is not what is wanted.
 
-    Wanted is a contiguous tensor on the CPU, of certain dtypes, whose storage has so many elements;
-    if it was saved, with the dtype and sizes that it had then. ``place`` and ``as_saved`` in
-    base/memory.py, which make the same checks, say by name what is wrong, or make a copy.
+    Wanted is a contiguous tensor on the CPU, not negated, of certain dtypes, whose storage has so
+    many elements; if it was saved, with the dtype and sizes that it had then. ``place`` and
+    ``as_saved`` in base/memory.py make the same checks: they say what is wrong, or make a copy.
     """
     if wanted <= FP16:  # the highest code, and no address
         return given, wanted
@@ -69,7 +84,7 @@ def place(table, given, wanted):
             code = FP16
     if code < 0 or ask(torch[library.DEVICE], given) != torch[library.CPU]:
         return 0, -1
-    if ask(torch[library.CONTIGUOUS], given) != 1:
+    if ask(torch[library.CONTIGUOUS], given) != 1 or is_negated(torch[library.NEG], given):
         return 0, -1
     end = (ask(torch[library.OFFSET], given) + want[library.COUNT]) * size
     if end > ask(torch[library.BYTES], given):
