@@ -66,14 +66,23 @@ class Call:
         self.right: list[dict[str, Any]] = []
         self.odd: list[tuple[int, str, Any]] = []
 
+    @property
+    def is_attention(self) -> bool:
+        """Whether torch has a function of its own for such calls: see :func:`torchs_attention`."""
+        return self.target.name == "scaled_dot_product_attention"
+
     def run(self, way: str) -> Outcome:
-        """The outcome with CPU tensors served by a backend: results, then gradients."""
+        """The outcome with CPU tensors served by a backend: results, then gradients.
+
+        The way "torch" is torch's own attention.
+        """
         chooser = random.Random(self.key)
         torch.manual_seed(chooser.randrange(1 << 30))
         with _served_by(way), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return Outcome("ok", results=self._run(chooser))
+                function = torchs_attention if way == "torch" else self.target.function
+                return Outcome("ok", results=self._run(chooser, function))
             except Exception as error:
                 found, kind = of_error(error), type(error)
         if found.kind == "another error of ours" and self._torch_raises(kind):
@@ -113,11 +122,10 @@ class Call:
         self.what = f"{target.name}({'; '.join(notes) or 'nothing odd'})"
         return given[0], given[1]
 
-    def _run(self, chooser: random.Random) -> list[Any]:
+    def _run(self, chooser: random.Random, function: Callable[..., Any]) -> list[Any]:
         own, further = self._arguments(chooser)
         grads, go = chooser.random() < 0.7, random.Random(chooser.random())
         leaves = _leaves([own, further]) if grads else []
-        function: Callable[..., Any] = self.target.function
         torch.manual_seed(11)
         if self.target.forward is not None:
             module = function(**own)
@@ -168,6 +176,34 @@ class Call:
         return False
 
 
+def torchs_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    key_mask: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """The same by torch's own function; NotImplementedError for what that does not have."""
+    unused = {name for name, value in others.items() if value is not None and value is not False}
+    if dropout_p or unused - {"seed"}:
+        raise NotImplementedError(f"torch's attention has no {unused}, and draws another mask")
+    allowed = attn_mask
+    if key_mask is not None:
+        keys = key_mask[:, None, None, :]
+        allowed = keys if allowed is None else allowed & keys
+    if is_causal:
+        size = query.shape[-2], key.shape[-2]
+        order = torch.ones(size, dtype=torch.bool).tril()
+        allowed = order if allowed is None else allowed & order
+    attend = nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, allowed, scale=scale, enable_gqa=enable_gqa)
+
+
 def _is_given(p: Parameter, chooser: random.Random) -> bool:
     # The shapes of others go by the activation.
     return not p.optional or p.name == "activation" or chooser.random() < 0.7
@@ -211,4 +247,4 @@ def _taken(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _served_by(way: str) -> AbstractContextManager[None]:
     # Unless the device decides, the cpu backend refuses tensors on meta, and only this way raises.
-    return contextlib.nullcontext() if way == "cpu" else tridrop.backend(way)
+    return contextlib.nullcontext() if way in ("cpu", "torch") else tridrop.backend(way)

@@ -84,6 +84,10 @@ def run(seed: int, numbers: range, only: str | None, against: str) -> None:
         # Triton's interpreter multiplies and rounds bfloat16 in another way than its compiler.
         second = first if against == "triton" and call.narrow else call.run(against)
         apart = disagreement(first, second, against)
+        if apart is not None and call.is_attention and second.kind == "ok":
+            torchs = call.run("torch")
+            if torchs.kind == "ok" and disagreement(first, torchs) is None:
+                apart = "as torch's attention", apart[1]
         if apart is not None:
             kind, detail = apart
         elif (

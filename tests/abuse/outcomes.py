@@ -20,6 +20,7 @@ KINDS = {
     "NotImplementedError": False,
     "torch's own error": False,
     "as torch's module": False,
+    "as torch's attention": False,  # docs/design.md, "Limits of 16-bit attention"
     "refused by Triton": False,
     "not finite, and Triton differs": False,  # docs/design.md: its kernels do not mend such rows
     "another error of ours": True,

@@ -77,3 +77,20 @@ def test_heads_that_share_a_gradient_are_summed():
     into = torch.zeros(2, 2, 4, 3)
     products.write(Product(left, right, 1.0, 2), into, True)
     torch.testing.assert_close(into, (left @ right).unflatten(1, (2, 3)).sum(2))
+
+
+@pytest.mark.skipif(not can_serve(), reason="the cpu backend needs numba")
+@pytest.mark.parametrize("scale", [1e300, -1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_beyond_fp32_is_infinite(scale, dtype):
+    """As where it multiplies a tensor; baddbmm refuses to convert such a number."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    found = []
+    for name in ("cpu", "reference"):
+        with tridrop.backend(name):
+            out = tridrop.scaled_dot_product_attention(q, k, v, None, 0.25, scale=scale, seed=1)
+            found.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
+    for a, b in zip(*found, strict=True):
+        assert not b.isfinite().all()
+        torch.testing.assert_close(a, b, equal_nan=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from abuse import __main__ as command
-from abuse.calls import Call
+from abuse.calls import Call, torchs_attention
 from abuse.child import changed
 from abuse.outcomes import Outcome, difference, disagreement, of_error
 from abuse.targets import targets
@@ -42,6 +42,20 @@ def test_tritons_kernels_agree_with_the_loops():
     result = abuse("--calls", "400", "--seed", "2", "--against", "triton")
     assert result.returncode == 0, result.stdout + result.stderr
     assert ["all", "400"] in [line.split() for line in result.stdout.splitlines()]
+
+
+def test_attention_has_torchs_as_a_third_way():
+    """It decides where the loops and the composition differ, and is not asked what it cannot do."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, length, 8) for length in (3, 9, 9))
+    mask, keys = torch.rand(3, 9) < 0.8, torch.rand(2, 9) < 0.8
+    options = {"attn_mask": mask, "is_causal": True, "scale": 1.0, "key_mask": keys | ~keys[0]}
+    found = torchs_attention(q, k, v, **options, window=None, return_lse=False, seed=1)
+    expected = tridrop.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(found, expected)
+    for other in ({"dropout_p": 0.1}, {"window": 2}, {"softcap": 1.0}):
+        with pytest.raises(NotImplementedError):
+            torchs_attention(q, k, v, **other)
 
 
 def test_every_public_name_is_a_target():

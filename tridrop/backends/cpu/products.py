@@ -8,6 +8,8 @@ unless samples are so small that copies take less time than calls.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,9 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor, scale: float, add: 
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:
+    if abs(scale) > torch.finfo(out.dtype).max:
+        # A product with the number gives infinities then, but baddbmm refuses to convert it.
+        scale = math.copysign(math.inf, scale)
     # Where beta is 0, it does not matter what `out` has, not even NaN.
     torch.baddbmm(out, left, right, beta=int(add), alpha=scale, out=out)
 
