@@ -134,7 +134,7 @@ def save(
     # Under torch.compile, the compiler decides what a graph saves.
     ctx.facts = () if torch.compiler.is_compiling() else memory.facts_of(names, tensors)
     if known:
-        ctx.prepared, ctx.compared = packed.prepared.held_to(ctx.facts)  # type: ignore[union-attr]
+        ctx.prepared, ctx.uncompared = packed.prepared.held_to(ctx.facts)  # type: ignore[union-attr]
         packed.noted[ctx.needs_input_grad] = dict(ctx.__dict__)  # type: ignore[union-attr]
 
 
@@ -171,7 +171,7 @@ def prepared_backward(
     for t in saved:
         if t is not None and type(t) not in PLAIN:
             return None
-    for place, shape, dtype, device, _ in ctx.compared:
+    for place, shape, dtype, device, _ in ctx.uncompared:
         t = saved[place]
         if (  # a changed tensor takes the other path, where unchanged() raises
             t is None

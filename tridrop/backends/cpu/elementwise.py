@@ -71,8 +71,8 @@ class PreparedElementwise(NamedTuple):
             backward = self.function.backward
             by_torch = x is not None and x.dtype == grad.dtype and self._is_torchs(x, bias)
             if x is not None and by_torch and backward is not None:
-                held = self.backward_reads.as_saved((seed, grad, x, bias, layer_scale))
-                whole = checked(operands._replace(x=held[2], bias=held[3]))
+                saved = self.backward_reads.as_saved((seed, grad, x, bias, layer_scale))
+                whole = checked(operands._replace(x=saved[2], bias=saved[3]))
                 assert whole.x is not None
                 biased = whole.x if whole.bias is None else whole.x + whole.bias
                 found = backward(whole.grad, biased)

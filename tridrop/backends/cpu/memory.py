@@ -59,15 +59,15 @@ class Reads(NamedTuple):
     operands: tuple[Operand, ...]
     descriptions: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]  # kept for their addresses
     wanted: tuple[int, ...]  # the addresses
-    held: frozenset[str]  # the names of those that must be as they were saved
+    compared: frozenset[str]  # the names of those that must be as they were saved
 
     @classmethod
     def of(cls, *operands: Operand) -> Reads:
         """Of tensors in this order."""
         descriptions = tuple(operand.description() for operand in operands)
         addresses = tuple(each.ctypes.data for each in descriptions)
-        held = frozenset(operand.name for operand in operands if operand.saved is not None)
-        return cls(operands, descriptions, addresses, held)
+        compared = frozenset(operand.name for operand in operands if operand.saved is not None)
+        return cls(operands, descriptions, addresses, compared)
 
     def held_to(self, saved: Sequence[Facts]) -> tuple[Reads, tuple[Facts, ...]]:
         """The same of tensors that must be as they were saved, and the facts of the others.
@@ -75,14 +75,12 @@ class Reads(NamedTuple):
         The others are those that the kernel does not read, or of which it reads a copy in fp32.
         """
         by_name = {facts.name: facts for facts in saved}
-        held = []
-        for operand in self.operands:
+        operands = list(self.operands)
+        for i, operand in enumerate(operands):
             facts = by_name.get(operand.name)
             if facts is not None and facts.device is True and facts.dtype in _KINDS[operand.kind]:
-                held.append(operand._replace(saved=by_name.pop(operand.name)))
-            else:
-                held.append(operand)
-        return Reads.of(*held), tuple(by_name.values())
+                operands[i] = operand._replace(saved=by_name.pop(operand.name))
+        return Reads.of(*operands), tuple(by_name.values())
 
     def as_saved(self, tensors: Tensors) -> list[Tensor | None]:
         """``tensors``, of which those that were saved are as they were; else ValueError."""
@@ -156,8 +154,8 @@ def vectors(
 
     One that was fp32 when it was saved is left as it is now: the kernel sees if that has changed.
     """
-    if bias is not None and "bias" not in reads.held:
+    if bias is not None and "bias" not in reads.compared:
         bias = in_fp32(bias, "bias")
-    if layer_scale is not None and "layer_scale" not in reads.held:
+    if layer_scale is not None and "layer_scale" not in reads.compared:
         layer_scale = in_fp32(layer_scale, "layer_scale")
     return bias, layer_scale

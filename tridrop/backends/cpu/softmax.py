@@ -6,6 +6,7 @@ serve: fp64, a ``p`` in a tensor, and, in attention, sinks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -43,8 +44,9 @@ def without_band(options: AttentionOptions) -> AttentionOptions:
 
 
 @lru_cache(256)
-def _reads(rows: int, count: int, backward: bool) -> Reads:
-    """What the loops read."""
+def _reads(shape: tuple[int, ...], backward: bool) -> Reads:
+    """What the loops read of scores of ``shape`` and the gradients."""
+    rows, count = math.prod(shape[:-1]), math.prod(shape)
     scores = Operand("scores", count)
     if not backward:
         return Reads.of(SEED, scores)
@@ -55,7 +57,7 @@ def _reads(rows: int, count: int, backward: bool) -> Reads:
 def _call(
     name: str,
     tensors: Tensors,
-    reads: Reads | None,
+    reads: Reads,
     options: AttentionOptions,
     scale: float,
     keep_alive: Any,
@@ -63,8 +65,8 @@ def _call(
 ) -> None:
     """Call a kernel for all rows of the scores, by several threads.
 
-    The kernel reads the ``tensors``: the seed, the scores, and others, as ``reads`` says where it
-    is given. ``keep_alive`` holds those to whose memory ``results`` point.
+    ``reads`` says what the kernel reads of the ``tensors``: the seed, the scores, and others.
+    ``keep_alive`` holds those to whose memory ``results`` point.
     """
     x = tensors[1]
     assert x is not None
@@ -78,8 +80,6 @@ def _call(
     )
     sizes, factor = (heads, queries), options.keep_scale()
     given = (keys, sizes, decisions, factor, band, float(scale), *results)
-    if reads is None:
-        reads = _reads(rows, rows * keys, len(tensors) > 2)
     kernel = getattr(serving.kernels(), name)
     share(kernel, parts_of(rows, keys), tensors, reads, given, keep_alive)
 
@@ -99,8 +99,8 @@ def forward(
     contiguous, and ``out`` may be ``x``.
     """
     results = (matrix(out), matrix(probabilities), matrix(lse)[0])
-    held = (out, probabilities, lse)
-    _call("softmax_forward", (seed, x), None, options, scale, held, results)
+    held, reads = (out, probabilities, lse), _reads(x.shape, False)
+    _call("softmax_forward", (seed, x), reads, options, scale, held, results)
 
 
 def backward(
@@ -120,8 +120,8 @@ def backward(
     """
     dlse = None if dlse is None else in_fp32(dlse, "dlse")
     tensors = (seed, x, dout, dsoftmax, dlse)
-    held = (dx, kept)
-    _call("softmax_backward", tensors, None, options, scale, held, matrix(kept), matrix(dx))
+    held, reads = (dx, kept), _reads(x.shape, True)
+    _call("softmax_backward", tensors, reads, options, scale, held, matrix(kept), matrix(dx))
 
 
 class ScoreMultiplier(Multiplier):
@@ -202,10 +202,7 @@ def prepare(
     scores, mask, seed, p = operands.scores, operands.mask, operands.seed, operands.p
     if _is_torchs(mask, options) or not serves(seed, p, scores, mask):
         return None
-    batch, heads, queries, keys = four(shape)
-    rows = batch * heads * queries
-    reads = (_reads(rows, rows * keys, backward) for backward in (False, True))
-    return PreparedSoftmax(options, blanks(shape), *reads)
+    return PreparedSoftmax(options, blanks(shape), _reads(shape, False), _reads(shape, True))
 
 
 def _is_torchs(mask: Tensor | None, options: AttentionOptions) -> bool:
