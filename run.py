@@ -39,7 +39,8 @@ EXTRAS = {
     "site": "docs",
     "build": "demo,test,dev",
 }
-TESTS = ["-m", "pytest", "-n", "2"]
+# Two processes, which take whole files: what the tests of a file share is then made once.
+TESTS = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
 COMMANDS = {
     "demo": [["-m", "tridrop", "demo"]],
     "test": [TESTS],
