@@ -8,6 +8,7 @@ once in a process. It compiles the loops by small calls of the ops, and keeps th
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import signal
@@ -248,6 +249,7 @@ def _work(connection: Connection, errors: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(errors, "w", buffering=1)  # noqa: SIM115  # until the process ends
     os.dup2(sys.stderr.fileno(), 2)
+    gc.freeze()  # the modules are no garbage, and searching them takes time again and again
     while True:
         try:
             family = connection.recv()

@@ -8,7 +8,10 @@ functions give nothing to do. With both the first dropout takes two thirds of th
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numba
@@ -118,6 +121,22 @@ if _KNOWN:
     _INNER["pipeline_class"], OUTER["pipeline_class"] = _Step, _Kernel
 
 
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Compile without Python's search for garbage.
+
+    It would look again and again at all objects of the process, of which an import of torch leaves
+    300,000, and take a twelfth of the time. What numba leaves for it are some 15 MB per loop.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
 def cached(made, function):
     """A compiled function that is kept on disk."""
     if CACHE and isinstance(made, Dispatcher):  # NUMBA_DISABLE_JIT leaves functions as they are
@@ -161,7 +180,8 @@ def by_address(fastmath):
 
 def address_of(made):
     """The address of a function that :func:`by_address` made, which is compiled or loaded now."""
-    found = made.get_compile_result(_LOOPS)
+    with no_collections():
+        found = made.get_compile_result(_LOOPS)
     return found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
 
 
