@@ -89,6 +89,17 @@ class _LowerStep(NativeLowering):
         return super().run_pass(state)
 
 
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerApart(_LowerStep):
+    _name = "tridrop_lower_apart"
+
+    def run_pass(self, state):
+        changed = super().run_pass(state)
+        function = state.library.get_function(state.cr.fndesc.mangled_name)
+        function.add_function_attribute("noinline")
+        return changed
+
+
 class _Kernel(CompilerBase):
     """numba's pipeline without needless passes."""
 
@@ -111,14 +122,22 @@ class _Step(_Kernel):
     lowering = _LowerStep
 
 
+class _Apart(_Kernel):
+    """The same for functions that stay functions."""
+
+    lowering = _LowerApart
+
+
 # The pipelines use parts of numba that are not public. They were looked at in these versions; in
 # another one numba's own pipeline makes the same loops, in twice the time.
 OLDEST, NEWEST = (0, 61), (0, 68)
 _KNOWN = OLDEST <= (numba.version_info.major, numba.version_info.minor) <= NEWEST
 _INNER = {"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 OUTER = {"error_model": "numpy", "nogil": True}
+_APART = {**_INNER, "forceinline": False}  # else numba takes it over from the caller
 if _KNOWN:
     _INNER["pipeline_class"], OUTER["pipeline_class"] = _Step, _Kernel
+    _APART["pipeline_class"] = _Apart
 
 
 @contextmanager
@@ -153,6 +172,15 @@ def part(fastmath):
     "reassoc" sums in any order.
     """
     return njit(fastmath=fastmath, **_INNER)
+
+
+def apart(fastmath):
+    """A function like :func:`part` that LLVM does not inline either.
+
+    It is for steps of several loops that are taken once per call of a kernel, or rarely, or in
+    several places: the time to compile a kernel goes into its loops. A call takes some 10 ns.
+    """
+    return njit(fastmath=fastmath, **_APART)
 
 
 def inline(fastmath):
