@@ -22,6 +22,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.dispatcher import Dispatcher
+from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic
 
@@ -89,15 +90,16 @@ class _LowerStep(NativeLowering):
         return super().run_pass(state)
 
 
+class _NotInlined(Lower):
+    def setup_function(self, fndesc):
+        super().setup_function(fndesc)
+        self.function.attributes.add("noinline")
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _LowerApart(_LowerStep):
     _name = "tridrop_lower_apart"
-
-    def run_pass(self, state):
-        changed = super().run_pass(state)
-        function = state.library.get_function(state.cr.fndesc.mangled_name)
-        function.add_function_attribute("noinline")
-        return changed
+    lowering_class = _NotInlined
 
 
 class _Kernel(CompilerBase):
@@ -132,7 +134,12 @@ class _Apart(_Kernel):
 # another one numba's own pipeline makes the same loops, in twice the time.
 OLDEST, NEWEST = (0, 61), (0, 68)
 _KNOWN = OLDEST <= (numba.version_info.major, numba.version_info.minor) <= NEWEST
-_INNER = {"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_INNER = {
+    "error_model": "numpy",
+    "_nrt": False,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 OUTER = {"error_model": "numpy", "nogil": True}
 _APART = {**_INNER, "forceinline": False}  # else numba takes it over from the caller
 if _KNOWN:

@@ -152,7 +152,7 @@ def store_zeros(read, write):
     return loop
 
 
-@apart(set())
+@part(set())
 def clear_outside(matrix, start, keys, first, end):
     """Set a row, which begins at ``start``, to 0 before the key ``first`` and from ``end`` on."""
     store_zeros(matrix, start, first)
