@@ -1,5 +1,6 @@
 """What is compiled is said on a terminal, once, and `tridrop warmup` compiles it ahead."""
 
+import gc
 import io
 import json
 import logging
@@ -215,6 +216,26 @@ def test_steps_are_compiled_once_and_make_no_machine_code():
     }  # fmt: skip
     assert {entry for entry in others if entry[0] != "activations"} == kernels
     assert len(others) == len(kernels) + warmup.loops_of("activations")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_no_garbage_is_searched_for_while_a_loop_compiles(before):
+    """Afterwards it is as before, also after an error."""
+    states = []
+
+    def loop(*arguments):
+        states.append(gc.isenabled())
+        raise RuntimeError
+
+    first = serving._first_call("forward", loop)
+    was = gc.isenabled()
+    try:
+        (gc.enable if before else gc.disable)()
+        with pytest.raises(RuntimeError):
+            first()
+        assert (states, gc.isenabled()) == ([False], before)
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_refusals(monkeypatch, capsys):

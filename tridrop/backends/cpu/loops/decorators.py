@@ -4,6 +4,7 @@ numba compiles each function for itself: it optimises it with all that it calls,
 code of it. A kernel and its steps are some forty functions, of which only the kernel's machine code
 is ever run. So steps have a pipeline that makes no machine code, and passes are left out that these
 functions give nothing to do. With both the first dropout takes two thirds of the time to compile.
+No array of a step has an owner, so that steps are compiled without counts of references.
 """
 
 from __future__ import annotations
@@ -173,19 +174,18 @@ def cached(made, function):
 def part(fastmath):
     """A function that kernels call, compiled with the first kernel that needs it.
 
-    It is for code that would make the kernels several times as long if it were inlined. Handing
-    arrays over to it takes as long as some sixty elements. ``fastmath`` names all liberties that
-    are taken with floating-point numbers: "contract" joins a product and a sum in one instruction;
-    "reassoc" sums in any order.
+    In a kernel it is inlined all the same, since numba hands that option on from caller to callee;
+    :func:`apart` is not. ``fastmath`` names all liberties that are taken with floating-point
+    numbers: "contract" joins a product and a sum in one instruction; "reassoc" sums in any order.
     """
     return njit(fastmath=fastmath, **_INNER)
 
 
 def apart(fastmath):
-    """A function like :func:`part` that LLVM does not inline either.
+    """A function like :func:`part` that is not inlined.
 
-    It is for steps of several loops that are taken once per call of a kernel, or rarely, or in
-    several places: the time to compile a kernel goes into its loops. A call takes some 10 ns.
+    It is for steps of several loops that a kernel takes once per call, or rarely: half of the time
+    to compile a kernel is LLVM's, which goes into loops. A call takes some 10 ns.
     """
     return njit(fastmath=fastmath, **_APART)
 
