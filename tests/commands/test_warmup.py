@@ -1,13 +1,17 @@
 """What is compiled is said on a terminal, once, and `tridrop warmup` compiles it ahead."""
 
+import gc
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -214,6 +218,26 @@ def test_steps_are_compiled_once_and_make_no_machine_code():
     assert len(others) == len(kernels) + warmup.loops_of("activations")
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_no_garbage_is_searched_for_while_a_loop_compiles(before):
+    """Afterwards it is as before, also after an error."""
+    states = []
+
+    def loop(*arguments):
+        states.append(gc.isenabled())
+        raise RuntimeError
+
+    first = serving._first_call("forward", loop)
+    was = gc.isenabled()
+    try:
+        (gc.enable if before else gc.disable)()
+        with pytest.raises(RuntimeError):
+            first()
+        assert (states, gc.isenabled()) == ([False], before)
+    finally:
+        (gc.enable if was else gc.disable)()
+
+
 def test_refusals(monkeypatch, capsys):
     assert cli.main(["warmup", "mask"]) == 2
     assert "'mask' is no family of ops; known: elementwise" in capsys.readouterr().err
@@ -238,8 +262,86 @@ def test_without_numba_a_named_backend_is_refused(monkeypatch, capsys):
     assert "known: triton, cpu, reference" in capsys.readouterr().err
 
 
-def test_what_fails_is_said(monkeypatch, capsys):
-    """A process that cannot compile: its own words, and a status."""
-    monkeypatch.setattr(warmup.sys, "executable", "/bin/false")
-    assert cli.main(["warmup", "masks"]) == 1
-    assert "tridrop warmup: masks: " in capsys.readouterr().err
+FAMILIES_THAT_FAIL = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from tridrop.commands import cli, warmup
+
+method, folder, *options = sys.argv[1:]
+
+
+def raises():
+    yield
+    raise OSError("no room")
+
+
+def dies():
+    os.write(2, b"LLVM ERROR: no memory\\n")
+    os._exit(3)
+    yield
+
+
+def serves():
+    yield
+    Path(folder, "served").touch()
+    yield
+
+
+def waits():
+    draft = Path(folder, "draft")
+    draft.write_text(str(os.getpid()))
+    draft.rename(Path(folder, "waits"))
+    time.sleep(600)
+    yield
+
+
+warmup.FAMILIES.update(norms=raises, softmax=dies, masks=serves, elementwise=waits)
+warmup._processes = lambda: multiprocessing.get_context(method)
+if __name__ == "__main__":
+    sys.exit(cli.main(["warmup", *options]))
+"""
+
+
+def warming(tmp_path, method, *options):
+    """A program that warms these families up, with processes started in one of Python's ways."""
+    program = tmp_path / "program.py"
+    program.write_text(FAMILIES_THAT_FAIL)
+    return subprocess.Popen(
+        [sys.executable, str(program), method, str(tmp_path), *options],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+METHODS = [way for way in ("fork", "spawn") if way in multiprocessing.get_all_start_methods()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_fails_is_said(tmp_path, method, jobs):
+    """The words of a family that fails, a status, and no other family without its turn."""
+    with warming(tmp_path, method, "norms", "softmax", "masks", f"--jobs={jobs}") as run:
+        out, said = run.communicate(timeout=120)
+    assert (run.returncode, out) == (1, "")
+    first, second = sorted(said.split("tridrop warmup: ")[1:])
+    assert first.startswith("norms: Traceback")
+    assert first.endswith("OSError: no room\n\n")
+    assert second == "softmax: LLVM ERROR: no memory\nits process ended with 3\n\n"
+    assert (tmp_path / "served").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupt_stops_all_processes(tmp_path, method):
+    with warming(tmp_path, method, "elementwise", "masks", "--jobs=2") as run:
+        while not (tmp_path / "waits").exists():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "waits").read_text()), 0)

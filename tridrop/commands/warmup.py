@@ -1,19 +1,26 @@
-"""``tridrop warmup``: compiles the CPU loops ahead, with one process per family of ops.
+"""``tridrop warmup``: compiles the CPU loops ahead, in several processes.
 
-Within a process numba compiles one function at a time, so several processes share the families.
-Each compiles the loops by small calls of the ops, and keeps them on disk.
+Within a process numba compiles one function at a time, so several processes share the families of
+ops. Each takes one family after another, since steps that two families have in common are compiled
+once in a process. It compiles the loops by small calls of the ops, and keeps them on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import ExitStack
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 
@@ -80,41 +87,100 @@ def loops_of(family: str) -> int:
     return len(_forms()) if family == "activations" else 2
 
 
-def run(
-    families: Sequence[str], jobs: int, on_loop: Callable[[str], None] | None = None
-) -> list[str]:
-    """Compile the loops of ``families`` in ``jobs`` processes.
+def _processes() -> Any:
+    """How processes are started. A fork has all modules, whose import takes seconds, already.
 
-    ``on_loop`` is called after each loop with its family, from several threads. Returns the error
-    output of the processes that failed; empty if none did. An interrupt stops all of them.
+    A fork of a process with several threads could inherit a lock that nobody opens any more, and
+    outside of Linux system libraries do not survive one.
     """
-    started: list[subprocess.Popen[str]] = []
-    stopped = False
+    forks = sys.platform == "linux" and threading.active_count() == 1
+    return multiprocessing.get_context("fork" if forks else "spawn")
 
-    def compile_family(name: str) -> str:
-        if stopped:
-            return ""
-        command = [sys.executable, "-m", f"{__package__}.warmup", name]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-            started.append(process)
-            assert process.stdout is not None
-            assert process.stderr is not None
-            for _ in process.stdout:
-                if on_loop is not None:
-                    on_loop(name)
-            said = process.stderr.read()
-            return f"{name}: {said}" if process.wait() or said else ""
 
-    with ThreadPoolExecutor(jobs) as threads:
-        futures = [threads.submit(compile_family, name) for name in families]
+class _Worker:
+    """A process that compiles one family after another, as seen from the one that started it."""
+
+    def __init__(self, processes: Any, errors: Path) -> None:
+        self.family = ""  # what it compiles
+        self.connection, other = processes.Pipe()
+        self.process = processes.Process(target=_work, args=(other, str(errors)), daemon=True)
+        errors.touch()
+        self._errors = errors.open(errors="replace")
+        self.process.start()
+        other.close()  # so that the connection ends with the process
+
+    def begin(self, family: str) -> None:
+        self.family = family
+        self.connection.send(family)
+
+    def said(self) -> str:
+        """What was written on standard error since the last time."""
+        return self._errors.read()
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.join()
+        self._errors.close()
+
+
+class Workers:
+    """Processes that compile the loops of ``families``, ``jobs`` at a time.
+
+    They start when the context is entered. When it is left, by an interrupt too, they are stopped.
+    ``failed`` has the error output of each family that was not compiled.
+    """
+
+    def __init__(self, families: Sequence[str], jobs: int) -> None:
+        self.failed: list[str] = []
+        self._waiting, self._jobs = list(families), min(jobs, len(families))
+        self._busy: dict[Connection, _Worker] = {}
+        self._processes = _processes()
+        self._held = ExitStack()
+        self._started = 0
+
+    def __enter__(self) -> Workers:
+        self._folder = Path(self._held.enter_context(TemporaryDirectory()))
         try:
-            return [said for said in (future.result() for future in futures) if said]
+            for _ in range(self._jobs):
+                self._start()
         except BaseException:
-            stopped = True
-            for process in started:
-                process.kill()
+            self._held.close()
             raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _start(self) -> None:
+        self._started += 1
+        worker = _Worker(self._processes, self._folder / str(self._started))
+        self._held.callback(worker.stop)
+        self._busy[worker.connection] = worker
+        worker.begin(self._waiting.pop(0))
+
+    def loops(self) -> Iterator[str]:
+        """The family of each loop that is compiled, until all are."""
+        while self._busy:
+            for connection in cast("list[Connection]", wait(list(self._busy))):
+                worker = self._busy[connection]
+                try:
+                    whole, status = connection.recv(), ""
+                except (EOFError, OSError):  # the process has ended
+                    worker.process.join()
+                    whole, status = None, f"its process ended with {worker.process.exitcode}\n"
+                if whole is False:
+                    yield worker.family
+                    continue
+                said = worker.said() + status
+                if said:
+                    self.failed.append(f"{worker.family}: {said}")
+                if whole and self._waiting:
+                    worker.begin(self._waiting.pop(0))
+                    continue
+                del self._busy[worker.connection]
+                if self._waiting:
+                    self._start()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,12 +225,13 @@ def main(args: argparse.Namespace) -> int:
         return 2
     names = [name for name in FAMILIES if name in args.family or not args.family]
     loops = sum(map(loops_of, names))
-    with terminal.bar() as progress:
+    with Workers(names, args.jobs) as workers, terminal.bar() as progress:
         task = progress.add_task("compiling loops", total=loops)
-        failed = run(names, args.jobs, lambda _: progress.advance(task))
-    for said in failed:
+        for _ in workers.loops():
+            progress.advance(task)
+    for said in workers.failed:
         print(f"tridrop warmup: {said}", file=sys.stderr)
-    if failed:
+    if workers.failed:
         return 1
     from ..backends.cpu.loops.cache import folder
 
@@ -172,13 +239,25 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _worker(name: str) -> None:
-    """Compile one family, and print a line per loop."""
+def _work(connection: Connection, errors: str) -> None:
+    """Compile the families that are named, one after another, until the other side closes.
+
+    The answers are False for each loop, and True at the end of a family. Standard error goes to a
+    file, also what LLVM writes there before it ends the process.
+    """
     # the parent process handles Ctrl-C, and stops this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in FAMILIES[name]():
-        print(name, flush=True)
-
-
-if __name__ == "__main__":
-    _worker(*sys.argv[1:])
+    sys.stderr = open(errors, "w", buffering=1)  # noqa: SIM115  # until the process ends
+    os.dup2(sys.stderr.fileno(), 2)
+    gc.freeze()  # the modules are no garbage, and searching them takes time again and again
+    while True:
+        try:
+            family = connection.recv()
+        except EOFError:
+            return
+        try:
+            for _ in FAMILIES[family]():
+                connection.send(False)
+        except Exception:
+            traceback.print_exc()
+        connection.send(True)

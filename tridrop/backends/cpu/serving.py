@@ -88,7 +88,10 @@ def _first_call(name: str, loop: Any) -> Any:
     """
 
     def first(*arguments: Any) -> Any:
-        found = loop(*arguments)
+        from .loops.decorators import no_collections
+
+        with no_collections():
+            found = loop(*arguments)
         (compiled,) = loop.overloads.values()
         if getattr(_loaded, name) is first:
             setattr(_loaded, name, compiled.entry_point)

@@ -4,11 +4,15 @@ numba compiles each function for itself: it optimises it with all that it calls,
 code of it. A kernel and its steps are some forty functions, of which only the kernel's machine code
 is ever run. So steps have a pipeline that makes no machine code, and passes are left out that these
 functions give nothing to do. With both the first dropout takes two thirds of the time to compile.
+No array of a step has an owner, so that steps are compiled without counts of references.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numba
@@ -19,6 +23,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.dispatcher import Dispatcher
+from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic
 
@@ -86,6 +91,18 @@ class _LowerStep(NativeLowering):
         return super().run_pass(state)
 
 
+class _NotInlined(Lower):
+    def setup_function(self, fndesc):
+        super().setup_function(fndesc)
+        self.function.attributes.add("noinline")
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerApart(_LowerStep):
+    _name = "tridrop_lower_apart"
+    lowering_class = _NotInlined
+
+
 class _Kernel(CompilerBase):
     """numba's pipeline without needless passes."""
 
@@ -108,14 +125,43 @@ class _Step(_Kernel):
     lowering = _LowerStep
 
 
+class _Apart(_Kernel):
+    """The same for functions that stay functions."""
+
+    lowering = _LowerApart
+
+
 # The pipelines use parts of numba that are not public. They were looked at in these versions; in
 # another one numba's own pipeline makes the same loops, in twice the time.
 OLDEST, NEWEST = (0, 61), (0, 68)
 _KNOWN = OLDEST <= (numba.version_info.major, numba.version_info.minor) <= NEWEST
-_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_INNER = {
+    "error_model": "numpy",
+    "_nrt": False,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 OUTER = {"error_model": "numpy", "nogil": True}
+_APART = {**_INNER, "forceinline": False}  # else numba takes it over from the caller
 if _KNOWN:
     _INNER["pipeline_class"], OUTER["pipeline_class"] = _Step, _Kernel
+    _APART["pipeline_class"] = _Apart
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Compile without Python's search for garbage.
+
+    It would look again and again at all objects of the process, of which an import of torch leaves
+    300,000, and take a twelfth of the time. What numba leaves for it are some 15 MB per loop.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def cached(made, function):
@@ -128,12 +174,20 @@ def cached(made, function):
 def part(fastmath):
     """A function that kernels call, compiled with the first kernel that needs it.
 
-    It is for code that would make the kernels several times as long if it were inlined. Handing
-    arrays over to it takes as long as some sixty elements. ``fastmath`` names all liberties that
-    are taken with floating-point numbers: "contract" joins a product and a sum in one instruction;
-    "reassoc" sums in any order.
+    In a kernel it is inlined all the same, since numba hands that option on from caller to callee;
+    :func:`apart` is not. ``fastmath`` names all liberties that are taken with floating-point
+    numbers: "contract" joins a product and a sum in one instruction; "reassoc" sums in any order.
     """
     return njit(fastmath=fastmath, **_INNER)
+
+
+def apart(fastmath):
+    """A function like :func:`part` that is not inlined.
+
+    It is for steps of several loops that a kernel takes once per call, or rarely: half of the time
+    to compile a kernel is LLVM's, which goes into loops. A call takes some 10 ns.
+    """
+    return njit(fastmath=fastmath, **_APART)
 
 
 def inline(fastmath):
@@ -161,7 +215,8 @@ def by_address(fastmath):
 
 def address_of(made):
     """The address of a function that :func:`by_address` made, which is compiled or loaded now."""
-    found = made.get_compile_result(_LOOPS)
+    with no_collections():
+        found = made.get_compile_result(_LOOPS)
     return found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
 
 

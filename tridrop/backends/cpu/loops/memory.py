@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from llvmlite import ir as llvm
 from numba import types
+from numba.core.runtime.context import NRTContext
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, np_cfarray
 
@@ -29,6 +30,13 @@ def vector(context, address, shape, dtype):
         return np_cfarray(context, builder, given, (pointer, *arguments[1:]))
 
     return array(types.int64, shape, dtype), build
+
+
+def array_at(context, builder, address, size, element):
+    """:func:`vector` for other intrinsics, which build LLVM's code themselves."""
+    given = types.Array(element, 1, "C")(types.voidptr, types.int64, types.DType(element))
+    pointer = builder.inttoptr(address, _POINTER)
+    return np_cfarray(context, builder, given, (pointer, size))
 
 
 @intrinsic
@@ -54,7 +62,7 @@ def scratch(context, size):
     def build(context, builder, signature, arguments):
         # The word before the line says where the memory begins.
         size = builder.mul(arguments[0], _WORD(4))
-        begin = context.nrt.allocate(builder, builder.add(size, _WORD(8 + 4 * LINE)))
+        begin = NRTContext(context, True).allocate(builder, builder.add(size, _WORD(8 + 4 * LINE)))
         begin = builder.ptrtoint(begin, _WORD)
         address = builder.and_(builder.add(begin, _WORD(7 + 4 * LINE)), _WORD(-4 * LINE))
         builder.store(begin, _begin(builder, address))
@@ -69,7 +77,7 @@ def release(context, address):
 
     def build(context, builder, signature, arguments):
         begin = builder.load(_begin(builder, arguments[0]))
-        context.nrt.free(builder, builder.inttoptr(begin, _POINTER))
+        NRTContext(context, True).free(builder, builder.inttoptr(begin, _POINTER))
         return context.get_dummy_value()
 
     return types.void(types.int64), build

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .decorators import NOTHING, inline, written_out
+from .decorators import NOTHING, apart, inline, written_out
 from .kernels import kernel
 from .mask import (
     LANES,
@@ -128,13 +128,25 @@ def differentiate(d, u, rows, columns, statistics, gain, dweight, dbias, rms):
         project(v, n, gain, along / size, _ZERO if rms else whole / size, rstd)
 
 
+# Vectors are read and written once per part of the rows, and so by functions that are not inlined:
+# three loops for each of them, one per dtype, would be a fifth of the kernels.
+@apart(set())
+def load_vector(matrix, size, into):
+    load(matrix, NOTHING, size, into)
+
+
+@apart(set())
+def store_vector(matrix, size, values):
+    store(matrix, NOTHING, size, values)
+
+
 @inline(set())
 def gains(weight, centred, into):
     """into = the weight, or 1 + weight if ``centred``, or 1 where there is no weight."""
     if weight[0] == 0:
         fill(into, into.size, _ONE)
         return
-    load(weight, NOTHING, into.size, into)
+    load_vector(weight, into.size, into)
     if centred:
         for j in range(into.size):
             into[j] += _ONE
@@ -184,7 +196,7 @@ def forward(start, stop, given, columns, decisions, scale, out, stream, found, o
     gains(weight, centred, gain[:columns])
     fill(shift, columns, _ZERO)
     if norm_bias[0] != 0:
-        load(norm_bias, NOTHING, columns, shift)
+        load_vector(norm_bias, columns, shift)
     unkept = (np.int64(spare.ctypes.data), stream[1])
     r = start
     while r < stop:
@@ -281,7 +293,7 @@ def backward(start, stop, given, columns, decisions, scale, results, sums, optio
                 store_selected(dx, at, count, d, kept, last, factor)
         r += rows
     if dweight[0] != 0:
-        store(dweight, NOTHING, columns, of_weight)
+        store_vector(dweight, columns, of_weight)
     if dnorm_bias[0] != 0:
-        store(dnorm_bias, NOTHING, columns, of_bias)
+        store_vector(dnorm_bias, columns, of_bias)
     release(memory)

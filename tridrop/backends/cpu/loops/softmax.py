@@ -20,7 +20,7 @@ from numba import int32
 
 from ....contract.mask import TILE
 from .activations import exp
-from .decorators import inline, part, written_out
+from .decorators import apart, inline, part, written_out
 from .kernels import kernel
 from .mask import (
     STRIP,
@@ -135,7 +135,7 @@ def store_projected(read, write):
     return loop
 
 
-@part({"contract"})
+@apart({"contract"})
 def store_projected_some(dx, at, size, u, v, along, scale):
     """:func:`store_projected`, but 0 where u is 0, whatever v and ``along`` are."""
     for j in range(size):
@@ -221,7 +221,7 @@ def row_of_scratch(memory, k, keys):
     return vector(memory + 16 * STRIP + 4 * k * width_of(keys), keys, np.float32)
 
 
-@part(set())
+@apart(set())
 def clear_excluded(x, at, size, scale, spare, u):
     """In a row with NaN, set the probabilities u to 0 where the score is minus infinity.
 

@@ -6,13 +6,18 @@ pieces in fp32, and looks at the code once per piece that it loads or stores.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
-from numba import uint16, uint32
+from numba import types, uint16, uint32
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from .decorators import inline
-from .memory import bits_of, part_of, value_of, vector
+from .memory import array_at, bits_of, part_of, value_of
 
 FP32, BF16, FP16 = 0, 1, 2  # the dtype codes
+_ELEMENTS = types.float32, types.uint16, types.uint16  # what is loaded and stored, by code
 
 _ZERO = np.float32(0)
 _ONE, _SIGN, _FINITE = np.uint32(1), np.uint32(0x8000), np.uint32(0x7FFF)
@@ -76,21 +81,59 @@ def for_each_dtype(fastmath):
     """
 
     def decorate(make):
-        of_fp32 = inline(fastmath)(make(same, same))
-        of_bf16 = inline(fastmath)(make(from_bf16, to_bf16))
-        of_fp16 = inline(fastmath)(make(from_fp16, to_fp16))
+        conversions = ((same, same), (from_bf16, to_bf16), (from_fp16, to_fp16))
+        loops = [inline(fastmath)(make(*both)) for both in conversions]
 
-        @inline(fastmath)
-        def call(matrix, start, size, *others):
-            address, code = matrix
-            if code == FP32:
-                return of_fp32(vector(address + 4 * start, size, np.float32), *others)
-            half = vector(address + 2 * start, size, np.uint16)
-            return of_bf16(half, *others) if code == BF16 else of_fp16(half, *others)
+        # As a function of Python, which packs the other arguments into a tuple and unpacks them
+        # three times, this took longer to compile than the loops.
+        @intrinsic
+        def call(context, matrix, start, size, *others):
+            found = []
+            for loop, element in zip(loops, _ELEMENTS, strict=True):
+                taken = (types.Array(element, 1, "C"), *others)
+                loop.compile(taken)
+                found.append(loop.overloads[taken])
+            result = found[0].signature.return_type
+            given = matrix, types.int64, types.int64, types.StarArgTuple(others)
+            return result(*given), functools.partial(_build_choice, found)
 
         return call
 
     return decorate
+
+
+def _build_choice(loops, context, builder, signature, arguments):
+    """Call the loop for a matrix's dtype with its elements and the other arguments."""
+    matrix, start, size, others = arguments
+    address, code = (builder.extract_value(matrix, i) for i in range(2))
+    others = cgutils.unpack_tuple(builder, others)
+    result = cgutils.alloca_once(builder, context.get_value_type(signature.return_type))
+
+    def call(which):
+        loop, element = loops[which], _ELEMENTS[which]
+        width = builder.mul(start, start.type(element.bitwidth // 8))
+        elements = array_at(context, builder, builder.add(address, width), size, element)
+        context.add_linking_libs([loop.library])
+        function = context.declare_function(builder.module, loop.fndesc)
+        _, found = context.call_conv.call_function(
+            builder,
+            function,
+            signature.return_type,
+            loop.signature.args,
+            [elements, *others],
+        )
+        builder.store(found, result)
+
+    def choose(which):
+        equal = builder.icmp_signed("==", code, code.type(which))
+        with builder.if_else(equal, likely=None) as (then, otherwise):
+            with then:
+                call(which)
+            with otherwise:
+                call(FP16) if which == BF16 else choose(BF16)
+
+    choose(FP32)
+    return builder.load(result)
 
 
 @for_each_dtype(set())
