@@ -262,7 +262,7 @@ def test_all_that_loops_are_made_of_is_among_the_sources():
     todo = sorted(found)
     while todo:
         path = todo.pop()
-        imported = re.findall(r"^from (\.+)([\w.]*) import (\w+)", path.read_text(), re.M)
+        imported = re.findall(r"^from (\.+)([\w.]*) import \(?\s*(\w+)", path.read_text(), re.M)
         for dots, name in ((dots, module or name) for dots, module, name in imported):
             file = path.parents[len(dots) - 1].joinpath(*name.split(".")).with_suffix(".py")
             if file.parent != ROOT / "base" and file != loops / "cache.py" and file not in found:

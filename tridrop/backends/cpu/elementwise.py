@@ -18,9 +18,8 @@ from ...base.memory import Facts
 from ...spec.elementwise import Options, check_functions
 from ...spec.operands import Elementwise, ElementwiseBackward, Operands, checked
 from ..reference import elementwise
-from .memory import NONE, SEED, Operand, Reads, blanks, result, vectors
+from .memory import NONE, NUMBERS, SEED, Operand, Reads, blanks, result, vectors
 from .selection import Selection, Sum, selection_of, serves
-from .torch_library import NUMBERS
 
 _NO_SUMS = (1, 0, 0)  # rows of a part, and the addresses of two absent sums
 _NOTHING = elementwise.Multiplier(None, 1.0)  # drops nothing

@@ -30,27 +30,29 @@ if sys.platform == "linux":
 
 # One number of each dtype, whose memory is never read.
 _BLANK = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in STORED}
-_KINDS: tuple[Stored, ...] = (STORED, {torch.float32: STORED[torch.float32]}, SEEDS)
+NUMBERS: Stored = {torch.float32: STORED[torch.float32]}
 
 
 class Operand(NamedTuple):
-    """What a kernel reads of a tensor: at least ``numel`` adjacent elements, of a kind's dtypes.
+    """What a kernel reads of a tensor: at least ``numel`` adjacent elements, of these dtypes.
 
     A tensor that was saved for backward must also be as it was ``saved``.
     """
 
     name: str  # for messages
     numel: int
-    kind: int = torch_library.STORED
+    dtypes: Stored = STORED
     saved: Facts | None = None
 
     def description(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The same for the kernel: the columns are in torch_library.py."""
-        saved: tuple[int, ...] = (-1, -1)  # must not be as anything
-        if self.saved is not None:
-            number, shape = torch_library.dtype_number(self.saved.dtype), self.saved.shape
-            saved = (number, len(shape), *shape)
-        return np.array([self.kind, self.numel, *saved], np.int64)
+        """The same for the kernel: torch_library.py says which word is what."""
+        numbers, widths = [torch_library.NO_DTYPE] * torch_library.CODES, [0] * torch_library.CODES
+        for dtype, (code, width) in self.dtypes.items():
+            if self.saved is None or dtype is self.saved.dtype:
+                numbers[code], widths[code] = torch_library.dtype_number(dtype), width
+        shape = None if self.saved is None else self.saved.shape
+        saved = (-1,) if shape is None else (len(shape), *shape)
+        return np.array([*numbers, *widths, self.numel, *saved], np.int64)
 
 
 class Reads(NamedTuple):
@@ -78,7 +80,7 @@ class Reads(NamedTuple):
         operands = list(self.operands)
         for i, operand in enumerate(operands):
             facts = by_name.get(operand.name)
-            if facts is not None and facts.device is True and facts.dtype in _KINDS[operand.kind]:
+            if facts is not None and facts.device is True and facts.dtype in operand.dtypes:
                 operands[i] = operand._replace(saved=by_name.pop(operand.name))
         return Reads.of(*operands), tuple(by_name.values())
 
@@ -90,7 +92,7 @@ class Reads(NamedTuple):
         ]
 
 
-SEED = Operand("seed", 2, torch_library.SEED)
+SEED = Operand("seed", 2, SEEDS)
 Tensors = Sequence[Tensor | None]
 
 
@@ -108,7 +110,7 @@ def places(tensors: Tensors, reads: Reads) -> tuple[list[Tensor], tuple[int, ...
     for t, operand in zip(reads.as_saved(tensors), reads.operands, strict=True):
         address = code = 0
         if t is not None:
-            t, (address, code) = place(t, operand.numel, operand.name, _KINDS[operand.kind])
+            t, (address, code) = place(t, operand.numel, operand.name, operand.dtypes)
             held.append(t)
         addresses.append(address)
         codes.append(code)

@@ -12,9 +12,8 @@ from torch import Tensor
 from ...base.memory import Facts
 from ...spec.elementwise import NormOptions
 from ...spec.operands import Norm, NormBackward, Operands
-from .memory import CODES, NONE, SEED, Operand, Reads, blanks, result, vectors
+from .memory import CODES, NONE, NUMBERS, SEED, Operand, Reads, blanks, result, vectors
 from .selection import Selection, Sum, selection_of, serves
-from .torch_library import NUMBERS
 
 
 @lru_cache(256)

@@ -23,9 +23,8 @@ from ..reference import softmax as reference
 from ..reference.elementwise import Dtypes, Multiplier, unaliased
 from ..reference.softmax import masked_scores, widened
 from . import masks, serving
-from .memory import NONE, SEED, Operand, Reads, Tensors, blanks, in_fp32, matrix, result
+from .memory import NONE, NUMBERS, SEED, Operand, Reads, Tensors, blanks, in_fp32, matrix, result
 from .threads import parts_of, share
-from .torch_library import NUMBERS
 
 _FAR = 1 << 62  # a bound beyond all indices
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,17 +19,15 @@ import torch
 _QUESTIONS = ("get_device_type", "is_contiguous", "get_dtype", "get_storage_offset",
               "get_storage_size", "get_data_ptr", "get_dim", "get_sizes")  # fmt: skip
 _IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"
-_ANSWERS = ("device_type_cpu", "dtype_float32", "dtype_bfloat16", "dtype_float16", "dtype_int64")
-# The columns of the table: the addresses of the questions, then the answers as numbers.
-(DEVICE, CONTIGUOUS, DTYPE, OFFSET, BYTES, ADDRESS, DIM, SIZES, NEG,
- CPU, FP32, BF16, FP16, INT64, COLUMNS) = range(15)  # fmt: skip
+# The words of the table: the addresses of the questions, then the answer of a tensor on the CPU.
+DEVICE, CONTIGUOUS, DTYPE, OFFSET, BYTES, ADDRESS, DIM, SIZES, NEG, CPU = range(10)
 
-# What a kernel reads of a tensor: numbers of these kinds.
-STORED, NUMBERS, SEED = range(3)  # fp32, bf16 or fp16; fp32; int64
-# The columns of an operand's description, behind which its sizes follow: the kind, the number of
-# elements, and, of a tensor that must be as it was saved, its dtype's answer and its dimensions. Of
-# other tensors the dimensions are -1.
-KIND, COUNT, OF_DTYPE, OF_DIM, DESCRIBED = range(5)
+# The words of an operand's description: torch's numbers for the dtypes that a kernel takes, by
+# their codes; the bytes of their elements; how many elements it reads; and the dimensions that a
+# tensor must have, -1 for any. Where it must be as it was saved, its sizes follow.
+CODES = 3
+DTYPES, WIDTHS, NUMEL, OF_DIM, DESCRIBED = 0, CODES, 2 * CODES, 2 * CODES + 1, 2 * CODES + 2
+NO_DTYPE = -2  # -1 is the answer where a question is not answered
 
 
 def _library() -> ctypes.CDLL | None:
@@ -49,12 +48,11 @@ def _address(library: ctypes.CDLL | None, name: str) -> int:
 
 def _make_table(library: ctypes.CDLL | None) -> ctypes.Array[ctypes.c_int64] | None:
     names = (*(f"aoti_torch_{name}" for name in _QUESTIONS), _IS_NEG)
-    questions = [_address(library, name) for name in names]
-    answers = [getattr(library, f"aoti_torch_{name}", None) for name in _ANSWERS]
-    found = [answer() for answer in answers if answer is not None]
-    if 0 in questions or len(found) < len(answers):
+    words = [_address(library, name) for name in names]
+    cpu = getattr(library, "aoti_torch_device_type_cpu", None)
+    if 0 in words or cpu is None:
         return None
-    return (ctypes.c_int64 * COLUMNS)(*questions, *found)
+    return (ctypes.c_int64 * (len(words) + 1))(*words, cpu())
 
 
 _opened = _library()
@@ -63,7 +61,9 @@ gomp_parallel = _address(_opened, "GOMP_parallel")
 table = 0 if _table is None else ctypes.addressof(_table)  # 0 where kernels cannot ask
 
 
+@cache
 def dtype_number(dtype: torch.dtype) -> int:
-    """torch's number for a dtype that kernels read; -1 for other dtypes, and without a table."""
-    column = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16, torch.int64: INT64}
-    return _table[column[dtype]] if _table is not None and dtype in column else -1
+    """torch's number for a dtype in its C interface; NO_DTYPE where that has none."""
+    name = f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}"
+    number = getattr(_opened, name, None)
+    return NO_DTYPE if number is None else number()

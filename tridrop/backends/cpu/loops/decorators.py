@@ -135,16 +135,13 @@ class _Apart(_Kernel):
 # another one numba's own pipeline makes the same loops, in twice the time.
 OLDEST, NEWEST = (0, 61), (0, 68)
 _KNOWN = OLDEST <= (numba.version_info.major, numba.version_info.minor) <= NEWEST
-_INNER = {
-    "error_model": "numpy",
-    "_nrt": False,
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
+_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 OUTER = {"error_model": "numpy", "nogil": True}
+if _KNOWN:
+    _INNER |= {"_nrt": False, "pipeline_class": _Step}
+    OUTER["pipeline_class"] = _Kernel
 _APART = {**_INNER, "forceinline": False}  # else numba takes it over from the caller
 if _KNOWN:
-    _INNER["pipeline_class"], OUTER["pipeline_class"] = _Step, _Kernel
     _APART["pipeline_class"] = _Apart
 
 

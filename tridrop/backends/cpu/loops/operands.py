@@ -9,50 +9,92 @@ operand's description: ``Operand.description`` in cpu/memory.py.
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir as llvm
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .. import torch_library as library
+from ..torch_library import (
+    ADDRESS,
+    BYTES,
+    CODES,
+    CONTIGUOUS,
+    CPU,
+    DESCRIBED,
+    DEVICE,
+    DIM,
+    DTYPE,
+    DTYPES,
+    NEG,
+    NUMEL,
+    OF_DIM,
+    OFFSET,
+    SIZES,
+    WIDTHS,
+)  # fmt: skip
 from .decorators import part
-from .memory import vector
-from .storage import BF16, FP16, FP32
+
+_WORD, _BYTE = llvm.IntType(64), llvm.IntType(8)
+_WORDS = types.int64(types.int64, types.int64)
+
+
+def _word(builder, address, number):
+    """The word of this number, of those at an address."""
+    found = builder.inttoptr(address, _WORD.as_pointer())
+    return builder.load(builder.gep(found, [number]))
 
 
 @intrinsic
-def ask(context, function, handle):
+def word(context, address, number):
+    """The word of this number, of those at an address."""
+    return _WORDS, lambda context, builder, signature, arguments: _word(builder, *arguments)
+
+
+@intrinsic
+def ask(context, table, number, handle):
     """What a function of torch's C interface says of a tensor; -1 where it raises."""
 
     def build(context, builder, signature, arguments):
-        word = llvm.IntType(64)
+        *function, handle = arguments
         # torch takes the address of a Tensor, which is nothing but the handle.
-        tensor = cgutils.alloca_once(builder, word)
-        answer = cgutils.alloca_once(builder, word)
-        builder.store(arguments[1], tensor)
-        builder.store(word(0), answer)  # some answers are shorter than a word
-        kind = llvm.FunctionType(llvm.IntType(32), [word.as_pointer()] * 2).as_pointer()
-        error = builder.call(builder.inttoptr(arguments[0], kind), [tensor, answer])
+        tensor = cgutils.alloca_once_value(builder, handle)
+        answer = cgutils.alloca_once(builder, _WORD)
+        builder.store(_WORD(0), answer)  # some answers are shorter than a word
+        kind = llvm.FunctionType(llvm.IntType(32), [_WORD.as_pointer()] * 2).as_pointer()
+        address = builder.inttoptr(_word(builder, *function), kind)
+        error = builder.call(address, [tensor, answer])
         good = builder.icmp_signed("==", error, llvm.IntType(32)(0))
-        return builder.select(good, builder.load(answer), word(-1))
+        return builder.select(good, builder.load(answer), _WORD(-1))
 
-    return types.int64(types.int64, types.int64), build
+    return types.int64(types.int64, types.int64, types.int64), build
 
 
 @intrinsic
-def is_negated(context, function, handle):
+def is_negated(context, table, handle):
     """Whether a tensor is lazily negated: then its elements are not the numbers in its memory."""
 
     def build(context, builder, signature, arguments):
-        word, byte = llvm.IntType(64), llvm.IntType(8)
-        tensor = cgutils.alloca_once(builder, word)
-        builder.store(arguments[1], tensor)
-        kind = llvm.FunctionType(byte, [word.as_pointer()]).as_pointer()
-        answer = builder.call(builder.inttoptr(arguments[0], kind), [tensor])
-        return builder.trunc(answer, llvm.IntType(1))
+        table, handle = arguments
+        tensor = cgutils.alloca_once_value(builder, handle)
+        kind = llvm.FunctionType(_BYTE, [_WORD.as_pointer()]).as_pointer()
+        address = builder.inttoptr(_word(builder, table, _WORD(NEG)), kind)
+        return builder.trunc(builder.call(address, [tensor]), llvm.IntType(1))
 
     return types.boolean(types.int64, types.int64), build
+
+
+@intrinsic
+def are_equal(context, first, second, count):
+    """Whether there are the same words at two addresses."""
+
+    def build(context, builder, signature, arguments):
+        pointers = [builder.inttoptr(each, _BYTE.as_pointer()) for each in arguments[:2]]
+        kind = llvm.FunctionType(llvm.IntType(32), [_BYTE.as_pointer()] * 2 + [_WORD])
+        compare = cgutils.get_or_insert_function(builder.module, kind, "memcmp")
+        found = builder.call(compare, [*pointers, builder.mul(arguments[2], _WORD(8))])
+        return builder.icmp_signed("==", found, llvm.IntType(32)(0))
+
+    return types.boolean(types.int64, types.int64, types.int64), build
 
 
 @part(set())
@@ -63,41 +105,27 @@ def place(table, given, wanted):
     many elements; if it was saved, with the dtype and sizes that it had then. ``place`` and
     ``as_saved`` in base/memory.py make the same checks: they say what is wrong, or make a copy.
     """
-    if wanted <= FP16:  # the highest code, and no address
+    if wanted < CODES:  # it is a code, and no address
         return given, wanted
-    want = vector(wanted, library.DESCRIBED, np.int64)
-    dimensions = want[library.OF_DIM]
+    dimensions = word(wanted, OF_DIM)
     if given == 0:
         return given, (-1 if dimensions >= 0 else 0)
-    torch = vector(table, library.COLUMNS, np.int64)
-    dtype, code, size = ask(torch[library.DTYPE], given), -1, 4
-    if want[library.KIND] == library.SEED:
-        if dtype == torch[library.INT64]:
-            code, size = 0, 8
-    elif dtype == torch[library.FP32]:
-        code = FP32
-    elif want[library.KIND] != library.NUMBERS:
-        size = 2
-        if dtype == torch[library.BF16]:
-            code = BF16
-        elif dtype == torch[library.FP16]:
-            code = FP16
-    if code < 0 or ask(torch[library.DEVICE], given) != torch[library.CPU]:
+    dtype, code = ask(table, DTYPE, given), 0
+    while dtype != word(wanted, DTYPES + code):
+        code += 1
+        if code == CODES:
+            return 0, -1
+    if ask(table, DEVICE, given) != word(table, CPU) or is_negated(table, given):
         return 0, -1
-    if ask(torch[library.CONTIGUOUS], given) != 1 or is_negated(torch[library.NEG], given):
-        return 0, -1
-    end = (ask(torch[library.OFFSET], given) + want[library.COUNT]) * size
-    if end > ask(torch[library.BYTES], given):
+    end = (ask(table, OFFSET, given) + word(wanted, NUMEL)) * word(wanted, WIDTHS + code)
+    if ask(table, CONTIGUOUS, given) != 1 or end > ask(table, BYTES, given):
         return 0, -1
     if dimensions >= 0:
-        if dtype != want[library.OF_DTYPE] or ask(torch[library.DIM], given) != dimensions:
+        if ask(table, DIM, given) != dimensions:
             return 0, -1
-        sizes = vector(ask(torch[library.SIZES], given), dimensions, np.int64)
-        saved = vector(wanted + 8 * library.DESCRIBED, dimensions, np.int64)
-        for i in range(dimensions):
-            if sizes[i] != saved[i]:
-                return 0, -1
-    address = ask(torch[library.ADDRESS], given)
+        if not are_equal(ask(table, SIZES, given), wanted + 8 * DESCRIBED, dimensions):
+            return 0, -1
+    address = ask(table, ADDRESS, given)
     return address, (code if address > 0 else -1)
 
 
