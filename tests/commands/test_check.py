@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from tridrop.backends.triton import launch
 from tridrop.commands import check, cli
 from tridrop.commands.check import report
 from tridrop.functional import elementwise, known
+from tridrop.spec.operands import WithOptions
 
 
 def everywhere(table):
@@ -143,11 +143,10 @@ def backward_becomes(monkeypatch, backend, wrong):
         op = right(family, shape, options, operands, wanted)
         if family != "elementwise":
             return op
-        return SimpleNamespace(
-            forward=op.forward,
-            backward=lambda given, dtypes: wrong(
-                right, tuple(given.grad.shape), options, given, dtypes
-            ),
+        return WithOptions(
+            lambda given, _: op.forward(given),
+            lambda given, _, dtypes: wrong(right, tuple(given.grad.shape), options, given, dtypes),
+            options,
         )
 
     monkeypatch.setattr(module, "prepare", prepare)
@@ -361,12 +360,13 @@ def test_memory_that_nobody_wrote_fails(monkeypatch, backend):
     module = tridrop.backends.load(backend)
     right = module.prepare
 
-    def prepare(*given):
-        op = right(*given)
-        return SimpleNamespace(
-            forward=lambda operands: unwritten(op.forward(operands)),
-            backward=lambda *a: tuple(None if t is None else unwritten(t) for t in op.backward(*a)),
-        )
+    def prepare(family, shape, options, operands, wanted):
+        op = right(family, shape, options, operands, wanted)
+
+        def backward(given, _, dtypes):
+            return tuple(None if t is None else unwritten(t) for t in op.backward(given, dtypes))
+
+        return WithOptions(lambda given, _: unwritten(op.forward(given)), backward, options)
 
     monkeypatch.setattr(module, "prepare", prepare)
     found = failures(backend)

@@ -340,7 +340,11 @@ def test_an_interrupt_stops_all_processes(tmp_path, method):
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.05)
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-        _, said = run.communicate(timeout=120)
+        try:
+            _, said = run.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            raise
     assert run.returncode == 130
     assert "Traceback" not in said
     with pytest.raises(ProcessLookupError):

@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,6 +97,22 @@ def _processes() -> Any:
     return multiprocessing.get_context("fork" if forks else "spawn")
 
 
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait until a process has started and is known.
+
+    Python runs functions of other packages before and after a fork, and an interrupt that is raised
+    in one of these is printed and forgotten.
+    """
+    block = getattr(signal, "pthread_sigmask", None)  # not on Windows
+    before = None if block is None else block(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if block is not None:
+            block(signal.SIG_SETMASK, before)
+
+
 class _Worker:
     """A process that compiles one family after another, as seen from the one that started it."""
 
@@ -135,7 +151,6 @@ class Workers:
         self.failed: list[str] = []
         self._waiting, self._jobs = list(families), min(jobs, len(families))
         self._busy: dict[Connection, _Worker] = {}
-        self._processes = _processes()
         self._held = ExitStack()
         self._started = 0
 
@@ -154,8 +169,10 @@ class Workers:
 
     def _start(self) -> None:
         self._started += 1
-        worker = _Worker(self._processes, self._folder / str(self._started))
-        self._held.callback(worker.stop)
+        with _interrupts_wait():
+            # Asked each time: a progress bar has a thread when one takes a dead one's place.
+            worker = _Worker(_processes(), self._folder / str(self._started))
+            self._held.callback(worker.stop)
         self._busy[worker.connection] = worker
         worker.begin(self._waiting.pop(0))
 
