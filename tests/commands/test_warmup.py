@@ -338,7 +338,7 @@ def test_an_interrupt_stops_all_processes(tmp_path, method):
     with warming(tmp_path, method, "elementwise", "masks", "--jobs=2") as run:
         while not (tmp_path / "waits").exists():
             assert run.poll() is None, run.stderr.read()
-            time.sleep(0.05)
+            time.sleep(0.002)  # while the other process is started
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does
         try:
             _, said = run.communicate(timeout=120)
