@@ -137,12 +137,11 @@ OLDEST, NEWEST = (0, 61), (0, 68)
 _KNOWN = OLDEST <= (numba.version_info.major, numba.version_info.minor) <= NEWEST
 _INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 OUTER = {"error_model": "numpy", "nogil": True}
-if _KNOWN:
-    _INNER |= {"_nrt": False, "pipeline_class": _Step}
-    OUTER["pipeline_class"] = _Kernel
 _APART = {**_INNER, "forceinline": False}  # else numba takes it over from the caller
 if _KNOWN:
-    _APART["pipeline_class"] = _Apart
+    _INNER |= {"_nrt": False, "pipeline_class": _Step}
+    _APART |= {"_nrt": False, "pipeline_class": _Apart}
+    OUTER["pipeline_class"] = _Kernel
 
 
 @contextmanager
@@ -199,6 +198,14 @@ def written_out(function):
     Liberties with floating-point numbers are those of the caller.
     """
     return njit(inline="always", **_INNER)(function)
+
+
+def build_call(context, builder, compiled, arguments):
+    """Call a compiled function in LLVM's code that an intrinsic builds; returns its result."""
+    context.add_linking_libs([compiled.library])
+    function = context.declare_function(builder.module, compiled.fndesc)
+    result, taken = compiled.signature.return_type, compiled.signature.args
+    return context.call_conv.call_function(builder, function, result, taken, arguments)[1]
 
 
 _LOOPS = types.void(types.int64, types.int64, types.int64, types.int64)

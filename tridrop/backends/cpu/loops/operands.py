@@ -32,7 +32,7 @@ from ..torch_library import (
     SIZES,
     WIDTHS,
 )  # fmt: skip
-from .decorators import part
+from .decorators import build_call, part
 
 _WORD, _BYTE = llvm.IntType(64), llvm.IntType(8)
 _WORDS = types.int64(types.int64, types.int64)
@@ -139,14 +139,10 @@ def places(context, function, table, given, wanted):
     result = types.Tuple((types.int64, types.UniTuple(matrix, count)))
 
     def build(context, builder, signature, arguments):
-        context.add_linking_libs([found.library])
-        called = context.declare_function(builder.module, found.fndesc)
         lowest, matrices = llvm.IntType(64)(0), []
         for i in range(count):
             numbers = [builder.extract_value(each, i) for each in arguments[2:]]
-            _, made = context.call_conv.call_function(
-                builder, called, matrix, found.signature.args, [arguments[1], *numbers]
-            )
+            made = build_call(context, builder, found, [arguments[1], *numbers])
             code = builder.extract_value(made, 1)
             lowest = builder.select(builder.icmp_signed("<", code, lowest), code, lowest)
             matrices.append(made)

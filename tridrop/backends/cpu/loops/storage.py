@@ -13,7 +13,7 @@ from numba import types, uint16, uint32
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .decorators import inline
+from .decorators import build_call, inline
 from .memory import array_at, bits_of, part_of, value_of
 
 FP32, BF16, FP16 = 0, 1, 2  # the dtype codes
@@ -113,16 +113,7 @@ def _build_choice(loops, context, builder, signature, arguments):
         loop, element = loops[which], _ELEMENTS[which]
         width = builder.mul(start, start.type(element.bitwidth // 8))
         elements = array_at(context, builder, builder.add(address, width), size, element)
-        context.add_linking_libs([loop.library])
-        function = context.declare_function(builder.module, loop.fndesc)
-        _, found = context.call_conv.call_function(
-            builder,
-            function,
-            signature.return_type,
-            loop.signature.args,
-            [elements, *others],
-        )
-        builder.store(found, result)
+        builder.store(build_call(context, builder, loop, [elements, *others]), result)
 
     def choose(which):
         equal = builder.icmp_signed("==", code, code.type(which))
