@@ -13,8 +13,10 @@ result. Most of the time of a small kernel goes into these, and little into its 
 - The functions of ``triton.language`` are looked for among all its members at each launch, and each
   of them is called through two wrappers. Here they are looked for once, and called through one.
 - Types of blocks, tensors of such types, the type in which two operands are computed, and numbers
-  that become tensors are made anew for each operation. Here each is made once, and two operands of
-  one type are not compared and converted.
+  that become tensors are made anew for each operation. Here each is made once, and operands whose
+  elements are of one type are not compared and converted.
+- A conversion asks some twenty questions about its two types, and broadcasting makes the shape of
+  two. Here each pair of types is asked about once.
 
 The functions are private to Triton: tests/backends/test_quick_interpreter.py holds each of them to
 the one that it replaces, and passes with Triton 3.6, 3.7 and 3.9.
@@ -39,6 +41,9 @@ PLAIN_TENSOR: Callable[..., Any] = tl.core.tensor.__init__
 PLAIN_COMPUTATION: Callable[..., Any] = interpreter.interpreter_semantic.computation_type_impl
 PLAIN_CONSTANT: Callable[..., Any] = interpreter.interpreter_semantic.scalar_constant
 PLAIN_OPERANDS: Callable[..., Any] = interpreter.interpreter_semantic.binary_op_type_checking_impl
+PLAIN_BROADCAST: Callable[..., Any] = interpreter.interpreter_semantic.broadcast_impl_value
+PLAIN_CAST: Callable[..., Any] = interpreter.interpreter_semantic.cast
+PLAIN_UNWRAP: Callable[..., Any] = tl.core._unwrap_if_constexpr
 
 # The code of every wrapper that tl.core.builtin makes.
 BUILTIN_CODE = tl.core.builtin(lambda: None).__code__
@@ -51,6 +56,10 @@ _blocks: dict[tuple[Any, ...], dict[str, Any]] = {}  # what a block type of thes
 _tensors: dict[str, dict[str, Any]] = {}  # what a tensor of this type has
 _computations: dict[tuple[Any, ...], Any] = {}
 _constants: dict[tuple[Any, ...], Any] = {}
+_beside: dict[tuple[Any, ...], Any] = {}  # a number as the other operand of a tensor of this type
+_broadcasts: dict[tuple[str, str], tuple[Any, Any]] = {}  # the types of both, None if as it was
+_casts: dict[tuple[str, str], Any] = {}  # the type of the result of a plain conversion
+_WHOLE = frozenset((tl.tensor, int, float, bool, str, type(None), tl.dtype))  # hold no constexpr
 
 
 def numpy_type(given: Any) -> Any:
@@ -166,11 +175,79 @@ def constant(value: Any, dtype: Any) -> Any:
 
 def operands(lhs: Any, rhs: Any, *rules: bool, **named: bool) -> tuple[Any, Any]:
     """As the semantic's ``binary_op_type_checking_impl``."""
-    both = isinstance(lhs, tl.core.tensor) and isinstance(rhs, tl.core.tensor)
-    divides = named.get("div_or_mod", False) or rules[3:] == (True,)
-    if both and not divides and lhs.type.name == rhs.type.name and not lhs.dtype.is_ptr():
-        return lhs, rhs
-    return PLAIN_OPERANDS(lhs, rhs, *rules, **named)
+    left, right = type(lhs) is tl.tensor, type(rhs) is tl.tensor
+    if left and right:
+        divides = named.get("div_or_mod", False) or rules[3:] == (True,)
+        if lhs.dtype.name != rhs.dtype.name or divides or lhs.dtype.is_ptr():
+            return PLAIN_OPERANDS(lhs, rhs, *rules, **named)
+        if lhs.type.name == rhs.type.name:
+            return lhs, rhs
+        return broadcast(lhs, rhs)
+    if left == right or not _replaced:
+        return PLAIN_OPERANDS(lhs, rhs, *rules, **named)
+    given, number = (lhs, rhs) if left else (rhs, lhs)
+    # Equal numbers need not be the same: 0.0 and -0.0, 1 and True.
+    key = (given.type.name, left, type(number), repr(number), rules, *named.items())
+    if key in _beside:
+        data, dtype, kind = _beside[key]
+        made = tl.tensor(interpreter.TensorHandle(data, dtype), kind)
+        return (given, made) if left else (made, given)
+    both = PLAIN_OPERANDS(lhs, rhs, *rules, **named)
+    kept, made = both if left else both[::-1]
+    if kept is given and type(number) in (int, float, bool):
+        made.handle.data.flags.writeable = False  # what would change it for all raises
+        _beside[key] = (made.handle.data, made.handle.dtype, made.type)
+    return both
+
+
+def grown(value: Any, kind: Any) -> Any:
+    """A tensor broadcast to a block type, or as it is for None."""
+    if kind is None:
+        return value
+    builder = interpreter.interpreter_builder
+    if value.type.is_block():
+        return tl.tensor(builder.create_broadcast(value.handle, kind.shape), kind)
+    return tl.tensor(builder.create_splat(kind, value.handle), kind)
+
+
+def broadcast(lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    """As the semantic's ``broadcast_impl_value``."""
+    key = (lhs.type.name, rhs.type.name)
+    if key in _broadcasts:
+        left, right = _broadcasts[key]
+        return grown(lhs, left), grown(rhs, right)
+    both = PLAIN_BROADCAST(lhs, rhs)
+    ranks = {len(t.shape) for t in (lhs, rhs) if t.type.is_block()}
+    if len(ranks) < 2:  # otherwise one of the blocks gets new axes first
+        left, right = (
+            None if new is old else new.type for new, old in zip(both, (lhs, rhs), strict=True)
+        )
+        _broadcasts[key] = left, right
+    return both
+
+
+def cast(value: Any, target: Any, rounding: str | None = None) -> Any:
+    """As the semantic's ``cast``."""
+    own, wanted = value.dtype, target.scalar
+    if own.name == wanted.name:
+        return value
+    key = (value.type.name, target.name)
+    if key not in _casts:
+        _casts[key] = None
+        plain = own.is_int() or own.name in ("fp32", "fp64")
+        if plain and (
+            wanted.name in ("fp32", "fp64") or (wanted.is_int() and not wanted.is_bool())
+        ):
+            _casts[key] = value.type.with_element_ty(wanted) if value.type.is_block() else target
+    kind = _casts[key]
+    if kind is None or rounding is not None:
+        return PLAIN_CAST(value, target, rounding)
+    return tl.tensor(interpreter.interpreter_builder.cast_impl(value.handle, kind), kind)
+
+
+def unwrap(value: Any) -> Any:
+    """As ``_unwrap_if_constexpr``, which looks into lists and tuples."""
+    return value if type(value) in _WHOLE else PLAIN_UNWRAP(value)
 
 
 _SEMANTIC = interpreter.interpreter_semantic
@@ -186,6 +263,9 @@ REPLACED: tuple[tuple[Any, str, Any, Any], ...] = (
     (_SEMANTIC, "computation_type_impl", PLAIN_COMPUTATION, computation_type),
     (_SEMANTIC, "scalar_constant", PLAIN_CONSTANT, constant),
     (_SEMANTIC, "binary_op_type_checking_impl", PLAIN_OPERANDS, operands),
+    (_SEMANTIC, "broadcast_impl_value", PLAIN_BROADCAST, broadcast),
+    (_SEMANTIC, "cast", PLAIN_CAST, cast),
+    (tl.core, "_unwrap_if_constexpr", PLAIN_UNWRAP, unwrap),
 )
 
 for _where, _name, _, _quick in REPLACED:

@@ -122,12 +122,29 @@ def test_constants_are_those_of_the_interpreter(name):
         SEMANTIC.scalar_constant(1, None)
 
 
+def assert_same_tensors(found, plain, given):
+    """Pairs of tensors, of which some may be the given ones; or what was raised instead."""
+    if not isinstance(plain[0], tl.tensor):
+        assert found == plain
+        return
+    assert [t.type for t in found] == [t.type for t in plain]
+    for quick, slow in zip(found, plain, strict=True):
+        assert quick.dtype == slow.dtype
+        assert quick.handle.dtype == slow.handle.dtype
+        assert quick.handle.data.shape == slow.handle.data.shape
+        assert quick.handle.data.dtype == slow.handle.data.dtype
+        assert quick.handle.data.tobytes() == slow.handle.data.tobytes()
+        assert [quick is one for one in given] == [slow is one for one in given]
+        assert not quick.handle.attr
+
+
 # numpy has no arithmetic of the types of 8 bits.
 COMPUTED = [n for n in NAMES if not n.startswith("fp8")]
 RULES = [(), (True, True), (False, False, False), (False, False, True, True)]
 
 
 @pytest.mark.usefixtures("launched")
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, of 1 << 40 in fp16
 @pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("name", [*COMPUTED, "pointer"])
 def test_operands_are_those_of_the_interpreter(name, rules):
@@ -137,17 +154,61 @@ def test_operands_are_those_of_the_interpreter(name, rules):
     made = [tl.tensor(interpreter.TensorHandle(*pair), kind)
             for *pair, kind in zip(at, [own] * 4, types, strict=True)]  # fmt: skip
     for lhs in made:
-        for rhs in (*made, 1, 2.5):
-            plain = answer(quick_interpreter.PLAIN_OPERANDS, lhs, rhs, *rules)
-            found = answer(SEMANTIC.binary_op_type_checking_impl, lhs, rhs, *rules)
-            if isinstance(plain[0], tl.tensor):
-                assert [t.type for t in found] == [t.type for t in plain]
-                for quick, slow in zip(found, plain, strict=True):
-                    assert quick.handle.data.shape == slow.handle.data.shape
-                    assert quick.handle.data.dtype == slow.handle.data.dtype
-                    assert (quick is lhs, quick is rhs) == (slow is lhs, slow is rhs)
-            else:
-                assert found == plain
+        for other in (*made, 1, True, -1, 1 << 40, 2.5, 0.0, -0.0):
+            for pair in ((lhs, other), (other, lhs), (lhs, other)):
+                plain = answer(quick_interpreter.PLAIN_OPERANDS, *pair, *rules)
+                found = answer(SEMANTIC.binary_op_type_checking_impl, *pair, *rules)
+                assert_same_tensors(found, plain, pair)
+
+
+def tensors(own):
+    """Of an element type: a scalar and blocks of one and two dimensions."""
+    shapes = ((1,), (4,), (2, 4), (2, 1), (1, 1))
+    made = []
+    for shape in shapes:
+        data = np.arange(np.prod(shape)).reshape(shape).astype(interpreter._get_np_dtype(own))
+        kind = tl.block_type(own, list(shape)) if made else own
+        made.append(tl.tensor(interpreter.TensorHandle(data, own), kind))
+    return made
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("name", NAMES)
+def test_conversions_are_those_of_the_interpreter(name):
+    for value in tensors(tl.dtype(name)):
+        for other in NAMES:
+            for target in (tl.dtype(other), tl.block_type(tl.dtype(other), [8])):
+                for rounding in (None, "rtne", "rtz", "up", None):
+                    given = (value, target, rounding)
+                    plain = answer(quick_interpreter.PLAIN_CAST, *given)
+                    found = answer(SEMANTIC.cast, *given)
+                    if isinstance(plain, tl.tensor):
+                        assert_same_tensors((found,), (plain,), (value,))
+                    else:
+                        assert found == plain
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("name", ["int1", "uint32", "fp16", "bf16", "fp32"])
+def test_broadcast_tensors_are_those_of_the_interpreter(name):
+    wrong = tl.tensor(tensors(tl.float32)[1].handle, tl.block_type(tl.float32, [8]))
+    for lhs in tensors(tl.dtype(name)):
+        for rhs in (*tensors(tl.float32), *tensors(tl.dtype(name)), wrong):
+            for pair in ((lhs, rhs), (rhs, lhs), (lhs, rhs)):
+                plain = answer(quick_interpreter.PLAIN_BROADCAST, *pair)
+                found = answer(SEMANTIC.broadcast_impl_value, *pair)
+                assert_same_tensors(found, plain, pair)
+
+
+def test_constants_of_the_language_are_unwrapped_as_by_the_interpreter():
+    one = tl.constexpr(1)
+    tensor = tensors(tl.float32)[0]
+    for value in (one, 1, 1.0, True, None, "a", tensor, tl.float32, [one, 2], (one, 2),
+                  tl.core.tuple([one, tensor]), {"a": one}, slice(one)):  # fmt: skip
+        plain = quick_interpreter.PLAIN_UNWRAP(value)
+        found = tl.core._unwrap_if_constexpr(value)
+        assert (type(found), repr(found)) == (type(plain), repr(plain))
+        assert (found is value) == (plain is value)
 
 
 def results(op):
