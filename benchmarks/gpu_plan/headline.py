@@ -1,7 +1,7 @@
 """The rows that are timed first on a GPU, and the times expected before any run.
 
 The expectations are computed from what `tridrop inspect` counts in the machine code for an H100
-(benchmarks/results/inspect-2026-11-27.json), with two factors that nobody has measured. They stay
+(benchmarks/results/inspect-2026-11-27.json), with a factor that nobody has measured. They stay
 as they are after a measurement: a prediction that is corrected afterwards is no prediction.
 """
 
@@ -39,8 +39,6 @@ _SCORE = {
 # their sum is taken. The factor adds loads that two stages do not hide (about 1.25), and a clock
 # below the boost clock under load (about 1.16).
 _LOSS = 1.45
-# ptxas waits for every product of dK/dV separately at D = 64 without causal order (C7515).
-_SERIALISED = 1.3
 # The last programs of causal attention run alone.
 _TAIL = 1.1
 # Blocks on the diagonal are computed whole.
@@ -99,11 +97,7 @@ def _attention_ms(mode: str, length: int, width: int, causal: bool, drops: bool)
         tensor, free, dropping = _SCORE[kernel, width]
         return tensor + (dropping if drops else free)
 
-    if mode == FORWARD:
-        ps = score("forward")
-    else:
-        serialised = _SERIALISED if width == 64 and not causal else 1.0
-        ps = score("dquery") + serialised * score("dkey")
+    ps = score("forward") if mode == FORWARD else score("dquery") + score("dkey")
     scores = TOKENS * (FEATURES // width) * length
     if causal:
         scores, ps = scores / 2 * (1 + _BLOCK / length), ps * _TAIL

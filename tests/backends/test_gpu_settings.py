@@ -107,6 +107,9 @@ def test_hoppers_tiles_load_ahead_as_far_as_there_is_room(width, mask):
     assert forward == attention_launch.Tile(128, 64 if mask else 128, 8, 3, ahead=True)
     dquery = attention_launch.dquery_tile(width, 2, HOPPER, mask)
     assert dquery == attention_launch.Tile(128, 64, 8, 3)
+    narrow, wide = (64, 64, 4, 3), (128, 64, 8, 2)
+    dkey = attention_launch.dkey_tile(width, 2, HOPPER)
+    assert dkey == attention_launch.Tile(*(narrow if width <= 64 else wide), apart=True)
 
 
 @pytest.mark.parametrize("mask", [0, 1, 2, 4])
@@ -131,12 +134,11 @@ def test_with_less_shared_memory_tiles_are_smaller_by_rule(mask):
 def test_other_gpus_keep_two_stages_and_draw_where_they_need(generation):
     kind = gpu.Gpu(generation, 227 << 10)
     for width in (64, 128, 256):
-        for choose in ("forward_tile", "dquery_tile", "dkey_tile"):
-            for mask in (0, 4):
-                tile = getattr(attention_launch, choose)(width, 2, kind, mask)
-                assert tile.num_stages <= 2
-                assert not tile.ahead
-                assert not tile.loop
+        tiles = [attention_launch.dkey_tile(width, 2, kind)]
+        for choose in (attention_launch.forward_tile, attention_launch.dquery_tile):
+            tiles += [choose(width, 2, kind, mask) for mask in (0, 4)]
+        assert all(tile.num_stages <= 2 for tile in tiles)
+        assert not any(tile.ahead or tile.apart for tile in tiles)
 
 
 @pytest.mark.parametrize(

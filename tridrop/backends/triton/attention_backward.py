@@ -192,6 +192,19 @@ def _over_queries(
     return dkey, dvalue
 
 
+@triton.jit
+def _is_left(start, stop, threshold, BLOCKS: tl.constexpr):
+    """Whether there is something between start and stop, for what follows a loop.
+
+    With ``APART`` the compiler cannot tell, and computes nothing of it together with the loop; see
+    attention_tiles.place_of for what it would do to the products.
+    """
+    if BLOCKS.APART:
+        return at_end(start, threshold) < stop
+    else:
+        return True
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def attention_dkey_kernel(
     dkey, dvalue, dkey_strides, dvalue_strides, incoming, problem,
@@ -209,7 +222,7 @@ def attention_dkey_kernel(
     key_head = tl.program_id(0) // blocks % key_heads
     batch = tl.program_id(0) // blocks // key_heads
     first = key_head * shape.group
-    place = place_of(problem, batch, first, FEATURES)
+    place = place_of(problem, batch, first, BLOCKS, FEATURES)
     k0 = padded - problem.origin.shift
     if k0 < place.keys:
         criterion = load_criterion(problem, threshold, scale, FEATURES)
@@ -231,38 +244,40 @@ def attention_dkey_kernel(
             tl.full([BLOCKS.N, BLOCKS.E], 0.0, tl.float32),
             tl.full([BLOCKS.N, BLOCKS.V], 0.0, tl.float32),
         )
-        members = shape.group
-        if BLOCKS.LOOP and not FEATURES.UPPER:
-            members = at_end(members, threshold)
-        for member in range(members):
-            at = place_of(problem, batch, first + member, FEATURES)
+        for member in range(shape.group):
+            at = place_of(problem, batch, first + member, BLOCKS, FEATURES)
             bases = query_bases(problem, incoming.dout, at, FEATURES, LAYOUT)
+            middle = b
+            if BLOCKS.APART:
+                middle = at_end(b, threshold)
             if FEATURES.UPPER:
                 state = _over_queries(
                     state, key, value, bases, incoming, problem, at, criterion, padded, a, b,
                     EDGE, BLOCKS, FEATURES, LAYOUT,
                 )  # fmt: skip
             state = _over_queries(
-                state, key, value, bases, incoming, problem, at, criterion, padded, b, c,
+                state, key, value, bases, incoming, problem, at, criterion, padded, middle, c,
                 ROWS, BLOCKS, FEATURES, LAYOUT,
             )  # fmt: skip
-            if TAIL:
-                state = _over_queries(
-                    state, key, value, bases, incoming, problem, at, criterion, padded, c, d,
-                    EDGE, BLOCKS, FEATURES, LAYOUT,
-                )  # fmt: skip
-        start, step = place.key_start, dkey_strides[2]
-        base = rows_at(dkey, dkey_strides, place, start, key_head, step, FEATURES)
-        store_rows(
-            base, step, at_end(k0, threshold), place.keys, shape.width,
-            state[0] * problem.factors.scale, BLOCKS.N, BLOCKS.E,
-        )  # fmt: skip
-        step = dvalue_strides[2]
-        base = rows_at(dvalue, dvalue_strides, place, start, key_head, step, FEATURES)
-        store_rows(
-            base, step, at_end(k0, threshold), place.keys, shape.value_width,
-            state[1] * criterion[2], BLOCKS.N, BLOCKS.V,
-        )  # fmt: skip
+            if TAIL:  # noqa: SIM102 (the inner one is for the compiler)
+                if _is_left(c, d, threshold, BLOCKS):
+                    state = _over_queries(
+                        state, key, value, bases, incoming, problem, at, criterion, padded, c, d,
+                        EDGE, BLOCKS, FEATURES, LAYOUT,
+                    )  # fmt: skip
+        if _is_left(k0, place.keys, threshold, BLOCKS):
+            start, step = place.key_start, dkey_strides[2]
+            base = rows_at(dkey, dkey_strides, place, start, key_head, step, FEATURES)
+            store_rows(
+                base, step, at_end(k0, threshold), place.keys, shape.width,
+                state[0] * problem.factors.scale, BLOCKS.N, BLOCKS.E,
+            )  # fmt: skip
+            step = dvalue_strides[2]
+            base = rows_at(dvalue, dvalue_strides, place, start, key_head, step, FEATURES)
+            store_rows(
+                base, step, at_end(k0, threshold), place.keys, shape.value_width,
+                state[1] * criterion[2], BLOCKS.N, BLOCKS.V,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -294,7 +309,7 @@ def attention_dmask_kernel(
         head = own_head + i // shared[3] // shared[2] % shared[1]
         batch = own_batch + i // shared[3] // shared[2] // shared[1]
         k0 = padded - problem.origin.shift
-        place = place_of(problem, batch, head, FEATURES)
+        place = place_of(problem, batch, head, BLOCKS, FEATURES)
         base, dout_base = query_bases(problem, incoming.dout, place, FEATURES, LAYOUT)
         query = load_query(base, problem, place, q0, BLOCKS, LAYOUT, ROWS)
         dout = load_dout(dout_base, problem, place, q0, BLOCKS, LAYOUT, ROWS)

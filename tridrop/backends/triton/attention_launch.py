@@ -241,7 +241,7 @@ def attention_backward(
         if call.sign < 0:
             dquery.neg_()
     if dkey is not None or dvalue is not None:
-        tile = call.tile(dkey_tile, call.mask_size)
+        tile = call.tile(dkey_tile)
         blocks = launch.cdiv(call.keys + call.origin.shift, tile.keys)
         programs = blocks * call.shared_heads * call.batch
         # One kernel computes both; if only one is needed, the other is computed and discarded.

@@ -13,8 +13,8 @@ class Tile(NamedTuple):
 
     ``reload``: the kernel for the gradients of keys loads keys and values again for each block of
     queries. ``ahead``: forward draws a block's mask while the products of the block before are
-    running. ``loop``: the kernel for the gradients of keys keeps its loop over query heads even
-    where there is only one. ``special``: forward is specialised, with these bounds in its loop.
+    running. ``apart``: the kernel for the gradients of keys shares no address between a loop and
+    what follows it. ``special``: forward is specialised, with these bounds in its loop.
     """
 
     queries: int
@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     num_stages: int
     reload: bool = False
     ahead: bool = False
-    loop: bool = False
+    apart: bool = False
     special: int | None = None
 
 
@@ -97,8 +97,8 @@ def dquery_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Ti
     return Tile(128, 32, 8, 1) if width <= 128 or target.generation >= 90 else Tile(64, 32, 8, 1)
 
 
-def dkey_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile:
-    """The tile for the gradients of keys and values; ``mask`` as in forward."""
+def dkey_tile(width: int, element_size: int, target: Gpu) -> Tile:
+    """The tile for the gradients of keys and values."""
     if element_size == 4:
         tile = Tile(32 if width <= 128 else 16, 32, 4 if width <= 64 else 8, 1)
         # On NVIDIA's GPUs the operands of products in fp32 lie in shared memory: keys, values,
@@ -107,12 +107,12 @@ def dkey_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile
         # some GPUs have only 99 KiB. With ``reload`` it is 65,536, or up to 99,328.
         needed = (2 * tile.queries + tile.keys) * 2 * width * element_size
         return tile._replace(reload=target.generation > 0 and needed > target.shared)
-    # If the compiler knows that a loop has one turn, it removes the loop, and in the remaining code
-    # ptxas waits for each product separately (warning C7515), except where there is an upper bound.
-    # At 128 without an attention mask it does not wait, and the loop would only take registers.
-    loop = target.generation == 90 and (width <= 64 or mask > 0)
+    if target.generation == 90:
+        if width <= 64:
+            return Tile(64, 64, 4, 3, apart=True)
+        return Tile(128, 64, 8, 2, apart=True) if width <= 128 else Tile(128, 32, 8, 2)
     if width <= 64:
-        return Tile(64, 64, 4, 2, loop=loop)
+        return Tile(64, 64, 4, 2)
     if width <= 128:
         if target.generation == 100:
             # 128 x 64 with one stage takes 30.1 instructions per score; where attention is causal,
@@ -120,7 +120,5 @@ def dkey_tile(width: int, element_size: int, target: Gpu, mask: int = 0) -> Tile
             # ahead. With an attention mask in fp32 it needs 230,400 of the 232,448 bytes of shared
             # memory.
             return Tile(64, 128, 8, 2)
-        if target.generation == 90:
-            return Tile(128, 64, 8, 2, loop=loop)
         return Tile(32, 64, 4, 1)
-    return Tile(128, 32, 8, 2) if target.generation == 90 else Tile(32, 32, 4, 1)
+    return Tile(32, 32, 4, 1)

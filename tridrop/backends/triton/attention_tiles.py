@@ -46,29 +46,34 @@ Features = namedtuple(
 # Compile-time: queries, keys, width and value width of a tile; whether the kernel for the gradients
 # of keys loads keys and values again for each block of queries; whether forward draws a block's
 # mask while the products of the block before are running; whether the kernel for the gradients
-# of keys loops over the query heads of a key head even if there is only one; and None, or the
-# bounds, INNER or EDGE, of the only loop of a specialised forward (specialised.py).
-Blocks = namedtuple("Blocks", "M N E V RELOAD AHEAD LOOP SPECIAL")
+# of keys shares no address between a loop and what follows it; and None, or the bounds, INNER or
+# EDGE, of the only loop of a specialised forward (specialised.py).
+Blocks = namedtuple("Blocks", "M N E V RELOAD AHEAD APART SPECIAL")
 # Compile-time: the width and value width, or 0 where they are smaller than their blocks, and the
 # strides between rows of query, key, value and out or dout.
 Layout = namedtuple("Layout", "WIDTH VALUE_WIDTH QUERY KEY VALUE OUT")
 # One batch entry and head: the first token and the number of queries, the same for keys, and the
-# two indices.
-Place = namedtuple("Place", "query_start queries key_start keys batch head")
+# two indices; and the indices of a tile's columns, see place_of.
+Place = namedtuple("Place", "query_start queries key_start keys batch head columns")
 
 
 @triton.jit
-def place_of(problem, batch, head, FEATURES: tl.constexpr):
+def place_of(problem, batch, head, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
     """Where a batch entry lies: an entry of the tensors, or a packed sequence."""
+    # The indices of columns are made here, before all loops: a number that a loop and what follows
+    # it share, and that is made in both, serialises the products on Hopper. LLVM makes it a second
+    # time on the way around the loop, for where the loop has no turn, and with it, on that way, the
+    # zeros that the loop adds to. ptxas then waits for every product by itself (warning C7515).
+    columns = tl.arange(0, BLOCKS.N)
     tensors, shape = problem.tensors, problem.shape
     if FEATURES.PACKED:
         first = tl.load(tensors.cu_query + batch).to(tl.int64)
         key_first = tl.load(tensors.cu_key + batch).to(tl.int64)
         queries = (tl.load(tensors.cu_query + batch + 1) - first).to(tl.int32)
         keys = (tl.load(tensors.cu_key + batch + 1) - key_first).to(tl.int32)
-        return Place(first, queries, key_first, keys, batch, head)
+        return Place(first, queries, key_first, keys, batch, head, columns)
     else:
-        return Place(0, shape.queries, 0, shape.keys, batch, head)
+        return Place(0, shape.queries, 0, shape.keys, batch, head, columns)
 
 
 @triton.jit
@@ -80,7 +85,7 @@ def query_block(problem, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
         block = blocks - 1 - block  # the longest rows first
     head = tl.program_id(0) // blocks % problem.shape.heads
     batch = tl.program_id(0) // blocks // problem.shape.heads
-    return place_of(problem, batch, head, FEATURES), block * BLOCKS.M
+    return place_of(problem, batch, head, BLOCKS, FEATURES), block * BLOCKS.M
 
 
 @triton.jit
@@ -288,7 +293,7 @@ def make_scores(
     """(scores * log2(e), -inf where excluded; tanh(score / softcap)) of the tile at (q0, k0)."""
     tensors, strides = problem.tensors, problem.strides
     factors = problem.factors
-    query, key = q0 + tl.arange(0, BLOCKS.M), k0 + tl.arange(0, BLOCKS.N)
+    query, key = q0 + tl.arange(0, BLOCKS.M), k0 + place.columns
     capped = product
     if FEATURES.SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both infinities
