@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 # and shared memory, so with one a tile of forward has half as many keys.
 #
 # Two kernels spill at 128 with dropout. On sm_90 it is that for the gradients of keys where
-# attention is causal: 112 bytes per thread, six reloads among the 742 instructions of the loop
+# attention is causal: 120 bytes per thread, six reloads among the 751 instructions of the loop
 # without bounds. On sm_100 it is the forward: 368 bytes, none of them in that loop. With one stage
 # instead of two neither spills (24.0 instructions per score instead of 23.2, and 15.1 instead of
 # 15.2), but then no load is asynchronous. Only a GPU can tell what that costs (benchmarks/tune.py).
