@@ -84,9 +84,10 @@ STEPS = (
         "two stages": Tile(128, 64, 8, 2),
         "three stages": Tile(128, 64, 8, 3),
     }),
-    Step("products that are not waited for singly", "dkey", {
-        "no loop": Tile(64, 64, 4, 2),
-        "loop": Tile(64, 64, 4, 2, loop=True),
+    Step("products that are not waited for singly, and loads ahead", "dkey", {
+        "singly": Tile(64, 64, 4, 2),
+        "two stages": Tile(64, 64, 4, 2, apart=True),
+        "three stages": Tile(64, 64, 4, 3, apart=True),
     }, (64,)),
     Step("rows ahead", "norm", {"one stage": 1, "two stages": 2}),
 )  # fmt: skip

@@ -339,12 +339,8 @@ def load_criterion(problem, threshold, scale, FEATURES: tl.constexpr):
         threshold, scale = load_rate(problem.tensors.rate, threshold, scale)
         # A select between a probability and this zero stays one select in fp32. With a constant
         # zero, LLVM would move it behind the conversion to bf16 and unpack pairs of numbers for it.
-        return (
-            load_philox_key(problem.tensors.seed),
-            threshold,
-            scale,
-            (threshold < 0).to(tl.float32),
-        )
+        zero = (threshold < 0).to(tl.float32)
+        return load_philox_key(problem.tensors.seed), threshold, scale, zero
     else:
         return (0, 0), threshold, 1.0, 0.0
 
