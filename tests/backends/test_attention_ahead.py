@@ -1,6 +1,8 @@
-"""Forward that draws a block's mask behind the products of the block before: the same results.
+"""What kernels do otherwise where products are asynchronous, with the same results.
 
-Launchers choose it where products are asynchronous; here every feature is given both.
+Forward draws a block's mask behind the products of the block before, and the kernel for the
+gradients of keys shares no address between a loop and what follows it. Launchers choose both on
+Hopper; here every feature is given either way.
 """
 
 import math
@@ -49,27 +51,48 @@ CASES = {
 }
 
 
-def forward(monkeypatch, tile: Tile, options, key_heads: int = 2) -> tuple[Tensor, Tensor]:
-    """The result and lse."""
+def choose(monkeypatch, function: str, tile: Tile) -> list[Tile]:
+    """Give a kernel this tile; the list has it once for each time that it is asked for."""
     asked = []
 
-    def choose(*_):
+    def chosen(*_):
         asked.append(tile)
         return tile
 
-    monkeypatch.setattr(attention_launch, "forward_tile", choose)
-    query, key, value = (
+    monkeypatch.setattr(attention_launch, function, chosen)
+    return asked
+
+
+def operands(key_heads: int) -> tuple[Tensor, ...]:
+    return tuple(
         draw(2, heads, length, 16, seed=seed)
         for heads, length, seed in ((2, QUERIES, 6), (key_heads, KEYS, 7), (key_heads, KEYS, 8))
     )
+
+
+def forward(monkeypatch, tile: Tile, options, key_heads: int = 2) -> tuple[Tensor, Tensor]:
+    """The result and lse."""
+    asked = choose(monkeypatch, "forward_tile", tile)
     options = {"dropout_p": 0.4, "seed": 3, "enable_gqa": key_heads != 2} | options
     with tridrop.backend("triton"):
-        found = sdpa(query, key, value, return_lse=True, **options)
+        found = sdpa(*operands(key_heads), return_lse=True, **options)
     assert asked == [tile]
     return found
 
 
-def assert_same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+def gradients(monkeypatch, tile: Tile, options, key_heads: int = 2) -> tuple[Tensor, ...]:
+    """The gradients of queries, keys and values."""
+    asked = choose(monkeypatch, "dkey_tile", tile)
+    options = {"dropout_p": 0.4, "seed": 3, "enable_gqa": key_heads != 2} | options
+    leaves = [t.requires_grad_() for t in operands(key_heads)]
+    with tridrop.backend("triton"):
+        out = sdpa(*leaves, **options)
+        found = torch.autograd.grad(out, leaves, draw(*out.shape, seed=9))
+    assert asked == [tile]
+    return found
+
+
+def assert_same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
     """To the bit where there is one order of sums; a decision moves far more than 1e-5."""
     slack = 0 if DEVICE == "cpu" else 1e-5
     for a, b in zip(one, other, strict=True):
@@ -86,9 +109,22 @@ def test_a_mask_that_is_drawn_ahead_is_the_same(monkeypatch, case):
     assert (drawn[0] != 0).any() or case == "p = 1"
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_loops_that_share_nothing_are_the_same(monkeypatch, case):
+    sizes = (16, 32, 4, 2)
+    together, apart = (
+        gradients(monkeypatch, Tile(*sizes, apart=apart), CASES[case]) for apart in (False, True)
+    )
+    assert_same(apart, together)
+    assert all((found != 0).any() for found in together) or case == "p = 1"
+
+
 def test_grouped_heads(monkeypatch):
     tiles = (Tile(32, 32, 4, 2, ahead=early) for early in (False, True))
     assert_same(*(forward(monkeypatch, tile, {}, key_heads=1) for tile in tiles))
+    tiles = [Tile(32, 32, 4, 2, apart=apart) for apart in (False, True)]
+    for options in ({}, {"is_causal": True}):
+        assert_same(*(gradients(monkeypatch, tile, options, key_heads=1) for tile in tiles))
 
 
 def test_packed_sequences(monkeypatch):
