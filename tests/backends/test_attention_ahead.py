@@ -143,3 +143,19 @@ def test_packed_sequences(monkeypatch):
             )  # fmt: skip
     assert_same(*found)
     assert (found[0][1] == -math.inf).any()  # tokens behind the last sequence
+
+
+def test_gradients_of_packed_sequences(monkeypatch):
+    starts = torch.tensor([0, 33, 33, 70, 101], device=DEVICE, dtype=torch.int32)
+    found = []
+    for apart in (False, True):
+        asked = choose(monkeypatch, "dkey_tile", Tile(16, 32, 4, 2, apart=apart))
+        leaves = [draw(1, 2, KEYS, 16, seed=seed).requires_grad_() for seed in (8, 9, 10)]
+        with tridrop.backend("triton"):
+            out = sdpa(
+                *leaves, dropout_p=0.4, seed=3, cu_seqlens_q=starts, cu_seqlens_k=starts
+            )  # fmt: skip
+            found.append(torch.autograd.grad(out, leaves, draw(*out.shape, seed=11)))
+        assert len(asked) == 1
+    assert_same(*found)
+    assert all((t[..., :101, :] != 0).any() for t in found[0])

@@ -155,7 +155,7 @@ def test_operands_are_those_of_the_interpreter(name, rules):
             for *pair, kind in zip(at, [own] * 4, types, strict=True)]  # fmt: skip
     for lhs in made:
         for other in (*made, 1, True, -1, 1 << 40, 2.5, 0.0, -0.0):
-            for pair in ((lhs, other), (other, lhs), (lhs, other)):
+            for pair in ((lhs, other), (other, lhs), (lhs, other), (other, lhs)):
                 plain = answer(quick_interpreter.PLAIN_OPERANDS, *pair, *rules)
                 found = answer(SEMANTIC.binary_op_type_checking_impl, *pair, *rules)
                 assert_same_tensors(found, plain, pair)
@@ -166,10 +166,22 @@ def tensors(own):
     shapes = ((1,), (4,), (2, 4), (2, 1), (1, 1))
     made = []
     for shape in shapes:
-        data = np.arange(np.prod(shape)).reshape(shape).astype(interpreter._get_np_dtype(own))
+        numbers = 1.25 * np.arange(1, 1 + np.prod(shape)).reshape(shape)
+        data = numbers.astype(interpreter._get_np_dtype(own))
         kind = tl.block_type(own, list(shape)) if made else own
         made.append(tl.tensor(interpreter.TensorHandle(data, own), kind))
     return made
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_number_beside_a_tensor_cannot_be_changed_for_the_next():
+    block = tensors(tl.float32)[2]
+    for _ in range(2):
+        _, number = SEMANTIC.binary_op_type_checking_impl(block, 2.5)
+        assert not number.handle.attr
+        with pytest.raises(ValueError, match="read-only"):
+            number.handle.data[0] = 0
+        number.handle.set_attr("one caller's", 1)
 
 
 @pytest.mark.usefixtures("launched")

@@ -194,10 +194,10 @@ def _over_queries(
 
 @triton.jit
 def _is_left(start, stop, threshold, BLOCKS: tl.constexpr):
-    """Whether there is something between start and stop, for what follows a loop.
+    """A condition for the code behind a loop, which does nothing where start is not below stop.
 
-    With ``APART`` the compiler cannot tell, and computes nothing of it together with the loop; see
-    attention_tiles.place_of for what it would do to the products.
+    With ``APART`` the compiler cannot know it, and makes no number for that code and for the loop
+    at once: see attention_tiles.place_of. Otherwise it is true.
     """
     if BLOCKS.APART:
         return at_end(start, threshold) < stop

@@ -60,10 +60,10 @@ Place = namedtuple("Place", "query_start queries key_start keys batch head colum
 @triton.jit
 def place_of(problem, batch, head, BLOCKS: tl.constexpr, FEATURES: tl.constexpr):
     """Where a batch entry lies: an entry of the tensors, or a packed sequence."""
-    # The indices of columns are made here, before all loops: a number that a loop and what follows
-    # it share, and that is made in both, serialises the products on Hopper. LLVM makes it a second
-    # time on the way around the loop, for where the loop has no turn, and with it, on that way, the
-    # zeros that the loop adds to. ptxas then waits for every product by itself (warning C7515).
+    # The indices that bounds are compared with are made here, before the loops over tiles. If a
+    # loop and the code behind it make the same number, LLVM makes it before the loop, and again on
+    # the path that skips the loop. The zeros that the products add to go to that path as well, and
+    # then ptxas waits for every product by itself on Hopper (warning C7515).
     columns = tl.arange(0, BLOCKS.N)
     tensors, shape = problem.tensors, problem.shape
     if FEATURES.PACKED:
