@@ -58,7 +58,7 @@ _computations: dict[tuple[Any, ...], Any] = {}
 _constants: dict[tuple[Any, ...], Any] = {}
 _beside: dict[tuple[Any, ...], Any] = {}  # a number as the other operand of a tensor of this type
 _broadcasts: dict[tuple[str, str], tuple[Any, Any]] = {}  # the types of both, None if as it was
-_casts: dict[tuple[str, str], Any] = {}  # the type of the result of a plain conversion
+_casts: dict[tuple[str, str], Any] = {}  # the type of the result, None if not a plain one
 _WHOLE = frozenset((tl.tensor, int, float, bool, str, type(None), tl.dtype))  # hold no constexpr
 
 
@@ -233,12 +233,12 @@ def cast(value: Any, target: Any, rounding: str | None = None) -> Any:
         return value
     key = (value.type.name, target.name)
     if key not in _casts:
-        _casts[key] = None
-        plain = own.is_int() or own.name in ("fp32", "fp64")
-        if plain and (
-            wanted.name in ("fp32", "fp64") or (wanted.is_int() and not wanted.is_bool())
-        ):
-            _casts[key] = value.type.with_element_ty(wanted) if value.type.is_block() else target
+        wide = ("fp32", "fp64")
+        plain = (own.is_int() or own.name in wide) and (
+            (wanted.is_int() and not wanted.is_bool()) or wanted.name in wide
+        )
+        made = value.type.with_element_ty(wanted) if value.type.is_block() else target
+        _casts[key] = made if plain else None
     kind = _casts[key]
     if kind is None or rounding is not None:
         return PLAIN_CAST(value, target, rounding)

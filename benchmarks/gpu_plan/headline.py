@@ -2,8 +2,8 @@
 
 The expectations are computed from what `tridrop inspect` counts in the machine code for an H100
 (benchmarks/results/inspect-2026-11-27.json; for dK/dV at D = 64, which changed later,
-inspect-2026-11-29.json), with factors that nobody has measured. They stay as they are
-after a measurement: a prediction that is corrected afterwards is no prediction.
+inspect-2026-11-29.json), with factors that nobody has measured. They stay as they are after a
+measurement: a prediction that is corrected afterwards is no prediction.
 """
 
 from __future__ import annotations

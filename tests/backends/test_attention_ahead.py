@@ -6,6 +6,8 @@ Hopper; here every feature is given either way.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -51,16 +53,19 @@ CASES = {
 }
 
 
-def choose(monkeypatch, function: str, tile: Tile) -> list[Tile]:
-    """Give a kernel this tile; the list has it once for each time that it is asked for."""
+@contextmanager
+def tiled(monkeypatch, function: str, tile: Tile) -> Iterator[None]:
+    """On Triton's backend, with this tile for a kernel, which asks for it once."""
     asked = []
 
-    def chosen(*_):
+    def choose(*_):
         asked.append(tile)
         return tile
 
-    monkeypatch.setattr(attention_launch, function, chosen)
-    return asked
+    monkeypatch.setattr(attention_launch, function, choose)
+    with tridrop.backend("triton"):
+        yield
+    assert asked == [tile]
 
 
 def operands(key_heads: int) -> tuple[Tensor, ...]:
@@ -70,26 +75,31 @@ def operands(key_heads: int) -> tuple[Tensor, ...]:
     )
 
 
-def forward(monkeypatch, tile: Tile, options, key_heads: int = 2) -> tuple[Tensor, Tensor]:
+def packed() -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Operands whose last tokens are in no sequence, and the options that say so."""
+    starts = torch.tensor([0, 33, 33, 70, 101], device=DEVICE, dtype=torch.int32)
+    options = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    return tuple(draw(1, 2, KEYS, 16, seed=seed) for seed in (8, 9, 10)), options
+
+
+def attend(given: Sequence[Tensor], options, **more):
+    """Attention with dropout, unless the options say otherwise."""
+    gqa = given[0].shape[1] != given[1].shape[1]
+    return sdpa(*given, **({"dropout_p": 0.4, "seed": 3, "enable_gqa": gqa} | options | more))
+
+
+def forward(monkeypatch, tile: Tile, given, options) -> tuple[Tensor, Tensor]:
     """The result and lse."""
-    asked = choose(monkeypatch, "forward_tile", tile)
-    options = {"dropout_p": 0.4, "seed": 3, "enable_gqa": key_heads != 2} | options
-    with tridrop.backend("triton"):
-        found = sdpa(*operands(key_heads), return_lse=True, **options)
-    assert asked == [tile]
-    return found
+    with tiled(monkeypatch, "forward_tile", tile):
+        return attend(given, options, return_lse=True)
 
 
-def gradients(monkeypatch, tile: Tile, options, key_heads: int = 2) -> tuple[Tensor, ...]:
+def gradients(monkeypatch, tile: Tile, given, options) -> tuple[Tensor, ...]:
     """The gradients of queries, keys and values."""
-    asked = choose(monkeypatch, "dkey_tile", tile)
-    options = {"dropout_p": 0.4, "seed": 3, "enable_gqa": key_heads != 2} | options
-    leaves = [t.requires_grad_() for t in operands(key_heads)]
-    with tridrop.backend("triton"):
-        out = sdpa(*leaves, **options)
-        found = torch.autograd.grad(out, leaves, draw(*out.shape, seed=9))
-    assert asked == [tile]
-    return found
+    leaves = [t.requires_grad_() for t in given]
+    with tiled(monkeypatch, "dkey_tile", tile):
+        out = attend(leaves, options)
+        return torch.autograd.grad(out, leaves, draw(*out.shape, seed=11))
 
 
 def assert_same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
@@ -99,63 +109,39 @@ def assert_same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(a, b, rtol=slack, atol=slack)
 
 
+def both_ways(monkeypatch, outcome, sizes, given, options) -> tuple[Tensor, ...]:
+    """What comes out without what Hopper does, after a comparison with what comes out with it."""
+    flag = "ahead" if outcome is forward else "apart"
+    without, with_it = (
+        outcome(monkeypatch, Tile(*sizes, **{flag: way}), given, options) for way in (False, True)
+    )
+    assert_same(with_it, without)
+    return without
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_mask_that_is_drawn_ahead_is_the_same(monkeypatch, case):
-    sizes = (32, 64, 4, 2)
-    drawn, ahead = (
-        forward(monkeypatch, Tile(*sizes, ahead=early), CASES[case]) for early in (False, True)
-    )
-    assert_same(ahead, drawn)
-    assert (drawn[0] != 0).any() or case == "p = 1"
+    found = both_ways(monkeypatch, forward, (32, 64, 4, 2), operands(2), CASES[case])
+    assert (found[0] != 0).any() or case == "p = 1"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_loops_that_share_nothing_are_the_same(monkeypatch, case):
-    sizes = (16, 32, 4, 2)
-    together, apart = (
-        gradients(monkeypatch, Tile(*sizes, apart=apart), CASES[case]) for apart in (False, True)
-    )
-    assert_same(apart, together)
-    assert all((found != 0).any() for found in together) or case == "p = 1"
+    found = both_ways(monkeypatch, gradients, (16, 32, 4, 2), operands(2), CASES[case])
+    assert all((t != 0).any() for t in found) or case == "p = 1"
 
 
 def test_grouped_heads(monkeypatch):
-    tiles = (Tile(32, 32, 4, 2, ahead=early) for early in (False, True))
-    assert_same(*(forward(monkeypatch, tile, {}, key_heads=1) for tile in tiles))
-    tiles = [Tile(32, 32, 4, 2, apart=apart) for apart in (False, True)]
+    both_ways(monkeypatch, forward, (32, 32, 4, 2), operands(1), {})
     for options in ({}, {"is_causal": True}):
-        assert_same(*(gradients(monkeypatch, tile, options, key_heads=1) for tile in tiles))
+        both_ways(monkeypatch, gradients, (32, 32, 4, 2), operands(1), options)
 
 
 def test_packed_sequences(monkeypatch):
-    starts = torch.tensor([0, 33, 33, 70, 101], device=DEVICE, dtype=torch.int32)
-    query, key, value = (draw(1, 2, KEYS, 16, seed=seed) for seed in (8, 9, 10))
-    found = []
-    for early in (False, True):
-        tile = Tile(32, 32, 4, 2, ahead=early)
-        monkeypatch.setattr(attention_launch, "forward_tile", lambda *_, tile=tile: tile)
-        with tridrop.backend("triton"):
-            found.append(
-                sdpa(
-                    query, key, value, dropout_p=0.4, seed=3, cu_seqlens_q=starts,
-                    cu_seqlens_k=starts, return_lse=True,
-                )
-            )  # fmt: skip
-    assert_same(*found)
-    assert (found[0][1] == -math.inf).any()  # tokens behind the last sequence
+    found = both_ways(monkeypatch, forward, (32, 32, 4, 2), *packed())
+    assert (found[1] == -math.inf).any()  # tokens behind the last sequence
 
 
 def test_gradients_of_packed_sequences(monkeypatch):
-    starts = torch.tensor([0, 33, 33, 70, 101], device=DEVICE, dtype=torch.int32)
-    found = []
-    for apart in (False, True):
-        asked = choose(monkeypatch, "dkey_tile", Tile(16, 32, 4, 2, apart=apart))
-        leaves = [draw(1, 2, KEYS, 16, seed=seed).requires_grad_() for seed in (8, 9, 10)]
-        with tridrop.backend("triton"):
-            out = sdpa(
-                *leaves, dropout_p=0.4, seed=3, cu_seqlens_q=starts, cu_seqlens_k=starts
-            )  # fmt: skip
-            found.append(torch.autograd.grad(out, leaves, draw(*out.shape, seed=11)))
-        assert len(asked) == 1
-    assert_same(*found)
-    assert all((t[..., :101, :] != 0).any() for t in found[0])
+    found = both_ways(monkeypatch, gradients, (16, 32, 4, 2), *packed())
+    assert all((t[..., :101, :] != 0).any() for t in found)

@@ -90,6 +90,44 @@ def launched():
     scope.restore()
 
 
+def assert_same_tensors(found, plain, given=()):
+    """A tensor or a pair, of which some may be the given ones; or what was raised instead."""
+    if isinstance(plain, tl.tensor):
+        found, plain = (found,), (plain,)
+    if not isinstance(plain[0], tl.tensor):
+        assert found == plain
+        return
+    assert [t.type for t in found] == [t.type for t in plain]
+    for quick, slow in zip(found, plain, strict=True):
+        assert quick.dtype == slow.dtype
+        assert quick.handle.dtype == slow.handle.dtype
+        assert quick.handle.data.shape == slow.handle.data.shape
+        assert quick.handle.data.dtype == slow.handle.data.dtype
+        assert quick.handle.data.tobytes() == slow.handle.data.tobytes()
+        assert [quick is one for one in given] == [slow is one for one in given]
+        assert not quick.handle.attr
+
+
+def assert_kept_for_all(number):
+    """Its memory cannot be changed, and its attributes are this caller's."""
+    assert not number.handle.attr
+    with pytest.raises(ValueError, match="read-only"):
+        number.handle.data[0] = 0
+    number.handle.set_attr("one caller's", 1)
+
+
+def tensors(own):
+    """Of an element type: a scalar and blocks of one and two dimensions."""
+    shapes = ((1,), (4,), (2, 4), (2, 1), (1, 1))
+    made = []
+    for shape in shapes:
+        numbers = 1.25 * np.arange(1, 1 + np.prod(shape)).reshape(shape)
+        data = numbers.astype(interpreter._get_np_dtype(own))
+        kind = tl.block_type(own, list(shape)) if made else own
+        made.append(tl.tensor(interpreter.TensorHandle(data, own), kind))
+    return made
+
+
 def test_constants_from_outside_of_a_launch_are_not_kept():
     SEMANTIC.scalar_constant(0, tl.uint64)  # there it would be of int64
     scope = interpreter._patch_lang(answer)
@@ -108,34 +146,11 @@ def test_constants_are_those_of_the_interpreter(name):
         plain = answer(quick_interpreter.PLAIN_CONSTANT, value, tl.dtype(name))
         for _ in range(2):
             found = answer(SEMANTIC.scalar_constant, value, tl.dtype(name))
-            if isinstance(plain, tuple):
-                assert found == plain
-                continue
-            assert (found.type, found.dtype) == (plain.type, plain.dtype)
-            assert found.handle.data.dtype == plain.handle.data.dtype
-            assert found.handle.data.tobytes() == plain.handle.data.tobytes()
-            assert not found.handle.attr
-            with pytest.raises(ValueError, match="read-only"):
-                found.handle.data[0] = 0
-            found.handle.set_attr("one caller's", 1)
+            assert_same_tensors(found, plain)
+            if isinstance(plain, tl.tensor):
+                assert_kept_for_all(found)
     with pytest.raises(ValueError, match="dtype must be specified"):
         SEMANTIC.scalar_constant(1, None)
-
-
-def assert_same_tensors(found, plain, given):
-    """Pairs of tensors, of which some may be the given ones; or what was raised instead."""
-    if not isinstance(plain[0], tl.tensor):
-        assert found == plain
-        return
-    assert [t.type for t in found] == [t.type for t in plain]
-    for quick, slow in zip(found, plain, strict=True):
-        assert quick.dtype == slow.dtype
-        assert quick.handle.dtype == slow.handle.dtype
-        assert quick.handle.data.shape == slow.handle.data.shape
-        assert quick.handle.data.dtype == slow.handle.data.dtype
-        assert quick.handle.data.tobytes() == slow.handle.data.tobytes()
-        assert [quick is one for one in given] == [slow is one for one in given]
-        assert not quick.handle.attr
 
 
 # numpy has no arithmetic of the types of 8 bits.
@@ -149,10 +164,7 @@ RULES = [(), (True, True), (False, False, False), (False, False, True, True)]
 @pytest.mark.parametrize("name", [*COMPUTED, "pointer"])
 def test_operands_are_those_of_the_interpreter(name, rules):
     own = tl.pointer_type(tl.float32) if name == "pointer" else tl.dtype(name)
-    at = [np.zeros(shape, interpreter._get_np_dtype(own)) for shape in ((1,), (4,), (2, 4), (2, 1))]
-    types = [own] + [tl.block_type(own, list(data.shape)) for data in at[1:]]
-    made = [tl.tensor(interpreter.TensorHandle(*pair), kind)
-            for *pair, kind in zip(at, [own] * 4, types, strict=True)]  # fmt: skip
+    made = tensors(own)
     for lhs in made:
         for other in (*made, 1, True, -1, 1 << 40, 2.5, 0.0, -0.0):
             for pair in ((lhs, other), (other, lhs), (lhs, other), (other, lhs)):
@@ -161,27 +173,12 @@ def test_operands_are_those_of_the_interpreter(name, rules):
                 assert_same_tensors(found, plain, pair)
 
 
-def tensors(own):
-    """Of an element type: a scalar and blocks of one and two dimensions."""
-    shapes = ((1,), (4,), (2, 4), (2, 1), (1, 1))
-    made = []
-    for shape in shapes:
-        numbers = 1.25 * np.arange(1, 1 + np.prod(shape)).reshape(shape)
-        data = numbers.astype(interpreter._get_np_dtype(own))
-        kind = tl.block_type(own, list(shape)) if made else own
-        made.append(tl.tensor(interpreter.TensorHandle(data, own), kind))
-    return made
-
-
 @pytest.mark.usefixtures("launched")
 def test_a_number_beside_a_tensor_cannot_be_changed_for_the_next():
     block = tensors(tl.float32)[2]
     for _ in range(2):
         _, number = SEMANTIC.binary_op_type_checking_impl(block, 2.5)
-        assert not number.handle.attr
-        with pytest.raises(ValueError, match="read-only"):
-            number.handle.data[0] = 0
-        number.handle.set_attr("one caller's", 1)
+        assert_kept_for_all(number)
 
 
 @pytest.mark.usefixtures("launched")
@@ -194,10 +191,7 @@ def test_conversions_are_those_of_the_interpreter(name):
                     given = (value, target, rounding)
                     plain = answer(quick_interpreter.PLAIN_CAST, *given)
                     found = answer(SEMANTIC.cast, *given)
-                    if isinstance(plain, tl.tensor):
-                        assert_same_tensors((found,), (plain,), (value,))
-                    else:
-                        assert found == plain
+                    assert_same_tensors(found, plain, (value,))
 
 
 @pytest.mark.usefixtures("launched")

@@ -7,7 +7,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .decorators import OUTER, cached, inline
+from .decorators import OUTER, build_call, cached, inline
 from .operands import place, places
 
 
@@ -48,7 +48,6 @@ def run_parts(context, kernel, team, work, arguments):
     found = kernel.dispatcher.overloads[given]
 
     def build(context, builder, signature, values):
-        context.add_linking_libs([found.library])
         word, byte = llvm.IntType(64), llvm.IntType(8).as_pointer()
         team, work, arguments = values[1:]
         # What the threads share: the number of the next part, and the values of this call.
@@ -59,7 +58,7 @@ def run_parts(context, kernel, team, work, arguments):
         name = f"{found.fndesc.mangled_name}.parts"
         turn = llvm.Function(builder.module, llvm.FunctionType(llvm.VoidType(), [byte]), name)
         turn.linkage = "internal"
-        _build_turn(context, turn, kind, found.fndesc, signature.args[-1])
+        _build_turn(context, turn, kind, found, signature.args[-1])
         data = builder.bitcast(shared, byte)
         address, threads = (builder.extract_value(team, i) for i in range(2))
         with builder.if_else(builder.icmp_signed("<", threads, word(2))) as (alone, together):
@@ -79,7 +78,7 @@ def run_parts(context, kernel, team, work, arguments):
     return types.void(kernel, team, work, arguments), build
 
 
-def _build_turn(context, turn, kind, described, arguments):
+def _build_turn(context, turn, kind, kernel, arguments):
     """The body of what each thread of a team does: take parts until none is left."""
     entry, again, take, leave = (
         turn.append_basic_block(name) for name in ("entry", "again", "take", "leave")
@@ -90,7 +89,6 @@ def _build_turn(context, turn, kind, described, arguments):
     end, rows, step = map(builder.load, (end, rows, step))
     given = builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
     given = cgutils.unpack_tuple(builder, given, len(arguments))
-    kernel = context.declare_function(builder.module, described)
     builder.branch(again)
     builder.position_at_end(again)
     number = builder.atomic_rmw("add", next_part, llvm.IntType(64)(1), "monotonic")
@@ -99,9 +97,7 @@ def _build_turn(context, turn, kind, described, arguments):
     start = builder.mul(number, step)
     stop = builder.add(start, step)
     stop = builder.select(builder.icmp_signed("<", stop, rows), stop, rows)
-    context.call_conv.call_function(
-        builder, kernel, described.restype, described.argtypes, [start, stop, *given]
-    )
+    build_call(context, builder, kernel, [start, stop, *given])
     builder.branch(again)
     builder.position_at_end(leave)
     builder.ret_void()
