@@ -390,7 +390,9 @@ def on_a_grid(name, x, short=False):
     value, slope, ones = torch.empty_like(u), torch.empty_like(u), torch.ones_like(u)
     v, s = map(cpu_memory.matrix, (value, slope))
     unscaled("forward", (u, None, None, None), v, (address, False))
-    unscaled("backward", (ones, u, None, None), s, (1, 0, 0), (address, False))
+    unscaled(
+        "backward", (ones, u, None, None), s, (address, False), (1, 1, (selection.ABSENT,) * 2)
+    )
     return value.view_as(x), slope.view_as(x)
 
 

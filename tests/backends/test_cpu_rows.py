@@ -55,10 +55,15 @@ def test_short_rows(op, columns, dtype, monkeypatch):
 
 
 @needs_numba
+@pytest.mark.parametrize("own", [False, True], ids=["torch", "own"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(131, 64), (131, 8), (37, 512), (5000, 64), (300, 1000)])
-def test_sums_take_the_rows_in_turn(shape):
+def test_sums_take_the_rows_in_turn(shape, dtype, own, monkeypatch):
+    """Also in tridrop's own threads, where the sums of the parts are added after all parts."""
+    if own:
+        monkeypatch.setattr(threads, "_parallel", 0)
     x, r, grad = tensors(torch.float32, *shape)
-    b, gain = torch.zeros(shape[1]), torch.ones(shape[1])
+    b, gain = torch.zeros(shape[1], dtype=dtype), torch.ones(shape[1], dtype=dtype)
     leaves = [t.requires_grad_() for t in (x, b, gain)]
     out = tridrop.dropout_add(x, r, 0.3, bias=b, layer_scale=gain, seed=1)
     dx, db, dgain = torch.autograd.grad(out, leaves, grad)
@@ -71,4 +76,5 @@ def test_sums_take_the_rows_in_turn(shape):
             for row in part_of_rows:
                 part += row
             sums += part
-        assert torch.equal(found, sums.float())
+        assert found.dtype == dtype
+        assert torch.equal(found, sums.to(dtype))

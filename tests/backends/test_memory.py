@@ -157,7 +157,7 @@ def test_a_kernel_takes_what_python_would_take(make, asked, capfd):
     # The kernel of masks does nothing for no parts, whatever it is given but the places.
     masks.keep_mask(torch.tensor([1, 0]), (1, 8), 1 << 30)
     probe = serving.kernels().keep_rows
-    none = threads.Parts((0, 0, 0, 1), False)
+    none = threads.Parts((0, 0, 0, 1, 1), False)
     arguments = (8, (0, 0, 0, 0, -1, 0), 0)
     try:
         threads.share(kernel, none, (t,), reads, arguments, None)

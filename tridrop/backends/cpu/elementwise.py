@@ -19,9 +19,9 @@ from ...spec.elementwise import Options, check_functions
 from ...spec.operands import Elementwise, ElementwiseBackward, Operands, checked
 from ..reference import elementwise
 from .memory import NONE, NUMBERS, SEED, Operand, Reads, blanks, result, vectors
-from .selection import Selection, Sum, selection_of, serves
+from .selection import ABSENT, Selection, Sum, selection_of, serves
 
-_NO_SUMS = (1, 0, 0)  # rows of a part, and the addresses of two absent sums
+_NO_SUMS = (1, 1, (ABSENT, ABSENT))  # see loops/kernels.py's summing_kernel
 _NOTHING = elementwise.Multiplier(None, 1.0)  # drops nothing
 
 
@@ -85,7 +85,7 @@ class PreparedElementwise(NamedTuple):
         tensors = (seed, grad, x, bias, layer_scale)
         form = self._form(*dtypes)
         if dtypes[1] is None and dtypes[2] is None:
-            self.drop.call("backward", tensors, reads, dx, at, _NO_SUMS, form)
+            self.drop.call("backward", tensors, reads, dx, at, form, _NO_SUMS)
             return dx, None, None
         sums = tuple(map(Sum, self.sizes, dtypes[1:]))
         dbias, dlayer_scale = self.drop.sum("backward", tensors, reads, sums, dx, at, form)

@@ -19,7 +19,7 @@ from .selection import Selection, Sum, selection_of, serves
 @lru_cache(256)
 def _sums_of_norm(columns: int, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Sum, ...]:
     """The sums over rows that are the gradients of bias, layer_scale, weight and norm_bias."""
-    return tuple(Sum(columns, dtypes[i], rounded=i > 3) for i in (1, 2, 4, 5))
+    return tuple(Sum(columns, dtypes[i]) for i in (1, 2, 4, 5))
 
 
 class PreparedNorm(NamedTuple):

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from ...contract.mask import Shard
 from ...spec.elementwise import Options
 from ...spec.operands import Operands
 from . import masks, serving, threads
-from .memory import CODES, Reads, Tensors
+from .memory import CODES, NONE, Reads, Tensors
 
 
 class _Rows(NamedTuple):
@@ -37,7 +36,9 @@ class Sum(NamedTuple):
 
     width: int
     dtype: torch.dtype | None
-    rounded: bool = False  # whether the kernel takes it as a matrix with one row, of any dtype
+
+
+ABSENT = (0, 0, NONE)  # what a kernel gets for a sum that nothing needs
 
 
 @dataclass(frozen=True)
@@ -85,32 +86,28 @@ class Selection:
         """Call a kernel that sums over the rows as well, and return the sums.
 
         ``tensors``, ``reads`` and ``keep_alive`` are those of :meth:`call`; ``arguments`` are those
-        before the addresses of the sums, and the last one. A part of the rows is summed in fp32,
-        and the parts are then summed in fp64, in their order.
+        before the last one. A part of the rows is summed in fp32, and the parts are then summed in
+        fp64, in their order.
         """
         like, count = tensors[1], self.parts.number
         assert like is not None
-        found: list[Tensor | None] = []
-        places: list[Any] = [self.parts.step]
-        unfinished: list[tuple[int, Tensor, torch.dtype]] = []
-        for width, dtype, rounded in sums:
-            if dtype is None:
-                found.append(None)
-                places.append((0, 0) if rounded else 0)
+        found = [None if dtype is None else like.new_empty(n, dtype=dtype) for n, dtype in sums]
+        # A part that is alone writes fp32 where the result stays.
+        direct = torch.float32 if count == 1 else None
+        apart = sum(n for n, dtype in sums if dtype is not None and dtype is not direct)
+        memory = like.new_empty(count * apart, dtype=torch.float32) if apart else None
+        free = 0 if memory is None else memory.data_ptr()
+        places = []
+        for (width, dtype), t in zip(sums, found, strict=True):
+            if dtype is None or t is None:
+                places.append(ABSENT)
                 continue
-            stored = dtype if rounded and count == 1 else torch.float32
-            t = like.new_empty(count * width, dtype=stored)  # torch.empty takes twice as long
-            places.append((t.data_ptr(), CODES[stored]) if rounded else t.data_ptr())
-            if count > 1 or stored is not dtype:
-                unfinished.append((len(found), t, dtype))
-            found.append(t)
-        *before, options = arguments
-        held = (keep_alive, found)
-        self.call(name, tensors, reads, held, *before, tuple(places), options)
-        for i, t, dtype in unfinished:
-            if count > 1:
-                t = torch.from_numpy(t.view(count, -1).numpy().sum(0, np.float64))
-            found[i] = t.to(dtype)
+            at = t.data_ptr()
+            places.append((at if dtype is direct else free, width, (at, CODES[dtype])))
+            if dtype is not direct:
+                free += 4 * count * width
+        held = (keep_alive, found, memory)
+        self.call(name, tensors, reads, held, *arguments, (self.parts.step, count, tuple(places)))
         return found
 
     def _decisions(self, seed: Tensor | None) -> tuple[tuple[int, ...], Any]:

@@ -32,8 +32,8 @@ class Parts(NamedTuple):
     """How the rows of a call are divided among threads."""
 
     # The number of the first part and the one after the last, the rows, and the rows of a part, of
-    # which the last one may have fewer.
-    work: tuple[int, int, int, int]
+    # which the last one may have fewer; and 1, as all parts are done by one call of the kernel.
+    work: tuple[int, int, int, int, int]
     shared: bool  # whether the call has enough to do for several threads
 
     @property
@@ -73,7 +73,7 @@ def parts_of(rows: int, columns: int) -> Parts:
     parts = min(rows, rows * columns // _PART, _MOST_PARTS)
     step = max(1, min(-(-rows // max(1, parts)), _LONGEST_PART))
     count = -(-rows // step)
-    return Parts((0, count, rows, step), count > 1 and rows * columns >= _SHARED)
+    return Parts((0, count, rows, step, 1), count > 1 and rows * columns >= _SHARED)
 
 
 def share(
@@ -105,9 +105,12 @@ def share(
     if not own:
         kernel(team, work, addresses, codes, arguments)
         return
-    cut = work[2:]
+    rows, step = work[2:4]
 
     def call(number: int) -> None:
-        kernel(team, (number, number + 1, *cut), addresses, codes, arguments)
+        kernel(team, (number, number + 1, rows, step, 0), addresses, codes, arguments)
 
     own_threads.share(parts.number, threads, call, (held, keep_alive))
+    kernel(
+        team, (0, 0, rows, step, 1), addresses, codes, arguments
+    )  # what all parts are needed for

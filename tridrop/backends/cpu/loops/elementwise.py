@@ -12,7 +12,7 @@ import numpy as np
 
 from .activations import activate, derive, differentiate
 from .decorators import NOTHING, inline, written_out
-from .kernels import kernel
+from .kernels import kernel, sum_of_part, summing_kernel
 from .mask import (
     LANES,
     STRIP,
@@ -22,7 +22,7 @@ from .mask import (
     randoms,
 )
 from .memory import part_of, release, scratch, vector
-from .steps import accumulate_selected, add_vector, behind, clear, copy, multiply, multiply_vector
+from .steps import accumulate_selected, add_vector, clear, copy, multiply, multiply_vector
 from .storage import add_selected, load_rows, store, store_selected, store_selected_rows
 
 
@@ -97,19 +97,18 @@ def forward(start, stop, given, columns, decisions, scale, out, options):
     release(memory)
 
 
-@kernel
-def backward(start, stop, given, columns, decisions, scale, dx, sums, options):
+@summing_kernel
+def backward(start, stop, given, columns, decisions, scale, dx, options, sums):
     """Gradients of x, bias and layer_scale, from a part of the rows.
 
     ``given`` are the seed, grad, x, which is absent where f is the identity, bias and layer_scale.
-    ``sums`` say where the last two gradients go, of x's width and of ``columns``: how many rows a
-    part has, and the addresses of the first part's sums, behind which those of the other parts are.
+    ``sums`` say where the last two gradients go, see :func:`summing_kernel`.
     """
     seed, grad, x, (bias, _), (layer_scale, _) = given
     function, gated = options
     halves = 2 if gated else 1  # in a loop, so that what is done to both is compiled once
-    width, number = halves * columns, start // sums[0]
-    dbias, dscale = behind(sums[1], number * width), behind(sums[2], number * columns)
+    width = halves * columns
+    dbias, dscale = sum_of_part(sums, 0, start), sum_of_part(sums, 1, start)
     memory = strips(6)
     bits, words = randoms(memory, STRIP * LANES, decisions[4])
     g, u, v = strip(memory, 1), strip(memory, 2), strip(memory, 3)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir as llvm
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .decorators import OUTER, build_call, cached, inline
+from .decorators import NOTHING, OUTER, apart, build_call, cached, inline, written_out
+from .memory import release, scratch, vector
 from .operands import place, places
+from .steps import behind
+from .storage import store
 
 
 def kernel(function):
@@ -28,9 +32,62 @@ def kernel(function):
             run_parts(of_part, team, work, (matrices, *arguments))
         return lowest
 
+    return _named(call, function)
+
+
+def summing_kernel(function):
+    """A :func:`kernel` that sums over the rows as well; its last argument says where.
+
+    That is ``(rows of a part, number of parts, sums)``. A sum is (address, numbers, result): each
+    part leaves its own sums at the address, in fp32, those of one part behind those of another; and
+    the result, a matrix with one row, gets the sum of all parts. An absent sum has the address 0.
+    The fifth number of ``work`` says whether the results are due: 0 where other parts are yet to be
+    done.
+    """
+    of_part = inline(set())(function)
+
+    def call(team, work, given, wanted, arguments):
+        lowest, matrices = places(place, team[2], given, wanted)
+        if lowest == 0:
+            run_parts(of_part, team, work, (matrices, *arguments))
+            if work[4] != 0:
+                add_parts(arguments[-1])
+        return lowest
+
+    return _named(call, function)
+
+
+def _named(call, function):
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(call, name, getattr(function, name))
     return cached(njit(no_cfunc_wrapper=True, **OUTER)(call), call)
+
+
+@written_out
+def sum_of_part(sums, number, start):
+    """The address of a part's own sum; the part begins with the row ``start``."""
+    return behind(sums[2][number][0], start // sums[0] * sums[2][number][1])
+
+
+@apart(set())
+def add_parts(sums):
+    """Fill the results with the sums of all parts, in fp64 and in their order."""
+    count = sums[1]
+    for address, width, result in sums[2]:
+        if address == 0:
+            continue
+        memory = scratch(2 * width)
+        total, first = vector(memory, width, np.float64), vector(address, width, np.float32)
+        for j in range(width):
+            total[j] = first[j]
+        for number in range(1, count):
+            part = vector(behind(address, number * width), width, np.float32)
+            for j in range(width):
+                total[j] += part[j]
+        for j in range(width):
+            first[j] = np.float32(total[j])
+        store(result, NOTHING, width, first)
+        release(memory)
 
 
 @intrinsic
@@ -38,9 +95,9 @@ def run_parts(context, kernel, team, work, arguments):
     """Call ``kernel(start, stop, *arguments)`` for all parts of the rows.
 
     ``work`` says which: the first part's number and the one after the last, how many rows there
-    are, and how many of them a part has. ``team`` is the address of ``GOMP_parallel``, a number of
-    threads (with 2 or more, each takes one part after another until none is left), and torch's
-    table.
+    are, and how many of them a part has; the fifth number is for :func:`summing_kernel`. ``team``
+    is the address of ``GOMP_parallel``, a number of threads (with 2 or more, each takes one part
+    after another until none is left), and torch's table.
     """
     index = types.int64
     given = (index, index, *arguments.types)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .decorators import NOTHING, apart, inline, written_out
-from .kernels import kernel
+from .kernels import kernel, sum_of_part, summing_kernel
 from .mask import (
     LANES,
     STRIP,
@@ -25,8 +25,8 @@ from .steps import (
     accumulate_selected,
     add,
     add_vector,
-    behind,
     clear,
+    copy,
     fill,
     multiply,
     multiply_vector,
@@ -128,16 +128,11 @@ def differentiate(d, u, rows, columns, statistics, gain, dweight, dbias, rms):
         project(v, n, gain, along / size, _ZERO if rms else whole / size, rstd)
 
 
-# Vectors are read and written once per part of the rows, and so by functions that are not inlined:
-# three loops for each of them, one per dtype, would be a fifth of the kernels.
+# Vectors are read once per part of the rows, and so by a function that is not inlined: three loops
+# for each of them, one per dtype, would be a fifth of the kernels.
 @apart(set())
 def load_vector(matrix, size, into):
     load(matrix, NOTHING, size, into)
-
-
-@apart(set())
-def store_vector(matrix, size, values):
-    store(matrix, NOTHING, size, values)
 
 
 @inline(set())
@@ -231,22 +226,19 @@ def forward(start, stop, given, columns, decisions, scale, out, stream, found, o
     release(memory)
 
 
-@kernel
-def backward(start, stop, given, columns, decisions, scale, results, sums, options):
+@summing_kernel
+def backward(start, stop, given, columns, decisions, scale, results, options, sums):
     """Gradients from the rows from start to stop.
 
     ``given`` are the seed, dout, dstream, stream, x, the pairs (mean, rstd), bias, layer_scale and
-    weight. ``results`` are dx and dresidual. ``sums`` say where the gradients of bias, layer_scale,
-    weight and norm_bias go: how many rows a part has, and the first part's sums, the last two as
-    matrices with one row; those of the other parts are behind them, in fp32. ``options`` are as in
-    :func:`forward`, without eps.
+    weight. ``results`` are dx and dresidual. ``options`` are as in :func:`forward`, without eps.
+    ``sums`` say where the gradients of bias, layer_scale, weight and norm_bias go, see
+    :func:`summing_kernel`.
     """
     seed, dout, dstream, stream, x, (found, _), (bias, _), (layer_scale, _), weight = given
     dx, dresidual = results
-    behind_first = start // sums[0] * columns
-    dbias, dscale = behind(sums[1], behind_first), behind(sums[2], behind_first)
-    dweight = behind(sums[3][0], behind_first), sums[3][1]
-    dnorm_bias = behind(sums[4][0], behind_first), sums[4][1]
+    dbias, dscale = sum_of_part(sums, 0, start), sum_of_part(sums, 1, start)
+    dweight, dnorm_bias = sum_of_part(sums, 2, start), sum_of_part(sums, 3, start)
     rms, after, centred = options
     width = bits_of_row(columns)
     memory = scratch(4 * STRIP + 6 * width)
@@ -292,8 +284,8 @@ def backward(start, stop, given, columns, decisions, scale, results, sums, optio
             if dx[0] != 0:
                 store_selected(dx, at, count, d, kept, last, factor)
         r += rows
-    if dweight[0] != 0:
-        store_vector(dweight, columns, of_weight)
-    if dnorm_bias[0] != 0:
-        store_vector(dnorm_bias, columns, of_bias)
+    if dweight != 0:
+        copy(of_weight, columns, vector(dweight, columns, np.float32))
+    if dnorm_bias != 0:
+        copy(of_bias, columns, vector(dnorm_bias, columns, np.float32))
     release(memory)
