@@ -211,7 +211,7 @@ def test_steps_are_compiled_once_and_make_no_machine_code():
     ours = {path.stem for path in Path(compiling.__file__).parent.glob("*.py")}
     others = {entry[:2] for entry in found if entry[0] in ours and entry not in steps}
     kernels = {
-        ("mask", "keep_rows"), ("mask", "keep_scores"),
+        ("mask", "keep_rows"), ("mask", "keep_scores"), ("products", "multiply"),
         *((file, name) for file in FILES[:3] for name in ("forward", "backward")),
     }  # fmt: skip
     assert {entry for entry in others if entry[0] != "activations"} == kernels

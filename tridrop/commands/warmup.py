@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 
 from .. import backends, functional
-from ..backends.cpu import serving
+from ..backends.cpu import products, serving, torch_library
 from ..base import terminal
 
 
@@ -50,6 +50,18 @@ def _softmax() -> Iterator[None]:
     y = functional.softmax_dropout(scores, 0.5, seed=0)
     yield
     y.sum().backward()
+    yield
+
+
+def _products() -> Iterator[None]:
+    if not torch_library.table:
+        return
+    query, threads_before = torch.zeros(1, 1, 2, 8), torch.get_num_threads()
+    torch.set_num_threads(1)  # products of fewer heads than threads are not the loop's
+    try:
+        products.multiply(query, query.mT)
+    finally:
+        torch.set_num_threads(threads_before)
     yield
 
 
@@ -79,12 +91,14 @@ FAMILIES: dict[str, Callable[[], Iterator[None]]] = {
     "softmax": _softmax,
     "activations": _activations,
     "masks": _masks,
+    "products": _products,
 }
 
 
 def loops_of(family: str) -> int:
     """How many loops a family compiles."""
-    return len(_forms()) if family == "activations" else 2
+    others = {"activations": len(_forms()), "products": int(torch_library.table != 0)}
+    return others.get(family, 2)
 
 
 def _processes() -> Any:

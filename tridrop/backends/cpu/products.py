@@ -2,8 +2,9 @@
 
 ``torch.matmul`` copies operands whose samples and heads do not form one dimension in memory, as
 where projections leave heads next to each other, and gives the product in new memory. These
-functions read operands where they are and write the product where it stays, a sample at a time,
-unless samples are so small that copies take less time than calls.
+functions read operands where they are and write the product where it stays: by a kernel that has
+torch multiply several pairs of matrices at a time, see loops/products.py; or, where it does not
+serve, a sample at a time, unless samples are so small that copies take less time than calls.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from torch import Tensor
 
 from ..reference.attention import Product
 from ..reference.attention import write as write_value
+from . import serving
+from .threads import torchs_team
 
 # Numbers per sample in the tensors that a product would copy. A copy takes some 0.3 ns a number,
 # and a call 8 us: at [8, 4, 128, 32] both take the same time.
 _LARGE = 1 << 15
+# Where the matrices of heads are multiplied one by one, each costs 2 us more than in a batch, and
+# the call 10 us less. Larger matrices take so long that this does not count.
+_FEW, _LARGE_PRODUCT = 6, 1 << 20
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
@@ -47,6 +53,11 @@ def merged(t: Tensor) -> Tensor:
 
 def _multiply_into(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:
     """out = scale * left @ right, or the sum of that and ``out``."""
+    if abs(scale) > torch.finfo(out.dtype).max:
+        # A product with the number gives infinities then, but torch refuses to convert it.
+        scale = math.copysign(math.inf, scale)
+    if _by_threads(out, left, right, scale, add):
+        return
     operands = (out, left, right)
     copied = [t for t in operands if not _is_merged(t)]
     if sum(t[0].numel() for t in copied) >= _LARGE:
@@ -62,10 +73,22 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor, scale: float, add: 
     out.copy_(found.view(out.shape))
 
 
+def _by_threads(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> bool:
+    """Multiply whole matrices in each thread; False where that cannot be done or takes longer."""
+    team, count = torchs_team(), out.shape[0] * out.shape[1]
+    # With fewer matrices than threads, torch shares each of them.
+    if team is None or count < team[1]:
+        return False
+    if count > _FEW and math.prod(out.shape[2:]) * left.shape[3] < _LARGE_PRODUCT:
+        return False
+    given = out._cdata, left._cdata, right._cdata
+    error = serving.kernels().multiply(team, *given, float(add), float(scale))
+    if error > 0:
+        raise RuntimeError(f"torch could not multiply {left.shape} by {right.shape}; see above")
+    return bool(error == 0)
+
+
 def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:
-    if abs(scale) > torch.finfo(out.dtype).max:
-        # A product with the number gives infinities then, but baddbmm refuses to convert it.
-        scale = math.copysign(math.inf, scale)
     # Where beta is 0, it does not matter what `out` has, not even NaN.
     torch.baddbmm(out, left, right, beta=int(add), alpha=scale, out=out)
 

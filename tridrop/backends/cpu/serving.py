@@ -57,7 +57,16 @@ def _load() -> Any:
     global _loaded, _broken
     if _loaded is None and _broken is None:
         try:
-            from .loops import activations, compiling, decorators, elementwise, mask, norm, softmax
+            from .loops import (
+                activations,
+                compiling,
+                decorators,
+                elementwise,
+                mask,
+                norm,
+                products,
+                softmax,
+            )
         except ImportError as error:  # numba refuses a NumPy that is too new for it
             _broken = f"numba cannot be imported: {error}"
             warnings.warn(f"the reference backend serves CPU tensors: {_broken}", stacklevel=2)
@@ -72,6 +81,7 @@ def _load() -> Any:
             "backward": elementwise.backward,
             "norm_forward": norm.forward,
             "norm_backward": norm.backward,
+            "multiply": products.multiply,
         }
         _loaded = SimpleNamespace(functions=activations.FORMS)
         for name, loop in loops.items():

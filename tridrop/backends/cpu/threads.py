@@ -76,6 +76,14 @@ def parts_of(rows: int, columns: int) -> Parts:
     return Parts((0, count, rows, step, 1), count > 1 and rows * columns >= _SHARED)
 
 
+def torchs_team() -> tuple[int, int, int] | None:
+    """All of torch's threads, as kernels take them; None where kernels cannot use them."""
+    threads = torch.get_num_threads()
+    if not table or (threads > 1 and not _parallel):
+        return None
+    return _ALONE if threads < 2 else (_parallel, threads, table)
+
+
 def share(
     kernel: Any,
     parts: Parts,

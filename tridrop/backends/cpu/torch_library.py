@@ -1,10 +1,10 @@
 """The functions of torch's own library that kernels call, by their addresses.
 
 ``GOMP_parallel`` is OpenMP's: see threads.py. By the others kernels ask where a tensor's elements
-are, see loops/operands.py. They are torch's C interface, in
-torch/csrc/inductor/aoti_torch/c/shim.h, whose binary interface torch keeps stable, and one function
-of C++, ``bool at::native::is_neg(const Tensor&)``, which that interface lacks. All are looked for
-on Linux alone, where they were tried.
+are, see loops/operands.py, and have torch multiply matrices, see loops/products.py. They are
+torch's C interface, in torch/csrc/inductor/aoti_torch/c/shim.h and ../generated/c_shim_cpu.h, whose
+binary interface torch keeps stable, and one function of C++, ``bool at::native::is_neg(const
+Tensor&)``, which that interface lacks. All are looked for on Linux alone, where they were tried.
 """
 
 from __future__ import annotations
@@ -16,11 +16,24 @@ from pathlib import Path
 
 import torch
 
-_QUESTIONS = ("get_device_type", "is_contiguous", "get_dtype", "get_storage_offset",
-              "get_storage_size", "get_data_ptr", "get_dim", "get_sizes")  # fmt: skip
+_QUESTIONS = (
+    "get_device_type",
+    "is_contiguous",
+    "get_dtype",
+    "get_storage_offset",
+    "get_storage_size",
+    "get_data_ptr",
+    "get_dim",
+    "get_sizes",
+    "get_strides",
+)
 _IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"
-# The words of the table: the addresses of the questions, then the answer of a tensor on the CPU.
-DEVICE, CONTIGUOUS, DTYPE, OFFSET, BYTES, ADDRESS, DIM, SIZES, NEG, CPU = range(10)
+_ACTIONS = "create_tensor_from_blob", "delete_tensor_object", "cpu_addmm_out"
+_CONSTANTS = "device_type_cpu", "dtype_float32"
+# The words of the table: the addresses of the questions and of the actions, then the answers of a
+# tensor on the CPU and of one in fp32.
+(DEVICE, CONTIGUOUS, DTYPE, OFFSET, BYTES, ADDRESS, DIM, SIZES, STRIDES, NEG,
+ CREATE, DELETE, ADD_PRODUCT, CPU, FLOAT) = range(15)  # fmt: skip
 
 # The words of an operand's description: torch's numbers for the dtypes that a kernel takes, by
 # their codes; the bytes of their elements; how many elements it reads; and the dimensions that a
@@ -47,12 +60,15 @@ def _address(library: ctypes.CDLL | None, name: str) -> int:
 
 
 def _make_table(library: ctypes.CDLL | None) -> ctypes.Array[ctypes.c_int64] | None:
-    names = (*(f"aoti_torch_{name}" for name in _QUESTIONS), _IS_NEG)
-    words = [_address(library, name) for name in names]
-    cpu = getattr(library, "aoti_torch_device_type_cpu", None)
-    if 0 in words or cpu is None:
+    questions, actions, constants = (
+        [f"aoti_torch_{name}" for name in names] for names in (_QUESTIONS, _ACTIONS, _CONSTANTS)
+    )
+    words = [_address(library, name) for name in (*questions, _IS_NEG, *actions)]
+    answers = [getattr(library, name, None) for name in constants]
+    if 0 in words or None in answers:
         return None
-    return (ctypes.c_int64 * (len(words) + 1))(*words, cpu())
+    words.extend(answer() for answer in answers if answer is not None)
+    return (ctypes.c_int64 * len(words))(*words)
 
 
 _opened = _library()

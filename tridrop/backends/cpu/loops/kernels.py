@@ -60,7 +60,12 @@ def summing_kernel(function):
 def _named(call, function):
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(call, name, getattr(function, name))
-    return cached(njit(no_cfunc_wrapper=True, **OUTER)(call), call)
+    return called(call)
+
+
+def called(function):
+    """A function that Python calls, compiled at its first call or loaded from the cache."""
+    return cached(njit(no_cfunc_wrapper=True, **OUTER)(function), function)
 
 
 @written_out

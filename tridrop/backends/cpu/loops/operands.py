@@ -38,7 +38,7 @@ _WORD, _BYTE = llvm.IntType(64), llvm.IntType(8)
 _WORDS = types.int64(types.int64, types.int64)
 
 
-def _word(builder, address, number):
+def word_at(builder, address, number):
     """The word of this number, of those at an address."""
     found = builder.inttoptr(address, _WORD.as_pointer())
     return builder.load(builder.gep(found, [number]))
@@ -47,7 +47,12 @@ def _word(builder, address, number):
 @intrinsic
 def word(context, address, number):
     """The word of this number, of those at an address."""
-    return _WORDS, lambda context, builder, signature, arguments: _word(builder, *arguments)
+    return _WORDS, lambda context, builder, signature, arguments: word_at(builder, *arguments)
+
+
+def function_at(builder, table, number, kind):
+    """The function whose address is the table's word of this number, for other intrinsics."""
+    return builder.inttoptr(word_at(builder, table, _WORD(number)), kind.as_pointer())
 
 
 @intrinsic
@@ -55,13 +60,13 @@ def ask(context, table, number, handle):
     """What a function of torch's C interface says of a tensor; -1 where it raises."""
 
     def build(context, builder, signature, arguments):
-        *function, handle = arguments
+        table, number, handle = arguments
         # torch takes the address of a Tensor, which is nothing but the handle.
         tensor = cgutils.alloca_once_value(builder, handle)
         answer = cgutils.alloca_once(builder, _WORD)
         builder.store(_WORD(0), answer)  # some answers are shorter than a word
         kind = llvm.FunctionType(llvm.IntType(32), [_WORD.as_pointer()] * 2).as_pointer()
-        address = builder.inttoptr(_word(builder, *function), kind)
+        address = builder.inttoptr(word_at(builder, table, number), kind)
         error = builder.call(address, [tensor, answer])
         good = builder.icmp_signed("==", error, llvm.IntType(32)(0))
         return builder.select(good, builder.load(answer), _WORD(-1))
@@ -77,7 +82,7 @@ def is_negated(context, table, handle):
         table, handle = arguments
         tensor = cgutils.alloca_once_value(builder, handle)
         kind = llvm.FunctionType(_BYTE, [_WORD.as_pointer()]).as_pointer()
-        address = builder.inttoptr(_word(builder, table, _WORD(NEG)), kind)
+        address = builder.inttoptr(word_at(builder, table, _WORD(NEG)), kind)
         return builder.trunc(builder.call(address, [tensor]), llvm.IntType(1))
 
     return types.boolean(types.int64, types.int64), build
