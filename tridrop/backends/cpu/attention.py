@@ -16,7 +16,7 @@ from ...spec.attention import AttentionInputs, AttentionOptions
 from ...spec.operands import AttentionBackward, inputs_of
 from ..reference import attention as reference
 from ..reference.attention import Gradients, ScoreGradients, Steps, as_tensors, without_autocast
-from . import flash, products, softmax
+from . import by_head, flash, products, softmax
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -82,8 +82,11 @@ def _undifferentiated(function: Callable[_P, _R]) -> Callable[_P, _R]:
 @_undifferentiated
 def attention_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(out, lse), as in the reference."""
-    found = flash.forward(inputs, options)
-    return reference.attention_forward(inputs, options, _STEPS) if found is None else found
+    for forward in (flash.forward, by_head.forward):
+        found = forward(inputs, options)
+        if found is not None:
+            return found
+    return reference.attention_forward(inputs, options, _STEPS)
 
 
 @_undifferentiated
@@ -91,7 +94,7 @@ def attention_backward(
     operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...]
 ) -> Gradients:
     """The gradients, as in the reference."""
-    found = flash.backward(operands, options, needs)
+    found = flash.backward(operands, options, needs) or by_head.backward(operands, options, needs)
     if found is None:
         several = ("dout", "query", "key")  # what several products read
         given = operands._replace(**{n: products.merged(getattr(operands, n)) for n in several})

@@ -10,6 +10,7 @@ serve, a sample at a time, unless samples are so small that copies take less tim
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..reference.attention import Product
 from ..reference.attention import write as write_value
 from . import serving
+from .memory import handles
 from .threads import torchs_team
 
 # Numbers per sample in the tensors that a product would copy. A copy takes some 0.3 ns a number,
@@ -73,19 +75,39 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor, scale: float, add: 
     out.copy_(found.view(out.shape))
 
 
+def done(
+    name: str,
+    team: tuple[int, int, int],
+    parts: int,
+    step: int,
+    given: tuple[int, ...],
+    wanted: tuple[int, ...],
+    arguments: tuple[object, ...],
+    tensors: Sequence[Tensor | None],
+) -> bool:
+    """Call a kernel that multiplies ``tensors``, for parts of ``step`` rows; False if it refuses.
+
+    ``given`` and ``wanted`` are its other operands, see loops/kernels.py.
+    """
+    work = 0, parts, parts * step, step, 1
+    kernel = getattr(serving.kernels(), name)
+    error = kernel(team, work, given, wanted, (*arguments, handles(tensors)))
+    if error > 0:
+        raise RuntimeError("torch could not multiply matrices of attention; it says why above")
+    return bool(error == 0)
+
+
 def _by_threads(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> bool:
     """Multiply whole matrices in each thread; False where that cannot be done or takes longer."""
     team, count = torchs_team(), out.shape[0] * out.shape[1]
     # With fewer matrices than threads, torch shares each of them.
     if team is None or count < team[1]:
         return False
+    if out.dim() != 4 or out.shape[:3] != (*left.shape[:2], left.shape[2]) or count == 0:
+        return False
     if count > _FEW and math.prod(out.shape[2:]) * left.shape[3] < _LARGE_PRODUCT:
         return False
-    given = out._cdata, left._cdata, right._cdata
-    error = serving.kernels().multiply(team, *given, float(add), float(scale))
-    if error > 0:
-        raise RuntimeError(f"torch could not multiply {left.shape} by {right.shape}; see above")
-    return bool(error == 0)
+    return done("multiply", team, count, 1, (), (), (float(add), float(scale)), (out, left, right))
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:

@@ -27,6 +27,11 @@ from .memory import NONE, NUMBERS, SEED, Operand, Reads, Tensors, blanks, in_fp3
 from .threads import parts_of, share
 
 _FAR = 1 << 62  # a bound beyond all indices
+# What the kernels take for scores that are there: how they are cut, and seven or four handles.
+NO_PRODUCTS = {
+    "softmax_forward": ((1, 1), (0, 0, 0, 0)),
+    "softmax_backward": ((1, 1, 0), (0, 0, 0, 0, 0, 0, 0)),
+}
 
 
 def serves(seed: Tensor | None, p: Tensor | None, *tensors: Tensor | None) -> bool:
@@ -53,6 +58,21 @@ def _reads(shape: tuple[int, ...], backward: bool) -> Reads:
     return Reads.of(SEED, scores, *grads)
 
 
+def arguments_of(
+    shape: Sequence[int], options: AttentionOptions, scale: float, *results: Any
+) -> tuple[Any, ...]:
+    """What the kernels take, for scores of ``shape``, before the ways in which they are cut."""
+    _, heads, queries, keys = four(shape)
+    threshold = options.threshold()
+    decisions = (contract.DOMAINS["attention"] << 28, threshold - 1, *options.origin)
+    band = (
+        -_FAR if options.lower is None else options.lower,
+        _FAR if options.upper is None else options.upper,
+    )
+    factor = options.keep_scale()
+    return (keys, (heads, queries), decisions, factor, band, float(scale), *results)
+
+
 def _call(
     name: str,
     tensors: Tensors,
@@ -70,17 +90,9 @@ def _call(
     x = tensors[1]
     assert x is not None
     batch, heads, queries, keys = four(x.shape)
-    rows = batch * heads * queries
-    threshold = options.threshold()
-    decisions = (contract.DOMAINS["attention"] << 28, threshold - 1, *options.origin)
-    band = (
-        -_FAR if options.lower is None else options.lower,
-        _FAR if options.upper is None else options.upper,
-    )
-    sizes, factor = (heads, queries), options.keep_scale()
-    given = (keys, sizes, decisions, factor, band, float(scale), *results)
     kernel = getattr(serving.kernels(), name)
-    share(kernel, parts_of(rows, keys), tensors, reads, given, keep_alive)
+    given = (*arguments_of(x.shape, options, scale, *results), *NO_PRODUCTS[name])
+    share(kernel, parts_of(batch * heads * queries, keys), tensors, reads, given, keep_alive)
 
 
 def forward(

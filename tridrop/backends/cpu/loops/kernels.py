@@ -32,7 +32,7 @@ def kernel(function):
             run_parts(of_part, team, work, (matrices, *arguments))
         return lowest
 
-    return _named(call, function)
+    return named(call, function)
 
 
 def summing_kernel(function):
@@ -54,18 +54,14 @@ def summing_kernel(function):
                 add_parts(arguments[-1])
         return lowest
 
-    return _named(call, function)
+    return named(call, function)
 
 
-def _named(call, function):
+def named(call, function):
+    """``call``, which Python calls by the name of a function: compiled when it is needed."""
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(call, name, getattr(function, name))
-    return called(call)
-
-
-def called(function):
-    """A function that Python calls, compiled at its first call or loaded from the cache."""
-    return cached(njit(no_cfunc_wrapper=True, **OUTER)(function), function)
+    return cached(njit(no_cfunc_wrapper=True, **OUTER)(call), call)
 
 
 @written_out

@@ -29,10 +29,10 @@ from ..torch_library import (
     SIZES,
     STRIDES,
 )
-from .decorators import inline, part, written_out
-from .kernels import called, run_parts
+from .decorators import NOTHING, apart, inline, part, written_out
+from .kernels import named, run_parts
 from .memory import release, scratch, vector
-from .operands import ask, function_at, is_negated, word, word_at
+from .operands import ask, function_at, is_negated, place, places, word, word_at
 
 _WORD, _INT, _DOUBLE = llvm.IntType(64), llvm.IntType(32), llvm.DoubleType()
 _WORDS, _BYTES = _WORD.as_pointer(), llvm.IntType(8).as_pointer()
@@ -43,35 +43,44 @@ _DELETE = llvm.FunctionType(_INT, [_WORD])
 
 
 @part(set())
-def lie(table, given):
-    """(address, sizes and strides) of a tensor [B, H, M, N], nine numbers in all.
+def lie(table, given, _):
+    """(address, code, sizes and strides) of a tensor [B, H, M, N] by its handle, ten numbers.
 
-    The address is 0 unless it is an fp32 tensor on the CPU, not negated, whose elements are all
-    inside its storage.
+    The code is 0, or -1 unless it is an fp32 tensor on the CPU, not negated, whose elements are all
+    inside its storage. An absent tensor has the handle 0 and the address 0.
     """
+    if given == 0:
+        return 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
     if ask(table, DEVICE, given) != word(table, CPU) or is_negated(table, given):
-        return 0, 0, 0, 0, 0, 0, 0, 0, 0
+        return 0, -1, 0, 0, 0, 0, 0, 0, 0, 0
     if ask(table, DTYPE, given) != word(table, FLOAT) or ask(table, DIM, given) != 4:
-        return 0, 0, 0, 0, 0, 0, 0, 0, 0
+        return 0, -1, 0, 0, 0, 0, 0, 0, 0, 0
     sizes, strides = ask(table, SIZES, given), ask(table, STRIDES, given)
     end, least = ask(table, OFFSET, given) + 1, 1
     for i in range(4):
         end += (word(sizes, i) - 1) * word(strides, i)
         least = min(least, word(sizes, i))
     if least < 1 or 4 * end > ask(table, BYTES, given):
-        return 0, 0, 0, 0, 0, 0, 0, 0, 0
+        return 0, -1, 0, 0, 0, 0, 0, 0, 0, 0
+    address = ask(table, ADDRESS, given)
     return (
-        ask(table, ADDRESS, given),
+        address, 0 if address > 0 else -1,
         word(sizes, 0), word(sizes, 1), word(sizes, 2), word(sizes, 3),
         word(strides, 0), word(strides, 1), word(strides, 2), word(strides, 3),
     )  # fmt: skip
 
 
 @written_out
-def matrix_of(tensor, sample, head):
-    """(address, rows, columns, and their strides) of one head's matrix."""
-    first = sample * tensor[5] + head * tensor[6]
-    return tensor[0] + 4 * first, tensor[3], tensor[4], tensor[7], tensor[8]
+def rows_of(tensor, sample, head, first, count):
+    """(address, rows, columns, and their strides) of some rows of one head's matrix."""
+    begin = sample * tensor[6] + head * tensor[7] + first * tensor[8]
+    return tensor[0] + 4 * begin, count, tensor[5], tensor[8], tensor[9]
+
+
+@written_out
+def turned(matrix):
+    """The transposed matrix."""
+    return matrix[0], matrix[2], matrix[1], matrix[4], matrix[3]
 
 
 @intrinsic
@@ -112,44 +121,55 @@ def add_product(context, table, out, left, right, beta, alpha):
     return types.int64(table, out, left, right, beta, alpha), build
 
 
-@inline(set())
-def products_of(start, stop, table, failed, out, left, right, beta, alpha):
-    """The products of the heads from start to stop; what torch raises is left at ``failed``."""
+@apart(set())
+def product(call, out, left, right, beta, alpha):
+    """:func:`add_product`; ``call`` is torch's table, and where a number other than 0 is left."""
+    error = add_product(call[0], out, left, right, beta, alpha)
+    if error != 0:
+        vector(call[1], 1, np.int64)[0] = error
+
+
+def multiplying(function):
+    """Make what Python calls of a function ``(start, stop, given, *arguments, tensors, call)``.
+
+    Python calls it as :func:`tridrop.backends.cpu.loops.kernels.kernel` says, with one more
+    argument, the handles of tensors [B, H, M, N]. The function gets what :func:`lie` says of them,
+    and what :func:`product` takes. The result is also less than 0 where ``lie`` refuses one, and
+    more than 0 where torch could not multiply.
+    """
+    of_part = inline(set())(function)
+
+    def call(team, work, given, wanted, arguments):
+        table, handles = team[2], arguments[-1]
+        lowest, matrices = places(place, table, given, wanted)
+        lowest_code, tensors = places(lie, table, handles, handles)
+        if lowest != 0 or lowest_code != 0:
+            return -1
+        memory = scratch(2)
+        failed = vector(memory, 1, np.int64)
+        failed[0] = 0
+        run_parts(of_part, team, work, (matrices, *arguments[:-1], tensors, (table, memory)))
+        found = failed[0]
+        release(memory)
+        return found
+
+    return named(call, function)
+
+
+@multiplying
+def multiply(start, stop, given, beta, alpha, tensors, call):
+    """out = beta * out + alpha * left @ right, of three tensors, for the heads from start to stop.
+
+    Nothing else is ``given``. The sizes of the tensors fit.
+    """
+    out, left, right = tensors
     for number in range(start, stop):
-        sample, head = number // out[2], number % out[2]
-        error = add_product(
-            table,
-            matrix_of(out, sample, head),
-            matrix_of(left, sample, head),
-            matrix_of(right, sample, head),
+        sample, head = number // out[3], number % out[3]
+        product(
+            call,
+            rows_of(out, sample, head, NOTHING, out[4]),
+            rows_of(left, sample, head, NOTHING, left[4]),
+            rows_of(right, sample, head, NOTHING, right[4]),
             beta,
             alpha,
         )
-        if error != 0:
-            vector(failed, 1, np.int64)[0] = error
-
-
-@called
-def multiply(team, out, left, right, beta, alpha):
-    """out = beta * out + alpha * left @ right, of three tensors [B, H, M, K] by their handles.
-
-    The result is 0. It is -1 if one of them is not what :func:`lie` takes, or if their sizes do not
-    fit: then nothing was done. It is another number if torch raised. ``team`` is as in
-    :func:`run_parts`.
-    """
-    table = team[2]
-    into, first, second = lie(table, out), lie(table, left), lie(table, right)
-    if into[0] <= 0 or first[0] <= 0 or second[0] <= 0:
-        return -1
-    if into[1:3] != first[1:3] or into[1:3] != second[1:3]:
-        return -1
-    if into[3] != first[3] or first[4] != second[3] or into[4] != second[4]:
-        return -1
-    memory, count = scratch(2), into[1] * into[2]
-    failed = vector(memory, 1, np.int64)
-    failed[0] = 0
-    work = 0, count, count, 1, 1
-    run_parts(products_of, team, work, (table, memory, into, first, second, beta, alpha))
-    found = failed[0]
-    release(memory)
-    return found

@@ -20,8 +20,7 @@ from numba import int32
 
 from ....contract.mask import TILE
 from .activations import exp
-from .decorators import apart, inline, part, written_out
-from .kernels import kernel
+from .decorators import NOTHING, apart, inline, part, written_out
 from .mask import (
     STRIP,
     key_words,
@@ -30,6 +29,7 @@ from .mask import (
     score_bits,
 )
 from .memory import LINE, release, scratch, vector
+from .products import multiplying, product, rows_of, turned
 from .steps import ANY_ORDER, add, fill
 from .storage import for_each_dtype, load, store
 
@@ -191,11 +191,11 @@ def inner_of_some(u, v):
 
 
 @inline(set())
-def seen(row, queries, keys, band):
-    """The first key that a row's query sees, and the key after the last one."""
+def seen(row, queries, keys, band, low):
+    """The first key from ``low`` on that a row's query sees, and the key after the last one."""
     query = row % queries
-    end = max(0, min(keys, query + band[1] + 1))
-    return min(end, max(0, query + band[0])), end
+    end = max(low, min(keys, query + band[1] + 1))
+    return min(end, max(low, query + band[0])), end
 
 
 @inline(set())
@@ -232,92 +232,174 @@ def clear_excluded(x, at, size, scale, spare, u):
     clear(scores, u, _NOTHING)
 
 
-@kernel
-def forward(start, stop, given, keys, sizes, decisions, factor, band, scale, results):
+@inline(set())
+def chunk_of(row, stop, most, sizes, keys, band):
+    """(rows, first key, key after the last) of at most ``most`` rows of one head."""
+    query = row % sizes[1]
+    rows = min(most, stop - row, sizes[1] - query)
+    low = min(keys - 1, max(0, query + band[0]))
+    return rows, low, max(low + 1, min(keys, query + rows + band[1]))
+
+
+@written_out
+def head_of(row, sizes, group):
+    """(sample, head, key head, query) of a row of scores."""
+    head = row // sizes[1] % sizes[0]
+    return row // sizes[1] // sizes[0], head, head // group, row % sizes[1]
+
+
+@multiplying
+def forward(start, stop, given, keys, sizes, decisions, factor, band, scale, results, cut,
+            tensors, call):  # fmt: skip
     """The results of the rows from start to stop: out, probabilities, and lse in fp32.
 
     ``given`` are the seed and x. Kept probabilities are multiplied by ``factor``, scores by
     ``scale``.
+
+    With ``tensors`` it is attention, and x and out are absent: scores are products of query and
+    key, and ``attended`` gets those of kept probabilities and value. ``cut`` says how many rows of
+    scores there are at a time, and how many heads share a key head.
     """
     seed, x = given
     out, probabilities, lse = results
+    query, key, value, attended = tensors
+    whole = query[0] != 0
     memory = scratch(4 * STRIP + 3 * width_of(keys))
     bits, words = randoms(memory, width_of(keys), decisions[1])
     u, spare = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
     last, factor = np.uint32(max(0, decisions[1])), np.float32(factor)
-    for r in range(start, stop):
-        first, end = seen(r, sizes[1], keys, band)
-        at, size = r * keys + first, end - first
-        v = u[:size]
-        found, inverse = exponentials_of(v, load_scaled(x, at, size, np.float32(scale), v))
-        if found != found or probabilities[0] != 0:
-            rescale(v, inverse)
-            inverse = _ONE
-        if found != found:
-            clear_excluded(x, at, size, np.float32(scale), spare, v)
-        if lse != 0:
-            vector(lse, stop, np.float32)[r] = found
-        if probabilities[0] != 0:
-            store(probabilities, at, size, v)
-        lane = bits_of_row(bits, words, seed, decisions, r, sizes, first, end)
-        store_kept(out, at, size, v, inverse, bits[lane : lane + size], last, factor)
-        if size < keys:
-            clear_outside(out, r * keys, keys, first, end)
+    scores = scratch(cut[0] * keys if whole else NOTHING)
+    r = start
+    while r < stop:
+        rows, low, high, base = stop - r, NOTHING, keys, NOTHING
+        if whole:
+            rows, low, high = chunk_of(r, stop, cut[0], sizes, keys, band)
+            base, x, out = r, (scores, NOTHING), (scores, NOTHING)
+        width = high - low
+        sample, head, shared, number = head_of(r, sizes, cut[1])
+        block = scores, rows, width, width, NOTHING + 1
+        if whole:
+            left = rows_of(query, sample, head, number, rows)
+            right = turned(rows_of(key, sample, shared, low, width))
+            product(call, block, left, right, 0.0, 1.0)
+        for row in range(r, r + rows):
+            first, end = seen(row, sizes[1], keys, band, low)
+            begin = (row - base) * width
+            at, size = begin + first - low, end - first
+            v = u[:size]
+            found, inverse = exponentials_of(v, load_scaled(x, at, size, np.float32(scale), v))
+            if found != found or probabilities[0] != 0:
+                rescale(v, inverse)
+                inverse = _ONE
+            if found != found:
+                clear_excluded(x, at, size, np.float32(scale), spare, v)
+            if lse != 0:
+                vector(lse, stop, np.float32)[row] = found
             if probabilities[0] != 0:
-                clear_outside(probabilities, r * keys, keys, first, end)
+                store(probabilities, at, size, v)
+            lane = bits_of_row(bits, words, seed, decisions, row, sizes, first, end)
+            store_kept(out, at, size, v, inverse, bits[lane : lane + size], last, factor)
+            if size < width:
+                clear_outside(out, begin, width, first - low, end - low)
+                if probabilities[0] != 0:
+                    clear_outside(probabilities, begin, width, first - low, end - low)
+        if whole:
+            left = rows_of(attended, sample, head, number, rows)
+            product(call, left, block, rows_of(value, sample, shared, low, width), 0.0, 1.0)
+        r += rows
+    release(scores)
     release(memory)
 
 
-@kernel
-def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, kept, dx):
+@multiplying
+def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, kept, dx, cut,
+             tensors, call):  # fmt: skip
     """Gradients of the scores in the rows from start to stop.
 
     ``given`` are the seed, x, dout, dsoftmax, and the gradient of lse in fp32.
     ``kept`` receives the probabilities times the multiplier; it may be x, and dx may be dout.
+
+    With ``tensors`` it is attention, as in :func:`forward`: x, dout, kept and dx are absent, and
+    the last three tensors get the gradients of query, key and value that are wanted. The third
+    number of ``cut`` is 1 if the last two are added to what is there.
     """
     seed, x, dout, dsoftmax, (dlse, _) = given
+    query, key, value, grad, dquery, dkey, dvalue = tensors
+    whole = query[0] != 0
     memory = scratch(4 * STRIP + 4 * width_of(keys))
     bits, words = randoms(memory, width_of(keys), decisions[1])
     u, g = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
     spare = row_of_scratch(memory, 3, keys)
     last, factor = np.uint32(max(0, decisions[1])), np.float32(factor)
-    for r in range(start, stop):
-        first, end = seen(r, sizes[1], keys, band)
-        at, size = r * keys + first, end - first
-        v, w = u[:size], g[:size]
-        found, inverse = exponentials_of(v, load_scaled(x, at, size, np.float32(scale), v))
-        if found != found or kept[0] == 0:
-            rescale(v, inverse)
-            inverse = _ONE
-        if found != found:
-            clear_excluded(x, at, size, np.float32(scale), spare, v)
-        lane = bits_of_row(bits, words, seed, decisions, r, sizes, first, end)
-        b = bits[lane : lane + size]
-        if kept[0] != 0:
-            store_kept(kept, at, size, v, inverse, b, last, factor)
-        if dout[0] != 0:
-            load_kept(dout, at, size, w, b, last, factor)
-        else:
-            fill(w, size, _ZERO)
-        if dsoftmax[0] != 0:
-            c = spare[:size]
-            load(dsoftmax, at, size, c)
-            add(w, size, c)
-        along = inner(v, w)
-        # A key with the probability 0 adds nothing to the sum and has the gradient 0, even where
-        # the incoming gradient is not finite.
-        finite = np.isfinite(along)
-        if not finite:
-            along = inner_of_some(v, w)
-        if dlse != 0:
-            along -= vector(dlse, stop, np.float32)[r]
-            finite = finite and np.isfinite(along)
-        if finite:
-            store_projected(dx, at, size, v, w, along, np.float32(scale))
-        else:
-            store_projected_some(dx, at, size, v, w, along, np.float32(scale))
-        if size < keys:
-            clear_outside(dx, r * keys, keys, first, end)
+    scores = scratch(2 * cut[0] * keys if whole else NOTHING)
+    r = start
+    while r < stop:
+        rows, low, high, base = stop - r, NOTHING, keys, NOTHING
+        if whole:
+            rows, low, high = chunk_of(r, stop, cut[0], sizes, keys, band)
+            base, x, dout = r, (scores, NOTHING), (scores + 4 * cut[0] * keys, NOTHING)
+            kept, dx = x, dout
+        width = high - low
+        sample, head, shared, number = head_of(r, sizes, cut[1])
+        block = x[0], rows, width, width, NOTHING + 1
+        other = dout[0], rows, width, width, NOTHING + 1
+        queries = rows_of(query, sample, head, number, rows)
+        outs = rows_of(grad, sample, head, number, rows)
+        if whole:
+            right = rows_of(key, sample, shared, low, width)
+            product(call, block, queries, turned(right), 0.0, 1.0)
+            right = rows_of(value, sample, shared, low, width)
+            product(call, other, outs, turned(right), 0.0, 1.0)
+        for row in range(r, r + rows):
+            first, end = seen(row, sizes[1], keys, band, low)
+            begin = (row - base) * width
+            at, size = begin + first - low, end - first
+            v, w = u[:size], g[:size]
+            found, inverse = exponentials_of(v, load_scaled(x, at, size, np.float32(scale), v))
+            if found != found or kept[0] == 0:
+                rescale(v, inverse)
+                inverse = _ONE
+            if found != found:
+                clear_excluded(x, at, size, np.float32(scale), spare, v)
+            lane = bits_of_row(bits, words, seed, decisions, row, sizes, first, end)
+            b = bits[lane : lane + size]
             if kept[0] != 0:
-                clear_outside(kept, r * keys, keys, first, end)
+                store_kept(kept, at, size, v, inverse, b, last, factor)
+            if dout[0] != 0:
+                load_kept(dout, at, size, w, b, last, factor)
+            else:
+                fill(w, size, _ZERO)
+            if dsoftmax[0] != 0:
+                c = spare[:size]
+                load(dsoftmax, at, size, c)
+                add(w, size, c)
+            along = inner(v, w)
+            # A key with the probability 0 adds nothing to the sum and has the gradient 0, even
+            # where the incoming gradient is not finite.
+            finite = np.isfinite(along)
+            if not finite:
+                along = inner_of_some(v, w)
+            if dlse != 0:
+                along -= vector(dlse, stop, np.float32)[row]
+                finite = finite and np.isfinite(along)
+            if finite:
+                store_projected(dx, at, size, v, w, along, np.float32(scale))
+            else:
+                store_projected_some(dx, at, size, v, w, along, np.float32(scale))
+            if size < width:
+                clear_outside(dx, begin, width, first - low, end - low)
+                if kept[0] != 0:
+                    clear_outside(kept, begin, width, first - low, end - low)
+        beta = 0.0 if r == start and cut[2] == 0 else 1.0
+        if whole and dquery[0] != 0:
+            into = rows_of(dquery, sample, head, number, rows)
+            product(call, into, other, rows_of(key, sample, shared, low, width), 0.0, 1.0)
+        if whole and dkey[0] != 0:
+            into = rows_of(dkey, sample, shared, low, width)
+            product(call, into, turned(other), queries, beta, 1.0)
+        if whole and dvalue[0] != 0:
+            into = rows_of(dvalue, sample, shared, low, width)
+            product(call, into, turned(block), outs, beta, 1.0)
+        r += rows
+    release(scores)
     release(memory)

@@ -1,0 +1,104 @@
+"""Attention with dropout, of which each thread computes whole heads: scores are never in memory.
+
+A thread multiplies some queries of a head by its keys, passes over the rows of scores as
+``loops/softmax.py`` says, and multiplies again, while these scores are in its cache. It serves
+calls in fp32 arithmetic without attention masks, softcap, sinks or packed sequences, where there
+are as many heads as threads; attention.py computes the others in blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...spec.attention import AttentionInputs, AttentionOptions, empty_output
+from ...spec.operands import AttentionBackward, inputs_of
+from ..reference.attention import Gradients, wide_of
+from . import products, softmax
+from .memory import NONE, NUMBERS, SEED, Operand, Reads, handles
+from .threads import torchs_team
+
+# Rows of scores of one thread at a time. Of 32 to 1024, 128 took the least time, or 2 % more, for
+# 256 and 1024 keys, with and without causal order, and for 4096 (64 columns, two threads).
+_ROWS = 128
+
+
+def _team(inputs: AttentionInputs, options: AttentionOptions) -> tuple[int, int, int] | None:
+    """The threads; None where the kernels do not compute such calls, or others are quicker."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    absent = inputs.mask, inputs.key_mask, inputs.sinks, inputs.cu_query
+    if any(t is not None for t in absent) or options.softcap != 0:
+        return None
+    if not softmax.serves(inputs.seed, inputs.p, query, key, value):
+        return None
+    fit = query.dim() == key.dim() == 4 and key.shape[:3] == value.shape[:3]
+    if not fit or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        return None
+    if query.shape[1] % key.shape[1] or abs(options.scale) > torch.finfo(torch.float32).max:
+        return None
+    team = torchs_team()
+    return team if team is not None and key.shape[0] * key.shape[1] >= team[1] else None
+
+
+def _reads(rows: int) -> tuple[Reads, Reads]:
+    """What the kernels read besides the tensors that they multiply."""
+    nothing = [Operand(name, 0) for name in ("scores", "dout", "dsoftmax")]
+    dlse = Operand("dlse", rows, NUMBERS)
+    return Reads.of(SEED, nothing[0]), Reads.of(SEED, *nothing, dlse)
+
+
+def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor] | None:
+    """(out, lse) as attention.py computes them, or None where attention.py must."""
+    team = _team(inputs, options)
+    if team is None:
+        return None
+    query, key, value = wide_of(inputs)[:3]
+    (batch, heads, queries, _), (shared, keys) = query.shape, key.shape[1:3]
+    out = empty_output(inputs.query, value.shape[3])
+    wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    lse = query.new_empty(query.shape[:3])
+    results = NONE, NONE, lse.data_ptr()
+    shape = batch, heads, queries, keys
+    given = softmax.arguments_of(shape, options, options.scale, results)
+    group = heads // shared
+    reads = _reads(batch * heads * queries)[0]
+    operands = handles((inputs.seed, None)), reads.wanted
+    arguments = *given, (min(queries, _ROWS), group)
+    tensors = query, key, value, wide
+    work = batch * shared, group * queries
+    if not products.done("softmax_forward", team, *work, *operands, arguments, tensors):
+        return None
+    return (out if wide is out else out.copy_(wide)), lse
+
+
+def backward(
+    operands: AttentionBackward, options: AttentionOptions, needs: tuple[bool, ...]
+) -> Gradients | None:
+    """Gradients of query, key and value in fp32, or None where attention.py must compute them."""
+    inputs, dlse = inputs_of(operands), operands.dlse
+    team = None if options.block or needs[3] else _team(inputs, options)
+    if team is None or operands.dout.device.type != "cpu":
+        return None
+    dout = operands.dout.to(torch.float32)
+    query, key, value = wide_of(inputs)[:3]
+    (batch, heads, queries, _), (shared, keys) = query.shape, key.shape[1:3]
+    if dout.shape != (*query.shape[:3], value.shape[3]):
+        return None
+    banded = options.lower is not None or options.upper is not None
+    # Where a band cuts keys off, nothing else may reach them, and the rest is added.
+    make = torch.zeros_like if banded else torch.empty_like
+    makers = torch.empty_like, make, make
+    like = query, key, value
+    found = [new(t) if need else None for new, t, need in zip(makers, like, needs, strict=False)]
+    shape = batch, heads, queries, keys
+    given = softmax.arguments_of(shape, options, options.scale, NONE, NONE)
+    group = heads // shared
+    dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+    reads = _reads(batch * heads * queries)[1]
+    others = handles((inputs.seed, None, None, None, dlse)), reads.wanted
+    arguments = *given, (min(queries, _ROWS), group, int(banded))
+    tensors = query, key, value, dout, *found
+    work = batch * shared, group * queries
+    if not products.done("softmax_backward", team, *work, *others, arguments, tensors):
+        return None
+    return (*found, None, None)
