@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tridrop
 from tridrop import scaled_dot_product_attention as sdpa
-from tridrop.backends.cpu import flash
+from tridrop.backends.cpu import by_head, flash
 from tridrop.backends.reference import attention, blocks
 from tridrop.commands.check.measure import error, tolerance
 from tridrop.nn.attention import ScaledDotProductAttention
@@ -33,6 +33,12 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(flash, name, counted)
     return names
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """No call is computed a head at a time, see test_attention_by_head.py."""
+    monkeypatch.setattr(by_head, "torchs_team", lambda: None)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -287,7 +293,7 @@ CUT = {
 
 @pytest.mark.parametrize("scores", [1, 100, 19 * 37, 3 * 19 * 37, 7 * 19 * 37])
 @pytest.mark.parametrize("options", CUT.values(), ids=CUT)
-def test_blocks_are_pieces_of_the_whole(monkeypatch, options, scores):
+def test_blocks_are_pieces_of_the_whole(monkeypatch, in_blocks, options, scores):
     tensors = inputs(1 if "cu_seqlens_q" in options else 2, shared=2)
     options = {**options, "enable_gqa": True, "dropout_p": 0.3, "seed": 3}
     whole = results(tensors, with_lse=True, **options)
@@ -322,7 +328,7 @@ def test_gradients_of_masks_and_sinks_sum_over_blocks(monkeypatch, shape):
     torch.testing.assert_close(gradients(), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_have_the_exported_mask(monkeypatch):
+def test_blocks_have_the_exported_mask(monkeypatch, in_blocks):
     query, key, _ = inputs()
     identity = torch.eye(37).expand(2, 4, 37, 37)
     keep = tridrop.attention_keep_mask(3, (2, 4, 19, 37), 0.4)
@@ -333,7 +339,7 @@ def test_blocks_have_the_exported_mask(monkeypatch):
     assert torch.equal(causal != 0, keep & torch.ones(19, 37, dtype=torch.bool).tril())
 
 
-def test_second_derivatives_go_through_blocks(monkeypatch):
+def test_second_derivatives_go_through_blocks(monkeypatch, in_blocks):
     monkeypatch.setattr(blocks, "_SMALL", 0)
     monkeypatch.setitem(blocks._SCORES, "cpu", 8)
     tensors = [t.double().requires_grad_() for t in inputs(1, 2, 3, 4, 2)]

@@ -7,7 +7,7 @@ import torch
 
 import tridrop
 from tridrop import Shard
-from tridrop.backends.cpu import serving
+from tridrop.backends.cpu import by_head, products, serving
 from tridrop.backends.cpu import softmax as scores
 from tridrop.backends.reference import blocks
 from tridrop.commands.check.measure import error, tolerance
@@ -102,6 +102,7 @@ def attention(dtype, queries, options, computed=None):
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
 def test_attention_is_that_of_the_composition(monkeypatch, options, small, dtype):
     if not small:
+        monkeypatch.setattr(by_head, "torchs_team", lambda: None)
         monkeypatch.setattr(blocks, "_SMALL", 0)
         monkeypatch.setattr(blocks, "_BAND", 8)
         monkeypatch.setitem(blocks._SCORES, "cpu", 400)
@@ -114,7 +115,8 @@ def test_attention_is_that_of_the_composition(monkeypatch, options, small, dtype
 
 def test_numba_makes_them(monkeypatch):
     monkeypatch.setattr(scores, "_call", None)
-    x = draw(1, 1, 4, 8)
+    monkeypatch.setattr(products, "done", None)
+    x = draw(1, 2, 4, 8)
     for call in (
         lambda: tridrop.softmax_dropout(x, 0.5),
         lambda: tridrop.softmax_dropout(x, 0.0, is_causal=True),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tridrop
 from tridrop.backends.cpu import serving
@@ -355,3 +356,46 @@ def test_gradients_of_one_operand_in_fp64_of_dropout_add(way, wide):
     ):
         assert grad.dtype == t.dtype
         assert grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------- operators by name
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of tridrop's operators, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "tridrop":
+            self.calls[operator._opname] = operator, args
+        return operator(*args, **(kwargs or {}))
+
+
+FAMILIES = {
+    "elementwise": lambda x: tridrop.dropout(x, 0.5, seed=1),
+    "norm": lambda x: tridrop.rms_norm_dropout(x, x[0].detach(), p=0.5, seed=1),
+    "softmax": lambda x: tridrop.softmax_dropout(x, 0.5, seed=1),
+    "attention": lambda x: tridrop.scaled_dot_product_attention(
+        *[x[None, None]] * 3, dropout_p=0.5, seed=1
+    ),
+    "product": lambda x: tridrop.lora_delta(x, x[:2].detach(), x[:, :2].detach(), p=0.5, seed=1),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_operator_that_drops_has_a_seed(way, family):
+    """Called by name, as from an exported program that somebody edited."""
+    x = X.clone().requires_grad_()
+    with Recorder() as recorder:
+        FAMILIES[family](x).sum().backward()
+    found = {n: c for n, c in recorder.calls.items() if n.endswith(("forward", "backward"))}
+    assert len(found) == 2
+    for operator, args in found.values():
+        names = [argument.name for argument in operator._schema.arguments]
+        (place,) = (i for i, name in enumerate(names) if name in ("seed", "seeds"))
+        operator(*args)
+        with pytest.raises(ValueError, match=r"seeds? is None: give a seed tensor"):
+            operator(*args[:place], None, *args[place + 1 :])

@@ -127,10 +127,24 @@ def prepared(
     operands: _O,
     wanted: Sequence[Any] = (),
 ) -> tuple[Prepared, _O]:
-    """A backend's op for a call, and the operands with p read: see ``backends.prepare``."""
+    """A backend's op for a call, and the operands with p read: see ``backends.prepare``.
+
+    ValueError where something is dropped and there is no seed, which kernels would read somewhere.
+    """
     p, options = read_rate(operands.p, options)  # type: ignore[attr-defined]
     operands = operands._replace(p=p)  # type: ignore[attr-defined]
+    _check_seed(family, operands, (p, options.p, getattr(options, "drop_path", 0.0)))
     return backends.prepare(backend, family, tuple(shape), options, operands, wanted), operands
+
+
+def _check_seed(family: str, operands: Any, rates: tuple[Any, ...]) -> None:
+    drops = any(rate is not None and (isinstance(rate, Tensor) or rate > 0) for rate in rates)
+    absent = [name for name in ("seed", "seeds") if getattr(operands, name, 0) is None]
+    if drops and absent:
+        raise ValueError(
+            f"the {family} op drops something, but its {absent[0]} is None: give a seed tensor, "
+            "two int64 numbers per mask"
+        )
 
 
 def read_rate(p_tensor: Tensor | None, options: _O) -> tuple[Tensor | None, _O]:

@@ -103,7 +103,11 @@ def _by_threads(out: Tensor, left: Tensor, right: Tensor, scale: float, add: boo
     # With fewer matrices than threads, torch shares each of them.
     if team is None or count < team[1]:
         return False
-    if out.dim() != 4 or out.shape[:3] != (*left.shape[:2], left.shape[2]) or count == 0:
+    if not out.dim() == left.dim() == right.dim() == 4 or count == 0:
+        return False
+    if left.shape[:2] != right.shape[:2] or left.shape[3] != right.shape[2]:
+        return False
+    if out.shape != (*left.shape[:3], right.shape[3]):
         return False
     if count > _FEW and math.prod(out.shape[2:]) * left.shape[3] < _LARGE_PRODUCT:
         return False

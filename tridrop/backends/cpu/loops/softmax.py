@@ -2,7 +2,9 @@
 
 The formulas and the rounding are those of ``backends/reference/softmax.py``: fp32 within, and one
 rounding of what is stored. A row of scores stays in the cache. A matrix is a pair (address, dtype
-code) as in ``loops/storage.py``; absent matrices and vectors have the address 0.
+code) as in ``loops/storage.py``; absent matrices and vectors have the address 0. The same kernels
+compute attention, by cpu/by_head.py: then scores are products of tensors, some rows at a time, and
+are multiplied again before they leave the cache.
 
 ``given`` are the matrices that are read, the seed first. ``sizes`` are the numbers of heads and of
 queries. ``decisions`` says how elements are decided: the domain, ``last`` (an element is dropped
@@ -21,13 +23,7 @@ from numba import int32
 from ....contract.mask import TILE
 from .activations import exp
 from .decorators import NOTHING, apart, inline, part, written_out
-from .mask import (
-    STRIP,
-    key_words,
-    place_of_row,
-    randoms,
-    score_bits,
-)
+from .mask import STRIP, key_words, place_of_row, randoms, score_bits
 from .memory import LINE, release, scratch, vector
 from .products import multiplying, product, rows_of, turned
 from .steps import ANY_ORDER, add, fill
@@ -253,8 +249,7 @@ def forward(start, stop, given, keys, sizes, decisions, factor, band, scale, res
             tensors, call):  # fmt: skip
     """The results of the rows from start to stop: out, probabilities, and lse in fp32.
 
-    ``given`` are the seed and x. Kept probabilities are multiplied by ``factor``, scores by
-    ``scale``.
+    ``given`` are the seed and x. ``factor`` multiplies kept probabilities, ``scale`` scores.
 
     With ``tensors`` it is attention, and x and out are absent: scores are products of query and
     key, and ``attended`` gets those of kept probabilities and value. ``cut`` says how many rows of
