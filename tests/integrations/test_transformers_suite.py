@@ -53,45 +53,86 @@ def test_that_does_not_hold():
 """
 
 
-def run(folder, *options):
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    command = [sys.executable, "-m", "pytest", "-p", "transformers_suite", "-s", "-c", os.devnull]
-    command += ["-p", "no:cacheprovider", "--rootdir", str(folder), *options]
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+# Runs of pytest, each in a process that begins where transformers is imported, which takes longer
+# than all else. The plug-in finds some of its classes there, and others are defined under it.
+RUNS = """
+import json, os, sys
+import torchvision_ops
+import pytest, transformers
+
+transformers.BertForMaskedLM
+statuses = []
+for i, options in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        file = os.open(f"{i}.out", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        status = pytest.main(["-p", "transformers_suite", "-s", "-c", os.devnull,
+                              "-p", "no:cacheprovider", "--rootdir", os.getcwd(), *options])
+        sys.stdout.flush()
+        os._exit(status)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
+"""
+OPTIONS = {
+    "before": ["test_some.py", "--outcomes", "before.json"],
+    "after": ["test_some.py", "--outcomes", "after.json", "--swap", "--rates", "0.1"],
+    "nothing": ["test_none.py", "--swap"],
+    "kept": ["test_some.py", "--swap", "--keep-eager", "--without", "dropout", "-k", "models"],
+}
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
 
 
-def test_every_model_is_swapped_and_what_is_lost_is_named(tmp_path, capsys):
-    (tmp_path / "test_some.py").write_text(SUITE)
-    before = run(tmp_path, "--outcomes", "before.json")
-    after = run(tmp_path, "--outcomes", "after.json", "--swap", "--rates", "0.1")
-    assert before.returncode == 0, before.stdout + before.stderr
-    assert after.returncode == 1, after.stdout + after.stderr
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "test_some.py").write_text(SUITE)
+    (folder / "test_none.py").write_text("def test_nothing():\n    pass\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """name -> (status, what it said)."""
+    path = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-c", RUNS, json.dumps(list(OPTIONS.values()))]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    said = [(folder / f"{i}.out").read_text() for i in range(len(OPTIONS))]
+    return dict(zip(OPTIONS, zip(json.loads(ran.stdout), said, strict=True), strict=True))
+
+
+def test_every_model_is_swapped_and_what_is_lost_is_named(folder, runs, capsys):
+    (status, before), (with_lost, after) = runs["before"], runs["after"]
+    assert status == 0, before
+    assert with_lost == 1, after
     names = ["BertForMaskedLM", "BertForMaskedLM", "ViTModel", "BertModel"]
-    made = [line for line in before.stdout.splitlines() if line.startswith("made ")]
+    made = [line for line in before.splitlines() if line.startswith("made ")]
     rates = ["0.3", "0.3", "0.0", "0.3"]
     expected = [f"made {name} {rate} False" for name, rate in zip(names, rates, strict=True)]
     assert made == expected
-    made = [line for line in after.stdout.splitlines() if line.startswith("made ")]
+    made = [line for line in after.splitlines() if line.startswith("made ")]
     assert made == [f"made {name} 0.1 True" for name in names]
-    drawn = [line for line in before.stdout.splitlines() if line.startswith("drawn ")]
-    assert drawn == [line for line in after.stdout.splitlines() if line.startswith("drawn ")]
+    drawn = [line for line in before.splitlines() if line.startswith("drawn ")]
+    assert drawn == [line for line in after.splitlines() if line.startswith("drawn ")]
     assert len(drawn) == 1
-    assert "tridrop: 5 models swapped" in after.stdout
-    found = json.loads((tmp_path / "after.json").read_text())
+    assert "tridrop: 5 models swapped" in after
+    found = json.loads((folder / "after.json").read_text())
     assert found["models"] == 5
     assert found["sites"]["fused"] > 0
-    files = [str(tmp_path / name) for name in ("before.json", "after.json")]
+    files = [str(folder / name) for name in ("before.json", "after.json")]
     assert transformers_suite.compare(*files) == 1
     lost = "passed -> failed: test_some.py::test_that_does_not_hold"
     assert lost in capsys.readouterr().out
 
 
-def test_a_run_that_swapped_nothing_fails(tmp_path):
-    (tmp_path / "test_some.py").write_text("def test_nothing():\n    pass\n")
-    found = run(tmp_path, "--swap")
-    assert found.returncode == 1
-    assert "none, an error" in found.stdout
-    (tmp_path / "test_some.py").write_text(SUITE)
-    kept = run(tmp_path, "--swap", "--keep-eager", "--without", "dropout", "-k", "models")
-    assert "tridrop: 3 models swapped" in kept.stdout
+def test_a_run_that_swapped_nothing_fails(runs):
+    status, said = runs["nothing"]
+    assert status == 1
+    assert "none, an error" in said
+    assert "tridrop: 3 models swapped" in runs["kept"][1]
