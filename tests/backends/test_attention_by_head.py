@@ -1,6 +1,7 @@
 """Attention with dropout on a CPU, whole heads in each thread: what blocks of scores give."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import tridrop
 from tridrop.backends.cpu import by_head, products, serving, torch_library
 from tridrop.commands.check.measure import error, tolerance
 from tridrop.spec.attention import AttentionInputs, AttentionOptions
+from tridrop.spec.operands import AttentionBackward
 
 pytestmark = pytest.mark.skipif(
     not serving.can_serve() or not torch_library.table, reason="kernels cannot call torch here"
@@ -21,14 +23,12 @@ def served(monkeypatch):
     names = []
 
     def counted(name, *arguments):
-        found = products.done(name, *arguments)
+        found = products.call(name, *arguments)
         names.append((name, found))
         return found
 
-    # by_head looks the function up in this module, and so do the products of blocks, which this
-    # leaves as they are.
-    view = type("view", (), {**vars(products), "done": staticmethod(counted)})
-    monkeypatch.setattr(by_head, "products", view)
+    # Those of blocks, which go by the same function, are not counted.
+    monkeypatch.setattr(by_head, "products", SimpleNamespace(call=counted))
     return names
 
 
@@ -91,6 +91,28 @@ SIZES = {
     "several chunks": {"queries": 300, "keys": 140},
     "heads apart": {"make": draw},
 }
+
+
+def test_a_gradient_of_the_log_sum_exp_without_dropout(monkeypatch, served):
+    """torch's kernel computes forward alone."""
+    tensors = operands(shared=2)
+    with tridrop.backend("cpu"):
+        found = results(tensors, p=0.0, with_lse=True)
+        assert served == [("softmax_backward", True)]
+        expected = in_blocks(monkeypatch, lambda: results(tensors, p=0.0, with_lse=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_in_fp64_is_not_rounded(served):
+    inputs = AttentionInputs(*operands(), seed=torch.tensor([3, 0]))
+    options = AttentionOptions(p=0.3)
+    out, lse = by_head.forward(inputs, options)
+    for dtype in (torch.float64, torch.float32):
+        given = AttentionBackward(out.to(dtype), None, out, lse, *inputs)
+        found = by_head.backward(given, options, (True, True, True, False, False))
+        assert (found is None) == (dtype == torch.float64)
+    assert served == BOTH
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -115,7 +115,7 @@ def test_attention_is_that_of_the_composition(monkeypatch, options, small, dtype
 
 def test_numba_makes_them(monkeypatch):
     monkeypatch.setattr(scores, "_call", None)
-    monkeypatch.setattr(products, "done", None)
+    monkeypatch.setattr(products, "call", None)
     x = draw(1, 2, 4, 8)
     for call in (
         lambda: tridrop.softmax_dropout(x, 0.5),

@@ -8,6 +8,10 @@ are as many heads as threads; attention.py computes the others in blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +19,7 @@ from ...spec.attention import AttentionInputs, AttentionOptions, empty_output
 from ...spec.operands import AttentionBackward, inputs_of
 from ..reference.attention import Gradients, wide_of
 from . import products, softmax
-from .memory import NONE, NUMBERS, SEED, Operand, Reads, handles
+from .memory import NONE, NUMBERS, SEED, Operand, Reads, Tensors, handles, in_fp32
 from .threads import torchs_team
 
 # Rows of scores of one thread at a time. Of 32 to 1024, 128 took the least time, or 2 % more, for
@@ -23,13 +27,15 @@ from .threads import torchs_team
 _ROWS = 128
 
 
-def _team(inputs: AttentionInputs, options: AttentionOptions) -> tuple[int, int, int] | None:
+def _team(
+    inputs: AttentionInputs, options: AttentionOptions, *others: Tensor
+) -> tuple[int, int, int] | None:
     """The threads; None where the kernels do not compute such calls, or others are quicker."""
     query, key, value = inputs.query, inputs.key, inputs.value
     absent = inputs.mask, inputs.key_mask, inputs.sinks, inputs.cu_query
     if any(t is not None for t in absent) or options.softcap != 0:
         return None
-    if not softmax.serves(inputs.seed, inputs.p, query, key, value):
+    if not softmax.serves(inputs.seed, inputs.p, query, key, value, *others):
         return None
     fit = query.dim() == key.dim() == 4 and key.shape[:3] == value.shape[:3]
     if not fit or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
@@ -40,11 +46,35 @@ def _team(inputs: AttentionInputs, options: AttentionOptions) -> tuple[int, int,
     return team if team is not None and key.shape[0] * key.shape[1] >= team[1] else None
 
 
-def _reads(rows: int) -> tuple[Reads, Reads]:
-    """What the kernels read besides the tensors that they multiply."""
-    nothing = [Operand(name, 0) for name in ("scores", "dout", "dsoftmax")]
-    dlse = Operand("dlse", rows, NUMBERS)
-    return Reads.of(SEED, nothing[0]), Reads.of(SEED, *nothing, dlse)
+@lru_cache(256)
+def _reads(rows: int, backward: bool) -> Reads:
+    """What the kernels read besides the tensors that they multiply: the seed, or that and dlse."""
+    absent = [Operand(name, 0) for name in ("scores", "dout", "dsoftmax")]
+    if not backward:
+        return Reads.of(SEED, absent[0])
+    return Reads.of(SEED, *absent, Operand("dlse", rows, NUMBERS))
+
+
+def _run(
+    name: str,
+    team: tuple[int, int, int],
+    options: AttentionOptions,
+    reads: Tensors,
+    results: Sequence[Any],
+    tensors: Sequence[Tensor | None],
+    *added: int,
+) -> bool:
+    """Call a kernel, whose first two ``tensors`` are query and key; False if it refuses."""
+    query, key = tensors[:2]
+    assert query is not None
+    assert key is not None
+    (batch, heads, queries, _), (shared, keys) = query.shape, key.shape[1:3]
+    group, shape = heads // shared, (batch, heads, queries, keys)
+    wanted = _reads(batch * heads * queries, len(reads) > 2).wanted
+    given = softmax.arguments_of(shape, options, options.scale, *results)
+    cut = min(queries, _ROWS), group, *added
+    work, operands = (batch * shared, group * queries), (handles(reads), wanted)
+    return products.call(name, team, work, operands, (*given, cut), tensors)
 
 
 def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor] | None:
@@ -53,20 +83,12 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
     if team is None:
         return None
     query, key, value = wide_of(inputs)[:3]
-    (batch, heads, queries, _), (shared, keys) = query.shape, key.shape[1:3]
     out = empty_output(inputs.query, value.shape[3])
     wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     lse = query.new_empty(query.shape[:3])
-    results = NONE, NONE, lse.data_ptr()
-    shape = batch, heads, queries, keys
-    given = softmax.arguments_of(shape, options, options.scale, results)
-    group = heads // shared
-    reads = _reads(batch * heads * queries)[0]
-    operands = handles((inputs.seed, None)), reads.wanted
-    arguments = *given, (min(queries, _ROWS), group)
+    results = (NONE, NONE, lse.data_ptr())
     tensors = query, key, value, wide
-    work = batch * shared, group * queries
-    if not products.done("softmax_forward", team, *work, *operands, arguments, tensors):
+    if not _run("softmax_forward", team, options, (inputs.seed, None), (results,), tensors):
         return None
     return (out if wide is out else out.copy_(wide)), lse
 
@@ -76,29 +98,22 @@ def backward(
 ) -> Gradients | None:
     """Gradients of query, key and value in fp32, or None where attention.py must compute them."""
     inputs, dlse = inputs_of(operands), operands.dlse
-    team = None if options.block or needs[3] else _team(inputs, options)
-    if team is None or operands.dout.device.type != "cpu":
+    team = None if options.block or needs[3] else _team(inputs, options, operands.dout)
+    if team is None:
         return None
     dout = operands.dout.to(torch.float32)
     query, key, value = wide_of(inputs)[:3]
-    (batch, heads, queries, _), (shared, keys) = query.shape, key.shape[1:3]
     if dout.shape != (*query.shape[:3], value.shape[3]):
         return None
+    # Where a band cuts keys off, what their gradients have is added to zeros.
     banded = options.lower is not None or options.upper is not None
-    # Where a band cuts keys off, nothing else may reach them, and the rest is added.
     make = torch.zeros_like if banded else torch.empty_like
-    makers = torch.empty_like, make, make
-    like = query, key, value
-    found = [new(t) if need else None for new, t, need in zip(makers, like, needs, strict=False)]
-    shape = batch, heads, queries, keys
-    given = softmax.arguments_of(shape, options, options.scale, NONE, NONE)
-    group = heads // shared
-    dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
-    reads = _reads(batch * heads * queries)[1]
-    others = handles((inputs.seed, None, None, None, dlse)), reads.wanted
-    arguments = *given, (min(queries, _ROWS), group, int(banded))
-    tensors = query, key, value, dout, *found
-    work = batch * shared, group * queries
-    if not products.done("softmax_backward", team, *work, *others, arguments, tensors):
+    dquery = torch.empty_like(query) if needs[0] else None
+    dkey, dvalue = (make(t) if need else None for t, need in ((key, needs[1]), (value, needs[2])))
+    dlse = None if dlse is None else in_fp32(dlse, "dlse").contiguous()
+    reads = inputs.seed, None, None, None, dlse
+    tensors = query, key, value, dout, dquery, dkey, dvalue
+    added = int(banded)
+    if not _run("softmax_backward", team, options, reads, (NONE, NONE), tensors, added):
         return None
-    return (*found, None, None)
+    return dquery, dkey, dvalue, None, None

@@ -75,23 +75,23 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor, scale: float, add: 
     out.copy_(found.view(out.shape))
 
 
-def done(
+def call(
     name: str,
     team: tuple[int, int, int],
-    parts: int,
-    step: int,
-    given: tuple[int, ...],
-    wanted: tuple[int, ...],
+    cut: tuple[int, int],
+    operands: tuple[tuple[int, ...], tuple[int, ...]],
     arguments: tuple[object, ...],
     tensors: Sequence[Tensor | None],
 ) -> bool:
-    """Call a kernel that multiplies ``tensors``, for parts of ``step`` rows; False if it refuses.
+    """Call a kernel that multiplies ``tensors``; False if it refuses one of them.
 
-    ``given`` and ``wanted`` are its other operands, see loops/kernels.py.
+    ``cut`` is the number of parts, and the rows of each. ``operands`` are what else it reads:
+    handles, and what is wanted of them.
     """
+    parts, step = cut
     work = 0, parts, parts * step, step, 1
     kernel = getattr(serving.kernels(), name)
-    error = kernel(team, work, given, wanted, (*arguments, handles(tensors)))
+    error = kernel(team, work, *operands, (*arguments, handles(tensors)))
     if error > 0:
         raise RuntimeError("torch could not multiply matrices of attention; it says why above")
     return bool(error == 0)
@@ -111,7 +111,8 @@ def _by_threads(out: Tensor, left: Tensor, right: Tensor, scale: float, add: boo
         return False
     if count > _FEW and math.prod(out.shape[2:]) * left.shape[3] < _LARGE_PRODUCT:
         return False
-    return done("multiply", team, count, 1, (), (), (float(add), float(scale)), (out, left, right))
+    factors = float(add), float(scale)
+    return call("multiply", team, (count, 1), ((), ()), factors, (out, left, right))
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:
