@@ -59,7 +59,12 @@ def operands(queries=19, keys=37, heads=4, shared=4, width=16, values=16, make=a
 
 
 def results(tensors, p=0.3, computed=None, with_lse=False, **options):
-    """out, the log-sum-exp, and the gradients of query, key and value."""
+    """out, the log-sum-exp, and the gradients of query, key and value.
+
+    Options that are functions get the numbers of queries and keys.
+    """
+    lengths = tensors[0].shape[2], tensors[1].shape[2]
+    options = {k: v(*lengths) if callable(v) else v for k, v in options.items()}
     leaves = [t.to(computed or t.dtype).detach().requires_grad_() for t in tensors]
     group = leaves[0].shape[1] != leaves[1].shape[1]
     out, lse = tridrop.scaled_dot_product_attention(
@@ -71,8 +76,29 @@ def results(tensors, p=0.3, computed=None, with_lse=False, **options):
     return [out.detach(), lse.detach(), *torch.autograd.grad(total, leaves)]
 
 
+def some(queries, keys):
+    """Some keys of a query, or none: whichever head it is of."""
+    return draw(2, 1, queries, keys, seed=5) > 0
+
+
+def padding(_, keys):
+    return torch.arange(keys) < torch.tensor([[keys // 2], [keys]])
+
+
+def floats(queries, keys):
+    """Of every head, with strides of their own, and minus infinity in places."""
+    made = draw(4, keys, queries, seed=6)
+    return made.masked_fill_(made > 1.5, -math.inf).mT
+
+
 CASES = {
     "plain": {},
+    "bool mask": {"attn_mask": some},
+    "key mask": {"key_mask": padding},
+    "all masks": {"attn_mask": some, "key_mask": padding, "is_causal": True, "with_lse": True},
+    "float mask": {"attn_mask": floats, "scale": 0.7},
+    "float mask, window": {"attn_mask": floats, "window": (4, 3)},
+    "a number for each query": {"attn_mask": lambda q, _: draw(2, 1, q, 1)},
     "causal": {"is_causal": True},
     "gradient of lse": {"with_lse": True, "is_causal": True},
     "window": {"window": (3, 5)},
@@ -193,8 +219,9 @@ def test_gradients_that_nobody_needs_are_not_made(served, needs):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("place", ["query", "key", "value", "dout"])
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (2, 3)}], ids=str)
-def test_numbers_that_are_not_finite(monkeypatch, served, options, place, bad):
+@pytest.mark.parametrize("case", ["plain", "causal", "window", "bool mask", "float mask"])
+def test_numbers_that_are_not_finite(monkeypatch, served, case, place, bad):
+    options = {k: v(40, 40) if callable(v) else v for k, v in CASES[case].items()}
     tensors = operands(queries=40, keys=40, shared=2)
     grad = draw(2, 40, 4, 16, seed=7).transpose(1, 2)
     where = [*tensors, grad][["query", "key", "value", "dout"].index(place)]
@@ -211,12 +238,14 @@ def test_numbers_that_are_not_finite(monkeypatch, served, options, place, bad):
     found, expected = call(), in_blocks(monkeypatch, call)
     assert served == BOTH
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+        largest = theirs[theirs.isfinite()].abs().max().clamp(min=1)  # others may be its difference
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-4, atol=float(1e-5 * largest), equal_nan=True
+        )
 
 
 OTHERS = {
-    "attention mask": {"attn_mask": draw(19, 37, seed=5) > 0},
-    "key mask": {"key_mask": torch.arange(37) < torch.tensor([[30], [37]])},
+    "float mask and key mask": {"attn_mask": floats, "key_mask": padding},
     "softcap": {"softcap": 2.0},
     "sinks": {"sinks": draw(4, seed=8)},
     "scale": {"scale": 1e300},
@@ -229,6 +258,14 @@ def test_other_calls_go_in_blocks(served, options):
         results(operands(), **options)
         results(operands(dtype=torch.float64))
     assert served == []
+
+
+def test_gradients_of_masks_go_in_blocks(served):
+    bias = draw(19, 37).requires_grad_()
+    with tridrop.backend("cpu"):
+        out = tridrop.scaled_dot_product_attention(*operands(), bias, 0.3, seed=3)
+        torch.autograd.grad(out.sum(), bias)
+    assert served == BOTH[:1]
 
 
 def test_fewer_heads_than_threads_go_in_blocks(monkeypatch, served):

@@ -2,12 +2,13 @@
 
 A thread multiplies some queries of a head by its keys, passes over the rows of scores as
 ``loops/softmax.py`` says, and multiplies again, while these scores are in its cache. It serves
-calls in fp32 arithmetic without attention masks, softcap, sinks or packed sequences, where there
-are as many heads as threads; attention.py computes the others in blocks.
+calls in fp32 arithmetic without softcap, sinks, packed sequences and gradients of masks, where
+there are as many heads as threads; attention.py computes the others in blocks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,11 +32,12 @@ def _team(
     inputs: AttentionInputs, options: AttentionOptions, *others: Tensor
 ) -> tuple[int, int, int] | None:
     """The threads; None where the kernels do not compute such calls, or others are quicker."""
-    query, key, value = inputs.query, inputs.key, inputs.value
-    absent = inputs.mask, inputs.key_mask, inputs.sinks, inputs.cu_query
-    if any(t is not None for t in absent) or options.softcap != 0:
+    query, key, value, mask, key_mask = inputs[:5]
+    if inputs.sinks is not None or inputs.cu_query is not None or options.softcap != 0:
         return None
-    if not softmax.serves(inputs.seed, inputs.p, query, key, value, *others):
+    if not softmax.serves(inputs.seed, inputs.p, query, key, value, mask, key_mask, *others):
+        return None
+    if mask is not None and mask.dtype != torch.bool and key_mask is not None:
         return None
     fit = query.dim() == key.dim() == 4 and key.shape[:3] == value.shape[:3]
     if not fit or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
@@ -55,6 +57,25 @@ def _reads(rows: int, backward: bool) -> Reads:
     return Reads.of(SEED, *absent, Operand("dlse", rows, NUMBERS))
 
 
+def _mask_of(inputs: AttentionInputs) -> tuple[Tensor | None, bool]:
+    """What is added to scores, in fp32, and whether it replaces those that it excludes."""
+    mask, replaces = inputs.mask, True
+    if inputs.key_mask is not None:
+        keys = inputs.key_mask[:, None, None]
+        mask = keys if mask is None else mask & keys
+    if mask is None:
+        return None, False
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+    else:
+        mask, replaces = mask.to(torch.float32), False
+    # Adjacent along the keys, and expanded along the rest.
+    shape = *inputs.query.shape[:3], inputs.key.shape[2]
+    mask = mask.expand(*mask.shape[:3], shape[3])
+    mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    return mask.expand(shape), replaces
+
+
 def _run(
     name: str,
     team: tuple[int, int, int],
@@ -62,7 +83,7 @@ def _run(
     reads: Tensors,
     results: Sequence[Any],
     tensors: Sequence[Tensor | None],
-    *added: int,
+    *flags: bool,
 ) -> bool:
     """Call a kernel, whose first two ``tensors`` are query and key; False if it refuses."""
     query, key = tensors[:2]
@@ -72,7 +93,7 @@ def _run(
     group, shape = heads // shared, (batch, heads, queries, keys)
     wanted = _reads(batch * heads * queries, len(reads) > 2).wanted
     given = softmax.arguments_of(shape, options, options.scale, *results)
-    cut = min(queries, _ROWS), group, *added
+    cut = min(queries, _ROWS), group, *map(int, flags)
     work, operands = (batch * shared, group * queries), (handles(reads), wanted)
     return products.call(name, team, work, operands, (*given, cut), tensors)
 
@@ -86,9 +107,10 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
     out = empty_output(inputs.query, value.shape[3])
     wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     lse = query.new_empty(query.shape[:3])
-    results = (NONE, NONE, lse.data_ptr())
-    tensors = query, key, value, wide
-    if not _run("softmax_forward", team, options, (inputs.seed, None), (results,), tensors):
+    mask, replaces = _mask_of(inputs)
+    reads, results = (inputs.seed, None), (NONE, NONE, lse.data_ptr())
+    tensors = query, key, value, mask, wide
+    if not _run("softmax_forward", team, options, reads, (results,), tensors, replaces):
         return None
     return (out if wide is out else out.copy_(wide)), lse
 
@@ -112,8 +134,9 @@ def backward(
     dkey, dvalue = (make(t) if need else None for t, need in ((key, needs[1]), (value, needs[2])))
     dlse = None if dlse is None else in_fp32(dlse, "dlse").contiguous()
     reads = inputs.seed, None, None, None, dlse
-    tensors = query, key, value, dout, dquery, dkey, dvalue
-    added = int(banded)
-    if not _run("softmax_backward", team, options, reads, (NONE, NONE), tensors, added):
+    mask, replaces = _mask_of(inputs)
+    tensors = query, key, value, mask, dout, dquery, dkey, dvalue
+    flags = replaces, banded
+    if not _run("softmax_backward", team, options, reads, (NONE, NONE), tensors, *flags):
         return None
     return dquery, dkey, dvalue, None, None

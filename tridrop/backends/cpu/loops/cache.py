@@ -44,6 +44,7 @@ SOURCES = (
     "backends/cpu/loops/norm.py",
     "backends/cpu/loops/operands.py",
     "backends/cpu/loops/products.py",
+    "backends/cpu/loops/scores.py",
     "backends/cpu/loops/softmax.py",
     "backends/cpu/loops/steps.py",
     "backends/cpu/loops/storage.py",

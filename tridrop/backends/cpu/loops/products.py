@@ -78,6 +78,12 @@ def rows_of(tensor, sample, head, first, count):
 
 
 @written_out
+def from_column(matrix, first):
+    """The columns of a matrix from ``first`` on."""
+    return matrix[0] + 4 * first * matrix[4], matrix[1], matrix[2], matrix[3], matrix[4]
+
+
+@written_out
 def turned(matrix):
     """The transposed matrix."""
     return matrix[0], matrix[2], matrix[1], matrix[4], matrix[3]

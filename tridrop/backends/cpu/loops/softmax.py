@@ -18,172 +18,31 @@ gradient 0, also in a row with NaN.
 from __future__ import annotations
 
 import numpy as np
-from numba import int32
 
 from ....contract.mask import TILE
-from .activations import exp
-from .decorators import NOTHING, apart, inline, part, written_out
+from .decorators import NOTHING, apart, inline, written_out
 from .mask import STRIP, key_words, place_of_row, randoms, score_bits
 from .memory import LINE, release, scratch, vector
-from .products import multiplying, product, rows_of, turned
-from .steps import ANY_ORDER, add, fill
-from .storage import for_each_dtype, load, store
-
-_ZERO, _ONE = np.float32(0), np.float32(1)
-_NOTHING, _MAGNITUDE, _SIGN = np.float32(-np.inf), np.int32(0x7FFFFFFF), np.int32(31)
-_LEAST = np.int32(-0x7F800001)  # minus infinity, as ordered() gives it
-
-
-@inline(set())
-def ordered(word):
-    """The bits of a number as an integer, in the order of the numbers; and its own inverse."""
-    return int32(word ^ int32(int32(word >> _SIGN) & _MAGNITUDE))
-
-
-@for_each_dtype(set())
-def load_scaled(read, write):
-    """into = scale * elements, in fp32; returns the largest number.
-
-    It is found among integers, since a loop over floats that may be NaN would not become vector
-    instructions.
-    """
-
-    def loop(elements, scale, into):
-        found = _LEAST
-        for j in range(elements.size):
-            into[j] = read(elements[j]) * scale
-            word = ordered(np.float32(into[j]).view(np.int32))
-            found = word if word > found else found
-        return np.int32(ordered(found)).view(np.float32)
-
-    return loop
-
-
-@part(set())
-def has_nan(u):
-    found = False
-    for j in range(u.size):
-        found = found or u[j] != u[j]
-    return found
-
-
-@inline(ANY_ORDER)
-def plus(first, second):
-    return first + second
-
-
-@part({"contract"})
-def exponentials(u, shift):
-    """u = exp(u - shift), where no u is larger than shift; returns their sum, in any order."""
-    found = _ZERO
-    for j in range(u.size):
-        u[j] = exp(u[j] - shift, _ZERO)
-        found = plus(found, u[j])
-    return found
-
-
-@inline(set())
-def rescale(u, factor):
-    for j in range(u.size):
-        u[j] *= factor
-
-
-@part(ANY_ORDER)
-def inner(u, v):
-    """The sum of u * v."""
-    found = _ZERO
-    for j in range(u.size):
-        found += u[j] * v[j]
-    return found
-
-
-@for_each_dtype(set())
-def store_kept(read, write):
-    """u = u * inverse; elements = u * factor where kept, exactly 0 elsewhere."""
-
-    def loop(elements, u, inverse, bits, last, factor):
-        for j in range(elements.size):
-            u[j] *= inverse
-            elements[j] = write((u[j] if bits[j] > last else _ZERO) * factor)
-
-    return loop
-
-
-@for_each_dtype(set())
-def load_kept(read, write):
-    """into = elements * factor where kept, exactly 0 elsewhere."""
-
-    def loop(elements, into, bits, last, factor):
-        for j in range(elements.size):
-            into[j] = (read(elements[j]) if bits[j] > last else _ZERO) * factor
-
-    return loop
-
-
-@for_each_dtype({"contract"})
-def store_projected(read, write):
-    """elements = u * (v - along) * scale."""
-
-    def loop(elements, u, v, along, scale):
-        for j in range(elements.size):
-            elements[j] = write(u[j] * (v[j] - along) * scale)
-
-    return loop
-
-
-@apart({"contract"})
-def store_projected_some(dx, at, size, u, v, along, scale):
-    """:func:`store_projected`, but 0 where u is 0, whatever v and ``along`` are."""
-    for j in range(size):
-        v[j] = u[j] * (v[j] - along) * scale if u[j] != _ZERO else _ZERO
-    store(dx, at, size, v)
-
-
-@for_each_dtype(set())
-def store_zeros(read, write):
-    def loop(elements):
-        for j in range(elements.size):
-            elements[j] = write(_ZERO)
-
-    return loop
-
-
-@part(set())
-def clear_outside(matrix, start, keys, first, end):
-    """Set a row, which begins at ``start``, to 0 before the key ``first`` and from ``end`` on."""
-    store_zeros(matrix, start, first)
-    store_zeros(matrix, start + end, keys - end)
-
-
-@inline(set())
-def exponentials_of(u, shift):
-    """u = exp(u - shift), where ``shift`` is the largest; returns (log-sum-exp, 1 / sum).
-
-    If all of u is -inf, it becomes 0.
-    """
-    if shift == _NOTHING and not has_nan(u):
-        fill(u, u.size, _ZERO)
-        return _NOTHING, _ONE
-    whole = exponentials(u, shift)
-    return shift + np.log(whole), _ONE / whole
-
-
-@part(set())
-def clear(u, v, number):
-    """v = 0 where u equals ``number``."""
-    for j in range(u.size):
-        if u[j] == number:
-            v[j] = _ZERO
-
-
-@part(set())
-def inner_of_some(u, v):
-    """The sum of u * v over the places where u is not 0."""
-    found = _ZERO
-    for j in range(u.size):
-        if u[j] != _ZERO:
-            found += u[j] * v[j]
-    return found
+from .products import from_column, multiplying, product, rows_of, turned
+from .scores import (
+    NO_KEY,
+    ONE,
+    ZERO,
+    add_mask,
+    clear,
+    clear_outside,
+    exponentials_of,
+    inner,
+    inner_of_some,
+    load_kept,
+    load_scaled,
+    rescale,
+    store_kept,
+    store_projected,
+    store_projected_some,
+)
+from .steps import add, fill
+from .storage import load, store
 
 
 @inline(set())
@@ -225,7 +84,7 @@ def clear_excluded(x, at, size, scale, spare, u):
     """
     scores = spare[:size]
     load_scaled(x, at, size, scale, scores)
-    clear(scores, u, _NOTHING)
+    clear(scores, u, NO_KEY)
 
 
 @inline(set())
@@ -253,12 +112,14 @@ def forward(start, stop, given, keys, sizes, decisions, factor, band, scale, res
 
     With ``tensors`` it is attention, and x and out are absent: scores are products of query and
     key, and ``attended`` gets those of kept probabilities and value. ``cut`` says how many rows of
-    scores there are at a time, and how many heads share a key head.
+    scores there are at a time, how many heads share a key head, and whether the mask replaces, see
+    :func:`add_mask`.
     """
     seed, x = given
     out, probabilities, lse = results
-    query, key, value, attended = tensors
-    whole = query[0] != 0
+    query, key, value, mask, attended = tensors
+    whole, masked = query[0] != 0, mask[0] != 0
+    of_row = np.float32(1.0 if masked else scale)
     memory = scratch(4 * STRIP + 3 * width_of(keys))
     bits, words = randoms(memory, width_of(keys), decisions[1])
     u, spare = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
@@ -277,17 +138,20 @@ def forward(start, stop, given, keys, sizes, decisions, factor, band, scale, res
             left = rows_of(query, sample, head, number, rows)
             right = turned(rows_of(key, sample, shared, low, width))
             product(call, block, left, right, 0.0, 1.0)
+        if masked:
+            added = rows_of(mask, sample, head, number, rows)
+            add_mask(scores, rows, width, np.float32(scale), from_column(added, low), cut[2])
         for row in range(r, r + rows):
             first, end = seen(row, sizes[1], keys, band, low)
             begin = (row - base) * width
             at, size = begin + first - low, end - first
             v = u[:size]
-            found, inverse = exponentials_of(v, load_scaled(x, at, size, np.float32(scale), v))
+            found, inverse = exponentials_of(v, load_scaled(x, at, size, of_row, v))
             if found != found or probabilities[0] != 0:
                 rescale(v, inverse)
-                inverse = _ONE
+                inverse = ONE
             if found != found:
-                clear_excluded(x, at, size, np.float32(scale), spare, v)
+                clear_excluded(x, at, size, of_row, spare, v)
             if lse != 0:
                 vector(lse, stop, np.float32)[row] = found
             if probabilities[0] != 0:
@@ -315,12 +179,13 @@ def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, ke
     ``kept`` receives the probabilities times the multiplier; it may be x, and dx may be dout.
 
     With ``tensors`` it is attention, as in :func:`forward`: x, dout, kept and dx are absent, and
-    the last three tensors get the gradients of query, key and value that are wanted. The third
-    number of ``cut`` is 1 if the last two are added to what is there.
+    the last three tensors get the gradients of query, key and value that are wanted. The fourth
+    number of ``cut`` says whether the last two are added to what is there.
     """
     seed, x, dout, dsoftmax, (dlse, _) = given
-    query, key, value, grad, dquery, dkey, dvalue = tensors
-    whole = query[0] != 0
+    query, key, value, mask, grad, dquery, dkey, dvalue = tensors
+    whole, masked = query[0] != 0, mask[0] != 0
+    of_row, factor_of_products = (np.float32(1.0), scale) if masked else (np.float32(scale), 1.0)
     memory = scratch(4 * STRIP + 4 * width_of(keys))
     bits, words = randoms(memory, width_of(keys), decisions[1])
     u, g = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
@@ -345,17 +210,20 @@ def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, ke
             product(call, block, queries, turned(right), 0.0, 1.0)
             right = rows_of(value, sample, shared, low, width)
             product(call, other, outs, turned(right), 0.0, 1.0)
+        if masked:
+            added = rows_of(mask, sample, head, number, rows)
+            add_mask(scores, rows, width, np.float32(scale), from_column(added, low), cut[2])
         for row in range(r, r + rows):
             first, end = seen(row, sizes[1], keys, band, low)
             begin = (row - base) * width
             at, size = begin + first - low, end - first
             v, w = u[:size], g[:size]
-            found, inverse = exponentials_of(v, load_scaled(x, at, size, np.float32(scale), v))
+            found, inverse = exponentials_of(v, load_scaled(x, at, size, of_row, v))
             if found != found or kept[0] == 0:
                 rescale(v, inverse)
-                inverse = _ONE
+                inverse = ONE
             if found != found:
-                clear_excluded(x, at, size, np.float32(scale), spare, v)
+                clear_excluded(x, at, size, of_row, spare, v)
             lane = bits_of_row(bits, words, seed, decisions, row, sizes, first, end)
             b = bits[lane : lane + size]
             if kept[0] != 0:
@@ -363,7 +231,7 @@ def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, ke
             if dout[0] != 0:
                 load_kept(dout, at, size, w, b, last, factor)
             else:
-                fill(w, size, _ZERO)
+                fill(w, size, ZERO)
             if dsoftmax[0] != 0:
                 c = spare[:size]
                 load(dsoftmax, at, size, c)
@@ -378,20 +246,21 @@ def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, ke
                 along -= vector(dlse, stop, np.float32)[row]
                 finite = finite and np.isfinite(along)
             if finite:
-                store_projected(dx, at, size, v, w, along, np.float32(scale))
+                store_projected(dx, at, size, v, w, along, of_row)
             else:
-                store_projected_some(dx, at, size, v, w, along, np.float32(scale))
+                store_projected_some(dx, at, size, v, w, along, of_row)
             if size < width:
                 clear_outside(dx, begin, width, first - low, end - low)
                 if kept[0] != 0:
                     clear_outside(kept, begin, width, first - low, end - low)
-        beta = 0.0 if r == start and cut[2] == 0 else 1.0
+        beta = 0.0 if r == start and cut[3] == 0 else 1.0
         if whole and dquery[0] != 0:
             into = rows_of(dquery, sample, head, number, rows)
-            product(call, into, other, rows_of(key, sample, shared, low, width), 0.0, 1.0)
+            right = rows_of(key, sample, shared, low, width)
+            product(call, into, other, right, 0.0, factor_of_products)
         if whole and dkey[0] != 0:
             into = rows_of(dkey, sample, shared, low, width)
-            product(call, into, turned(other), queries, beta, 1.0)
+            product(call, into, turned(other), queries, beta, factor_of_products)
         if whole and dvalue[0] != 0:
             into = rows_of(dvalue, sample, shared, low, width)
             product(call, into, turned(block), outs, beta, 1.0)
