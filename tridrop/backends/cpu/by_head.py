@@ -19,6 +19,7 @@ from torch import Tensor
 from ...spec.attention import AttentionInputs, AttentionOptions, empty_output
 from ...spec.operands import AttentionBackward, inputs_of
 from ..reference.attention import Gradients, wide_of
+from ..reference.blocks import is_block
 from . import products, softmax
 from .memory import NONE, NUMBERS, SEED, Operand, Reads, Tensors, handles, in_fp32
 from .threads import torchs_team
@@ -55,6 +56,15 @@ def _reads(rows: int, backward: bool) -> Reads:
     if not backward:
         return Reads.of(SEED, absent[0])
     return Reads.of(SEED, *absent, Operand("dlse", rows, NUMBERS))
+
+
+def _narrow(inputs: AttentionInputs, options: AttentionOptions) -> bool:
+    """Whether products leave out keys that none of their queries sees, as in blocks.py.
+
+    Where something is NaN or infinite, results show it.
+    """
+    banded = options.lower is not None or options.upper is not None
+    return banded and not is_block(inputs, options)
 
 
 def _mask_of(inputs: AttentionInputs) -> tuple[Tensor | None, bool]:
@@ -110,7 +120,8 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor,
     mask, replaces = _mask_of(inputs)
     reads, results = (inputs.seed, None), (NONE, NONE, lse.data_ptr())
     tensors = query, key, value, mask, wide
-    if not _run("softmax_forward", team, options, reads, (results,), tensors, replaces):
+    flags = replaces, _narrow(inputs, options)
+    if not _run("softmax_forward", team, options, reads, (results,), tensors, *flags):
         return None
     return (out if wide is out else out.copy_(wide)), lse
 
@@ -127,16 +138,15 @@ def backward(
     query, key, value = wide_of(inputs)[:3]
     if dout.shape != (*query.shape[:3], value.shape[3]):
         return None
-    # Where a band cuts keys off, what their gradients have is added to zeros.
-    banded = options.lower is not None or options.upper is not None
-    make = torch.zeros_like if banded else torch.empty_like
+    narrow = _narrow(inputs, options)
+    make = torch.zeros_like if narrow else torch.empty_like  # for some keys nothing is written
     dquery = torch.empty_like(query) if needs[0] else None
     dkey, dvalue = (make(t) if need else None for t, need in ((key, needs[1]), (value, needs[2])))
     dlse = None if dlse is None else in_fp32(dlse, "dlse").contiguous()
     reads = inputs.seed, None, None, None, dlse
     mask, replaces = _mask_of(inputs)
     tensors = query, key, value, mask, dout, dquery, dkey, dvalue
-    flags = replaces, banded
+    flags = replaces, narrow
     if not _run("softmax_backward", team, options, reads, (NONE, NONE), tensors, *flags):
         return None
     return dquery, dkey, dvalue, None, None

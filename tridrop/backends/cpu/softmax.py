@@ -29,7 +29,7 @@ from .threads import parts_of, share
 _FAR = 1 << 62  # a bound beyond all indices
 # What the kernels take for scores that are there: how they are cut, and no handles.
 NO_PRODUCTS = {
-    "softmax_forward": ((1, 1, 0), (0,) * 5),
+    "softmax_forward": ((1, 1, 0, 0), (0,) * 5),
     "softmax_backward": ((1, 1, 0, 0), (0,) * 8),
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 from numba import int32
 
 from .activations import exp
-from .decorators import apart, inline, part
+from .decorators import NOTHING, apart, inline, part
 from .memory import vector
 from .steps import ANY_ORDER, fill
 from .storage import for_each_dtype, store
@@ -169,8 +169,26 @@ def inner_of_some(u, v):
 
 
 @apart(set())
-def add_mask(scores, rows, width, scale, mask, replaces):
-    """scores = scale * scores + mask; if it ``replaces``, -inf where the mask is that.
+def scaled(matrix, scale, into):
+    """The matrix (address, rows, columns, strides) times ``scale``, in memory of its own."""
+    address, rows, columns, row, column = matrix
+    factor = np.float32(scale)
+    for k in range(rows):
+        u = vector(into + 4 * k * columns, columns, np.float32)
+        begin = address + 4 * k * row
+        if column == 1:
+            v = vector(begin, columns, np.float32)
+            for j in range(columns):
+                u[j] = v[j] * factor
+        else:
+            for j in range(columns):
+                u[j] = vector(begin + 4 * j * column, 1, np.float32)[0] * factor
+    return into, rows, columns, columns, NOTHING + 1
+
+
+@apart(set())
+def add_mask(scores, rows, width, mask, replaces):
+    """scores = scores + mask; if it ``replaces``, -inf where the mask is that.
 
     The two differ for a score that is NaN. ``mask`` is (address, ..., stride of a row, 1).
     """
@@ -178,5 +196,4 @@ def add_mask(scores, rows, width, scale, mask, replaces):
         u = vector(scores + 4 * k * width, width, np.float32)
         v = vector(mask[0] + 4 * k * mask[3], width, np.float32)
         for j in range(width):
-            added = u[j] * scale + v[j]
-            u[j] = v[j] if replaces and v[j] == NO_KEY else added
+            u[j] = v[j] if replaces and v[j] == NO_KEY else u[j] + v[j]

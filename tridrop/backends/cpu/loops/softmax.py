@@ -37,6 +37,7 @@ from .scores import (
     load_kept,
     load_scaled,
     rescale,
+    scaled,
     store_kept,
     store_projected,
     store_projected_some,
@@ -88,10 +89,15 @@ def clear_excluded(x, at, size, scale, spare, u):
 
 
 @inline(set())
-def chunk_of(row, stop, most, sizes, keys, band):
-    """(rows, first key, key after the last) of at most ``most`` rows of one head."""
-    query = row % sizes[1]
+def chunk_of(row, stop, cut, sizes, keys, band):
+    """(rows, first key, key after the last) of some rows of one head, and the keys that they see.
+
+    Without ``narrow`` these are all keys.
+    """
+    query, (most, _, _, narrow) = row % sizes[1], cut
     rows = min(most, stop - row, sizes[1] - query)
+    if narrow == 0:
+        return rows, NOTHING, keys
     low = min(keys - 1, max(0, query + band[0]))
     return rows, low, max(low + 1, min(keys, query + rows + band[1]))
 
@@ -112,35 +118,36 @@ def forward(start, stop, given, keys, sizes, decisions, factor, band, scale, res
 
     With ``tensors`` it is attention, and x and out are absent: scores are products of query and
     key, and ``attended`` gets those of kept probabilities and value. ``cut`` says how many rows of
-    scores there are at a time, how many heads share a key head, and whether the mask replaces, see
-    :func:`add_mask`.
+    scores there are at a time, how many heads share a key head, whether the mask replaces, see
+    :func:`add_mask`, and whether keys that none of these rows sees are left out of the products.
     """
     seed, x = given
     out, probabilities, lse = results
     query, key, value, mask, attended = tensors
-    whole, masked = query[0] != 0, mask[0] != 0
-    of_row = np.float32(1.0 if masked else scale)
+    whole = query[0] != 0
+    of_row = np.float32(1.0 if whole else scale)
     memory = scratch(4 * STRIP + 3 * width_of(keys))
     bits, words = randoms(memory, width_of(keys), decisions[1])
     u, spare = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
     last, factor = np.uint32(max(0, decisions[1])), np.float32(factor)
     scores = scratch(cut[0] * keys if whole else NOTHING)
+    queries = scratch(cut[0] * query[5])
     r = start
     while r < stop:
         rows, low, high, base = stop - r, NOTHING, keys, NOTHING
         if whole:
-            rows, low, high = chunk_of(r, stop, cut[0], sizes, keys, band)
+            rows, low, high = chunk_of(r, stop, cut, sizes, keys, band)
             base, x, out = r, (scores, NOTHING), (scores, NOTHING)
         width = high - low
         sample, head, shared, number = head_of(r, sizes, cut[1])
         block = scores, rows, width, width, NOTHING + 1
         if whole:
-            left = rows_of(query, sample, head, number, rows)
+            left = scaled(rows_of(query, sample, head, number, rows), scale, queries)
             right = turned(rows_of(key, sample, shared, low, width))
             product(call, block, left, right, 0.0, 1.0)
-        if masked:
+        if mask[0] != 0:
             added = rows_of(mask, sample, head, number, rows)
-            add_mask(scores, rows, width, np.float32(scale), from_column(added, low), cut[2])
+            add_mask(scores, rows, width, from_column(added, low), cut[2])
         for row in range(r, r + rows):
             first, end = seen(row, sizes[1], keys, band, low)
             begin = (row - base) * width
@@ -166,6 +173,7 @@ def forward(start, stop, given, keys, sizes, decisions, factor, band, scale, res
             left = rows_of(attended, sample, head, number, rows)
             product(call, left, block, rows_of(value, sample, shared, low, width), 0.0, 1.0)
         r += rows
+    release(queries)
     release(scores)
     release(memory)
 
@@ -179,24 +187,25 @@ def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, ke
     ``kept`` receives the probabilities times the multiplier; it may be x, and dx may be dout.
 
     With ``tensors`` it is attention, as in :func:`forward`: x, dout, kept and dx are absent, and
-    the last three tensors get the gradients of query, key and value that are wanted. The fourth
-    number of ``cut`` says whether the last two are added to what is there.
+    the last three tensors get the gradients of query, key and value that are wanted. Where keys are
+    left out of products, the last two are added to what is there.
     """
     seed, x, dout, dsoftmax, (dlse, _) = given
     query, key, value, mask, grad, dquery, dkey, dvalue = tensors
-    whole, masked = query[0] != 0, mask[0] != 0
-    of_row, factor_of_products = (np.float32(1.0), scale) if masked else (np.float32(scale), 1.0)
+    whole = query[0] != 0
+    of_row = np.float32(1.0 if whole else scale)
     memory = scratch(4 * STRIP + 4 * width_of(keys))
     bits, words = randoms(memory, width_of(keys), decisions[1])
     u, g = row_of_scratch(memory, 1, keys), row_of_scratch(memory, 2, keys)
     spare = row_of_scratch(memory, 3, keys)
     last, factor = np.uint32(max(0, decisions[1])), np.float32(factor)
     scores = scratch(2 * cut[0] * keys if whole else NOTHING)
+    scaled_queries = scratch(cut[0] * query[5])
     r = start
     while r < stop:
         rows, low, high, base = stop - r, NOTHING, keys, NOTHING
         if whole:
-            rows, low, high = chunk_of(r, stop, cut[0], sizes, keys, band)
+            rows, low, high = chunk_of(r, stop, cut, sizes, keys, band)
             base, x, dout = r, (scores, NOTHING), (scores + 4 * cut[0] * keys, NOTHING)
             kept, dx = x, dout
         width = high - low
@@ -207,12 +216,13 @@ def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, ke
         outs = rows_of(grad, sample, head, number, rows)
         if whole:
             right = rows_of(key, sample, shared, low, width)
-            product(call, block, queries, turned(right), 0.0, 1.0)
+            left = scaled(queries, scale, scaled_queries)
+            product(call, block, left, turned(right), 0.0, 1.0)
             right = rows_of(value, sample, shared, low, width)
             product(call, other, outs, turned(right), 0.0, 1.0)
-        if masked:
+        if mask[0] != 0:
             added = rows_of(mask, sample, head, number, rows)
-            add_mask(scores, rows, width, np.float32(scale), from_column(added, low), cut[2])
+            add_mask(scores, rows, width, from_column(added, low), cut[2])
         for row in range(r, r + rows):
             first, end = seen(row, sizes[1], keys, band, low)
             begin = (row - base) * width
@@ -257,13 +267,14 @@ def backward(start, stop, given, keys, sizes, decisions, factor, band, scale, ke
         if whole and dquery[0] != 0:
             into = rows_of(dquery, sample, head, number, rows)
             right = rows_of(key, sample, shared, low, width)
-            product(call, into, other, right, 0.0, factor_of_products)
+            product(call, into, other, right, 0.0, scale)
         if whole and dkey[0] != 0:
             into = rows_of(dkey, sample, shared, low, width)
-            product(call, into, turned(other), queries, beta, factor_of_products)
+            product(call, into, turned(other), queries, beta, scale)
         if whole and dvalue[0] != 0:
             into = rows_of(dvalue, sample, shared, low, width)
             product(call, into, turned(block), outs, beta, 1.0)
         r += rows
+    release(scaled_queries)
     release(scores)
     release(memory)
