@@ -253,7 +253,8 @@ OTHERS = {
     "float mask and key mask": {"attn_mask": floats, "key_mask": padding},
     "softcap": {"softcap": 2.0},
     "sinks": {"sinks": draw(4, seed=8)},
-    "scale": {"scale": 1e300},
+    "infinite scale": {"scale": 1e300},
+    "no scale": {"scale": 0.0},
 }
 
 

@@ -191,6 +191,17 @@ def test_heads_that_share_a_gradient_are_summed():
 
 
 @needs_numba
+@pytest.mark.parametrize("scale", [0.0, -0.0])
+def test_a_factor_of_0_leaves_nan(scale, way):
+    """BLAS returns 0 for 0 times a product, whatever the product is."""
+    left, into = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 3)
+    left[0, 1, 2, 3] = torch.nan
+    products.write(Product(left, torch.ones(1, 2, 4, 3), scale, 2), into, False)
+    assert into[0, 1, 2].isnan().all()
+    assert torch.equal(into.isnan().sum(), torch.tensor(3))
+
+
+@needs_numba
 @pytest.mark.parametrize("scale", [1e300, -1e300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scale_beyond_fp32_is_infinite(scale, dtype, way):

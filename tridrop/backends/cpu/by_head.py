@@ -43,7 +43,10 @@ def _team(
     fit = query.dim() == key.dim() == 4 and key.shape[:3] == value.shape[:3]
     if not fit or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         return None
-    if query.shape[1] % key.shape[1] or abs(options.scale) > torch.finfo(torch.float32).max:
+    # BLAS leaves a product out whose factor is 0, and has none that is infinite.
+    if not 0 < abs(options.scale) <= torch.finfo(torch.float32).max:
+        return None
+    if query.shape[1] % key.shape[1]:
         return None
     team = torchs_team()
     return team if team is not None and key.shape[0] * key.shape[1] >= team[1] else None

@@ -42,6 +42,7 @@ def write(gradient: Product | Tensor, into: Tensor, add: bool) -> None:
         isinstance(gradient, Product)
         and gradient.heads == gradient.left.shape[1]
         and gradient.left.dtype == into.dtype
+        and gradient.scale != 0  # BLAS leaves a product out whose factor is 0, NaN in it or not
     ):
         _multiply_into(into, gradient.left, gradient.right, gradient.scale, add)
     else:
